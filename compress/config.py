@@ -1,0 +1,222 @@
+"""Every stage's settings and defaults: the one truth that the recipe, the commands and the stages share.
+
+All models are frozen and refuse unknown keys. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+ScaleName = Literal["p", "n", "s", "m", "l", "x"]
+
+
+class Settings(BaseModel):
+    """A frozen, closed group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OptimizerConfig(Settings):
+    """Optimiser and learning-rate schedule. Defaults are for fine-tuning on small data."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr0: Positive = 0.002
+    lrf: Fraction = 0.05
+    momentum: Fraction = 0.937
+    weight_decay: NonNegative = 0.0005
+    warmup_epochs: NonNegative = 2.0
+    warmup_min_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_momentum: Fraction = 0.8
+    warmup_bias_lr: NonNegative = 0.0
+    schedule: Literal["linear", "cosine"] = "cosine"
+    clip_norm: Positive = 10.0
+    nominal_batch: Annotated[int, Field(ge=0)] = 0
+    """Gradients are accumulated up to this many images a step; 0 steps on every batch."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    ema_ramp: Positive = 200.0
+    """EMA decay after update n is `ema_decay * (1 - exp(-n / ema_ramp))`."""
+
+
+class LossConfig(Settings):
+    """Gains of the detection loss before scaling to levels, classes and image size."""
+
+    box: NonNegative = 0.05
+    obj: NonNegative = 1.0
+    cls: NonNegative = 0.5
+    cls_pw: Positive = 1.0
+    obj_pw: Positive = 1.0
+    anchor_t: Annotated[float, Field(gt=1)] = 4.0
+    fl_gamma: NonNegative = 0.0
+    label_smoothing: Fraction = 0.0
+
+
+class AugmentConfig(Settings):
+    """Strength of each augmentation; every random draw is a function of (seed, epoch, index)."""
+
+    hsv_h: Fraction = 0.015
+    hsv_s: Fraction = 0.7
+    hsv_v: Fraction = 0.4
+    degrees: NonNegative = 0.0
+    translate: Fraction = 0.1
+    scale: Fraction = 0.5
+    shear: NonNegative = 0.0
+    perspective: Annotated[float, Field(ge=0, le=0.001)] = 0.0
+    flipud: Fraction = 0.0
+    fliplr: Fraction = 0.5
+    mosaic: Fraction = 1.0
+    mixup: Fraction = 0.0
+    close_mosaic: Annotated[int, Field(ge=0)] = 10
+    """The last this many epochs run without mosaic and mixup (capped at a fifth of the epochs)."""
+
+
+class TrainConfig(Settings):
+    """One training: a teacher, a plain student, or (with `DistillConfig`) a distilled one."""
+
+    epochs: Annotated[int, Field(ge=1)] = 60
+    batch: Annotated[int, Field(ge=1)] = 16
+    imgsz: Annotated[int, Field(ge=32)] = 640
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    autoanchor: bool = True
+    freeze: Annotated[int, Field(ge=0)] = 0
+    """Layers 0..freeze-1 are not trained."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many epochs without a better fitness; 0 never stops early."""
+    val_interval: Annotated[int, Field(ge=1)] = 5
+    """Validate every this many epochs and always after the last."""
+    checkpoint_interval: Annotated[int, Field(ge=1)] = 1
+    amp: bool = True
+    workers: Annotated[int, Field(ge=0)] = 1
+    seed: int = 0
+    tensorboard: bool = True
+
+
+class DistillConfig(TrainConfig):
+    """Training against an offline teacher: which losses of the LOSSES table, at which weight."""
+
+    losses: dict[str, NonNegative] = {"obj_kd": 1.0}
+    decay_to: Fraction = 0.1
+    """Distillation weights fall from 1 to this by a cosine over the training."""
+    temperature: Positive = 4.0
+    """Of the `kd` loss."""
+
+
+class ExportConfig(Settings):
+    """What is fixed inside the shipped graph."""
+
+    iou: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    conf: Fraction = 0.25
+    """Not inside the graph: the default threshold that the card carries."""
+    max_det: Annotated[int, Field(ge=1)] = 300
+    candidates: Annotated[int, Field(ge=0)] = 0
+    """Boxes that enter NMS; 0 measures the fewest that cost at most `candidates_tolerance` mAP50-95."""
+    candidates_tolerance: NonNegative = 0.002
+    nms_iterations: Annotated[int, Field(ge=1)] = 8
+    frame: tuple[int, int] | None = None
+    """(height, width) of camera frames: bakes the letterbox into the graph."""
+    opset: Annotated[int, Field(ge=17, le=21)] = 19
+    max_box_error: Positive = 0.05
+    """Pixels; the export fails above it."""
+    max_score_error: Positive = 1e-3
+
+
+class QuantizeConfig(Settings):
+    """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
+
+    flavours: tuple[Literal["fp16", "int8-trt", "int8-cpu"], ...] = ("fp16", "int8-trt", "int8-cpu")
+    calibration_images: Annotated[int, Field(ge=1)] = 128
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    max_map_drop: NonNegative = 0.02
+    """mAP50-95 that a flavour may lose against FP32, measured on the file."""
+
+
+class BuildConfig(Settings):
+    """TensorRT plans, one per precision that passed its gate."""
+
+    backend: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = "auto"
+    targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
+    """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
+    precisions: tuple[Literal["fp32", "fp16", "int8-trt"], ...] = ("fp32", "fp16", "int8-trt")
+    workspace_mib: Annotated[int, Field(ge=1)] = 2048
+
+
+class BenchConfig(Settings):
+    """The measurement: same files, same run, for latency and mAP."""
+
+    latency_samples: Annotated[int, Field(ge=11)] = 200
+    warmup_ms: NonNegative = 200.0
+    accuracy_conf: Fraction = 0.001
+    max_images: Annotated[int, Field(ge=0)] = 0
+    """Validation images to use; 0 takes all."""
+
+
+class TeacherConfig(TrainConfig):
+    """The teacher: a checkpoint used as it is where its classes are the data's, fine-tuned where they are not."""
+
+    weights: Path | None = None
+    scale: ScaleName = "n"
+    """Architecture when there is no checkpoint to start from."""
+    finetune: Literal["auto", "always", "never"] = "auto"
+
+
+class StudentConfig(Settings):
+    scale: ScaleName = "p"
+    weights: Path | None = None
+    """Start from these where shapes agree."""
+
+
+class Recipe(Settings):
+    """The whole pipeline in one file. `imgsz`, `seed` and `device` hold for every stage."""
+
+    name: str = "run"
+    data: Path
+    imgsz: Annotated[int, Field(ge=32, multiple_of=32)] = 640
+    seed: int = 0
+    device: str = "auto"
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    distill: DistillConfig = DistillConfig()
+    export: ExportConfig = ExportConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    build: BuildConfig = BuildConfig()
+    bench: BenchConfig = BenchConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, raw: Any) -> Any:
+        """`imgsz` and `seed` of the recipe are those of its trainings, unless a training names its own."""
+        if not isinstance(raw, dict):
+            return raw
+        shared = {key: raw[key] for key in ("imgsz", "seed") if key in raw}
+        return raw | {
+            stage: shared | raw.get(stage, {})
+            for stage in ("teacher", "distill")
+            if isinstance(raw.get(stage, {}), dict)
+        }
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
+"""Named hyper-parameter tables: `{preset: {"optimizer": {...}, "loss": {...}, "augment": {...}}}`."""
+
+
+def _yolov5_preset(scale: float, mixup: float, lrf: float, cls: float, obj: float) -> dict[str, dict[str, Any]]:
+    return {
+        "optimizer": {
+            "name": "sgd", "lr0": 0.01, "lrf": lrf, "warmup_epochs": 3.0, "warmup_min_iterations": 100,
+            "warmup_bias_lr": 0.1, "schedule": "linear", "nominal_batch": 64, "ema_decay": 0.9999, "ema_ramp": 2000.0,
+        },
+        "loss": {"cls": cls, "obj": obj},
+        "augment": {"scale": scale, "mixup": mixup, "close_mosaic": 0},
+    }  # fmt: skip
+
+
+PRESETS["finetune"] = {"optimizer": {}, "loss": {}, "augment": {}}
+PRESETS["yolov5-low"] = _yolov5_preset(scale=0.5, mixup=0.0, lrf=0.01, cls=0.5, obj=1.0)
+PRESETS["yolov5-med"] = _yolov5_preset(scale=0.9, mixup=0.1, lrf=0.1, cls=0.3, obj=0.7)

@@ -1,0 +1,39 @@
+"""The errors that edgestill raises on purpose.
+
+Every one carries what a reader needs on one line: the value, what was expected, and the remedy.
+The command line prints them and exits with `exit_code`; anything else that escapes is a bug.
+"""
+
+from __future__ import annotations
+
+
+class EdgestillError(Exception):
+    """The work failed: `message` says value and expectation, `hint` says the remedy."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class UsageError(EdgestillError):
+    """The request itself is wrong: an unknown option, key or name, or a combination that cannot be."""
+
+    exit_code = 2
+
+
+class InputError(EdgestillError):
+    """A file or folder that was given is missing, damaged, or of another kind than expected."""
+
+
+class UnavailableError(EdgestillError):
+    """This machine lacks a package, provider, driver or device that the request needs."""
+
+
+class EngineError(EdgestillError):
+    """An engine could not be built, does not match this machine, or failed its integrity check."""
