@@ -75,9 +75,38 @@ class AugmentConfig(Settings):
     """The last this many epochs run without mosaic and mixup (capped at a fifth of the epochs)."""
 
 
+def _yolov5_preset(scale: float, mixup: float, lrf: float, cls: float, obj: float) -> dict[str, dict[str, Any]]:
+    return {
+        "optimizer": {
+            "name": "sgd",
+            "lr0": 0.01,
+            "lrf": lrf,
+            "warmup_epochs": 3.0,
+            "warmup_min_iterations": 100,
+            "warmup_bias_lr": 0.1,
+            "schedule": "linear",
+            "nominal_batch": 64,
+            "ema_decay": 0.9999,
+            "ema_ramp": 2000.0,
+        },
+        "loss": {"cls": cls, "obj": obj},
+        "augment": {"scale": scale, "mixup": mixup, "close_mosaic": 0},
+    }
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "finetune": {"optimizer": {}, "loss": {}, "augment": {}},
+    "yolov5-low": _yolov5_preset(scale=0.5, mixup=0.0, lrf=0.01, cls=0.5, obj=1.0),
+    "yolov5-med": _yolov5_preset(scale=0.9, mixup=0.1, lrf=0.1, cls=0.3, obj=0.7),
+}
+"""Named hyper-parameter tables; what a recipe says beside a preset wins over it."""
+
+
 class TrainConfig(Settings):
     """One training: a teacher, a plain student, or (with `DistillConfig`) a distilled one."""
 
+    preset: Literal["finetune", "yolov5-low", "yolov5-med"] = "finetune"
+    """Where the settings of `optimizer`, `loss` and `augment` start from."""
     epochs: Annotated[int, Field(ge=1)] = 60
     batch: Annotated[int, Field(ge=1)] = 16
     imgsz: Annotated[int, Field(ge=32)] = 640
@@ -96,6 +125,18 @@ class TrainConfig(Settings):
     workers: Annotated[int, Field(ge=0)] = 1
     seed: int = 0
     tensorboard: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, raw: Any) -> Any:
+        """Groups given as plain tables are laid over those of the preset."""
+        preset = PRESETS.get(raw.get("preset", "finetune")) if isinstance(raw, dict) else None
+        if preset is None:
+            return raw
+        laid = {
+            group: table | raw.get(group, {}) for group, table in preset.items() if isinstance(raw.get(group, {}), dict)
+        }
+        return raw | laid
 
 
 class DistillConfig(TrainConfig):
@@ -200,23 +241,3 @@ class Recipe(Settings):
             for stage in ("teacher", "distill")
             if isinstance(raw.get(stage, {}), dict)
         }
-
-
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
-"""Named hyper-parameter tables: `{preset: {"optimizer": {...}, "loss": {...}, "augment": {...}}}`."""
-
-
-def _yolov5_preset(scale: float, mixup: float, lrf: float, cls: float, obj: float) -> dict[str, dict[str, Any]]:
-    return {
-        "optimizer": {
-            "name": "sgd", "lr0": 0.01, "lrf": lrf, "warmup_epochs": 3.0, "warmup_min_iterations": 100,
-            "warmup_bias_lr": 0.1, "schedule": "linear", "nominal_batch": 64, "ema_decay": 0.9999, "ema_ramp": 2000.0,
-        },
-        "loss": {"cls": cls, "obj": obj},
-        "augment": {"scale": scale, "mixup": mixup, "close_mosaic": 0},
-    }  # fmt: skip
-
-
-PRESETS["finetune"] = {"optimizer": {}, "loss": {}, "augment": {}}
-PRESETS["yolov5-low"] = _yolov5_preset(scale=0.5, mixup=0.0, lrf=0.01, cls=0.5, obj=1.0)
-PRESETS["yolov5-med"] = _yolov5_preset(scale=0.9, mixup=0.1, lrf=0.1, cls=0.3, obj=0.7)

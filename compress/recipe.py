@@ -1,0 +1,180 @@
+"""A recipe is a YAML file that says what the pipeline shall do; this module reads, changes and writes it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from compress.config import Recipe
+from runtime.errors import InputError, UsageError
+
+MAX_YAML_BYTES = 1 << 20
+
+
+def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read the recipe at `path` and lay `changes` ("quantize.calibration_images=64") over it.
+
+    Paths in the recipe are relative to its folder. Raises InputError for an unreadable file and UsageError for a
+    key or value that no stage knows, naming the nearest key.
+    """
+    raw = read_yaml(path)
+    for change in changes:
+        raw = with_change(raw, change)
+    recipe = validate(Recipe, raw, origin=path.name)
+    return _with_absolute_paths(recipe, path.resolve().parent)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, read as data: no tags, no aliases, at most 1 MiB."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such recipe", "Write one with `edgestill init`")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size} bytes, expected a recipe of at most {MAX_YAML_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise InputError(f"{path}: YAML aliases are not accepted", "Write the values out")
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = " ".join(str(error).split())
+        raise InputError(f"{path}: not plain YAML ({what})", "Remove tags and fix the syntax") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: holds a {type(raw).__name__}, expected `key: value` lines")
+    return raw
+
+
+def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
+    """`raw` with the one value that `change` ("group.key=value") names replaced."""
+    dotted, equals, text = change.partition("=")
+    if not equals or not dotted:
+        raise UsageError(f"--set {change!r}: expected KEY=VALUE", "For example --set quantize.calibration_images=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {change!r}: the value is not plain YAML") from None
+    head, *rest = dotted.split(".")
+    if not rest:
+        return {**raw, head: value}
+    inner = raw.get(head) or {}
+    if not isinstance(inner, Mapping):
+        raise UsageError(f"--set {change!r}: {head} holds a single value, not a group")
+    return {**raw, head: with_change(inner, f"{'.'.join(rest)}={text}")}
+
+
+def validate(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
+    """`raw` as `model`; a UsageError of one line where it does not fit."""
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{origin}: {_explain(model, first)}") from None
+
+
+def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = list(_group(model, location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        return f"unknown key {key!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key}: {error['input']!r} is not accepted: {error['msg']}"
+
+
+def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
+    for part in location:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    return model
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else (folder / path.expanduser()).resolve()
+
+    return recipe.model_copy(
+        update={
+            "data": absolute(recipe.data),
+            "teacher": recipe.teacher.model_copy(update={"weights": absolute(recipe.teacher.weights)}),
+            "student": recipe.student.model_copy(update={"weights": absolute(recipe.student.weights)}),
+        }
+    )
+
+
+TEMPLATE = """\
+# edgestill recipe: one file from checkpoint and data to engines and a report.
+# Run it with `edgestill run {file}`; run it again and only what changed is done again.
+# Any value can be changed for one run: `--set distill.epochs=30`.
+
+name: {name}
+data: {data}            # data.yaml: path, train, val, names
+imgsz: {imgsz}              # pixels; training, calibration, export and measurement share it
+seed: 0
+device: auto            # auto, cpu, or a GPU number
+
+teacher:                # used as it is where its classes are the data's, fine-tuned where they are not
+  weights: {weights}
+  epochs: {teacher_epochs}
+  batch: 16
+  # preset: finetune    # or yolov5-low, yolov5-med: the original's schedules for large data
+
+student:
+  scale: {student}             # p (smallest), n, s, m, l, x
+
+distill:
+  epochs: {student_epochs}
+  batch: 16
+  losses:               # name: weight
+    obj_kd: 1.0         # objectness-gated soft labels
+    # feat_mse: 6.0     # neck features through an adapter, weighted by the teacher's score
+    # kd: 1.0           # temperature soft labels
+
+export:
+  conf: 0.25            # default threshold of the runtime; the graph itself has none
+  iou: 0.6              # of the NMS inside the graph
+  # frame: [1080, 1920] # bake the letterbox in: camera frame in, boxes in frame pixels out
+
+quantize:
+  flavours: [fp16, int8-trt, int8-cpu]
+  calibration_images: 128
+  max_map_drop: 0.02    # a flavour that loses more mAP50-95 stays out of the bundle
+
+build:
+  targets: [sm86, sm89, sm120]
+
+bench:
+  latency_samples: 200
+"""
+
+
+def recipe_text(
+    *,
+    file: str,
+    name: str,
+    data: str,
+    weights: str | None,
+    student: str,
+    imgsz: int,
+    teacher_epochs: int = 60,
+    student_epochs: int = 80,
+) -> str:
+    """A commented recipe; `weights` None trains the teacher from scratch."""
+    quoted = {"data": _quote(data), "weights": "null" if weights is None else _quote(weights), "name": _quote(name)}
+    return TEMPLATE.format(
+        file=file,
+        student=student,
+        imgsz=imgsz,
+        teacher_epochs=teacher_epochs,
+        student_epochs=student_epochs,
+        **quoted,
+    )
+
+
+def _quote(text: str) -> str:
+    """`text` as a YAML scalar, quoted only where it must be."""
+    return yaml.safe_dump(text, width=10_000, default_flow_style=True).splitlines()[0].removesuffix("...").strip()

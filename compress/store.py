@@ -1,0 +1,157 @@
+"""Stages whose results are kept: fingerprint, manifest, atomic publication, skip when unchanged.
+
+A stage works in `<run>/.work/<stage>-<fingerprint>` and is published by one rename to `<run>/<stage>`. Its manifest
+is the last file written, so a folder with a manifest is complete. A killed run finds its work folder again
+and the stage may continue in it; a changed setting, input or named machine fact gives another fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.files import sha256, write_json
+
+from runtime.errors import EdgestillError
+
+MANIFEST = "stage.json"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a running stage sees: `inputs` to read, `out` the only folder it may write, `report` to say a line."""
+
+    inputs: Mapping[str, Path]
+    out: Path
+    report: Report
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step. `run` returns the figures that the manifest keeps; everything else it leaves in `out`.
+
+    `inputs` are files or folders of earlier stages; `digests` stand for inputs that are not files of a stage (a data
+    set); `facts` are those facts of the machine that change the result.
+    """
+
+    name: str
+    run: Callable[[Work], Mapping[str, Any]]
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`skipped` stages were found done; `seconds` is the time that the work took when it was done."""
+
+    stage: str
+    folder: Path
+    skipped: bool
+    seconds: float
+    figures: Mapping[str, Any]
+    fingerprint: str
+
+
+def fingerprint(stage: Stage) -> str:
+    """sha256 over the stage's name, version, settings, input contents and the facts it names."""
+    identity = {
+        "name": stage.name,
+        "version": stage.version,
+        "config": stage.config,
+        "inputs": {name: content_digest(path) for name, path in stage.inputs.items()},
+        "digests": dict(stage.digests),
+        "facts": dict(stage.facts),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a file, or of every file below a folder; of a stage's file, the one in its manifest."""
+    if path.is_file():
+        return sha256(path)
+    if not path.is_dir():
+        raise EdgestillError(f"{path}: expected an input that an earlier stage wrote", "Run without --until first")
+    lines = [f"{file.relative_to(path)} {sha256(file)}" for file in _files(path)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def execute(stage: Stage, run_folder: Path, *, report: Report, force: bool = False) -> Outcome:
+    """Bring `<run_folder>/<stage.name>` up to date and say what happened."""
+    goal = run_folder / stage.name
+    mark = fingerprint(stage)
+    if not force and (done := _finished(goal, mark)):
+        return _outcome(stage.name, goal, done, skipped=True)
+    work = run_folder / ".work" / f"{stage.name}-{mark[:16]}"
+    if force:
+        shutil.rmtree(work, ignore_errors=True)
+    manifest = _finished(work, mark) or _work(stage, work, mark, report)
+    _publish(work, goal)
+    _drop_stale_work(run_folder / ".work", stage.name)
+    return _outcome(stage.name, goal, manifest, skipped=False)
+
+
+def _work(stage: Stage, work: Path, mark: str, report: Report) -> dict[str, Any]:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgestillError(
+            f"{work}: cannot be made ({error.strerror})", "Choose a writable folder with --out"
+        ) from None
+    start = time.monotonic()
+    figures = dict(stage.run(Work(stage.inputs, work, report)))
+    manifest = {
+        "stage": stage.name,
+        "fingerprint": mark,
+        "version": stage.version,
+        "config": dict(stage.config),
+        "seconds": round(time.monotonic() - start, 3),
+        "figures": figures,
+        "files": {str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
+    }
+    write_json(work / MANIFEST, manifest)
+    return manifest
+
+
+def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
+    """The manifest of a complete folder with this fingerprint, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        complete = manifest["fingerprint"] == mark and all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if complete else None
+
+
+def _publish(work: Path, goal: Path) -> None:
+    """Swap `work` in for `goal`. Killed between the renames, the next run finds `work` complete and goes on."""
+    old = goal.with_name(f".work/{goal.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if goal.exists():
+        goal.rename(old)
+    work.rename(goal)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _drop_stale_work(folder: Path, stage: str) -> None:
+    for stale in folder.glob(f"{stage}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def _outcome(name: str, folder: Path, manifest: Mapping[str, Any], *, skipped: bool) -> Outcome:
+    return Outcome(name, folder, skipped, manifest["seconds"], manifest["figures"], manifest["fingerprint"])
