@@ -1,0 +1,174 @@
+"""In: a dataset or samples. Out: batches as uint8 tensors with YOLO targets, in an order that is the same everywhere.
+
+Batches are made by threads, not processes: OpenCV releases the interpreter lock, decoded images are shared without
+copies, and neither /dev/shm nor pickling can fail. The number of workers never changes a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress.data import augment
+from compress.data.dataset import TrainDataset, read_resized, to_chw_rgb
+from compress.data.index import Sample
+from runtime.image import letterbox
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Batch(NamedTuple):
+    """images uint8 (B, 3, S, S) RGB; targets float32 (nt, 6) [image in batch, class, cx, cy, w, h] normalised."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: tuple[int, ...]
+
+
+class ValBatch(NamedTuple):
+    """A validation batch; all per-image fields are in batch order.
+
+    images uint8 (B, 3, H, W) RGB; targets as in `Batch`. `gains` is resized height / original height, `pads_wh` the
+    float letterbox pad in pixels: together they lead back to the original image of `sizes_hw`.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    gains: tuple[float, ...]
+    pads_wh: tuple[tuple[float, float], ...]
+    sizes_hw: tuple[tuple[int, int], ...]
+
+
+def train_batches(
+    dataset: TrainDataset,
+    *,
+    batch: int,
+    epoch: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    augment_mosaic: bool = True,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """The batches of one epoch from number `start` on.
+
+    `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
+    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; where it has fewer
+    images than there are ranks it is filled up from its own images, so that no rank is left without work.
+    """
+    slices = rank_slices(epoch_order(dataset.seed, epoch, len(dataset)), batch=batch, rank=rank, world=world)
+
+    def make(indices: NDArray[np.int64]) -> Batch:
+        items = [dataset.item(epoch, int(index), mosaic=augment_mosaic) for index in indices]
+        return Batch(*_stack(items), tuple(indices.tolist()))
+
+    yield from map_ahead(make, slices[start:], workers)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of images in an epoch: a permutation that depends on (seed, epoch) alone."""
+    return np.random.default_rng([seed % 2**64, epoch]).permutation(count)
+
+
+def rank_slices(order: NDArray[np.int64], *, batch: int, rank: int, world: int) -> list[NDArray[np.int64]]:
+    """What one rank takes of each global batch."""
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    if batches and len(batches[-1]) < world:
+        batches[-1] = np.resize(batches[-1], world)
+    return [np.array_split(whole, world)[rank] for whole in batches]
+
+
+def batch_count(count: int, batch: int) -> int:
+    return math.ceil(count / batch)
+
+
+def val_batches(
+    samples: Sequence[Sample],
+    *,
+    imgsz: int,
+    batch: int,
+    rect: bool = True,
+    pad: float = 0.5,
+    stride: int = 32,
+    workers: int = 0,
+) -> Iterator[ValBatch]:
+    """Every sample once: in rectangular batches of like aspect ratio, or square in the given order.
+
+    Small images are not enlarged beyond `imgsz`; shrinking averages areas.
+    """
+    order, shapes = rect_batches(samples, imgsz, batch, pad, stride) if rect else _square(samples, imgsz, batch)
+    jobs = [(order[i * batch : (i + 1) * batch], shape) for i, shape in enumerate(shapes)]
+    yield from map_ahead(lambda job: _val_batch(samples, imgsz, *job), jobs, workers)
+
+
+def rect_batches(
+    samples: Sequence[Sample], imgsz: int, batch: int, pad: float, stride: int = 32
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Sample order by height/width ascending (ties as given) and the (height, width) of each batch."""
+    ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])
+    order = np.argsort(ratios, kind="stable")
+    groups = [ratios[order[i : i + batch]] for i in range(0, len(order), batch)]
+    return order.tolist(), [_rect_shape(group, imgsz, pad, stride) for group in groups]
+
+
+def _rect_shape(ratios: NDArray[np.float64], imgsz: int, pad: float, stride: int) -> tuple[int, int]:
+    lowest, highest = ratios.min(), ratios.max()
+    shape = (highest, 1.0) if highest < 1 else (1.0, 1 / lowest) if lowest > 1 else (1.0, 1.0)
+    height, width = (math.ceil(side * imgsz / stride + pad) * stride for side in shape)
+    return height, width
+
+
+def _square(samples: Sequence[Sample], imgsz: int, batch: int) -> tuple[list[int], list[tuple[int, int]]]:
+    return list(range(len(samples))), [(imgsz, imgsz)] * batch_count(len(samples), batch)
+
+
+def _val_batch(samples: Sequence[Sample], imgsz: int, indices: Sequence[int], shape_hw: tuple[int, int]) -> ValBatch:
+    own = tuple(samples[index] for index in indices)
+    items, gains, pads = zip(*(_val_item(sample, imgsz, shape_hw) for sample in own), strict=True)
+    return ValBatch(*_stack(items), tuple(indices), own, gains, pads, tuple(sample.size_hw for sample in own))
+
+
+def _val_item(
+    sample: Sample, imgsz: int, shape_hw: tuple[int, int]
+) -> tuple[tuple[augment.Picture, NDArray[np.float32]], float, tuple[float, float]]:
+    """((image, labels), gain, pad) of one sample. An image that cannot be read is an error: mAP must not skip it."""
+    image = read_resized(sample, imgsz, linear=False)
+    height, width = image.shape[:2]
+    framed = letterbox(image, shape_hw, auto=False, scale_up=False)
+    boxes = augment.to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
+    labels = augment.to_normalised(boxes, shape_hw[1], shape_hw[0])
+    return (to_chw_rgb(framed.image), labels), height / sample.size_hw[0], framed.pad_wh
+
+
+def _stack(items: Iterable[tuple[augment.Picture, NDArray[np.float32]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*items, strict=True)
+    rows = [np.insert(own, 0, image, axis=1) for image, own in enumerate(labels)]
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
+
+
+def map_ahead(function: Callable[[A], B], jobs: Iterable[A], workers: int) -> Iterator[B]:
+    """`map` in order, with `workers` threads running up to `workers + 1` jobs ahead; 0 runs in the caller."""
+    if workers <= 0:
+        yield from map(function, jobs)
+        return
+    remaining = iter(jobs)
+    with ThreadPoolExecutor(workers, thread_name_prefix="data") as pool:
+        running: deque[Future[B]] = deque(pool.submit(function, job) for job in islice(remaining, workers + 1))
+        try:
+            while running:
+                result = running.popleft().result()
+                running.extend(pool.submit(function, job) for job in islice(remaining, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
