@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.config import LossConfig
+from compress.losses.detection import DetectionLoss, assign_targets, level_balance
+from runtime.errors import UsageError
+
+STRIDES = (8, 16, 32)
+COLUMNS = {"b": "image", "a": "anchor", "gj": "row", "gi": "column", "tcls": "class_id", "tbox": "box"}
+VARIANTS = {
+    "imgsz320": (LossConfig(), 320),
+    "label_smoothing_0.1": (LossConfig(label_smoothing=0.1), 640),
+    "fl_gamma_1.5": (LossConfig(fl_gamma=1.5), 640),
+    "cls_pw_0.5_obj_pw_0.67": (LossConfig(cls_pw=0.5, obj_pw=0.67), 640),
+    "anchor_t_2.5": (LossConfig(anchor_t=2.5), 640),
+    "no_targets": (LossConfig(), 640),
+}
+
+
+def _head(batch=2, nc=3, size=64, seed=0, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(batch, 3, size // s, size // s, 5 + nc, generator=generator) * scale).to(dtype).requires_grad_()
+        for s in STRIDES
+    ]
+
+
+def _targets(batch=2, nc=3, count=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.arange(count) % batch
+    classes = torch.arange(count) % nc
+    centres = torch.rand(count, 2, generator=generator)
+    sizes = torch.rand(count, 2, generator=generator) * 0.5 + 0.05
+    return torch.cat((image[:, None], classes[:, None], centres, sizes), 1)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_assigned_rows_and_their_order_equal_the_reference(train_reference, anchors_grid, level):
+    size_hw = tuple(train_reference.raw[level].shape[2:4])
+    rows = assign_targets(train_reference.targets, anchors_grid[level], size_hw, 4.0).positives()
+    for name, field in COLUMNS.items():
+        expected = torch.from_numpy(train_reference.arrays[f"assign_P{level + 3}_{name}"])
+        assert torch.equal(getattr(rows, field), expected), field
+
+
+def test_loss_and_parts_equal_the_reference(train_reference, anchors_grid):
+    total, parts = DetectionLoss(anchors_grid, STRIDES, 80)(train_reference.raw, train_reference.targets)
+    figures = train_reference.figures["A_default_hyp_imgsz640"]
+    assert total.item() == pytest.approx(figures["total"], rel=1e-6)
+    assert parts.tolist() == pytest.approx([figures["box"], figures["obj"], figures["cls"]], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_setting_of_the_loss_equals_the_reference(train_reference, anchors_grid, name):
+    config, imgsz = VARIANTS[name]
+    targets = train_reference.targets[:0] if name == "no_targets" else train_reference.targets
+    total, parts = DetectionLoss(anchors_grid, STRIDES, 80, config, imgsz)(train_reference.raw, targets)
+    figures = train_reference.figures["loss_variants_on_stored_train_raw"][name]
+    assert total.item() == pytest.approx(figures["total"], rel=2e-6)
+    assert parts.tolist() == pytest.approx([figures["box"], figures["obj"], figures["cls"]], rel=2e-6)
+
+
+def test_anchors_and_strides_must_name_as_many_levels(anchors_grid):
+    with pytest.raises(UsageError, match="3 levels of anchors but 2 strides"):
+        DetectionLoss(anchors_grid, (8, 16), 80)
+
+
+def test_objectness_balance_depends_on_the_number_of_levels():
+    assert level_balance(3) == (4.0, 1.0, 0.4)
+    assert level_balance(4) == (4.0, 1.0, 0.25, 0.06)
+
+
+def test_a_batch_without_objects_still_teaches_background(anchors_grid):
+    raw = _head()
+    total, parts = DetectionLoss(anchors_grid, STRIDES, 3)(raw, torch.zeros(0, 6))
+    total.backward()
+    assert parts[0] == 0
+    assert parts[2] == 0
+    for level in raw:
+        assert (level.grad[..., 4] > 0).all()
+        assert not level.grad[..., :4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps_give_the_float32_loss_of_the_same_values(anchors_grid, dtype):
+    raw = _head(dtype=dtype)
+    loss = DetectionLoss(anchors_grid, STRIDES, 3)
+    total, _ = loss(raw, _targets())
+    assert total.dtype == torch.float32
+    assert torch.equal(total, loss([level.float() for level in raw], _targets())[0])
+    total.backward()
+    assert all(level.grad.dtype == dtype and level.grad.isfinite().all() for level in raw)
+
+
+@pytest.mark.parametrize("logit", [50.0, -50.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+def test_saturated_logits_give_a_finite_loss_and_gradient(anchors_grid, logit, gamma):
+    raw = [torch.full_like(level, logit).requires_grad_() for level in _head()]
+    total, _ = DetectionLoss(anchors_grid, STRIDES, 3, LossConfig(fl_gamma=gamma))(raw, _targets())
+    total.backward()
+    assert total.isfinite()
+    assert all(level.grad.isfinite().all() for level in raw)
+
+
+def test_a_degenerate_label_changes_nothing(anchors_grid):
+    raw, targets = _head(), _targets()
+    loss = DetectionLoss(anchors_grid, STRIDES, 3)
+    point = torch.tensor([[0, 0, 0.5, 0.5, 0.0, 0.0]])
+    total, _ = loss(raw, torch.cat((targets, point)))
+    total.backward()
+    assert torch.allclose(total, loss(raw, targets)[0])
+    assert all(level.grad.isfinite().all() for level in raw)
+
+
+def test_parts_do_not_depend_on_the_batch_size_and_the_total_grows_with_it(anchors_grid):
+    raw, targets = _head(), _targets()
+    loss = DetectionLoss(anchors_grid, STRIDES, 3)
+    total, parts = loss(raw, targets)
+    shifted = targets + torch.tensor([2.0, 0, 0, 0, 0, 0])
+    doubled, doubled_parts = loss([torch.cat((level, level)) for level in raw], torch.cat((targets, shifted)))
+    assert torch.allclose(parts, doubled_parts, rtol=1e-5)
+    assert torch.allclose(doubled, 2 * total, rtol=1e-5)
+
+
+def test_one_class_has_no_class_loss(anchors_grid):
+    _, parts = DetectionLoss(anchors_grid, STRIDES, 1)(_head(nc=1), _targets(nc=1))
+    assert parts[2] == 0
+    assert (parts[:2] > 0).all()
+
+
+def test_the_last_of_two_objects_in_one_cell_sets_its_objectness(anchors_grid):
+    raw = [torch.zeros(1, 3, 8 // k, 8 // k, 8) for k in (1, 2, 4)]
+    near = torch.tensor([0, 0, 0.55, 0.55, 0.2, 0.2])
+    far = torch.tensor([0, 1, 0.56, 0.56, 0.5, 0.16])
+    loss = DetectionLoss(anchors_grid, STRIDES, 3)
+    first = loss(raw, torch.stack((near, far)))[1][1]
+    second = loss(raw, torch.stack((far, near)))[1][1]
+    assert first != second
+
+
+def test_perfect_predictions_have_no_box_loss(anchors_grid):
+    """The centre cell's own copy can be met exactly: decode of zero logits is centre 0.5 and the anchor's size."""
+    wh = anchors_grid[1, 0] / 4
+    targets = torch.tensor([[0, 0, 2.5 / 4, 2.5 / 4, wh[0], wh[1]]])
+    raw = [torch.zeros(1, 3, 8 // k, 8 // k, 8) for k in (1, 2, 4)]
+    loss = DetectionLoss(anchors_grid, STRIDES, 3, LossConfig(anchor_t=1.0001))
+    _, parts = loss(raw, targets)
+    assert parts[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_loss_needs_no_answer_from_the_device(anchors_grid):
+    """On the meta device every read of a value fails: shapes alone must carry the whole forward pass."""
+    loss = DetectionLoss(anchors_grid, STRIDES, 3).to("meta")
+    total, parts = loss([level.detach().to("meta") for level in _head()], _targets().to("meta"))
+    assert total.shape == ()
+    assert parts.shape == (3,)
