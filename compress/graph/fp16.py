@@ -1,0 +1,144 @@
+"""Body-only FP16: everything from the stem to the detect convolutions, nothing else.
+
+Preprocessing, decode and NMS stay FP32: an FP16 decode alone moves boxes by 0.23 px at 640. One cast enters the
+body and one leaves each detect convolution.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from compress.graph.walk import Walk, sort_topologically
+from runtime.errors import EdgestillError
+
+_NOT_CAST = ("QuantizeLinear", "Shape", "Constant")
+
+
+def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of `model` whose body computes in FP16; its inputs and outputs keep their types.
+
+    Raises `EdgestillError` when the graph has no convolution or a weight is beyond FP16's 65504.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    _raise_opset_for_quantised(result)
+    walk = Walk(result.graph)
+    if not walk.convs:
+        raise EdgestillError("the graph has no convolution to convert to FP16", "give an exported YOLOv5 graph")
+    body = walk.body
+    _convert_constants(result.graph, walk, body)
+    casts = [*_casts_in(walk, body), *_casts_out(result.graph, walk, body)]
+    result.graph.node.extend(casts)
+    sort_topologically(result.graph)
+    del result.graph.value_info[:]
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def _raise_opset_for_quantised(model: onnx.ModelProto) -> None:
+    """FP16 scales of QuantizeLinear need opset 19."""
+    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if quantised and version < 19:
+        model.CopyFrom(onnx.version_converter.convert_version(model, 19))
+
+
+def _is_resize_setting(node: onnx.NodeProto, position: int) -> bool:
+    """Region, scales and sizes of Resize are no data: ONNX wants them as they are."""
+    return node.op_type == "Resize" and position > 0
+
+
+def _convert_constants(graph: onnx.GraphProto, walk: Walk, body: frozenset[int]) -> None:
+    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    outputs = {value.name for value in graph.output}
+    for name, tensor in tensors.items():
+        readers = walk.consumers.get(name, [])
+        wanted = [(walk.nodes[i], at) for i in readers if i in body for at in _positions(walk.nodes[i], name)]
+        if not wanted:
+            continue
+        shared = len(wanted) < sum(list(walk.nodes[i].input).count(name) for i in readers)
+        half = _to_half(tensor, f"{name}.fp16" if shared or name in outputs else name)
+        if half.name == name:
+            tensor.CopyFrom(half)
+            continue
+        graph.initializer.append(half)
+        for node, at in wanted:
+            node.input[at] = half.name
+    for i in body:
+        _convert_constant_node(walk.nodes[i])
+
+
+def _positions(node: onnx.NodeProto, name: str) -> list[int]:
+    return [at for at, value in enumerate(node.input) if value == name and not _is_resize_setting(node, at)]
+
+
+def _convert_constant_node(node: onnx.NodeProto) -> None:
+    for attribute in node.attribute if node.op_type == "Constant" else ():
+        if attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
+            attribute.t.CopyFrom(_to_half(attribute.t, attribute.t.name))
+
+
+def _to_half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    values = numpy_helper.to_array(tensor)
+    if values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise EdgestillError(
+            f"{tensor.name!r} holds {np.abs(values).max():.3g}, beyond FP16's 65504", "leave fp16 out of the flavours"
+        )
+    return numpy_helper.from_array(values.astype(np.float16), name)
+
+
+def _casts_in(walk: Walk, body: frozenset[int]) -> list[onnx.NodeProto]:
+    """One cast for each tensor that enters; every reader in the body then reads the cast."""
+    entering: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for i in sorted(body):
+        node = walk.nodes[i]
+        for at, name in enumerate(node.input):
+            if name and _enters(walk, body, node, at, name):
+                entering.setdefault(name, []).append((node, at))
+    casts = []
+    for name, readers in entering.items():
+        half = f"{name}.to_fp16"
+        casts.append(helper.make_node("Cast", [name], [half], name=half, to=TensorProto.FLOAT16))
+        for node, at in readers:
+            node.input[at] = half
+    return casts
+
+
+def _enters(walk: Walk, body: frozenset[int], node: onnx.NodeProto, at: int, name: str) -> bool:
+    if name in walk.initializers or name.endswith(".fp16") or _is_resize_setting(node, at):
+        return False
+    if name not in walk.producer:
+        return True
+    maker = walk.producer[name]
+    return maker not in body and walk.nodes[maker].op_type not in ("Constant", "Shape", "Gather", "QuantizeLinear")
+
+
+def _casts_out(graph: onnx.GraphProto, walk: Walk, body: frozenset[int]) -> list[onnx.NodeProto]:
+    """One cast for each body tensor that is read outside, or that is an output of the graph."""
+    published = {value.name for value in graph.output}
+    casts = []
+    for i in sorted(body):
+        node = walk.nodes[i]
+        for at, name in enumerate(node.output):
+            outside = [j for j in walk.consumers.get(name, ()) if j not in body]
+            if node.op_type in _NOT_CAST or not (outside or name in published):
+                continue
+            casts.append(_cast_out(walk, body, node, at, outside, name in published))
+    return casts
+
+
+def _cast_out(
+    walk: Walk, body: frozenset[int], node: onnx.NodeProto, at: int, outside: list[int], published: bool
+) -> onnx.NodeProto:
+    """A graph output keeps its name, so there the body's own tensor is renamed; elsewhere the cast has the new name."""
+    name = node.output[at]
+    half, full = (f"{name}.fp16_value", name) if published else (name, f"{name}.to_fp32")
+    readers = [j for j in walk.consumers.get(name, ()) if j in body] if published else outside
+    for j in readers:
+        for position, value in enumerate(walk.nodes[j].input):
+            if value == name:
+                walk.nodes[j].input[position] = half if published else full
+    node.output[at] = half
+    return helper.make_node("Cast", [half], [full], name=f"{name}.to_fp32", to=TensorProto.FLOAT)

@@ -1,0 +1,75 @@
+"""What comes before the trunk: camera bytes become the tensor that the stem convolution reads.
+
+`Cast` is always the first operator: TensorRT refuses `Transpose` on uint8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.graph.builder import FLOAT, GraphBuilder
+
+FILL = 114.0
+"""Grey of the letterbox border, in the scale of the bytes."""
+
+
+@dataclass(frozen=True)
+class LetterboxGeometry:
+    """Where a frame lands on the canvas (letterbox of YOLOv5: scale to fit, split the border, odd pixel to the end)."""
+
+    frame_hw: tuple[int, int]
+    canvas_hw: tuple[int, int]
+
+    @property
+    def gain(self) -> float:
+        return min(c / f for c, f in zip(self.canvas_hw, self.frame_hw, strict=True))
+
+    @property
+    def resized_hw(self) -> tuple[int, int]:
+        height, width = (round(side * self.gain) for side in self.frame_hw)
+        return height, width
+
+    @property
+    def pad_wh(self) -> tuple[float, float]:
+        """Half of the missing columns and rows, unrounded: what un-letterboxing subtracts."""
+        (canvas_h, canvas_w), (height, width) = self.canvas_hw, self.resized_hw
+        return (canvas_w - width) / 2, (canvas_h - height) / 2
+
+    @property
+    def borders(self) -> tuple[int, int, int, int]:
+        """Top, bottom, left and right border in pixels."""
+        dw, dh = self.pad_wh
+        return round(dh - 0.1), round(dh + 0.1), round(dw - 0.1), round(dw + 0.1)
+
+
+def canvas_head(builder: GraphBuilder, source: str) -> str:
+    """uint8 BGR (1,S,S,3) -> float32 BGR 0..255 (1,3,S,S)."""
+    floats = builder.op("Cast", source, name="canvas.float", to=FLOAT)
+    return builder.op("Transpose", floats, name="canvas.nchw", perm=[0, 3, 1, 2])
+
+
+def frame_head(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) -> str:
+    """uint8 BGR (1,H,W,3) -> letterboxed float32 BGR 0..255 (1,3,S,S), within one level of cv2's bilinear letterbox."""
+    pixels = canvas_head(builder, source)
+    if geometry.resized_hw != geometry.frame_hw:
+        sizes = builder.ints("letterbox.sizes", [1, 3, *geometry.resized_hw])
+        pixels = builder.op(
+            "Resize", pixels, "", "", sizes,
+            name="letterbox.resized", mode="linear", coordinate_transformation_mode="half_pixel",
+        )  # fmt: skip
+        pixels = builder.op("Round", pixels, name="letterbox.rounded")
+    top, bottom, left, right = geometry.borders
+    if any(geometry.borders):
+        pads = builder.ints("letterbox.pads", [0, 0, top, left, 0, 0, bottom, right])
+        fill = builder.floats("letterbox.fill", FILL)
+        pixels = builder.op("Pad", pixels, pads, fill, name="letterbox.canvas", mode="constant")
+    return pixels
+
+
+def rgb_unit(builder: GraphBuilder, pixels: str) -> str:
+    """BGR 0..255 -> RGB 0..1, for stems into whose weights it cannot be folded."""
+    order = builder.ints("rgb.order", [2, 1, 0])
+    rgb = builder.op("Gather", pixels, order, name="rgb.pixels", axis=1)
+    return builder.op("Mul", rgb, builder.floats("rgb.scale", np.float32(1.0) / np.float32(255.0)), name="rgb.unit")

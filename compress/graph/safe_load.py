@@ -1,0 +1,172 @@
+"""Read an ONNX file that may come from anyone.
+
+Parsing, checking and planning ONNX have crashed and exhausted memory in ways no checker foresees (zero strides,
+deep local functions, 85-byte bombs). So the bytes go first through a child process with limits on memory and time,
+which applies our own list of operators, the full checker, and ONNX Runtime's loader. Only bytes that the child
+survived are parsed here, and they are the same bytes: the file is read once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from runtime.errors import EdgestillError, InputError
+
+MAX_BYTES = 1 << 30
+MAX_NODES = 20_000
+MAX_ELEMENTS = 1 << 28
+"""Of one declared tensor."""
+
+_MEMORY_BYTES = 6 << 30
+_CPU_SECONDS = 120
+_REMEDY = "give a model.onnx that `edgestill export` wrote"
+_MODULE = "compress.graph.safe_load"
+
+ALLOWED = frozenset(
+    """
+    Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear Div Equal Exp
+    Expand Flatten Floor Gather GatherElements GatherND GlobalAveragePool Greater GreaterOrEqual HardSigmoid
+    HardSwish Identity LeakyRelu Less LessOrEqual MatMul Max MaxPool Min Mul Neg Not Or Pad Pow QuantizeLinear
+    Range ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize Round Shape Sigmoid Slice Softmax Softplus
+    Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where
+    """.split()
+)
+"""Operators of detectors and of our own rewrites. Loops, subgraphs, custom domains and NonMaxSuppression are not here."""
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The model in `path`, after a limited child process has judged it. Raises `InputError` with one line."""
+    data = _read_bytes(path)
+    verdict = _judge(data)
+    if verdict:
+        raise InputError(f"{path.name} is not an ONNX model that edgestill can use: {verdict}", _REMEDY)
+    return onnx.ModelProto.FromString(data)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise InputError(
+                f"{path.name} has {size} bytes; ONNX models of up to {MAX_BYTES} are read", "give a smaller model"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "give an existing .onnx file") from error
+
+
+def _judge(data: bytes) -> str:
+    """Empty when the child accepted the bytes, else its reason."""
+    command = [sys.executable, "-m", _MODULE]
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=2 * _CPU_SECONDS, cwd=root, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return f"loading it takes more than {2 * _CPU_SECONDS} s"
+    if done.returncode == 0:
+        return ""
+    lines = done.stdout.decode(errors="replace").strip().splitlines()
+    if done.returncode == 1 and lines:
+        return lines[-1]
+    cause = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
+    return f"loading it ended the child process ({cause}: a crash, or more memory or time than allowed)"
+
+
+def problems(model: onnx.ModelProto) -> Iterator[str]:
+    """What keeps a parsed model from being used, cheapest first."""
+    graph = model.graph
+    if not graph.node:
+        yield "it has no nodes"
+    if model.functions:
+        yield f"it defines {len(model.functions)} local functions"
+    if len(graph.node) > MAX_NODES:
+        yield f"it has {len(graph.node)} nodes, more than {MAX_NODES}"
+    if len(graph.sparse_initializer) or len(model.training_info):
+        yield "it holds sparse tensors or training graphs"
+    for node in graph.node:
+        yield from _node_problems(node)
+    for tensor in [*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))]:
+        yield from _tensor_problems(tensor)
+
+
+def _node_problems(node: onnx.NodeProto) -> Iterator[str]:
+    if node.domain not in ("", "ai.onnx"):
+        yield f"operator {node.op_type!r} is of domain {node.domain!r}"
+    elif node.op_type not in ALLOWED:
+        yield f"operator {node.op_type!r} is not allowed"
+    for attribute in node.attribute:
+        if attribute.HasField("g") or attribute.graphs:
+            yield f"{node.op_type!r} holds a subgraph"
+        if (
+            attribute.name in ("strides", "dilations", "kernel_shape", "group")
+            and min((attribute.i or 1, *attribute.ints)) < 1
+        ):
+            yield f"{node.op_type!r} has {attribute.name} below 1"
+
+
+def _tensor_problems(tensor: onnx.TensorProto) -> Iterator[str]:
+    elements = 1
+    for side in tensor.dims:
+        elements *= max(side, 0)
+    if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        yield f"tensor {tensor.name!r} lies in another file"
+    if elements > MAX_ELEMENTS or any(side < 0 for side in tensor.dims):
+        yield f"tensor {tensor.name!r} declares shape {list(tensor.dims)}"
+
+
+def _limit() -> None:
+    import resource  # POSIX only: elsewhere the child still keeps a crash away from the caller
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _load(data: bytes) -> str:
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError:
+        return "its bytes are no ONNX model"
+    for problem in problems(model):
+        return problem
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        return f"the checker says: {' '.join(str(error).split())[:200]}"
+    return _open_session(data)
+
+
+def _open_session(data: bytes) -> str:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no other base
+        return f"ONNX Runtime says: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def _main() -> int:
+    _limit()
+    try:
+        verdict = _load(sys.stdin.buffer.read(MAX_BYTES + 1))
+    except MemoryError:
+        verdict = f"loading it takes more than {_MEMORY_BYTES >> 30} GiB"
+    except EdgestillError as error:
+        verdict = error.message
+    print(verdict)
+    return 1 if verdict else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

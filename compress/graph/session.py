@@ -1,0 +1,29 @@
+"""Run a graph through ONNX Runtime on the CPU, and read tensors inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import onnxruntime
+
+_ERRORS_ONLY = 3
+
+
+def open_session(model: onnx.ModelProto, *, threads: int = 0, optimise: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession`. Without `optimise` the graph runs as written (see `qdq`)."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def exposing(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy of `model` that also returns these inner tensors."""
+    result = onnx.shape_inference.infer_shapes(model)
+    known = {value.name: value for value in result.graph.value_info}
+    result.graph.output.extend(known[name] for name in tensors)
+    return result
