@@ -1,0 +1,32 @@
+"""Which device a request means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from runtime.errors import UnavailableError, UsageError
+
+
+def pick_device(request: str) -> torch.device:
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, or YOLOv5's plain number `0`.
+
+    Errors: UsageError for another word, UnavailableError for a GPU that is not here.
+    """
+    if request == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{request}" if request.isdigit() else request
+    if name != "cpu" and not (name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())):
+        raise UsageError(f"device {request!r} is not known", "use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(
+            f"device {request!r} is not here: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu"
+        )
+    return device
+
+
+def settle(device: torch.device) -> Callable[[], None]:
+    """Waits until the device has done what was queued; nothing to wait for on a CPU."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None

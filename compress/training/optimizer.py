@@ -1,0 +1,72 @@
+"""Parameter groups and optimisers as YOLOv5 v6.2 and later have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.config import OptimizerConfig
+from compress.training.schedule import BIASES, NORMS, WEIGHTS, Rates
+
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
+    """All parameters by role: biases, weights, normalisation weights (that order).
+
+    Frozen parameters are in the groups too: they get no gradient, so no optimiser touches them, and the groups (hence
+    a saved optimiser state) do not depend on what is frozen.
+    """
+    groups: list[list[nn.Parameter]] = [[], [], []]
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            groups[_role(owner, name)].append(parameter)
+    return groups
+
+
+def _role(owner: nn.Module, name: str) -> int:
+    if name == "bias":
+        return BIASES
+    return NORMS if isinstance(owner, _NORMALISATIONS) else WEIGHTS
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, weight_decay: float) -> torch.optim.Optimizer:
+    """Nesterov SGD, Adam or AdamW over the three groups; only `WEIGHTS` decays.
+
+    `weight_decay` is the already scaled one (`Schedule.weight_decay`).
+    """
+    groups: list[dict[str, Any]] = [{"params": group, "weight_decay": 0.0} for group in parameter_groups(module)]
+    groups[WEIGHTS]["weight_decay"] = weight_decay
+    betas = (config.momentum, 0.999)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr0, momentum=config.momentum, nesterov=True, fused=True)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, lr=config.lr0, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr0, betas=betas, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+    """Write the learning rate of each group, and the momentum where the optimiser has one (SGD)."""
+    for group, lr in zip(optimizer.param_groups, rates.lr, strict=True):
+        group["lr"] = lr
+        if "momentum" in group:
+            group["momentum"] = rates.momentum
+
+
+def freeze(layers: nn.Module, count: int) -> None:
+    """Stop training the first `count` children; their normalisation statistics still move, as in YOLOv5."""
+    for parameter in _leading_parameters(layers, count):
+        parameter.requires_grad_(False)
+
+
+def _leading_parameters(layers: nn.Module, count: int) -> Iterator[nn.Parameter]:
+    for index, layer in enumerate(layers.children()):
+        if index < count:
+            yield from layer.parameters()
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

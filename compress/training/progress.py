@@ -1,0 +1,88 @@
+"""What a person sees of a training: one moving bar on a terminal, one plain line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Protocol
+
+Report = Callable[[str], None]
+"""Takes one line for the person who waits."""
+
+
+class Progress(Protocol):
+    """Follows the batches of one training; used as a context manager."""
+
+    def epoch(self, number: int, batches: int) -> None:
+        """Epoch `number` (from 1) begins; it has this many batches."""
+
+    def batch(self, losses: Mapping[str, float] | None) -> None:
+        """One batch is done; `losses` are the means so far, where they are known without waiting for a device."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Silent:
+    """No bar: the epoch lines are all there is to see (a log file, or a process that is not the first)."""
+
+    def epoch(self, number: int, batches: int) -> None: ...
+
+    def batch(self, losses: Mapping[str, float] | None) -> None: ...
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Bar:
+    """A rich bar over the batches of the running epoch."""
+
+    def __init__(self, epochs: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._epochs = epochs
+        self._rich = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"), console=Console(file=sys.stdout), transient=True,
+        )  # fmt: skip
+        self._task = self._rich.add_task("", losses="")
+
+    def epoch(self, number: int, batches: int) -> None:
+        self._rich.reset(self._task, total=batches, description=f"epoch {number}/{self._epochs}")
+
+    def batch(self, losses: Mapping[str, float] | None) -> None:
+        text = {"losses": "  ".join(f"{name} {value:.4f}" for name, value in losses.items())} if losses else {}
+        self._rich.update(self._task, advance=1, **text)
+
+    def __enter__(self) -> Bar:
+        self._rich.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rich.stop()
+
+
+def open_progress(epochs: int, *, shown: bool) -> Progress:
+    """The bar where there is a terminal to move it on and this process is the one that shows."""
+    return Bar(epochs) if shown and sys.stdout.isatty() else Silent()
+
+
+def epoch_line(record: Mapping[str, float], epochs: int, seconds: float, images: int) -> str:
+    """One epoch in one line: losses, accuracy where measured, speed. `record` is a row of results.csv."""
+    losses = "  ".join(
+        f"{key.removeprefix('train/').removesuffix('_loss')} {value:.4f}"
+        for key, value in record.items()
+        if key.startswith("train/")
+    )
+    measured = ""
+    if "metrics/mAP_0.5" in record:
+        measured = f"  mAP50 {record['metrics/mAP_0.5']:.4f}  mAP50-95 {record['metrics/mAP_0.5:0.95']:.4f}"
+    return f"epoch {int(record['epoch']) + 1}/{epochs}  {losses}{measured}  {images / max(seconds, 1e-9):.1f} images/s"

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from compress.training.progress import Silent, epoch_line, open_progress
+from compress.training.timing import Stopwatch, timed_items
+
+
+def test_an_epoch_is_one_line_with_losses_accuracy_and_speed() -> None:
+    record = {"epoch": 4.0, "train/box_loss": 0.05, "metrics/mAP_0.5": 0.9, "metrics/mAP_0.5:0.95": 0.6}
+    assert epoch_line(record, 10, 2.0, 50) == "epoch 5/10  box 0.0500  mAP50 0.9000  mAP50-95 0.6000  25.0 images/s"
+
+
+def test_an_epoch_without_validation_shows_no_accuracy() -> None:
+    assert "mAP" not in epoch_line({"epoch": 0.0, "train/box_loss": 0.05}, 10, 2.0, 50)
+
+
+def test_no_bar_where_there_is_no_terminal(capsys) -> None:
+    with open_progress(3, shown=True) as progress:
+        progress.epoch(1, 2)
+        progress.batch({"box": 1.0})
+    assert isinstance(progress, Silent)
+    assert capsys.readouterr().out == ""
+
+
+def test_spans_of_the_same_name_add_up() -> None:
+    ticks = iter([0.0, 1.0, 5.0, 7.0])
+    watch = Stopwatch(clock=lambda: next(ticks))
+    for _ in range(2):
+        with watch.span("forward"):
+            pass
+    assert watch.seconds == {"forward": 3.0}
+
+
+def test_waiting_for_items_is_timed_and_changes_none() -> None:
+    ticks = iter(float(n) for n in range(100))
+    watch = Stopwatch(clock=lambda: next(ticks))
+    assert list(timed_items("abc", watch.span, "data")) == ["a", "b", "c"]
+    assert watch.seconds["data"] == 4.0  # three items and the end

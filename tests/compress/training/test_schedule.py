@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress.config import PRESETS, AugmentConfig, OptimizerConfig
+from compress.training.schedule import Schedule, blend, distill_factor, mosaic_epochs
+
+RUNS = {"linear": {}, "cosine": {"schedule": "cosine"}, "adam": {"name": "adam"}}
+
+
+def yolov5_schedule(**changes: object) -> Schedule:
+    config = OptimizerConfig.model_validate(PRESETS["yolov5-low"]["optimizer"] | changes)
+    return Schedule(config, epochs=5, batches=32, batch_size=2)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_iteration_of_the_reference_runs_is_reproduced(run: str, reference: Path) -> None:
+    expected = json.loads((reference / "schedule_reference.json").read_text())[run]
+    schedule, steps, last_step = yolov5_schedule(**RUNS[run]), 0, -1
+    for ni, lr_bias, lr_weight, lr_norm, momentum, _, _, steps_so_far in expected["rows"]:
+        rates = schedule.at(ni)
+        assert rates.lr == pytest.approx((lr_bias, lr_weight, lr_norm), abs=1e-9)
+        if run != "adam":
+            assert rates.momentum == pytest.approx(momentum, abs=1e-9)
+        if ni - last_step >= rates.accumulate:
+            steps, last_step = steps + 1, ni
+        assert steps == steps_so_far
+    assert schedule.weight_decay == pytest.approx(expected["weight_decay_per_group"][1], abs=1e-12)
+
+
+def test_without_warmup_the_first_iteration_runs_at_full_rate() -> None:
+    schedule = yolov5_schedule(warmup_epochs=0)
+    assert schedule.at(0).lr == (0.01, 0.01, 0.01)
+
+
+def test_without_a_nominal_batch_every_batch_steps_and_decay_is_not_scaled() -> None:
+    schedule = yolov5_schedule(nominal_batch=0)
+    assert {schedule.at(i).accumulate for i in range(160)} == {1}
+    assert schedule.weight_decay == 0.0005
+
+
+def test_blend_ends_are_exact() -> None:
+    assert blend(0, 10, 0.1, 0.7) == 0.1
+    assert blend(10, 10, 0.1, 0.7) == 0.7
+    assert blend(0, 0, 0.1, 0.7) == 0.7
+
+
+def test_mosaic_closes_for_a_fifth_of_the_epochs_at_most() -> None:
+    config = AugmentConfig(close_mosaic=10)
+    assert [mosaic_epochs(config, n) for n in (100, 50, 20, 4)] == [90, 40, 16, 4]
+
+
+def test_distillation_weight_falls_from_one_to_its_goal() -> None:
+    factors = [distill_factor(epoch, 10, 0.1) for epoch in range(10)]
+    assert factors[0] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.1)
+    assert factors == sorted(factors, reverse=True)
+    assert distill_factor(0, 1, 0.1) == 1.0
