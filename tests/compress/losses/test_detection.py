@@ -131,7 +131,7 @@ def test_one_class_has_no_class_loss(anchors_grid):
 
 
 def test_the_last_of_two_objects_in_one_cell_sets_its_objectness(anchors_grid):
-    raw = [torch.zeros(1, 3, 8 // k, 8 // k, 8) for k in (1, 2, 4)]
+    raw = [torch.ones(1, 3, 8 // k, 8 // k, 8) for k in (1, 2, 4)]
     near = torch.tensor([0, 0, 0.55, 0.55, 0.2, 0.2])
     far = torch.tensor([0, 1, 0.56, 0.56, 0.5, 0.16])
     loss = DetectionLoss(anchors_grid, STRIDES, 3)

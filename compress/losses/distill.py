@@ -1,0 +1,315 @@
+"""Distillation losses: what a student is asked to copy from a frozen teacher.
+
+In: the outputs of both networks for the same images. Out: one scalar per loss, named in the table `LOSSES`.
+Every loss is a mean (neither batch nor image size changes its scale), accumulates in float32, is zero where student
+equals teacher, and takes *logits*: YOLOv5's head is one sigmoid per class, so nothing here is a softmax over classes.
+A softmax would not see a shift common to all classes, which is exactly how a student loses its confidence.
+
+The caller multiplies by the batch size, as the detection loss does, and by the recipe's weight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.config import DistillConfig
+from compress.losses.boxes import decode_in_cell, paired_giou_exact
+from compress.losses.detection import level_balance
+from runtime.errors import UsageError
+
+
+class Outputs(NamedTuple):
+    """One forward pass of a network."""
+
+    raw: list[Tensor]
+    """Per level (B, na, H, W, 5 + nc) logits tx, ty, tw, th, objectness, classes."""
+    features: list[Tensor]
+    """Per level (B, C, H, W): what the head's convolutions read."""
+
+
+class Shape(NamedTuple):
+    """What must be known of a network to compare its outputs with another's."""
+
+    channels: tuple[int, ...]
+    """Per level, of `Outputs.features`."""
+    nc: int
+    na: int
+    anchors: Tensor
+    """(nl, na, 2) in grid units."""
+    strides: tuple[int, ...]
+    """Pixels per cell."""
+
+
+# Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size.
+_ANCHOR_TOLERANCE = 2e-3
+
+_SAME_STRIDES = "Distil between networks with the same levels, for example two scales of YOLOv5 P5"
+
+
+def _refuse_other_strides(student: Shape, teacher: Shape) -> None:
+    if tuple(map(int, student.strides)) != tuple(map(int, teacher.strides)):
+        raise UsageError(f"the student's strides are {student.strides}, the teacher's {teacher.strides}", _SAME_STRIDES)
+
+
+def _refuse_other_head(student: Shape, teacher: Shape) -> None:
+    """Raise a UsageError unless a cell and anchor means the same in both heads."""
+    if student.nc != teacher.nc:
+        raise UsageError(
+            f"the student has {student.nc} classes, the teacher {teacher.nc}",
+            "Fine-tune the teacher on the student's classes, or use a feature loss",
+        )
+    a, b = student.anchors.float().cpu(), teacher.anchors.float().cpu()
+    if student.na != teacher.na or a.shape != b.shape or not torch.allclose(a, b, rtol=_ANCHOR_TOLERANCE, atol=0):
+        raise UsageError(
+            "the student's anchors differ from the teacher's, so their boxes cannot be compared cell by cell",
+            "Build the student with the teacher's anchors and set autoanchor: false",
+        )
+
+
+def _refuse_other_maps(student: list[Tensor], teacher: list[Tensor], spatial: slice, what: str) -> None:
+    for s, t in zip(student, teacher, strict=True):
+        if (s.shape[0], s.shape[spatial]) != (t.shape[0], t.shape[spatial]):
+            raise UsageError(
+                f"a {what} map of the student is {tuple(s.shape)}, of the teacher {tuple(t.shape)}",
+                "Give both networks the same images at the same size",
+            )
+
+
+class DistillLoss(nn.Module):
+    """Base of every distillation loss: `forward` is `compare(adapt(student), teacher)`.
+
+    Args:
+        student, teacher: what the two networks produce.
+        config: the recipe's distillation settings.
+
+    Raises:
+        UsageError: the two networks cannot be compared by this loss.
+    """
+
+    def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
+        super().__init__()
+        _refuse_other_strides(student, teacher)
+        self.config = config or DistillConfig()
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Scalar float32 for one batch. No gradient reaches the teacher.
+
+        Raises:
+            UsageError: the maps belong to different images or image sizes.
+        """
+        constant = Outputs([t.detach() for t in teacher.raw], [t.detach() for t in teacher.features])
+        return self.compare(self.adapt(student), constant)
+
+    def adapt(self, student: Outputs) -> Outputs:
+        """The student's outputs in the teacher's channels."""
+        return student
+
+    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+        """Distance of adapted outputs; exactly 0 for equal ones."""
+        raise NotImplementedError
+
+
+def _scaled_bce(student: Tensor, teacher: Tensor, beta: float, detach_scale: bool) -> Tensor:
+    """|p_T - p_S|^beta * BCE(z_S, p_T), element-wise, of float32 logits."""
+    goal = teacher.sigmoid()
+    gap = (goal - student.sigmoid()).abs()
+    scale = gap if beta == 1 else gap**beta
+    return (scale.detach() if detach_scale else scale) * F.binary_cross_entropy_with_logits(
+        student, goal, reduction="none"
+    )
+
+
+def _binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(Bernoulli(sigmoid(z_T)) || Bernoulli(sigmoid(z_S))), element-wise, of float32 logits; exactly 0 if equal."""
+    return teacher.sigmoid() * (teacher - student) + F.softplus(student) - F.softplus(teacher)
+
+
+def _gated_mean(sums: Tensor, gate_sum: Tensor, batch: int) -> Tensor:
+    """Sum over gate sum. Below one confident cell an image the denominator stands still.
+
+    Without that floor a batch of pure background would copy the teacher's noise at full strength.
+    """
+    return sums / gate_sum.clamp_min(batch)
+
+
+class _HeadLoss(DistillLoss):
+    """A loss over cells and anchors, gated by the teacher's objectness g = sigmoid(o_T)."""
+
+    anchors: Tensor
+
+    def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
+        super().__init__(student, teacher, config)
+        _refuse_other_head(student, teacher)
+        self.register_buffer("anchors", teacher.anchors.detach().float().clone(), persistent=False)
+
+    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+        _refuse_other_maps(student.raw, teacher.raw, slice(1, None), "head")
+        levels = zip(student.raw, teacher.raw, self.anchors, level_balance(len(student.raw)), strict=True)
+        terms = [self._level(s.float(), t.float(), a, balance) for s, t, a, balance in levels]
+        objectness, gated, gates = torch.stack(terms).sum(0).unbind()
+        return objectness + _gated_mean(gated, gates, len(student.raw[0]))
+
+    def _level(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor, balance: float) -> Tensor:
+        """(3,) balanced mean over cells of the objectness term; gated sum of the other terms; sum of the gates."""
+        gate = teacher[..., 4].sigmoid()
+        objectness = self.objectness(student[..., 4], teacher[..., 4]).mean() * balance
+        gated = (gate * self.cell(student, teacher, anchors_wh)).sum()
+        return torch.stack((objectness, gated, gate.sum()))
+
+    def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Element-wise, of logits (B, na, H, W)."""
+        raise NotImplementedError
+
+    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
+        """(B, na, H, W): what a cell and anchor adds where the teacher sees an object."""
+        raise NotImplementedError
+
+
+class ObjKD(_HeadLoss):
+    """Objectness-gated soft labels.
+
+    With logits z = (b, o, c) of cell and anchor i, p = sigmoid, gate g_i = p(o_T):
+
+        L_obj = sum over levels of balance_l * mean_i |p(o_T) - p(o_S)|^beta * BCE(o_S, p(o_T))
+        L_cls = sum_i g_i sum_k |p(c_T) - p(c_S)|^beta * BCE(c_S, p(c_T)) / max(sum_i g_i, B)
+        L_box = sum_i g_i (1 - GIoU(box_S, box_T)) / max(sum_i g_i, B)
+        L = 1 * L_obj + 1 * L_cls + 4 * L_box
+
+    Sources: gating, Mehta & Ozturk 2018; the |.|^beta factor and the weights, BCKD (ICCV 2023); level balance as in
+    the detection loss. The weights 1, 1, 4 belong to these means: another reduction needs others.
+
+    Args:
+        beta: at least 1, or the gradient at p_S = p_T is infinite.
+        weights: of objectness, classes and boxes.
+        detach_scale: keep the gradient out of the |.|^beta factor (BCKD lets it in).
+    """
+
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        config: DistillConfig | None = None,
+        *,
+        beta: float = 1.0,
+        weights: tuple[float, float, float] = (1.0, 1.0, 4.0),
+        detach_scale: bool = False,
+    ) -> None:
+        super().__init__(student, teacher, config)
+        self.beta, self.weights, self.detach_scale = beta, weights, detach_scale
+
+    def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.weights[0] * self._soft(student, teacher)
+
+    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
+        anchors_wh = anchors_wh[:, None, None]
+        boxes, goals = (decode_in_cell(z[..., :4], anchors_wh) for z in (student, teacher))
+        classes = self._soft(student[..., 5:], teacher[..., 5:]).sum(-1)
+        return self.weights[1] * classes + self.weights[2] * (1 - paired_giou_exact(boxes, goals))
+
+    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return _scaled_bce(student, teacher, self.beta, self.detach_scale)
+
+
+class KD(_HeadLoss):
+    """Hinton's soft labels for a head of sigmoids: a *binary* KL, teacher first, at temperature T.
+
+        KL(z_T, z_S) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)),  p = sigmoid(z_T / T), q = sigmoid(z_S / T)
+        L_obj = sum over levels of balance_l * mean_i KL(o_T, o_S)
+        L_cls = sum_i g_i sum_k KL(c_T, c_S) / max(sum_i g_i, B)
+        L = T^2 * (L_obj + L_cls)
+
+    The gate g_i = sigmoid(o_T) is taken at temperature 1; T^2 keeps the gradient's size when T changes; boxes take no
+    part. T is `DistillConfig.temperature`.
+    """
+
+    def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self._soft(student, teacher)
+
+    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:  # noqa: ARG002 - boxes take no part
+        return self._soft(student[..., 5:], teacher[..., 5:]).sum(-1)
+
+    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+        temperature = self.config.temperature
+        return temperature**2 * _binary_kl(student / temperature, teacher / temperature)
+
+
+class Pointwise(nn.Conv2d):
+    """1x1 convolution that computes in its input's dtype, whatever the dtype of its weights."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias)
+
+
+def teacher_score(raw: Tensor) -> Tensor:
+    """(B, H, W) float32: the best sigmoid(objectness) * sigmoid(class) over anchors and classes of each cell.
+
+    Args:
+        raw: (B, na, H, W, 5 + nc) logits.
+    """
+    best_class = raw[..., 5:].amax(-1).float().sigmoid()  # the sigmoid rises, so the greatest logit comes first
+    return (raw[..., 4].float().sigmoid() * best_class).amax(1)
+
+
+class FeatMSE(DistillLoss):
+    """Mean squared difference of features: sum over levels of mean (A(s) - t)^2, A a 1x1 convolution.
+
+    A starts as the identity where student and teacher have equally many channels.
+    """
+
+    def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
+        super().__init__(student, teacher, config)
+        self.adapters = nn.ModuleList(map(self.adapter, student.channels, teacher.channels))
+
+    @staticmethod
+    def adapter(channels_in: int, channels_out: int) -> nn.Module:
+        conv = Pointwise(channels_in, channels_out)
+        if channels_in == channels_out:
+            nn.init.dirac_(conv.weight)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        return conv
+
+    def adapt(self, student: Outputs) -> Outputs:
+        pairs = zip(self.adapters, student.features, strict=True)
+        return Outputs(student.raw, [adapter(feature) for adapter, feature in pairs])
+
+    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+        _refuse_other_maps(student.features, teacher.features, slice(2, None), "feature")
+        pairs = zip(student.features, teacher.features, teacher.raw, strict=True)
+        return torch.stack([self.level(s, t, raw) for s, t, raw in pairs]).sum()
+
+    def level(self, adapted: Tensor, feature: Tensor, raw: Tensor) -> Tensor:  # noqa: ARG002 - unweighted
+        """Scalar, of (B, C, H, W) twice and the teacher's head map."""
+        return F.mse_loss(adapted.float(), feature.float())
+
+
+class FeatSL2(FeatMSE):
+    """Squared difference of features where the teacher sees something.
+
+        sum over levels of sum_hw w (P(s) - t)^2 / (C * sum_hw w + 1e-9)
+
+    w is `teacher_score`, P is 1x1 convolution - ReLU - 1x1 convolution. The usual weight is 6. Source: Ultralytics
+    2026, as its documentation states the formula; distillation.md 3.1.
+    """
+
+    @staticmethod
+    def adapter(channels_in: int, channels_out: int) -> nn.Module:
+        return nn.Sequential(
+            Pointwise(channels_in, channels_out), nn.ReLU(inplace=True), Pointwise(channels_out, channels_out)
+        )
+
+    def level(self, adapted: Tensor, feature: Tensor, raw: Tensor) -> Tensor:
+        weight = teacher_score(raw)
+        squared = (adapted.float() - feature.float()).square().sum(1)
+        return (weight * squared).sum() / (feature.shape[1] * weight.sum() + 1e-9)
+
+
+LOSSES: dict[str, type[DistillLoss]] = {"obj_kd": ObjKD, "feat_mse": FeatMSE, "feat_sl2": FeatSL2, "kd": KD}
+"""The distillation losses by the names that recipes use."""

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.config import DistillConfig
+from compress.losses.distill import KD, LOSSES, FeatMSE, FeatSL2, ObjKD, Outputs, Shape, teacher_score
+from runtime.errors import UsageError
+
+STRIDES = (8, 16, 32)
+HEADS = ("obj_kd", "kd")
+FEATURES = ("feat_mse", "feat_sl2")
+
+
+@pytest.fixture
+def shape(anchors_grid):
+    return Shape((4, 6, 8), 3, 3, anchors_grid, STRIDES)
+
+
+@pytest.fixture
+def teacher_shape(shape):
+    return shape._replace(channels=(8, 12, 16))
+
+
+def _outputs(shape: Shape, batch=2, size=64, seed=0, scale=1.0, dtype=torch.float32) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*dims: int) -> Tensor:
+        return (torch.randn(dims, generator=generator) * scale).to(dtype)
+
+    cells = [size // stride for stride in shape.strides]
+    raw = [noise(batch, shape.na, n, n, 5 + shape.nc) for n in cells]
+    return Outputs(raw, [noise(batch, c, n, n) for c, n in zip(shape.channels, cells, strict=True)])
+
+
+def _tracked(outputs: Outputs) -> Outputs:
+    return Outputs([t.requires_grad_() for t in outputs.raw], [t.requires_grad_() for t in outputs.features])
+
+
+def _map(outputs: Outputs, function) -> Outputs:
+    return Outputs([function(t) for t in outputs.raw], [function(t) for t in outputs.features])
+
+
+def _set(raw: list[Tensor], channels: slice | int, value: float) -> list[Tensor]:
+    changed = [level.clone() for level in raw]
+    for level in changed:
+        level[..., channels] = value
+    return changed
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_positive_finite_and_float32(shape, teacher_shape, name):
+    value = LOSSES[name](shape, teacher_shape)(_outputs(shape), _outputs(teacher_shape, seed=1))
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    assert value.isfinite()
+    assert value > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_exactly_zero_where_student_equals_teacher(teacher_shape, name):
+    loss, teacher = LOSSES[name](teacher_shape, teacher_shape), _outputs(teacher_shape, scale=4.0)
+    student = _tracked(_map(teacher, torch.clone))
+    value = loss.compare(student, teacher)
+    assert value == 0
+    value.backward()
+    used = student.raw if name in HEADS else student.features
+    assert all(t.grad.abs().max() < 1e-6 for t in used)
+
+
+def test_an_adapter_between_equal_channels_starts_as_the_identity(teacher_shape):
+    outputs = _outputs(teacher_shape)
+    assert FeatMSE(teacher_shape, teacher_shape)(outputs, outputs) == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_not_depend_on_the_batch_size(shape, teacher_shape, name):
+    loss, student, teacher = LOSSES[name](shape, teacher_shape), _outputs(shape), _outputs(teacher_shape, seed=1)
+
+    def double(t: Tensor) -> Tensor:
+        return torch.cat((t, t))
+
+    assert torch.allclose(loss(_map(student, double), _map(teacher, double)), loss(student, teacher), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_not_depend_on_the_image_size(shape, teacher_shape, name):
+    """A map tiled twice each way is the head of an image four times as large."""
+    loss, student, teacher = LOSSES[name](shape, teacher_shape), _outputs(shape), _outputs(teacher_shape, seed=1)
+
+    def tile(outputs: Outputs) -> Outputs:
+        return Outputs([t.repeat(1, 1, 2, 2, 1) for t in outputs.raw], [t.repeat(1, 1, 2, 2) for t in outputs.features])
+
+    assert torch.allclose(loss(tile(student), tile(teacher)), loss(student, teacher), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_shifting_all_class_logits_down_costs(shape, name):
+    """A softmax over classes would not notice: trap T1."""
+    loss, teacher = LOSSES[name](shape, shape), _outputs(shape)
+    student = [level.clone() for level in teacher.raw]
+    for level in student:
+        level[..., 5:] -= 6
+    assert loss(teacher._replace(raw=student), teacher) > 0.1
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("extreme", [50.0, 1000.0])
+def test_saturated_logits_give_a_finite_loss_and_gradient(shape, name, dtype, extreme):
+    teacher = Outputs([torch.full_like(t, extreme, dtype=dtype) for t in _outputs(shape).raw], [])
+    student = [torch.full_like(t, -extreme, dtype=dtype).requires_grad_() for t in teacher.raw]
+    value = LOSSES[name](shape, shape)(Outputs(student, []), teacher)
+    value.backward()
+    assert value.isfinite()
+    assert value > 1
+    assert all(t.grad.isfinite().all() for t in student)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_that_sees_nothing_gives_a_finite_loss_with_a_gradient_path(shape, name):
+    loss, teacher = LOSSES[name](shape, shape), _outputs(shape, seed=1)
+    teacher = teacher._replace(raw=_set(teacher.raw, 4, -1000.0))
+    student = _tracked(_outputs(shape))
+    value = loss(student, teacher)
+    value.backward()
+    assert value.isfinite()
+    assert all(t.grad.isfinite().all() for t in (student.raw if name in HEADS else student.features))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_classes_and_boxes_are_not_copied_where_the_teacher_sees_nothing(shape, name):
+    teacher = _outputs(shape, seed=1)
+    teacher = teacher._replace(raw=_set(teacher.raw, 4, -1000.0))
+    student = _tracked(_outputs(shape))
+    LOSSES[name](shape, shape)(student, teacher).backward()
+    assert not any(t.grad[..., :4].any() or t.grad[..., 5:].any() for t in student.raw)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_unsure_teacher_pulls_objectness_to_its_own_value_not_to_background(shape, name):
+    teacher = Outputs(_set(_outputs(shape).raw, 4, -2.0), [])
+    student = Outputs([t.requires_grad_() for t in _set(_outputs(shape).raw, 4, -6.0)], [])
+    LOSSES[name](shape, shape)(student, teacher).backward()
+    assert all((t.grad[..., 4] < 0).all() for t in student.raw)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_gradient_reaches_the_teacher(shape, teacher_shape, name):
+    teacher = _tracked(_outputs(teacher_shape, seed=1))
+    LOSSES[name](shape, teacher_shape)(_tracked(_outputs(shape)), teacher).backward()
+    assert all(t.grad is None for t in (*teacher.raw, *teacher.features))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_adapter_parameter_moves_in_one_step(shape, teacher_shape, name):
+    torch.manual_seed(0)
+    loss = LOSSES[name](shape, teacher_shape)
+    before = [p.detach().clone() for p in loss.parameters()]
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    loss(_outputs(shape), _outputs(teacher_shape, seed=1)).backward()
+    optimizer.step()
+    assert before
+    assert all(not torch.equal(old, new) for old, new in zip(before, loss.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outputs_are_accepted_by_float32_adapters(shape, teacher_shape, name, dtype):
+    loss = LOSSES[name](shape, teacher_shape)
+    student, teacher = _outputs(shape, dtype=dtype), _outputs(teacher_shape, seed=1, dtype=dtype)
+    half, full = loss(student, teacher), loss(_map(student, Tensor.float), _map(teacher, Tensor.float))
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, full, rtol=2e-2)
+    if half.requires_grad:
+        half.backward()
+    assert all(p.grad.dtype == torch.float32 for p in loss.parameters())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_gives_a_finite_float32_loss(shape, teacher_shape, name):
+    loss = LOSSES[name](shape, teacher_shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(_outputs(shape), _outputs(teacher_shape, seed=1))
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_large_float16_map_does_not_overflow(anchors_grid, name):
+    """256 x 80 x 80 unit errors sum to 1.6e6, beyond float16: trap T12."""
+    shape = Shape((256,), 3, 3, anchors_grid[:1], (8,))
+    raw = [torch.zeros(1, 3, 80, 80, 8, dtype=torch.float16)]
+    student = Outputs(raw, [torch.ones(1, 256, 80, 80, dtype=torch.float16)])
+    teacher = Outputs(raw, [torch.zeros(1, 256, 80, 80, dtype=torch.float16)])
+    assert LOSSES[name](shape, shape).compare(student, teacher) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_needs_no_answer_from_the_device(shape, teacher_shape, name):
+    loss = LOSSES[name](shape, teacher_shape).to("meta")
+    student, teacher = _outputs(shape), _outputs(teacher_shape)
+    assert loss(_map(student, lambda t: t.to("meta")), _map(teacher, lambda t: t.to("meta"))).shape == ()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_strides_are_refused(shape, name):
+    with pytest.raises(UsageError, match=r"strides are \(8, 16, 32\).*same levels"):
+        LOSSES[name](shape, shape._replace(strides=(16, 32, 64)))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_classes_are_refused_with_the_remedy(shape, name):
+    with pytest.raises(UsageError, match=r"3 classes, the teacher 80.*Fine-tune the teacher"):
+        LOSSES[name](shape, shape._replace(nc=80))
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("change", [lambda a: a * 1.05, lambda a: a[:, :2], lambda a: a.flip(0)])
+def test_other_anchors_are_refused_with_the_remedy(shape, name, change):
+    anchors = change(shape.anchors)
+    with pytest.raises(UsageError, match=r"anchors differ.*autoanchor: false"):
+        LOSSES[name](shape, shape._replace(anchors=anchors, na=anchors.shape[1]))
+
+
+def test_anchors_rounded_to_float16_are_the_same_anchors(shape):
+    ObjKD(shape, shape._replace(anchors=shape.anchors.half()))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_may_come_from_a_teacher_with_other_classes(shape, teacher_shape, name):
+    other = teacher_shape._replace(nc=80)
+    assert LOSSES[name](shape, other)(_outputs(shape), _outputs(other)) > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_another_input_size_is_refused(shape, name):
+    with pytest.raises(UsageError, match="same images at the same size"):
+        LOSSES[name](shape, shape)(_outputs(shape, size=64), _outputs(shape, size=96))
+
+
+def _one_cell(shape: Shape, objectness: float, class_logit: float) -> Outputs:
+    """Background everywhere but in one cell and anchor of P4, in 64 x 64 pixels."""
+    raw = [torch.zeros(1, 3, 64 // s, 64 // s, 8) for s in STRIDES]
+    for level in raw:
+        level[..., 4] = -1000.0
+    raw[1][0, 0, 1, 2, 4] = objectness
+    raw[1][0, 0, 1, 2, 5] = class_logit
+    return Outputs(raw, [])
+
+
+def test_obj_kd_has_the_value_of_its_formula(shape):
+    """One certain teacher cell; the student differs by one class logit, then by one objectness logit."""
+    teacher = _one_cell(shape, 1000.0, 0.0)
+    gap, bce = 0.5 - torch.tensor(-2.0).sigmoid(), torch.tensor(2.0).exp().log1p() - 2 * 0.5
+    assert ObjKD(shape, shape)(_one_cell(shape, 1000.0, -2.0), teacher) == pytest.approx((gap * bce).item(), rel=1e-5)
+
+    objectness = (1 - torch.tensor(1.5).sigmoid()) * torch.tensor(-1.5).exp().log1p()
+    cells_of_p4 = 3 * 4 * 4
+    value = ObjKD(shape, shape)(_one_cell(shape, 1.5, 0.0), teacher)
+    assert value == pytest.approx(1.0 * (objectness / cells_of_p4).item(), rel=1e-5)
+
+
+def test_obj_kd_weighs_a_disjoint_box_by_four(shape):
+    """Half a cell of anchor size at most, pushed a cell apart: GIoU is computed by hand."""
+    student, teacher = _one_cell(shape, 1000.0, 0.0), _one_cell(shape, 1000.0, 0.0)
+    for outputs, side in ((student, -1000.0), (teacher, 1000.0)):
+        outputs.raw[1][0, 0, 1, 2, 0] = side
+    w, h = shape.anchors[1, 0].tolist()
+    inter = max(w - 2, 0) * h
+    union, hull = 2 * w * h - inter, (w + 2) * h
+    giou = inter / union - (hull - union) / hull
+    assert ObjKD(shape, shape)(student, teacher) == pytest.approx(4 * (1 - giou), rel=1e-4)
+
+
+def test_kd_is_the_divergence_of_student_from_teacher_at_its_temperature(shape):
+    """KL(teacher || student), not the reverse: trap T8."""
+    teacher, student = _one_cell(shape, 1000.0, 2.0), _one_cell(shape, 1000.0, -1.0)
+    p, q = (torch.distributions.Bernoulli(logits=torch.tensor(z / 4.0)) for z in (2.0, -1.0))
+    expected = 16 * torch.distributions.kl_divergence(p, q)
+    reverse = 16 * torch.distributions.kl_divergence(q, p)
+    value = KD(shape, shape, DistillConfig(temperature=4.0))(student, teacher)
+    assert value == pytest.approx(expected.item(), rel=1e-4)
+    assert value != pytest.approx(reverse.item(), rel=1e-2)
+
+
+def test_the_scale_of_obj_kd_can_be_kept_out_of_the_gradient(shape):
+    teacher = _outputs(shape, seed=1)
+    gradients = []
+    for detach in (False, True):
+        student = _tracked(_outputs(shape))
+        ObjKD(shape, shape, detach_scale=detach)(student, teacher).backward()
+        gradients.append(student.raw[0].grad[..., 5:].norm())
+    assert gradients[0] > gradients[1] > 0
+
+
+def test_sl2_counts_only_where_the_teacher_scores(shape):
+    zeros = [torch.zeros_like(feature[:1]) for feature in _outputs(shape).features]
+    teacher = _one_cell(shape, 1000.0, 1000.0)._replace(features=zeros)
+    student = teacher._replace(features=[torch.full_like(feature, 5.0) for feature in zeros])
+    student.features[1][0, :, 1, 2] = 3.0
+    assert FeatSL2(shape, shape).compare(student, teacher) == pytest.approx(9.0)
+
+
+def test_the_teacher_score_is_the_best_probability_of_a_cell(shape):
+    raw = _outputs(shape).raw[0]
+    expected = (raw[..., 4:5].sigmoid() * raw[..., 5:].sigmoid()).amax((1, 4))
+    assert torch.allclose(teacher_score(raw), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(0.01, 60), seed=st.integers(0, 2**16))
+def test_no_head_loss_is_negative_or_infinite(scale, seed):
+    anchors = torch.tensor([[[1.25, 1.625], [2.0, 3.75], [4.125, 2.875]]])
+    shape = Shape((4,), 3, 3, anchors, (8,))
+    student, teacher = _tracked(_outputs(shape, seed=seed, scale=scale)), _outputs(shape, seed=seed + 1, scale=scale)
+    for name in HEADS:
+        value = LOSSES[name](shape, shape)(student, teacher)
+        value.backward()
+        assert value >= 0
+        assert value.isfinite()
+    assert student.raw[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_descending_the_loss_brings_the_student_to_the_teacher(shape, name):
+    teacher, loss = _outputs(shape, seed=1), LOSSES[name](shape, shape)
+    student = _tracked(_outputs(shape))
+    optimizer = torch.optim.Adam(student.raw, lr=0.1)
+    start = loss(student, teacher).item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(student, teacher).backward()
+        optimizer.step()
+    assert loss(student, teacher).item() < 0.05 * start
