@@ -32,7 +32,7 @@ class InputError(EdgestillError):
 
 
 class UnavailableError(EdgestillError):
-    """This machine lacks a package, provider, driver or device that the request needs."""
+    """The machine lacks a package, provider, driver or device that the request needs."""
 
 
 class EngineError(EdgestillError):

@@ -1,0 +1,165 @@
+"""Boxes as arrays: conversions, overlap, suppression, and the way back to the frame. NumPy only, no state.
+
+`boxes_xyxy` are float32 (N, 4) corners [x1, y1, x2, y2] in pixels. Rules and constants are those of YOLOv5 v7.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.intp]
+
+CLASS_OFFSET_PX = 7680.0
+"""Boxes of different classes are moved this far apart, so that one suppression serves all classes."""
+MAX_CANDIDATES = 30_000
+"""Boxes that enter suppression, best first."""
+FIRST_BLOCK = 512
+"""Candidates examined at a time. Most images have their `max_det` boxes within the first two blocks."""
+
+
+def xywh_to_xyxy(boxes_xywh: Floats) -> Floats:
+    """(..., 4) [centre x, centre y, width, height] -> corners."""
+    boxes_xywh = np.asarray(boxes_xywh)
+    centre, half = boxes_xywh[..., :2], boxes_xywh[..., 2:4] / 2
+    return np.concatenate([centre - half, centre + half], axis=-1)
+
+
+def xyxy_to_xywh(boxes_xyxy: Floats) -> Floats:
+    """(..., 4) corners -> [centre x, centre y, width, height]."""
+    boxes_xyxy = np.asarray(boxes_xyxy)
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:4]
+    return np.concatenate([(low + high) / 2, high - low], axis=-1)
+
+
+def pairwise_iou(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
+    """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 where both are empty."""
+    return overlap(np.asarray(a_xyxy)[:, None], np.asarray(b_xyxy)[None])
+
+
+def overlap(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
+    """Intersection over union of boxes whose leading shapes broadcast. No epsilon: two empty boxes give 0."""
+    sides = np.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - np.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    np.maximum(sides, 0, out=sides)
+    shared = sides[..., 0] * sides[..., 1]
+    union = _area(a_xyxy) + _area(b_xyxy) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
+
+
+def _area(boxes_xyxy: Floats) -> Floats:
+    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
+
+
+def nms(
+    boxes_xyxy: Floats,
+    scores: Floats,
+    class_ids: NDArray[np.generic],
+    *,
+    iou: float,
+    max_det: int,
+    agnostic: bool = False,
+) -> Indices:
+    """Indices of the boxes that greedy suppression keeps, best first, at most `max_det`.
+
+    A box goes when its overlap with a kept, better box of its class is over `iou` (strictly); ties in score keep
+    the given order. Overlap is computed in float32 on the class-shifted boxes, because that is what YOLOv5 computes.
+    Work stops when `max_det` boxes are found, which changes nothing: later boxes cannot remove earlier ones.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")[:MAX_CANDIDATES]
+    classes = np.zeros(len(order), np.float32) if agnostic else np.asarray(class_ids)[order].astype(np.float32)
+    shifted = np.asarray(boxes_xyxy, np.float32)[order] + (classes * np.float32(CLASS_OFFSET_PX))[:, None]
+    if not agnostic and len(order) and np.ptp(np.asarray(boxes_xyxy)) >= CLASS_OFFSET_PX:
+        classes = np.zeros_like(classes)  # so large that neighbours' shifted boxes may touch: compare all pairs
+    kept = np.empty(0, np.intp)
+    start, size = 0, FIRST_BLOCK
+    while start < len(order) and len(kept) < max_det:
+        block = np.arange(start, min(start + size, len(order)))
+        block = _clear_of(block, kept, shifted, classes, iou)
+        kept = np.concatenate([kept, _greedy(block, shifted, classes, iou)])
+        start += size
+    return order[kept[:max_det]]
+
+
+def _clear_of(block: Indices, kept: Indices, boxes: Floats, classes: Floats, iou: float) -> Indices:
+    """The candidates of the block that no kept box suppresses."""
+    rows, columns = np.nonzero(classes[kept][:, None] == classes[block])
+    hit = overlap(boxes[kept[rows]], boxes[block[columns]]).astype(np.float64) > iou
+    clear = np.ones(len(block), bool)
+    clear[columns[hit]] = False
+    return block[clear]
+
+
+def _greedy(block: Indices, boxes: Floats, classes: Floats, iou: float) -> Indices:
+    """Greedy suppression inside one block, sorted best first, as a fixed point over the pairs that overlap too much.
+
+    Round n is right for every box at the end of a chain of at most n suppressions, so the result that no longer
+    changes is the sequential one.
+    """
+    better, worse = np.nonzero(np.triu(classes[block][:, None] == classes[block], 1))
+    # float64: the threshold is a double in the original, and float32(0.6) > 0.6
+    hit = overlap(boxes[block[better]], boxes[block[worse]]).astype(np.float64) > iou
+    better, worse = better[hit], worse[hit]
+    alive = np.ones(len(block), bool)
+    while True:
+        survives = np.ones(len(block), bool)
+        survives[worse[alive[better]]] = False
+        if np.array_equal(survives, alive):
+            return block[alive]
+        alive = survives
+
+
+def detections_from_rows(
+    rows: Floats,
+    *,
+    conf: float,
+    iou: float,
+    max_det: int = 300,
+    multi_label: bool = False,
+    agnostic: bool = False,
+    classes: Sequence[int] | None = None,
+) -> Floats:
+    """Decoded rows (N, 5 + C) [cx, cy, w, h, objectness, class probabilities] of one image -> finished boxes.
+
+    Returns (n, 6) float32 [x1, y1, x2, y2, score, class], best first, in the pixels of the rows. Both thresholds are
+    strict. `multi_label` gives one box for every class over `conf`, else the best class counts. `classes` keeps
+    only these.
+    """
+    rows = np.asarray(rows, np.float32)
+    threshold = np.float32(conf)
+    rows = rows[rows[:, 4] > threshold]
+    probabilities = rows[:, 5:] * rows[:, 4:5]
+    if multi_label and probabilities.shape[1] > 1:
+        box_ids, class_ids = np.nonzero(probabilities > threshold)
+        scores = probabilities[box_ids, class_ids]
+    else:
+        box_ids, class_ids, scores = _best_class(probabilities, threshold)
+    if classes is not None:
+        wanted = np.isin(class_ids, np.asarray(classes))
+        box_ids, class_ids, scores = box_ids[wanted], class_ids[wanted], scores[wanted]
+    if len(scores) > MAX_CANDIDATES:
+        best = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
+        box_ids, class_ids, scores = box_ids[best], class_ids[best], scores[best]
+    boxes = xywh_to_xyxy(rows[:, :4])[box_ids]
+    kept = nms(boxes, scores, class_ids, iou=iou, max_det=max_det, agnostic=agnostic)
+    return np.column_stack([boxes[kept], scores[kept], class_ids[kept]]).astype(np.float32, copy=False)
+
+
+def _best_class(probabilities: Floats, threshold: np.float32) -> tuple[Indices, Indices, Floats]:
+    """Box index, class (the lowest of equal ones) and score of the boxes whose best class is over the threshold."""
+    if not probabilities.size:
+        return np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32)
+    best = probabilities.argmax(axis=1)
+    scores = probabilities[np.arange(len(best)), best]
+    passed = np.flatnonzero(scores > threshold)
+    return passed, best[passed], scores[passed]
+
+
+def unletterbox(boxes_xyxy: Floats, gain: float, pad_wh: tuple[float, float], frame_hw: tuple[int, int]) -> Floats:
+    """Canvas boxes (N, 4) -> frame pixels, clipped to the frame (its width and height included). Not rounded."""
+    pad = np.array([*pad_wh, *pad_wh], np.float32)
+    boxes = (np.asarray(boxes_xyxy, np.float32) - pad) / np.float32(gain)
+    height, width = frame_hw
+    return np.clip(boxes, 0, np.array([width, height, width, height], np.float32))

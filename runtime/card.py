@@ -1,0 +1,228 @@
+"""The model card: all that a user of a model file must know, as JSON beside engines or inside an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from runtime.errors import InputError
+from runtime.files import write_json
+
+SCHEMA_VERSION = 1
+CARD_FILE = "model.json"
+METADATA_KEY = "edgestill"
+"""Key of the card's JSON in an ONNX file's metadata."""
+MAX_CARD_BYTES = 4 << 20
+
+Input = Literal["canvas", "frame", "tensor"]
+Output = Literal["boxes", "rows"]
+BackendName = Literal["onnx", "tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of a bundle. `targets` are the GPUs it was built for ("sm86"); `versions` what built it."""
+
+    file: str
+    sha256: str
+    bytes: int
+    precision: str
+    backend: BackendName
+    targets: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plain = Path(self.file)
+        _require(self.file != "" and plain.name == self.file, "artifacts.file", self.file, "a file name, no folder")
+        is_digest = len(self.sha256) == 64 and set(self.sha256) <= set("0123456789abcdef")
+        _require(is_digest, "artifacts.sha256", self.sha256, "64 lower-case hex digits")
+        _require(self.bytes >= 0, "artifacts.bytes", self.bytes, "0 or more")
+        _require(self.backend in get_args(BackendName), "artifacts.backend", self.backend, get_args(BackendName))
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What goes in, what comes out, and where the model came from.
+
+    `input`: "canvas" is uint8 BGR [1, S, S, 3] that the host letterboxes; "frame" is uint8 BGR [1, H, W, 3] of
+    `frame_hw`, letterboxed inside the graph; "tensor" is float32 RGB NCHW in 0..1 (YOLOv5's convention).
+    `output`: "boxes" is float32 [1, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
+    rows with score 0 are empty; "rows" is float32 [B, N, 5 + C], and suppression is the host's. `artifacts` are in order of
+    preference. Raises InputError when a value is of the wrong kind.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    size_hw: tuple[int, int]
+    stride: int = 32
+    input: Input = "canvas"
+    output: Output = "boxes"
+    conf: float = 0.25
+    iou: float = 0.6
+    max_det: int = 300
+    candidates: int = 0
+    nms_iterations: int = 0
+    frame_hw: tuple[int, int] | None = None
+    precision: str = "fp32"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: tuple[Artifact, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(len(self.names) > 0, "names", self.names, "one class or more")
+        _require(len(self.size_hw) == 2 and min(self.size_hw) > 0, "size_hw", self.size_hw, "two positive sizes")
+        _require(self.stride > 0, "stride", self.stride, "a positive number")
+        _require(self.input in get_args(Input), "input", self.input, get_args(Input))
+        _require(self.output in get_args(Output), "output", self.output, get_args(Output))
+        _require(0 <= self.conf <= 1, "conf", self.conf, "0..1")
+        _require(0 <= self.iou <= 1, "iou", self.iou, "0..1")
+        _require(self.max_det > 0, "max_det", self.max_det, "1 or more")
+        sized = self.frame_hw is not None and len(self.frame_hw) == 2 and min(self.frame_hw) > 0
+        _require(sized or self.input != "frame", "frame_hw", self.frame_hw, 'two positive sizes for input "frame"')
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, `schema_version` first."""
+        return {"schema_version": SCHEMA_VERSION, **_plain(asdict(self))}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: object, source: str = "model card") -> ModelCard:
+        """Raises InputError that starts with `source` on unknown, missing or wrong values."""
+        try:
+            values = _checked(data, cls, extra=("schema_version",))
+            version = values.pop("schema_version", None)
+            _require(
+                version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}, which this edgestill reads"
+            )
+            values["artifacts"] = tuple(Artifact(**_checked(item, Artifact)) for item in values.get("artifacts", ()))
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {error.message}", error.hint) from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "model card") -> ModelCard:
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source}: not JSON: {error}") from error
+        return cls.from_dict(data, source)
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelCard:
+        """From `model.json` or the folder it lies in."""
+        path = Path(path)
+        path = path / CARD_FILE if path.is_dir() else path
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_CARD_BYTES + 1)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}", "Every engine and bundle has it") from error
+        if len(text) > MAX_CARD_BYTES:
+            raise InputError(f"{path}: larger than {MAX_CARD_BYTES} bytes, so not a model card")
+        return cls.from_json(text, str(path))
+
+    def artifact(self, file: str) -> Artifact | None:
+        """The entry of that file, or None."""
+        return next((artifact for artifact in self.artifacts if artifact.file == file), None)
+
+
+def _require(condition: bool, key: str, value: object, expected: object) -> None:
+    if not condition:
+        raise InputError(f"{key} is {value!r}, expected {expected}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise TypeError
+    return tuple(value)
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return tuple(_whole(item) for item in value)
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _items(value: object) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return list(value)
+
+
+KINDS = {
+    "text": (_text, ("name", "input", "output", "precision", "file", "sha256", "backend")),
+    "a list of texts": (_strings, ("names", "targets")),
+    "a list of whole numbers": (_sizes, ("size_hw", "frame_hw")),
+    "a whole number": (_whole, ("stride", "max_det", "candidates", "nms_iterations", "bytes", "schema_version")),
+    "a number": (_number, ("conf", "iou")),
+    "an object": (_mapping, ("provenance", "versions")),
+    "a list": (_items, ("artifacts",)),
+}
+READERS = {key: (kind, reader) for kind, (reader, keys) in KINDS.items() for key in keys}
+
+
+def _checked(data: object, owner: type[Any], extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a JSON object, each in the kind that `owner` has for that key."""
+    if not isinstance(data, dict):
+        raise InputError(f"is {type(data).__name__}, expected an object")
+    known = {item.name: item for item in fields(owner)}
+    unknown = sorted(set(data) - set(known) - set(extra))
+    if unknown:
+        raise InputError(f"unknown key {unknown[0]!r}", f"Known are {', '.join(sorted(known))}")
+    required = set(REQUIRED[owner])
+    if absent := sorted(required - set(data)):
+        raise InputError(f"{absent[0]} is missing")
+    return {key: _read(key, value) for key, value in data.items()}
+
+
+REQUIRED = {
+    ModelCard: ("schema_version", "name", "names", "size_hw", "stride", "input", "output"),
+    Artifact: ("file", "sha256", "bytes", "precision", "backend"),
+}
+
+
+def _read(key: str, value: object) -> Any:
+    if key == "frame_hw" and value is None:
+        return None
+    kind, reader = READERS[key]
+    try:
+        return reader(value)
+    except TypeError:
+        raise InputError(f"{key} is {value!r}, expected {kind}") from None

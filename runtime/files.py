@@ -1,0 +1,96 @@
+"""Files that are either whole or absent, and their digests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import EdgestillError
+
+CHUNK_BYTES = 1 << 20
+REMEDIES = {
+    errno.ENOSPC: "Free some space, or write to another disk",
+    errno.EDQUOT: "The quota is used up: free some space, or write to another disk",
+    errno.EACCES: "Check who may write there, or choose another folder",
+    errno.EPERM: "Check who may write there, or choose another folder",
+    errno.EROFS: "The file system is read-only: choose another folder",
+    errno.ENOTDIR: "A part of the path is a file: choose another folder",
+    errno.EISDIR: "There is a folder of that name: choose another name",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix; it becomes `path` when the block ends without an error.
+
+    The parent folder is made. Readers see the old file or the new one, never a part; a failed block leaves nothing
+    behind. Raises EdgestillError when the file cannot be written, with the remedy.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem[:100]}.{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno in REMEDIES or error.filename == str(temporary):
+            raise _unwritable(path, error) from error
+        raise
+    finally:
+        _remove(temporary)
+
+
+def _sync(path: Path) -> None:
+    """Push a file or folder to the disk: without it a power cut can leave an empty file under the new name."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # the first error, which is on its way up, says more
+
+
+def _unwritable(path: Path, error: OSError) -> EdgestillError:
+    return EdgestillError(f"{path}: cannot be written: {error.strerror}", REMEDIES.get(error.errno or 0, ""))
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Publish `obj` as indented JSON with a final newline. Paths become strings; NaN is refused (JSON has none)."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -1,0 +1,167 @@
+"""Reading, letterboxing and normalising pictures: the only preprocessing there is.
+
+Training, calibration, validation, benchmarks and the device all call this file. Pictures are uint8 (H, W, 3) BGR.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InputError
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Twice Pillow's warning limit, where it calls a picture a decompression bomb: half a gigabyte decoded."""
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PIXELS))  # OpenCV reads it once, when it is loaded
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders' complaints would stand beside our one-line error
+
+import cv2  # noqa: E402
+
+LETTERBOX_FILL = 114
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
+"""First bytes of JPEG (and MPO), PNG, BMP, TIFF, WebP. No other decoder of OpenCV is ever tried."""
+
+Picture = NDArray[np.uint8]
+
+
+def read_image(path: str | Path) -> Picture:
+    """Decode a picture to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
+
+    Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not a picture.
+    """
+    data = _read_bytes(Path(path))
+    if not data.startswith(SIGNATURES):
+        raise InputError(f"{path}: not a picture", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
+    try:
+        # from memory OpenCV refuses a JPEG that ends early; read from a file it fills the rest with grey, silently
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise _too_large(path) from error
+        raise InputError(f"{path}: cannot be decoded: {error.err}") from error
+    if image is None:
+        raise InputError(f"{path}: damaged or cut short ({len(data)} bytes)", "Copy or download it again")
+    if image.shape[0] * image.shape[1] > MAX_IMAGE_PIXELS:  # OpenCV was loaded before this file could set its limit
+        raise _too_large(path)
+    return image  # type: ignore[return-value]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data:
+        raise InputError(f"{path}: the file is empty", "Copy or download it again")
+    return data
+
+
+def _too_large(path: str | Path) -> InputError:
+    return InputError(f"{path}: has more than {MAX_IMAGE_PIXELS} pixels", "Shrink it first")
+
+
+class Letterboxed(NamedTuple):
+    """`image` uint8 BGR; frame pixel p lies at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
+
+    image: Picture
+    gain: float
+    pad_wh: tuple[float, float]
+
+
+class Fit(NamedTuple):
+    """Where a frame lands on its canvas, all in canvas pixels; `pad_wh` is what un-letterboxing subtracts."""
+
+    canvas_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    gain: float
+    pad_wh: tuple[float, float]
+    left_top: tuple[int, int]
+
+
+@lru_cache(maxsize=1024)
+def fit(frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int) -> Fit:
+    """Geometry of YOLOv5's letterbox: scale to fit, split the rest, the odd pixel right and below."""
+    (height, width), (goal_height, goal_width) = frame_hw, size_hw
+    gain = min(goal_height / height, goal_width / width)
+    if not scale_up:
+        gain = min(gain, 1.0)
+    resized = max(1, round(height * gain)), max(1, round(width * gain))
+    missing = goal_height - resized[0], goal_width - resized[1]
+    if auto:
+        missing = missing[0] % stride, missing[1] % stride
+    pad_height, pad_width = missing[0] / 2, missing[1] / 2
+    top, bottom = round(pad_height - 0.1), round(pad_height + 0.1)
+    left, right = round(pad_width - 0.1), round(pad_width + 0.1)
+    canvas = resized[0] + top + bottom, resized[1] + left + right
+    return Fit(canvas, resized, gain, (pad_width, pad_height), (left, top))
+
+
+def letterbox(
+    image: Picture, size_hw: tuple[int, int], *, auto: bool = False, scale_up: bool = True, stride: int = 32
+) -> Letterboxed:
+    """Scale to fit `size_hw` (bilinear) and pad with grey 114; returns a new array.
+
+    `auto` pads only to the next multiple of `stride` (YOLOv5's minimum rectangle); `scale_up` False never enlarges.
+    """
+    place = fit(_size_hw(image), size_hw, auto=auto, scale_up=scale_up, stride=stride)
+    canvas = np.empty((*place.canvas_hw, 3), np.uint8)
+    paint_border(canvas, place)
+    paint(canvas, image, place)
+    return Letterboxed(canvas, place.gain, place.pad_wh)
+
+
+def paint(canvas: Picture, image: Picture, place: Fit) -> None:
+    """Write the resized image to its place on the canvas; the border is not touched."""
+    (height, width), (left, top) = place.resized_hw, place.left_top
+    window = canvas[top : top + height, left : left + width]
+    if _size_hw(image) == place.resized_hw:
+        window[...] = image
+    else:
+        cv2.resize(image, (width, height), dst=window, interpolation=cv2.INTER_LINEAR)
+
+
+def paint_border(canvas: Picture, place: Fit) -> None:
+    (height, width), (left, top) = place.resized_hw, place.left_top
+    canvas[:top] = LETTERBOX_FILL
+    canvas[top + height :] = LETTERBOX_FILL
+    canvas[:, :left] = LETTERBOX_FILL
+    canvas[:, left + width :] = LETTERBOX_FILL
+
+
+def resize_longest(image: Picture, size: int, *, enlarge_or_augment_linear: bool) -> Picture:
+    """Scale so that the longest side is `size`, as YOLOv5 v7.0's data loader does: sizes are truncated.
+
+    Bilinear when enlarging or when `enlarge_or_augment_linear` (images that augmentation will warp), else INTER_AREA.
+    An image that already fits is returned as it is.
+    """
+    height, width = _size_hw(image)
+    ratio = size / max(height, width)
+    if ratio == 1:
+        return image
+    linear = enlarge_or_augment_linear or ratio > 1
+    goal_wh = max(1, int(width * ratio)), max(1, int(height * ratio))
+    return cv2.resize(image, goal_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
+
+
+UNIT = (np.arange(256, dtype=np.float32) / np.float32(255)).astype(np.float32)
+"""Every value that a normalised byte can have: a look-up is exact and three times faster than dividing pixels."""
+
+
+def to_tensor(images_bgr: Picture) -> NDArray[np.float32]:
+    """(H, W, 3) or (B, H, W, 3) uint8 BGR -> contiguous (B, 3, H, W) float32 RGB in 0..1."""
+    batch = images_bgr[None] if images_bgr.ndim == 3 else images_bgr
+    tensor = np.empty((len(batch), 3, *batch.shape[1:3]), np.float32)
+    for image, planes in zip(batch, tensor, strict=True):
+        for plane, channel in zip(planes, (2, 1, 0), strict=True):
+            cv2.LUT(np.ascontiguousarray(image[..., channel]), UNIT, dst=plane)
+    return tensor
+
+
+def _size_hw(image: Picture) -> tuple[int, int]:
+    return image.shape[0], image.shape[1]
