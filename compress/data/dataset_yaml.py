@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from runtime.errors import InputError, UsageError
+from runtime.image import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 SPLITS = ("train", "val", "test")
 MAX_YAML_BYTES = 1 << 20
 MAX_LIST_BYTES = 256 << 20
@@ -142,7 +142,7 @@ def _images(path: Path, root: Path, split: str, places: Iterable[str]) -> tuple[
     found = {image for place in places for image in _expand(path, root, split, place)}
     if not found:
         raise InputError(
-            f"{path}: {split}: no images in {', '.join(places)}", f"Expected files ending in {_suffixes()}"
+            f"{path}: {split}: no images in {', '.join(places)}", f"Expected files ending in {' '.join(IMAGE_SUFFIXES)}"
         )
     return tuple(sorted(found))
 
@@ -213,7 +213,3 @@ def _kind(value: Any) -> str:
     """What a value of the file is, in words; never its whole text (aliases can make that endless)."""
     kinds = {list: "a list", dict: "a mapping", type(None): "nothing"}
     return kinds.get(type(value), reprlib.repr(value)) if value != "" else "nothing"
-
-
-def _suffixes() -> str:
-    return " ".join(sorted(IMAGE_SUFFIXES))

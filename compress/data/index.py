@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,11 @@ from PIL import Image, UnidentifiedImageError
 from compress.data.dataset_yaml import DataConfig
 from compress.data.labels import label_path, read_labels
 from runtime.errors import InputError
-from runtime.image import read_image
+from runtime.image import MAX_IMAGE_PIXELS, read_image
 
 PILLOW_FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 """Only these decoders are ever tried; Pillow knows dozens, some of them with a history."""
 MIN_SIDE = 10
-MAX_PIXELS = 178_956_970
-"""Twice Pillow's warning limit, where it calls a picture a decompression bomb."""
 DECODE_UP_TO = 5000
 """Splits of at most this many images are fully decoded while indexing (about 2 ms an image at 640x480)."""
 EXIF_ORIENTATION = 0x0112
@@ -66,15 +64,22 @@ def index_split(config: DataConfig, split: str, *, workers: int | None = None, d
     """
     if split not in config.splits:
         raise InputError(f"{config.path}: no {split} split", f"It has {', '.join(config.splits)}")
-    images = config.splits[split]
+    index = index_images(config.splits[split], len(config.names), workers=workers, decode=decode)
+    if not index.samples:
+        first = index.problems[0]
+        raise InputError(
+            f"{config.path}: {split}: none of {len(config.splits[split])} images can be used; first: {first}"
+        )
+    return index
+
+
+def index_images(images: Sequence[Path], nc: int, *, workers: int | None = None, decode: bool | None = None) -> Index:
+    """`index_split` of any image files; nothing usable is no error here."""
     decode = len(images) <= DECODE_UP_TO if decode is None else decode
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        outcomes = list(pool.map(lambda image: index_image(image, len(config.names), decode=decode), images))
+        outcomes = list(pool.map(lambda image: index_image(image, nc, decode=decode), images))
     samples = tuple(sample for sample, _ in outcomes if sample is not None)
-    problems = tuple(problem for _, found in outcomes for problem in found)
-    if not samples:
-        raise InputError(f"{config.path}: {split}: none of {len(images)} images can be used; first: {problems[0]}")
-    return Index(samples, problems)
+    return Index(samples, tuple(problem for _, found in outcomes for problem in found))
 
 
 def index_image(image: Path, nc: int, *, decode: bool) -> tuple[Sample | None, list[Problem]]:
@@ -94,7 +99,7 @@ def index_image(image: Path, nc: int, *, decode: bool) -> tuple[Sample | None, l
 def image_size_hw(path: Path) -> tuple[int, int]:
     """(height, width) in pixels after EXIF rotation, from the header alone.
 
-    Raises InputError for what is not an image, is under `MIN_SIDE` on a side or over `MAX_PIXELS`.
+    Raises InputError for what is not an image, is under `MIN_SIDE` on a side or over `MAX_IMAGE_PIXELS`.
     """
     try:
         with warnings.catch_warnings():
@@ -105,7 +110,7 @@ def image_size_hw(path: Path) -> tuple[int, int]:
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image", f"Expected one of {', '.join(PILLOW_FORMATS)}") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {MAX_PIXELS} pixels") from None
+        raise InputError(f"{path}: more than {MAX_IMAGE_PIXELS} pixels") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, OverflowError) as error:
@@ -125,8 +130,8 @@ def _orientation(image: Image.Image) -> int:
 def _check_size(path: Path, height: int, width: int) -> None:
     if min(height, width) < MIN_SIDE:
         raise InputError(f"{path}: {width}x{height} pixels, expected at least {MIN_SIDE} on each side")
-    if height * width > MAX_PIXELS:
-        raise InputError(f"{path}: {width}x{height} pixels, expected at most {MAX_PIXELS} in all")
+    if height * width > MAX_IMAGE_PIXELS:
+        raise InputError(f"{path}: {width}x{height} pixels, expected at most {MAX_IMAGE_PIXELS} in all")
 
 
 def _without_path(error: InputError, path: Path) -> str:

@@ -1,0 +1,320 @@
+"""In: COCO JSON or VOC XML, and the folder of their images. Out: a new YOLO dataset with copies of the images.
+
+Boxes are checked against the real size of each image; what cannot be used is skipped, counted and named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+import numpy as np
+import yaml
+
+from compress.data.generate import VAL_EVERY, label_text, split_of
+from compress.data.index import Problem, image_size_hw
+from compress.data.labels import label_path
+from compress.data.publish import new_folder
+from runtime.errors import InputError
+from runtime.image import IMAGE_SUFFIXES
+
+MAX_JSON_BYTES = 2 << 30
+MAX_XML_BYTES = 4 << 20
+
+Box = tuple[int, float, float, float, float]
+"""class, x1, y1, x2, y2 in pixels."""
+
+
+class Annotated(NamedTuple):
+    """One image of the source: its path below the image folder, its stated (height, width), and its boxes."""
+
+    file_name: str
+    size_hw: tuple[int, int] | None
+    boxes: list[Box]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written, and what was left out. `skipped` counts crowd regions and objects marked difficult."""
+
+    data_yaml: Path
+    images: int
+    boxes: int
+    skipped: int
+    problems: tuple[Problem, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"wrote {self.data_yaml}: {self.images} images, {self.boxes} boxes, "
+            f"every {VAL_EVERY}th for validation; {self.skipped} crowd or difficult objects skipped, "
+            f"{len(self.problems)} problems",
+            *map(str, self.problems),
+        ]
+        return "\n".join(lines)
+
+
+def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Converted:
+    """Convert a COCO instances JSON. Categories become classes in the order of their ids; crowds are skipped.
+
+    Raises InputError for a file that is not COCO JSON and for image names that leave the image folder.
+    """
+    path = Path(annotations)
+    content = _read_json(path)
+    problems: list[Problem] = []
+    classes, names = _coco_classes(path, content)
+    by_id = {image["id"]: Annotated(*_coco_image(path, image), []) for image in _entries(path, content, "images")}
+    skipped = 0
+    for number, annotation in enumerate(_entries(path, content, "annotations"), 1):
+        if annotation.get("iscrowd") == 1:
+            skipped += 1
+            continue
+        box = _coco_box(annotation, by_id, classes)
+        if isinstance(box, str):
+            problems.append(Problem(path, 0, f"annotation {number}: {box}"))
+        else:
+            by_id[annotation["image_id"]].boxes.append(box)
+    return _write(list(by_id.values()), names, Path(images), Path(out), skipped, problems)
+
+
+def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Converted:
+    """Convert a folder of VOC XML files. Names become classes in alphabetical order; difficult objects are skipped.
+
+    Raises InputError where a file declares a document type (entities are never expanded) and for image names that
+    leave the image folder.
+    """
+    folder = Path(annotations)
+    files = sorted(folder.glob("*.xml"))
+    if not files:
+        raise InputError(f"{folder}: no .xml files", "Give the folder of the VOC annotations")
+    problems: list[Problem] = []
+    roots = {path: root for path in files if (root := _read_xml(path, problems)) is not None}
+    objects = {path: list(_voc_objects(path, root, problems)) for path, root in roots.items()}
+    names = sorted({name for found in objects.values() for name, _ in found})
+    if not names:
+        raise InputError(f"{folder}: no objects in {len(files)} .xml files", str(problems[0]) if problems else "")
+    annotated = [
+        Annotated(_voc_file_name(path, roots[path], Path(images)), None, _classed(found, names))
+        for path, found in objects.items()
+    ]
+    skipped = sum(_is_difficult(item) for root in roots.values() for item in root.iter("object"))
+    return _write(annotated, names, Path(images), Path(out), skipped, problems)
+
+
+# --- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({str(error)[:100]})") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected COCO's images, annotations, categories")
+    return content
+
+
+def _entries(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    entries = content.get(key)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path}: `{key}` is not a list of objects", "Expected COCO instances JSON")
+    return entries
+
+
+def _coco_classes(path: Path, content: Mapping[str, Any]) -> tuple[dict[int, int], list[str]]:
+    """Category id -> class index, and the class names."""
+    names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
+    if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
+        raise InputError(f"{path}: categories need a whole-number id and a name each")
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{path}: two categories have one name", "Give every class its own name")
+    ordered = sorted(names)  # type: ignore[type-var]
+    return {key: index for index, key in enumerate(ordered)}, [names[key] for key in ordered]  # type: ignore[misc]
+
+
+def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
+    name, size_hw = image.get("file_name"), (image.get("height"), image.get("width"))
+    if not isinstance(name, str) or not _is_whole(image.get("id")):
+        raise InputError(f"{path}: an image without whole-number id or file_name", "Expected COCO instances JSON")
+    return name, size_hw if all(_is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
+
+
+def _coco_box(annotation: Mapping[str, Any], by_id: Mapping[int, Annotated], classes: Mapping[int, int]) -> Box | str:
+    """The box of an annotation, or what is wrong with it."""
+    image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
+    if not _is_whole(image_id) or image_id not in by_id:
+        return f"image_id {image_id!r:.40} is not among the images"
+    if category_id is None or not _is_whole(category_id) or category_id not in classes:
+        return f"category_id {category_id!r:.40} is not among the categories"
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and _finite(v) for v in box):
+        return f"bbox {box!r:.60} is not four numbers"
+    x, y, width, height = map(float, box)
+    return classes[category_id], x, y, x + width, y + height
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond float's range
+        return False
+
+
+# --- VOC -------------------------------------------------------------------------------------------------------------
+
+
+def _read_xml(path: Path, problems: list[Problem]) -> Element | None:
+    """The root of a small XML file; None and a problem where it is damaged."""
+    try:
+        if path.stat().st_size > MAX_XML_BYTES:
+            problems.append(Problem(path, 0, f"{path.stat().st_size} bytes, expected at most {MAX_XML_BYTES}"))
+            return None
+        return parse_xml(path.read_bytes(), origin=str(path))
+    except (OSError, expat.ExpatError, ValueError, RecursionError) as error:
+        problems.append(Problem(path, 0, f"not XML ({error})"))
+        return None
+
+
+def parse_xml(data: bytes, origin: str) -> Element:
+    """An element tree without entities: a document type declaration, the only place for them, is an InputError."""
+
+    def refuse(*_: Any) -> None:
+        raise InputError(f"{origin}: has a DOCTYPE, and entities are not accepted", "Remove the DOCTYPE")
+
+    builder, parser = TreeBuilder(), expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = lambda tag, attributes: builder.start(tag, attributes)
+    parser.EndElementHandler = lambda tag: builder.end(tag)
+    parser.CharacterDataHandler = builder.data
+    parser.Parse(data, True)
+    return builder.close()
+
+
+Named = tuple[str, tuple[float, float, float, float]]
+
+
+def _voc_objects(path: Path, root: Element, problems: list[Problem]) -> Iterable[Named]:
+    """(name, box in pixels) of each object that is not difficult."""
+    for number, item in enumerate(root.iter("object"), 1):
+        if _is_difficult(item):
+            continue
+        name, sides = (item.findtext("name") or "").strip(), _voc_sides(item)
+        if name and sides:
+            yield name, sides
+        else:
+            problems.append(Problem(path, 0, f"object {number}: needs a name and xmin, ymin, xmax, ymax"))
+
+
+def _voc_sides(item: Element) -> tuple[float, float, float, float] | None:
+    """x1 y1 x2 y2: VOC counts pixels from 1 and includes the last one."""
+    try:
+        x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{key}") or "nan") for key in ("xmin", "ymin", "xmax", "ymax"))
+    except ValueError:
+        return None
+    return (x1 - 1, y1 - 1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None
+
+
+def _is_difficult(item: Element) -> bool:
+    return (item.findtext("difficult") or "").strip() == "1"
+
+
+def _voc_file_name(path: Path, root: Element, images: Path) -> str:
+    """The stated file name; where no such file is there, an image named like the XML file."""
+    stated = (root.findtext("filename") or "").strip()
+    if stated and (images / safe_relative(stated, origin=path)).is_file():
+        return stated
+    beside = (images / f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES)
+    return next((image.name for image in beside if image.is_file()), stated or path.stem)
+
+
+def _classed(found: Sequence[Named], names: Sequence[str]) -> list[Box]:
+    return [(names.index(name), *sides) for name, sides in found]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def safe_relative(name: str, origin: Path) -> PurePosixPath:
+    """`name` as a path that stays below the folder it is joined to, else an InputError."""
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if not relative.parts or relative.is_absolute() or ".." in relative.parts or ":" in name or "\0" in name:
+        raise InputError(f"{origin}: image name {ascii(name)[:80]} leaves the image folder", "Use plain relative names")
+    return relative
+
+
+def _write(
+    annotated: list[Annotated], names: Sequence[str], images: Path, out: Path, skipped: int, problems: list[Problem]
+) -> Converted:
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder", "Give the folder of the images")
+    annotated = sorted(annotated, key=lambda one: one.file_name)
+    relatives = [safe_relative(one.file_name, origin=images) for one in annotated]
+    counts: list[int] = []
+    with new_folder(out) as folder:
+        for one, relative in zip(annotated, relatives, strict=True):
+            split = split_of(len(counts), len(annotated))
+            boxes = _write_image(folder / "images" / split / relative, images / relative, one, problems)
+            if boxes is not None:
+                counts.append(boxes)
+        if not counts:
+            raise InputError(f"{images}: none of {len(annotated)} images can be used", _first(problems))
+        _write_data_yaml(folder, names)
+    return Converted(out / "data.yaml", len(counts), sum(counts), skipped, tuple(problems))
+
+
+def _write_image(target: Path, source: Path, one: Annotated, problems: list[Problem]) -> int | None:
+    """Copy one image and write its labels; returns the number of boxes, None where the image was left out."""
+    labels = label_path(target)
+    if labels.exists():
+        problems.append(Problem(source, 0, "shares its label file with another image"))
+        return None
+    try:
+        size_hw = image_size_hw(source)
+    except InputError as error:
+        problems.append(Problem(source, 0, error.message.removeprefix(f"{source}: ")))
+        return None
+    if one.size_hw not in (None, size_hw):
+        stated, real = one.size_hw[::-1], size_hw[::-1]  # type: ignore[index]
+        problems.append(Problem(source, 0, f"is {real[0]}x{real[1]} but annotated as {stated[0]}x{stated[1]}"))
+        return None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    boxes = _clipped(one.boxes, size_hw, source, problems)
+    labels.write_text(label_text(boxes, size_hw))
+    return len(boxes)
+
+
+def _clipped(boxes: Sequence[Box], size_hw: tuple[int, int], source: Path, problems: list[Problem]) -> np.ndarray:
+    """Boxes within the image; those with nothing inside are reported."""
+    rows = np.array(boxes, np.float64).reshape(-1, 5)
+    rows[:, 1::2] = rows[:, 1::2].clip(0, size_hw[1])
+    rows[:, 2::2] = rows[:, 2::2].clip(0, size_hw[0])
+    inside = (rows[:, 3] > rows[:, 1]) & (rows[:, 4] > rows[:, 2])
+    outside = (box[1:] for box, is_inside in zip(boxes, inside, strict=True) if not is_inside)
+    problems.extend(Problem(source, 0, f"box {sides} has no area inside the image") for sides in outside)
+    return rows[inside]
+
+
+def _first(problems: Sequence[Problem]) -> str:
+    return f"First: {problems[0]}" if problems else ""
+
+
+def _write_data_yaml(folder: Path, names: Sequence[str]) -> None:
+    has_val = (folder / "images" / "val").is_dir()
+    content = {"path": ".", "train": "images/train", "val": f"images/{'val' if has_val else 'train'}"}
+    text = yaml.safe_dump(content | {"names": dict(enumerate(names))}, sort_keys=False, allow_unicode=True)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
