@@ -10,38 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.graph.builder import FLOAT, GraphBuilder
-
-FILL = 114.0
-"""Grey of the letterbox border, in the scale of the bytes."""
+from runtime.image import LETTERBOX_FILL, Fit, fit
 
 
 @dataclass(frozen=True)
 class LetterboxGeometry:
-    """Where a frame lands on the canvas (letterbox of YOLOv5: scale to fit, split the border, odd pixel to the end)."""
+    """Where a frame lands on the canvas, by the runtime's one definition of the letterbox."""
 
     frame_hw: tuple[int, int]
     canvas_hw: tuple[int, int]
 
     @property
-    def gain(self) -> float:
-        return min(c / f for c, f in zip(self.canvas_hw, self.frame_hw, strict=True))
-
-    @property
-    def resized_hw(self) -> tuple[int, int]:
-        height, width = (round(side * self.gain) for side in self.frame_hw)
-        return height, width
-
-    @property
-    def pad_wh(self) -> tuple[float, float]:
-        """Half of the missing columns and rows, unrounded: what un-letterboxing subtracts."""
-        (canvas_h, canvas_w), (height, width) = self.canvas_hw, self.resized_hw
-        return (canvas_w - width) / 2, (canvas_h - height) / 2
+    def fit(self) -> Fit:
+        return fit(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
 
     @property
     def borders(self) -> tuple[int, int, int, int]:
-        """Top, bottom, left and right border in pixels."""
-        dw, dh = self.pad_wh
-        return round(dh - 0.1), round(dh + 0.1), round(dw - 0.1), round(dw + 0.1)
+        """Top, left, bottom and right border in pixels."""
+        (left, top), (height, width) = self.fit.left_top, self.fit.resized_hw
+        return top, left, self.canvas_hw[0] - top - height, self.canvas_hw[1] - left - width
 
 
 def canvas_head(builder: GraphBuilder, source: str) -> str:
@@ -53,17 +40,17 @@ def canvas_head(builder: GraphBuilder, source: str) -> str:
 def frame_head(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) -> str:
     """uint8 BGR (1,H,W,3) -> letterboxed float32 BGR 0..255 (1,3,S,S), within one level of cv2's bilinear letterbox."""
     pixels = canvas_head(builder, source)
-    if geometry.resized_hw != geometry.frame_hw:
-        sizes = builder.ints("letterbox.sizes", [1, 3, *geometry.resized_hw])
+    if geometry.fit.resized_hw != geometry.frame_hw:
+        sizes = builder.ints("letterbox.sizes", [1, 3, *geometry.fit.resized_hw])
         pixels = builder.op(
             "Resize", pixels, "", "", sizes,
             name="letterbox.resized", mode="linear", coordinate_transformation_mode="half_pixel",
         )  # fmt: skip
         pixels = builder.op("Round", pixels, name="letterbox.rounded")
-    top, bottom, left, right = geometry.borders
+    top, left, bottom, right = geometry.borders
     if any(geometry.borders):
         pads = builder.ints("letterbox.pads", [0, 0, top, left, 0, 0, bottom, right])
-        fill = builder.floats("letterbox.fill", FILL)
+        fill = builder.floats("letterbox.fill", LETTERBOX_FILL)
         pixels = builder.op("Pad", pixels, pads, fill, name="letterbox.canvas", mode="constant")
     return pixels
 

@@ -27,16 +27,16 @@ _CPU_SECONDS = 120
 _REMEDY = "give a model.onnx that `edgestill export` wrote"
 _MODULE = "compress.graph.safe_load"
 
-ALLOWED = frozenset(
-    """
-    Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear Div Equal Exp
-    Expand Flatten Floor Gather GatherElements GatherND GlobalAveragePool Greater GreaterOrEqual HardSigmoid
-    HardSwish Identity LeakyRelu Less LessOrEqual MatMul Max MaxPool Min Mul Neg Not Or Pad Pow QuantizeLinear
-    Range ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize Round Shape Sigmoid Slice Softmax Softplus
-    Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where
-    """.split()
-)
-"""Operators of detectors and of our own rewrites. Loops, subgraphs, custom domains and NonMaxSuppression are not here."""
+_STANDARD = """
+    Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear
+    Div Equal Exp Expand Flatten Floor Gather GatherElements GatherND GlobalAveragePool Greater
+    GreaterOrEqual HardSigmoid HardSwish Identity LeakyRelu Less LessOrEqual MatMul Max MaxPool Min
+    Mul Neg Not Or Pad Pow QuantizeLinear Range ReduceMax ReduceMean ReduceMin ReduceSum Relu
+    Reshape Resize Round Shape Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh TopK
+    Transpose Unsqueeze Where
+"""
+ALLOWED = frozenset(_STANDARD.split())
+"""Operators of detectors and of our own rewrites: no loops, subgraphs, custom domains or NonMaxSuppression."""
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -151,7 +151,7 @@ def _open_session(data: bytes) -> str:
     options.log_severity_level = 4
     try:
         onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no other base
+    except Exception as error:  # ONNX Runtime's errors share no other base
         return f"ONNX Runtime says: {' '.join(str(error).split())[:200]}"
     return ""
 

@@ -210,7 +210,8 @@ def _gather_channels(b: GraphBuilder, source: str, count: int, cells: int, ancho
 def _decode(b: GraphBuilder, logits: str, cell: str, stride: str, anchor: str) -> str:
     """Box logits (K,5) -> `candidates.boxes` (K,4) x1 y1 x2 y2 in canvas pixels."""
     unit = b.op("Sigmoid", logits, name="decode.unit")
-    xy, wh, _ = b.ops("Split", unit, b.ints("decode.parts", [2, 2, 1]), names=("decode.txy", "decode.twh", "decode.obj"), axis=1)  # fmt: skip
+    parts = b.ints("decode.parts", [2, 2, 1])
+    xy, wh, _ = b.ops("Split", unit, parts, names=("decode.txy", "decode.twh", "decode.obj"), axis=1)
     two = b.floats("two", 2.0)
     shifted = b.op("Add", b.op("Mul", xy, two, name="decode.xy2"), cell, name="decode.shifted")
     centre = b.op("Mul", shifted, stride, name="decode.xy")
@@ -292,9 +293,9 @@ def _compact(
 def _to_frame(b: GraphBuilder, boxes: str, geometry: LetterboxGeometry) -> str:
     """Canvas pixels -> frame pixels, clipped to the frame."""
     height, width = geometry.frame_hw
-    shift = b.floats("frame.pad", [[*geometry.pad_wh, *geometry.pad_wh]])
+    shift = b.floats("frame.pad", [[*geometry.fit.pad_wh, *geometry.fit.pad_wh]])
     moved = b.op("Sub", boxes, shift, name="frame.moved")
-    scaled = b.op("Div", moved, b.floats("frame.gain", geometry.gain), name="frame.scaled")
+    scaled = b.op("Div", moved, b.floats("frame.gain", geometry.fit.gain), name="frame.scaled")
     low = b.op("Max", scaled, b.floats("nought", 0.0), name="frame.low")
     return b.op("Min", low, b.floats("frame.limit", [[width, height, width, height]]), name="frame.boxes")
 

@@ -162,7 +162,7 @@ def _binary(kind: str) -> Callable[[GraphBuilder, Any, dict[Any, str]], None]:
     return emit
 
 
-def _alias(builder: GraphBuilder, node: Any, names: dict[Any, str]) -> None:
+def _alias(_: GraphBuilder, node: Any, names: dict[Any, str]) -> None:
     names[node] = names[node.args[0]]
 
 

@@ -1,0 +1,242 @@
+"""Export: a student (.safetensors) becomes two ONNX files, both checked against torch before they are published.
+
+In: the checkpoint, the image size, and validation images on which the number of NMS candidates is measured.
+Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
+threshold; and `model.yolov5.onnx`, `images` float32 [batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it.
+The same checkpoint and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from compress.config import ExportConfig
+from compress.graph.assemble import boxes_graph, yolov5_graph
+from compress.graph.heads import LetterboxGeometry
+from compress.graph.metadata import metadata_of
+from compress.graph.session import open_session
+from compress.graph.study import CHOICES, CandidateStudy, Validation, canvas_of, pools, study
+from compress.graph.tails import HeadShape, NmsShape
+from compress.graph.trunk import Trunk, trace
+from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
+from compress.models import YOLOv5, load_model
+from runtime.card import ModelCard
+from runtime.errors import EdgestillError, UsageError
+from runtime.files import atomic_write, sha256
+from runtime.image import read_image
+
+SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
+CHECKED_IMAGES = 4
+UNMEASURED_CANDIDATES = 300
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The published files, their card, and what was measured on the way."""
+
+    model_onnx: Path
+    yolov5_onnx: Path
+    card: ModelCard
+    boxes: Agreement
+    rows: Agreement
+    candidates: CandidateStudy | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "files": {path.name: sha256(path) for path in (self.model_onnx, self.yolov5_onnx)},
+            "candidates": self.card.candidates,
+            "agreement": {SHIPPED: self.boxes.to_json(), CONVENTIONAL: self.rows.to_json()},
+            "candidate_study": self.candidates.to_json() if self.candidates else None,
+        }
+
+
+class RawMaps(nn.Module):
+    """The network as far as its detect convolutions: what `trace` turns into a trunk."""
+
+    def __init__(self, network: YOLOv5) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        _, features = self.network.forward_features(images)
+        return [conv(x) for conv, x in zip(self.network.model[-1].m, features, strict=True)]
+
+
+def export(
+    config: ExportConfig,
+    *,
+    model: Path,
+    out: Path,
+    imgsz: int,
+    data: Validation | None = None,
+    report: Report = print,
+) -> ExportResult:
+    """Write both graphs into the folder `out`.
+
+    Without `data` the check runs on noise and the candidates are `config.candidates` or 300. Raises `EdgestillError`
+    and publishes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`.
+    """
+    network = load_model(model).eval()
+    size_hw = _size(imgsz, network)
+    original, fused = network, network.fuse()
+    trunk, head = trace(RawMaps(fused), size_hw), head_shape(original, size_hw)
+    torch_rows = rows_of(original)
+    card = _card(config, model, original, size_hw)
+    rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
+    conventional = yolov5_graph(trunk, head, opset=config.opset, metadata=metadata_of(rows_card))
+    canvases = _canvases(data, size_hw)
+    rows = check_rows(conventional, canvases, torch_rows)
+    _judge(config, CONVENTIONAL, rows, report)
+
+    measured = _measure(config, conventional, data, card, report)
+    card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
+    card = replace(card, candidates=min(card.candidates, head.rows))
+    shipped, boxes = _shipped(config, trunk, head, card, data, canvases, torch_rows)
+    _judge(config, SHIPPED, boxes, report)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [_publish(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
+    return ExportResult(files[0], files[1], card, boxes, rows, measured)
+
+
+def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
+    stride = max(int(s) for s in network.strides)
+    if imgsz < stride or imgsz % stride:
+        raise UsageError(
+            f"image size {imgsz} is not a multiple of the stride {stride}", f"use {-(-imgsz // stride) * stride}"
+        )
+    return imgsz, imgsz
+
+
+def head_shape(network: YOLOv5, size_hw: tuple[int, int]) -> HeadShape:
+    strides = tuple(int(s) for s in network.strides)
+    anchors = np.asarray(network.model[-1].anchors.detach().cpu(), np.float32)
+    pixels = anchors * np.asarray(strides, np.float32)[:, None, None]
+    return HeadShape(network.arch.nc, pixels, strides, size_hw)
+
+
+def rows_of(network: YOLOv5) -> Callable[[np.ndarray], np.ndarray]:
+    """float32 RGB 0..1 (1,3,H,W) -> decoded rows (N, 5+nc), by torch."""
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return network.decode(network(torch.from_numpy(images)))[0].numpy()
+
+    return run
+
+
+def _card(config: ExportConfig, model: Path, network: YOLOv5, size_hw: tuple[int, int]) -> ModelCard:
+    return ModelCard(
+        name=model.stem,
+        names=tuple(network.arch.names),
+        size_hw=size_hw,
+        stride=max(int(s) for s in network.strides),
+        input="frame" if config.frame else "canvas",
+        output="boxes",
+        conf=config.conf,
+        iou=config.iou,
+        max_det=config.max_det,
+        candidates=config.candidates or UNMEASURED_CANDIDATES,
+        nms_iterations=config.nms_iterations,
+        frame_hw=config.frame,
+        precision="fp32",
+        provenance={"checkpoint": model.name, "checkpoint_sha256": sha256(model), "opset": config.opset},
+        artifacts=(),
+    )
+
+
+def _canvases(data: Validation | None, size_hw: tuple[int, int]) -> list[np.ndarray]:
+    """A few real canvases where there are images, and noise."""
+    real = [canvas_of(path, size_hw)[0] for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
+    return [*real, _noise((1, *size_hw, 3))]
+
+
+def _noise(shape: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, tuple(shape), dtype=np.uint8)
+
+
+def _measure(
+    config: ExportConfig, rows_model: onnx.ModelProto, data: Validation | None, card: ModelCard, report: Report
+) -> CandidateStudy | None:
+    if data is None or not data.images:
+        report(f"no validation images: {config.candidates or UNMEASURED_CANDIDATES} NMS candidates, not measured")
+        return None
+    session, source = open_session(rows_model), rows_model.graph.input[0].name
+    found = pools(
+        lambda canvas: session.run(None, {source: unit_rgb(nchw(canvas))})[0][0],
+        [path for _, path in data.images],
+        card.size_hw,
+        max(*CHOICES, config.candidates),
+    )
+    result = study(
+        found,
+        data,
+        card.names,
+        iou=config.iou,
+        max_det=config.max_det,
+        iterations=config.nms_iterations,
+        tolerance=config.candidates_tolerance,
+        fixed=config.candidates,
+    )
+    figures = ", ".join(f"{k}: {value:.4f}" for k, value in result.map50_95.items())
+    report(f"mAP50-95 by NMS candidates on {result.images} images: {figures}; chosen {result.chosen}")
+    report(
+        f"{config.nms_iterations} NMS iterations: one more changes {result.images_changed_by_one_more_iteration} "
+        f"images, greedy NMS {result.images_changed_by_greedy}"
+    )
+    return result
+
+
+def _shipped(
+    config: ExportConfig,
+    trunk: Trunk,
+    head: HeadShape,
+    card: ModelCard,
+    data: Validation | None,
+    canvases: Sequence[np.ndarray],
+    torch_rows: Callable[[np.ndarray], np.ndarray],
+) -> tuple[onnx.ModelProto, Agreement]:
+    nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
+    graph = boxes_graph(trunk, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
+    geometry = LetterboxGeometry(config.frame, head.size_hw) if config.frame else None
+    sources = _frames(data, config.frame) if config.frame else canvases
+    return graph, check_boxes(graph, sources, torch_rows, nms, geometry)
+
+
+def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
+    """Frames of the camera's size: the images resized to it, and noise."""
+    import cv2
+
+    paths = [path for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
+    return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
+
+
+def _judge(config: ExportConfig, name: str, found: Agreement, report: Report) -> None:
+    report(
+        f"{name} against torch on {found.images} images: boxes within {found.max_box_error_px:.5f} px, "
+        f"scores within {found.max_score_error:.2e}"
+    )
+    limits = (
+        ("boxes differ by", found.max_box_error_px, config.max_box_error, " px", "export.max_box_error"),
+        ("scores differ by", found.max_score_error, config.max_score_error, "", "export.max_score_error"),
+        ("NMS differs from its definition in", found.nms_differences, 0, " rows", ""),
+    )
+    for what, value, limit, unit, setting in limits:
+        if not value <= limit:
+            hint = f"Nothing was published; the limit is the setting {setting}" if setting else "Nothing was published"
+            raise EdgestillError(f"{name} against torch: {what} {value:.4g}{unit}, the limit is {limit:g}", hint)
+
+
+def _publish(model: onnx.ModelProto, path: Path) -> Path:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    return path

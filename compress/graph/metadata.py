@@ -1,0 +1,30 @@
+"""What an ONNX file says about itself: our card, and the two keys that YOLOv5's tools read."""
+
+from __future__ import annotations
+
+import onnx
+
+from runtime.card import METADATA_KEY, ModelCard
+from runtime.errors import InputError
+
+
+def metadata_of(card: ModelCard) -> dict[str, str]:
+    """`edgestill` the card as JSON; `names` a Python dictionary as text and `stride`, as YOLOv5 v7.0 writes them."""
+    return {
+        METADATA_KEY: card.to_json(),
+        "names": str(dict(enumerate(card.names))),
+        "stride": str(card.stride),
+    }
+
+
+def read_card(model: onnx.ModelProto, name: str) -> ModelCard:
+    """The card inside a model. Raises `InputError` when there is none."""
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    if METADATA_KEY not in props:
+        raise InputError(f"{name} carries no edgestill card", "give a model.onnx that `edgestill export` wrote")
+    return ModelCard.from_json(props[METADATA_KEY], name)
+
+
+def write_card(model: onnx.ModelProto, card: ModelCard) -> None:
+    """Replace the metadata of `model`."""
+    onnx.helper.set_model_props(model, metadata_of(card))

@@ -1,0 +1,199 @@
+"""Quantise: `model.onnx` becomes FP16 and INT8 flavours, each judged by its own measured accuracy.
+
+In: the shipped FP32 graph, training images to calibrate on, and a function that measures a file.
+Out: `model.<flavour>.onnx` beside each other, and for each whether it is kept. One calibration, through the very
+input that the device feeds, serves both INT8 flavours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+
+from compress.config import QuantizeConfig
+from compress.graph.fp16 import body_to_fp16
+from compress.graph.metadata import read_card, write_card
+from compress.graph.qdq import SCHEMES, calibrate, quantised
+from compress.graph.safe_load import read_model
+from compress.graph.session import open_session
+from runtime.card import ModelCard
+from runtime.errors import InputError
+from runtime.files import atomic_write, sha256
+from runtime.image import letterbox, read_image
+
+Report = Callable[[str], None]
+REFERENCE = "fp32"
+SANITY_IMAGES = 8
+SANITY_SHARE = 0.1
+"""A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
+
+
+class Measured(NamedTuple):
+    """Of one file: accuracy, and the median latency of a frame in milliseconds on this machine."""
+
+    map50_95: float
+    p50_ms: float
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One precision. `drop` is the mAP50-95 lost against FP32; `calibration` names the images by number and digest."""
+
+    name: str
+    path: Path
+    measured: Measured
+    drop: float
+    kept: bool
+    reason: str
+    calibration: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "file": self.path.name,
+            "sha256": sha256(self.path),
+            "map50_95": self.measured.map50_95,
+            "p50_ms": self.measured.p50_ms,
+            "drop": self.drop,
+            "kept": self.kept,
+            "reason": self.reason,
+            "calibration": dict(self.calibration),
+        }
+
+
+def quantize(
+    config: QuantizeConfig,
+    *,
+    model: Path,
+    images: Sequence[Path],
+    out: Path,
+    evaluate: Callable[[Path], Measured],
+    report: Report = print,
+) -> tuple[Flavour, ...]:
+    """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
+
+    `images` come from the training split; `config.calibration_images` of them are used, spread evenly. Raises
+    `InputError` when `model` is not a graph that `export` wrote, or when INT8 is asked for without images.
+    """
+    source = read_model(model)
+    card = _boxes_card(source, model.name)
+    chosen = spread(images, config.calibration_images)
+    calibration = {**_digest(chosen), "method": config.method}
+    makers = _makers(config, source, card, chosen)
+    reference = evaluate(model)
+    report(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}, p50 {reference.p50_ms:.2f} ms")
+    flavours = [Flavour(REFERENCE, model, reference, 0.0, True, "the reference", {})]
+    for name in config.flavours:
+        path = _publish(makers[name](), replace(card, precision=name), out / f"model.{name}.onnx")
+        used = calibration if name in SCHEMES else {}
+        flavour = _judge(config, name, path, evaluate(path), reference, _collapse(source, path, chosen, card), used)
+        flavours.append(flavour)
+        report(describe(flavour, reference))
+    return tuple(flavours)
+
+
+def spread(images: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` images, evenly over the sequence: neighbours in a folder are often frames of one scene."""
+    if len(images) <= count:
+        return list(images)
+    return [images[index * len(images) // count] for index in range(count)]
+
+
+def describe(flavour: Flavour, reference: Measured) -> str:
+    """One line: accuracy, drop, latency against FP32 in the same run, and the verdict."""
+    ratio = flavour.measured.p50_ms / reference.p50_ms if reference.p50_ms else float("nan")
+    speed = "not faster than FP32 here" if ratio >= 1 else "faster than FP32 here"
+    return (
+        f"{flavour.name}: mAP50-95 {flavour.measured.map50_95:.4f} (drop {flavour.drop:+.4f}), "
+        f"p50 {flavour.measured.p50_ms:.2f} ms ({ratio:.2f}x, {speed}); "
+        f"{'kept' if flavour.kept else 'left out'}: {flavour.reason}"
+    )
+
+
+def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
+    card = read_card(model, name)
+    if card.input == "tensor" or card.output != "boxes" or card.precision != REFERENCE:
+        raise InputError(
+            f"{name} is {card.precision} with input {card.input!r} and output {card.output!r}; "
+            "quantising starts from FP32 frames or canvases to boxes",
+            "give the model.onnx that `edgestill export` wrote",
+        )
+    return card
+
+
+def _makers(
+    config: QuantizeConfig, source: onnx.ModelProto, card: ModelCard, chosen: Sequence[Path]
+) -> dict[str, Callable[[], onnx.ModelProto]]:
+    """How each flavour is made; the calibration runs once, when the first INT8 flavour asks for it."""
+    ranges: list[Any] = []
+
+    def integers(name: str) -> onnx.ModelProto:
+        if not ranges:
+            ranges.append(calibrate(source, (_input(path, card) for path in chosen), config.method))
+        return quantised(source, ranges[0], SCHEMES[name])
+
+    return {"fp16": lambda: body_to_fp16(source), **{name: lambda name=name: integers(name) for name in SCHEMES}}
+
+
+def _input(path: Path, card: ModelCard) -> np.ndarray:
+    """uint8 (1,H,W,3), exactly what the graph's input takes on the device."""
+    frame = read_image(path)
+    target = card.frame_hw if card.input == "frame" and card.frame_hw else card.size_hw
+    return letterbox(frame, target).image[None]
+
+
+def _digest(chosen: Sequence[Path]) -> dict[str, Any]:
+    """Number of images, and a digest over their contents in order."""
+    hashes = [sha256(path) for path in chosen]
+    return {"n": len(chosen), "sha256": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+
+
+def _publish(model: onnx.ModelProto, card: ModelCard, path: Path) -> Path:
+    write_card(model, card)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    return path
+
+
+def _collapse(source: onnx.ModelProto, path: Path, chosen: Sequence[Path], card: ModelCard) -> str:
+    """Why the outputs of a flavour are unusable, or nothing: not finite, or scores that fell to zero.
+
+    Runs without graph optimisation: fusing FP16 with Q/DQ makes errors that are not the file's.
+    """
+    probes = [_input(path, card) for path in spread(chosen, SANITY_IMAGES)]
+    if not probes:
+        return ""
+    before, after = (_outputs(model, probes) for model in (source, onnx.load(path)))
+    if not np.isfinite(after).all():
+        return "its outputs are not finite: the body overflows FP16"
+    if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
+        return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
+    return ""
+
+
+def _outputs(model: onnx.ModelProto, probes: Sequence[np.ndarray]) -> np.ndarray:
+    session = open_session(model, optimise=False)
+    return np.concatenate([session.run(None, {model.graph.input[0].name: probe})[0] for probe in probes])
+
+
+def _judge(
+    config: QuantizeConfig,
+    name: str,
+    path: Path,
+    measured: Measured,
+    reference: Measured,
+    collapse: str,
+    calibration: Mapping[str, Any],
+) -> Flavour:
+    drop = reference.map50_95 - measured.map50_95
+    within = drop <= config.max_map_drop  # False for NaN
+    verdict = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
+    return Flavour(name, path, measured, drop, within and not collapse, collapse or verdict, calibration)
