@@ -114,7 +114,8 @@ def evolve(
 ) -> NDArray[np.float32]:
     """`count` anchors (count, 2) in pixels for labels (n, 2): k-means, then mutations that raise the fitness.
 
-    Sorted by area. Labels under 2 px on both sides take no part; all others need positive sides. The same `rng` state gives the same anchors.
+    Sorted by area. Labels under 2 px on both sides take no part; all others need positive sides. The same state of
+    `rng` gives the same anchors.
     """
     usable = wh_px[(wh_px >= MIN_SIDE_PX).any(1)]
     if len(usable) > LABELS_AT_MOST:

@@ -90,6 +90,9 @@ class DistillLoss(nn.Module):
         UsageError: the two networks cannot be compared by this loss.
     """
 
+    compares_heads = False
+    """Whether cells, anchors and classes must mean the same in both networks."""
+
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
         super().__init__()
         _refuse_other_strides(student, teacher)
@@ -139,6 +142,7 @@ def _gated_mean(sums: Tensor, gate_sum: Tensor, batch: int) -> Tensor:
 class _HeadLoss(DistillLoss):
     """A loss over cells and anchors, gated by the teacher's objectness g = sigmoid(o_T)."""
 
+    compares_heads = True
     anchors: Tensor
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
