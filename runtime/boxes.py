@@ -17,7 +17,9 @@ CLASS_OFFSET_PX = 7680.0
 """Boxes of different classes are moved this far apart, so that one suppression serves all classes."""
 MAX_CANDIDATES = 30_000
 """Boxes that enter suppression, best first."""
-FIRST_BLOCK = 512
+FIRST_CANDIDATES = 2048
+"""Sorted first; the rest is sorted only when these do not yield enough boxes."""
+BLOCK = 512
 """Candidates examined at a time. Most images have their `max_det` boxes within the first two blocks."""
 
 
@@ -68,37 +70,63 @@ def nms(
     the given order. Overlap is computed in float32 on the class-shifted boxes, because that is what YOLOv5 computes.
     Work stops when `max_det` boxes are found, which changes nothing: later boxes cannot remove earlier ones.
     """
-    order = np.argsort(-np.asarray(scores), kind="stable")[:MAX_CANDIDATES]
-    classes = np.zeros(len(order), np.float32) if agnostic else np.asarray(class_ids)[order].astype(np.float32)
-    shifted = np.asarray(boxes_xyxy, np.float32)[order] + (classes * np.float32(CLASS_OFFSET_PX))[:, None]
-    if not agnostic and len(order) and np.ptp(np.asarray(boxes_xyxy)) >= CLASS_OFFSET_PX:
-        classes = np.zeros_like(classes)  # so large that neighbours' shifted boxes may touch: compare all pairs
+    boxes_xyxy, scores = np.asarray(boxes_xyxy, np.float32), np.asarray(scores)
+    groups = np.zeros(len(scores), np.float32) if agnostic else np.asarray(class_ids).astype(np.float32)
+    shifted = boxes_xyxy + (groups * np.float32(CLASS_OFFSET_PX))[:, None]
+    if len(scores) and np.ptp(boxes_xyxy) >= CLASS_OFFSET_PX:
+        groups = np.zeros_like(groups)  # so large that shifted boxes of two classes may touch: compare all pairs
+    for count in (FIRST_CANDIDATES, MAX_CANDIDATES):
+        order = best_first(scores, count)
+        kept = _suppress(shifted[order], groups[order], iou, max_det)
+        if len(kept) == max_det or len(order) == len(scores):
+            break
+    return order[kept]
+
+
+def _suppress(boxes: Floats, groups: Floats, iou: float, max_det: int) -> Indices:
+    """The first `max_det` survivors of boxes that are sorted best first; only boxes of one group meet."""
     kept = np.empty(0, np.intp)
-    start, size = 0, FIRST_BLOCK
-    while start < len(order) and len(kept) < max_det:
-        block = np.arange(start, min(start + size, len(order)))
-        block = _clear_of(block, kept, shifted, classes, iou)
-        kept = np.concatenate([kept, _greedy(block, shifted, classes, iou)])
-        start += size
-    return order[kept[:max_det]]
+    for start in range(0, len(boxes), BLOCK):
+        block = np.arange(start, min(start + BLOCK, len(boxes)))
+        block = _clear_of(block, kept, boxes, groups, iou)
+        kept = np.concatenate([kept, _greedy(block, boxes, groups, iou)])
+        if len(kept) >= max_det:
+            break
+    return kept[:max_det]
 
 
-def _clear_of(block: Indices, kept: Indices, boxes: Floats, classes: Floats, iou: float) -> Indices:
+def best_first(scores: Floats, count: int) -> Indices:
+    """Indices of the `count` highest scores in descending order; equal scores keep their order."""
+    if len(scores) <= count:
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    candidates = np.flatnonzero(scores >= least)  # with all that tie with the last one
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
+
+
+def _where(mask: NDArray[np.bool_]) -> tuple[Indices, Indices]:
+    """Rows and columns of a matrix's true elements; `np.nonzero` takes three times as long on two axes."""
+    flat = np.flatnonzero(mask)
+    rows = flat // mask.shape[1]
+    return rows, flat - rows * mask.shape[1]
+
+
+def _clear_of(block: Indices, kept: Indices, boxes: Floats, groups: Floats, iou: float) -> Indices:
     """The candidates of the block that no kept box suppresses."""
-    rows, columns = np.nonzero(classes[kept][:, None] == classes[block])
+    rows, columns = _where(groups[kept][:, None] == groups[block])
     hit = overlap(boxes[kept[rows]], boxes[block[columns]]).astype(np.float64) > iou
     clear = np.ones(len(block), bool)
     clear[columns[hit]] = False
     return block[clear]
 
 
-def _greedy(block: Indices, boxes: Floats, classes: Floats, iou: float) -> Indices:
+def _greedy(block: Indices, boxes: Floats, groups: Floats, iou: float) -> Indices:
     """Greedy suppression inside one block, sorted best first, as a fixed point over the pairs that overlap too much.
 
     Round n is right for every box at the end of a chain of at most n suppressions, so the result that no longer
     changes is the sequential one.
     """
-    better, worse = np.nonzero(np.triu(classes[block][:, None] == classes[block], 1))
+    better, worse = _where(np.triu(groups[block][:, None] == groups[block], 1))
     # float64: the threshold is a double in the original, and float32(0.6) > 0.6
     hit = overlap(boxes[block[better]], boxes[block[worse]]).astype(np.float64) > iou
     better, worse = better[hit], worse[hit]
@@ -132,16 +160,13 @@ def detections_from_rows(
     rows = rows[rows[:, 4] > threshold]
     probabilities = rows[:, 5:] * rows[:, 4:5]
     if multi_label and probabilities.shape[1] > 1:
-        box_ids, class_ids = np.nonzero(probabilities > threshold)
+        box_ids, class_ids = _where(probabilities > threshold)
         scores = probabilities[box_ids, class_ids]
     else:
         box_ids, class_ids, scores = _best_class(probabilities, threshold)
     if classes is not None:
         wanted = np.isin(class_ids, np.asarray(classes))
         box_ids, class_ids, scores = box_ids[wanted], class_ids[wanted], scores[wanted]
-    if len(scores) > MAX_CANDIDATES:
-        best = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
-        box_ids, class_ids, scores = box_ids[best], class_ids[best], scores[best]
     boxes = xywh_to_xyxy(rows[:, :4])[box_ids]
     kept = nms(boxes, scores, class_ids, iou=iou, max_det=max_det, agnostic=agnostic)
     return np.column_stack([boxes[kept], scores[kept], class_ids[kept]]).astype(np.float32, copy=False)
