@@ -17,14 +17,13 @@ CANVAS, FRAME, DETECTIONS = "canvas", "frame", "detections"
 
 def yolov5_graph(trunk: Trunk, head: HeadShape, *, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """`images` float32 RGB 0..1 [batch,3,H,W] -> `output0` [batch,N,5+nc]: what YOLOv5's own tools read."""
-    builder = GraphBuilder()
+    builder = GraphBuilder(opset)
     builder.extend(trunk.nodes, trunk.constants)
     output = rows_tail(builder, trunk.maps, head)
     return builder.build(
         {trunk.input: (FLOAT, ["batch", 3, *head.size_hw])},
         {output: (FLOAT, ["batch", head.rows, head.no])},
-        opset=opset,
-        metadata=metadata,
+        metadata,
     )
 
 
@@ -38,7 +37,7 @@ def boxes_graph(
     frame_hw: tuple[int, int] | None = None,
 ) -> onnx.ModelProto:
     """uint8 BGR canvas [1,S,S,3] (or camera frame [1,H,W,3]) -> `detections` [1,max_det,6] in its pixels."""
-    builder = GraphBuilder()
+    builder = GraphBuilder(opset)
     geometry = LetterboxGeometry(frame_hw, head.size_hw) if frame_hw else None
     source, size_hw = (FRAME, frame_hw) if frame_hw else (CANVAS, head.size_hw)
     pixels = frame_head(builder, source, geometry) if geometry else canvas_head(builder, source)
@@ -51,6 +50,5 @@ def boxes_graph(
     return builder.build(
         {source: (UINT8, [1, *size_hw, 3])},
         {output: (FLOAT, [1, nms.max_det, 6])},
-        opset=opset,
-        metadata=metadata,
+        metadata,
     )

@@ -16,7 +16,8 @@ Shape = Sequence[int | str]
 class GraphBuilder:
     """Nodes and constants of one graph, in topological order because each node names existing tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int = 19) -> None:
+        self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
@@ -52,8 +53,6 @@ class GraphBuilder:
         self,
         inputs: Mapping[str, tuple[int, Shape]],
         outputs: Mapping[str, tuple[int, Shape]],
-        *,
-        opset: int,
         metadata: Mapping[str, str],
     ) -> onnx.ModelProto:
         """The finished model, checked with shape inference. Tensors are `{name: (TensorProto dtype, shape)}`."""
@@ -64,7 +63,7 @@ class GraphBuilder:
             [helper.make_tensor_value_info(name, *spec) for name, spec in outputs.items()],
             list(self.constants.values()),
         )
-        opsets = [helper.make_opsetid("", opset)]
+        opsets = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(
             graph,
             opset_imports=opsets,

@@ -140,10 +140,11 @@ def _candidates(b: GraphBuilder, maps: Sequence[tuple[str, str]], head: HeadShap
 
 def _reduce_max(b: GraphBuilder, classes: str, nc: int, name: str) -> str:
     """(na, nc, cells) -> (na, cells)."""
-    axis = b.ints("one", [1])
     if nc == 1:
-        return b.op("Squeeze", classes, axis, name=name)
-    return b.op("ReduceMax", classes, axis, name=name, keepdims=0)
+        return b.op("Squeeze", classes, b.ints("one", [1]), name=name)
+    if b.opset < 18:  # axes became an input
+        return b.op("ReduceMax", classes, name=name, axes=[1], keepdims=0)
+    return b.op("ReduceMax", classes, b.ints("one", [1]), name=name, keepdims=0)
 
 
 def _gather(
