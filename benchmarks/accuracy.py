@@ -1,0 +1,320 @@
+"""Accuracy of boxes against labels, by two protocols.
+
+COCO's (`coco_accuracy`) is what a report prints. YOLOv5's own (`match`, `average_precision`) needs NumPy only and is
+fast enough for every epoch. The two differ: YOLOv5 gives a detection no second choice, integrates an interpolated
+curve, and knows no crowd regions; on COCO128 the gap is 0.004.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import InputError, UnavailableError
+from runtime.image import read_image
+
+if TYPE_CHECKING:
+    from runtime.detections import Detections
+
+Floats = NDArray[np.floating[Any]]
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10, dtype=np.float32)
+ACCURACY_CONF = 0.001
+"""A higher threshold cuts the precision-recall curve short, and the number is no mAP."""
+COCO_MAX_DET = 100
+_ALL, _SMALL, _MEDIUM, _LARGE = range(4)
+"""COCO's area ranges, in the order of its tables."""
+
+
+# ---------------------------------------------------------------------------------------------------- COCO's protocol
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """COCO's figures, all 0..1. A size is None where the ground truth has no object of it (COCO prints -1)."""
+
+    map50_95: float
+    map50: float
+    map75: float
+    small: float | None
+    medium: float | None
+    large: float | None
+    recall: float
+    """Average recall at `max_det` detections an image."""
+    per_class: Mapping[str, float] = field(default_factory=dict)
+    """mAP50-95 of each class that the ground truth has."""
+    images: int = 0
+    instances: int = 0
+    """Labelled objects, crowd regions not counted."""
+    max_det: int = COCO_MAX_DET
+
+
+def coco_accuracy(
+    ground_truth: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    *,
+    max_det: int = COCO_MAX_DET,
+    names: Sequence[str] | None = None,
+) -> Accuracy:
+    """COCO mAP of `detections` ({image_id, category_id, bbox [x, y, w, h] px, score}) against a COCO annotation dict.
+
+    `names` are the printed names of the categories, in the order of `ground_truth["categories"]`; by default those
+    written there. No detection at all is an accuracy of 0. Errors: InputError where the ground truth has no object
+    (no accuracy exists) or a detection is of an image that it does not have.
+    """
+    found = [dict(detection) for detection in detections]
+    instances = sum(not entry.get("iscrowd", 0) for entry in ground_truth["annotations"])
+    if not instances:
+        raise InputError("The ground truth has no labelled object, so no accuracy exists", "Check the split's labels")
+    _require_known_images(ground_truth, found)
+    precision, recall = _evaluate(ground_truth, found, max_det)
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    printed = _printed_names(ground_truth["categories"], names)
+    labels = [printed[category["id"]] for category in categories]
+    per_class = {name: _mean(precision[:, :, k, _ALL]) for k, name in enumerate(labels)}
+    return Accuracy(
+        map50_95=_mean(precision[:, :, :, _ALL]) or 0.0,
+        map50=_mean(precision[0, :, :, _ALL]) or 0.0,
+        map75=_mean(precision[5, :, :, _ALL]) or 0.0,
+        small=_mean(precision[:, :, :, _SMALL]),
+        medium=_mean(precision[:, :, :, _MEDIUM]),
+        large=_mean(precision[:, :, :, _LARGE]),
+        recall=_mean(recall[:, :, _ALL]) or 0.0,
+        per_class={name: ap for name, ap in per_class.items() if ap is not None},
+        images=len(ground_truth["images"]),
+        instances=instances,
+        max_det=max_det,
+    )
+
+
+def _evaluate(ground_truth: Mapping[str, Any], found: list[dict[str, Any]], max_det: int) -> tuple[Floats, Floats]:
+    """Precision (10 IoUs, 101 recalls, classes, 4 areas) and recall (10, classes, 4) at `max_det`; -1 is undefined."""
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError as error:
+        raise UnavailableError("Package faster-coco-eval is not installed", "pip install 'edgestill[bench]'") from error
+    truth = COCO(
+        {
+            "images": list(ground_truth["images"]),
+            "categories": list(ground_truth["categories"]),
+            "annotations": [{"iscrowd": 0, **entry} for entry in ground_truth["annotations"]],
+        }
+    )
+    evaluation = COCOeval_faster(truth, truth.loadRes(found), iouType="bbox", print_function=_quiet)
+    evaluation.params.maxDets = [1, 10, max_det]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"])[..., -1], np.asarray(evaluation.eval["recall"])[..., -1]
+
+
+def _quiet(*_: object) -> None:
+    """The engine's progress lines are not the reader's."""
+
+
+def _mean(values: Floats) -> float | None:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def _printed_names(categories: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> dict[int, str]:
+    names = [category["name"] for category in categories] if names is None else names
+    if len(names) != len(categories):
+        raise InputError(f"{len(names)} class names for {len(categories)} categories", "Give one name a category")
+    return {category["id"]: name for category, name in zip(categories, names, strict=True)}
+
+
+def _require_known_images(ground_truth: Mapping[str, Any], found: Iterable[Mapping[str, Any]]) -> None:
+    known = {image["id"] for image in ground_truth["images"]}
+    strange = next((entry["image_id"] for entry in found if entry["image_id"] not in known), None)
+    if strange is not None:
+        raise InputError(f"A detection is of image {strange!r}, which the ground truth does not have")
+
+
+class Detecting(Protocol):
+    """What an accuracy run needs of a detector."""
+
+    @property
+    def card(self) -> Any: ...
+
+    def preprocess(self, frame: NDArray[np.uint8]) -> Any: ...
+
+    def infer(self, prepared: Any) -> Any: ...
+
+    def postprocess(self, raw: Any, prepared: Any, conf: float | None = None) -> Detections: ...
+
+
+def detector_accuracy(
+    detector: Detecting,
+    samples: Iterable[tuple[int, Path]],
+    ground_truth: Mapping[str, Any],
+    *,
+    conf: float = ACCURACY_CONF,
+    max_det: int = COCO_MAX_DET,
+) -> Accuracy:
+    """COCO accuracy of what `detector` finds in the pictures (image id, path), by the same calls that are timed.
+
+    Classes agree with the ground truth's categories by name. Only the images of `samples` count. Errors: InputError
+    where a class has no category, and as `coco_accuracy`.
+    """
+    pairs = list(samples)
+    truth = restrict(ground_truth, {image_id for image_id, _ in pairs})
+    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf), max_det=max_det)
+
+
+def detect_all(
+    detector: Detecting, samples: Iterable[tuple[int, Path]], ground_truth: Mapping[str, Any], *, conf: float
+) -> Iterator[dict[str, Any]]:
+    """COCO result entries of all that the detector finds above `conf`."""
+    categories = category_ids(detector.card.names, ground_truth["categories"])
+    for image_id, path in samples:
+        prepared = detector.preprocess(read_image(path))
+        yield from coco_rows(image_id, detector.postprocess(detector.infer(prepared), prepared, conf), categories)
+
+
+def coco_rows(image_id: int, found: Detections, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """COCO result entries of one image; `category_ids` is indexed by class."""
+    for (left, top, right, bottom), score, class_id in found:
+        box = [left, top, right - left, bottom - top]
+        yield {"image_id": image_id, "category_id": category_ids[class_id], "bbox": box, "score": score}
+
+
+def category_ids(names: Sequence[str], categories: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The category id of each class, by name."""
+    ids = {category["name"]: category["id"] for category in categories}
+    missing = [name for name in names if name not in ids]
+    if missing:
+        raise InputError(f"The annotations have no category {missing[0]!r}", f"They have {', '.join(ids)}")
+    return [ids[name] for name in names]
+
+
+def restrict(ground_truth: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:
+    """The part of a COCO annotation dict that is about these images."""
+    return {
+        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
+        "annotations": [entry for entry in ground_truth["annotations"] if entry["image_id"] in image_ids],
+        "categories": list(ground_truth["categories"]),
+    }
+
+
+# -------------------------------------------------------------------------------------------------- YOLOv5's protocol
+
+RECALL_POINTS = np.linspace(0, 1, 101)
+CONFIDENCE_POINTS = np.linspace(0, 1, 1000)
+SMOOTHING_TAPS = 101
+"""A tenth of the confidence points, made odd."""
+
+
+@dataclass(frozen=True)
+class YoloMetrics:
+    """YOLOv5's validation figures, all 0..1; arrays are per class of `class_ids`, the classes that have labels."""
+
+    precision: float
+    """Mean over classes at the confidence where the smoothed mean F1 is highest; so is `recall`."""
+    recall: float
+    map50: float
+    map50_95: float
+    class_ids: NDArray[np.int64]
+    ap: Floats
+    """(classes, 10): AP at IoU 0.50, 0.55 ... 0.95."""
+    class_precision: Floats
+    class_recall: Floats
+    best_confidence: float
+
+
+def match(detections: Floats, labels: Floats, iou_thresholds: Floats = IOU_THRESHOLDS) -> NDArray[np.bool_]:
+    """Which detections are right, (n, thresholds), for one image.
+
+    `detections` (n, 6) x1 y1 x2 y2 score class; `labels` (m, 5) class x1 y1 x2 y2. A detection stands for the label of
+    its class that it overlaps most; of the detections that stand for one label, the most confident is right.
+    """
+    correct = np.zeros((len(detections), len(iou_thresholds)), bool)
+    if not len(detections) or not len(labels):
+        return correct
+    same_class = detections[:, None, 5] == labels[None, :, 0]
+    iou = np.where(same_class, _iou(detections[:, :4], labels[:, 1:5]), np.float32(-1))
+    label, best_iou = iou.argmax(axis=1), iou.max(axis=1)
+    best_first = np.argsort(-detections[:, 4], kind="stable")
+    for column, threshold in enumerate(np.asarray(iou_thresholds, np.float32)):
+        candidates = best_first[best_iou[best_first] >= threshold]
+        _, first = np.unique(label[candidates], return_index=True)
+        correct[candidates[first], column] = True
+    return correct
+
+
+def _iou(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
+    """(n, m) in float32, with the 1e-7 in the denominator that YOLOv5's matching has (and its NMS has not)."""
+    a, b = np.asarray(a_xyxy, np.float32)[:, None], np.asarray(b_xyxy, np.float32)[None]
+    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    shared = sides[..., 0] * sides[..., 1]
+    area_a, area_b = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b))
+    return shared / (area_a + area_b - shared + np.float32(1e-7))
+
+
+def average_precision(tp: NDArray[np.bool_], conf: Floats, pred_cls: Floats, target_cls: Floats) -> YoloMetrics:
+    """Figures over a whole split: `tp` (n, 10) of `match`, `conf` and `pred_cls` (n,), `target_cls` (labels,).
+
+    A class with labels and no detection has AP 0. Without any label all figures are 0.
+    """
+    order = np.argsort(-conf, kind="stable")
+    tp, conf, pred_cls = tp[order], np.asarray(conf, np.float64)[order], pred_cls[order]
+    class_ids, counts = np.unique(target_cls, return_counts=True)
+    curves = [
+        _class_curves(tp[pred_cls == class_id], conf[pred_cls == class_id], int(count))
+        for class_id, count in zip(class_ids, counts, strict=True)
+    ]
+    if not curves:
+        return _no_labels()
+    ap, precision, recall = (np.stack(part) for part in zip(*curves, strict=True))
+    f1 = 2 * precision * recall / (precision + recall + 1e-16)
+    best = int(_smooth(f1.mean(axis=0)).argmax())
+    return YoloMetrics(
+        precision=float(precision[:, best].mean()),
+        recall=float(recall[:, best].mean()),
+        map50=float(ap[:, 0].mean()),
+        map50_95=float(ap.mean()),
+        class_ids=class_ids.astype(np.int64),
+        ap=ap,
+        class_precision=precision[:, best],
+        class_recall=recall[:, best],
+        best_confidence=float(CONFIDENCE_POINTS[best]),
+    )
+
+
+def _no_labels() -> YoloMetrics:
+    none = np.zeros(0)
+    return YoloMetrics(0.0, 0.0, 0.0, 0.0, none.astype(np.int64), np.zeros((0, len(IOU_THRESHOLDS))), none, none, 0.0)
+
+
+def _class_curves(tp: NDArray[np.bool_], conf: Floats, labels: int) -> tuple[Floats, Floats, Floats]:
+    """AP at each IoU (10,), and precision and recall at IoU 0.5 over the confidence points (1000,); best first."""
+    if not len(tp):
+        return np.zeros(tp.shape[1]), np.zeros(len(CONFIDENCE_POINTS)), np.zeros(len(CONFIDENCE_POINTS))
+    right = tp.cumsum(axis=0)
+    recall = right / (labels + 1e-16)
+    precision = right / np.arange(1, len(tp) + 1)[:, None]
+    ap = np.array([_area_under(recall[:, column], precision[:, column]) for column in range(tp.shape[1])])
+    return (
+        ap,
+        np.interp(-CONFIDENCE_POINTS, -conf, precision[:, 0], left=1),
+        np.interp(-CONFIDENCE_POINTS, -conf, recall[:, 0], left=0),
+    )
+
+
+def _area_under(recall: Floats, precision: Floats) -> float:
+    """Trapezoid integral of the precision envelope, sampled at 101 recalls."""
+    recall = np.concatenate([[0.0], recall, [1.0]])
+    precision = np.concatenate([[1.0], precision, [0.0]])
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    heights = np.interp(RECALL_POINTS, recall, envelope)
+    return float(((heights[1:] + heights[:-1]) / 2 * np.diff(RECALL_POINTS)).sum())
+
+
+def _smooth(values: Floats) -> Floats:
+    """Box filter; the ends are repeated."""
+    padded = np.pad(values, SMOOTHING_TAPS // 2, mode="edge")
+    return np.convolve(padded, np.full(SMOOTHING_TAPS, 1 / SMOOTHING_TAPS), mode="valid")
