@@ -1,0 +1,265 @@
+"""What a YOLOv5 network is made of: scales, layer tables, anchors and classes. No torch in here.
+
+A network is fully described by an `Architecture`; its layers follow from the table of its layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from runtime.errors import InputError, UsageError
+
+Anchors = tuple[tuple[tuple[float, float], ...], ...]
+"""(width, height) in pixels, a group for each level, finest level first."""
+
+SCALES: dict[str, tuple[float, float]] = {
+    "p": (0.33, 0.125),
+    "n": (0.33, 0.25),
+    "s": (0.33, 0.50),
+    "m": (0.67, 0.75),
+    "l": (1.00, 1.00),
+    "x": (1.33, 1.25),
+}
+"""Depth and width multiples. All but `p`, half the width of `n`, are YOLOv5's."""
+
+DEFAULT_ANCHORS: Anchors = (
+    ((10, 13), (16, 30), (33, 23)),
+    ((30, 61), (62, 45), (59, 119)),
+    ((116, 90), (156, 198), (373, 326)),
+)
+"""At 640 pixels, strides 8, 16, 32."""
+
+DEFAULT_ANCHORS_P6: Anchors = (
+    ((19, 27), (44, 40), (38, 94)),
+    ((96, 68), (86, 152), (180, 137)),
+    ((140, 301), (303, 264), (238, 542)),
+    ((436, 615), (739, 380), (925, 792)),
+)
+"""At 1280 pixels, strides 8, 16, 32, 64."""
+
+ACTIVATIONS = ("SiLU", "LeakyReLU", "Hardswish", "ReLU")
+MAX_MULTIPLE = 4.0
+MAX_CLASSES = 10_000
+MAX_ANCHORS_PER_LEVEL = 32
+
+
+class Layer(NamedTuple):
+    """A row of a layer table, before scaling."""
+
+    block: str
+    channels: int = 0
+    """Output channels at width 1; 0 where they follow from the inputs."""
+    repeats: int = 1
+    """Bottlenecks at depth 1."""
+    source: tuple[int, ...] = (-1,)
+    """Layers whose outputs this one reads: -1 is the one before, others are absolute."""
+    options: Mapping[str, Any] = {}
+
+
+class Layout(NamedTuple):
+    """A layer table with its output strides."""
+
+    layers: tuple[Layer, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Indices of the layers that feed the detection head, finest first."""
+        return self.layers[-1].source
+
+
+def _down(channels: int) -> Layer:
+    return Layer("Conv", channels, options={"k": 3, "s": 2})
+
+
+def _layout(stem: Layer, block: str, stages: Sequence[tuple[int, int]], top: Sequence[Layer]) -> Layout:
+    """The feature pyramid that all releases share.
+
+    `stages` are (channels, repeats) from stride 4 on; the last one's own blocks are `top`. The head climbs from the
+    coarsest level to the finest and back, joining each level with what the way before left there.
+    """
+    layers = [stem]
+    for channels, repeats in stages[:-1]:
+        layers += [_down(channels), Layer(block, channels, repeats)]
+    layers += [_down(stages[-1][0]), *top]
+    levels = [channels for channels, _ in stages[1:]]
+    backbone = [4 + 2 * level for level in range(len(levels) - 1)]
+    laterals = []
+    for channels, skip in zip(levels[-2::-1], backbone[::-1], strict=True):
+        laterals.append(len(layers))
+        layers += [Layer("Conv", channels), Layer("Upsample"), Layer("Concat", source=(-1, skip))]
+        layers.append(Layer(block, channels, 3, options={"shortcut": False}))
+    outputs = [len(layers) - 1]
+    for finer, channels, lateral in zip(levels[:-1], levels[1:], laterals[::-1], strict=True):
+        layers += [_down(finer), Layer("Concat", source=(-1, lateral))]
+        layers.append(Layer(block, channels, 3, options={"shortcut": False}))
+        outputs.append(len(layers) - 1)
+    layers.append(Layer("Detect", source=tuple(outputs)))
+    return Layout(tuple(layers), tuple(8 << level for level in range(len(levels))))
+
+
+_STEM = Layer("Conv", 64, options={"k": 6, "s": 2, "p": 2})
+_FOCUS = Layer("Focus", 64)
+_SPP = Layer("SPP", 1024)
+_SPPF = Layer("SPPF", 1024)
+_OLD_STAGES = ((128, 3), (256, 9), (512, 9), (1024, 3))
+
+LAYOUTS: dict[str, Layout] = {
+    "v6": _layout(_STEM, "C3", ((128, 3), (256, 6), (512, 9), (1024, 3)), (Layer("C3", 1024, 3), _SPPF)),
+    "v6-p6": _layout(_STEM, "C3", ((128, 3), (256, 6), (512, 9), (768, 3), (1024, 3)), (Layer("C3", 1024, 3), _SPPF)),
+    "v4": _layout(_FOCUS, "C3", _OLD_STAGES, (_SPP, Layer("C3", 1024, 3, options={"shortcut": False}))),
+    "v2": _layout(
+        _FOCUS, "BottleneckCSP", _OLD_STAGES, (_SPP, Layer("BottleneckCSP", 1024, 3, options={"shortcut": False}))
+    ),
+}
+"""By the release that brought them: `v6` serves 6.0 to 7.0, `v4` 4.0 and 5.0, `v2` 2.0 to 3.1."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes a network's graph and the meaning of its outputs.
+
+    Anchors and names may be given as any nested sequences; they are kept as tuples. Errors: UsageError for a value
+    out of range, or anchors that do not suit the layout.
+    """
+
+    depth: float
+    width: float
+    names: tuple[str, ...]
+    anchors: Anchors = DEFAULT_ANCHORS
+    layout: str = "v6"
+    activation: str = "SiLU"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UsageError(f"layout {self.layout!r} is not known", f"choose among {', '.join(LAYOUTS)}")
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(f"activation {self.activation!r} is not known", f"choose among {', '.join(ACTIVATIONS)}")
+        for name in ("depth", "width"):
+            _require(
+                name,
+                value := getattr(self, name),
+                _is_number(value) and 0 < value <= MAX_MULTIPLE,
+                "above 0, at most 4",
+            )
+        object.__setattr__(self, "names", _names(self.names))
+        object.__setattr__(self, "anchors", _anchors(self.anchors, len(self.strides)))
+
+    @classmethod
+    def of_scale(
+        cls, scale: str, names: Sequence[str], anchors: Any = DEFAULT_ANCHORS, layout: str | None = None
+    ) -> Architecture:
+        """The network of a scale of `SCALES` for the classes `names`.
+
+        Without a `layout`, four levels of anchors make the one with a fourth level. Errors: UsageError for an
+        unknown scale.
+        """
+        if scale not in SCALES:
+            raise UsageError(f"scale {scale!r} is not known", f"choose among {', '.join(SCALES)}")
+        depth, width = SCALES[scale]
+        return cls(depth, width, tuple(names), anchors, layout or ("v6-p6" if len(anchors) == 4 else "v6"))
+
+    @property
+    def nc(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    @property
+    def na(self) -> int:
+        """Anchors of a level."""
+        return len(self.anchors[0])
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of a cell, finest level first."""
+        return LAYOUTS[self.layout].strides
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return LAYOUTS[self.layout].layers
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Indices of the layers that feed the detection head, finest first."""
+        return LAYOUTS[self.layout].features
+
+    @property
+    def scale(self) -> str | None:
+        """The name in `SCALES` of this depth and width; None where there is none."""
+        return next((name for name, multiples in SCALES.items() if multiples == (self.depth, self.width)), None)
+
+    def channels(self, nominal: int) -> int:
+        """Channels after scaling, a multiple of 8."""
+        return math.ceil(nominal * self.width / 8) * 8
+
+    def repeats(self, nominal: int) -> int:
+        """Bottlenecks after scaling; halves round to even."""
+        return max(round(nominal * self.depth), 1) if nominal > 1 else nominal
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` takes; `strides` is there for other readers."""
+        return {
+            "depth": self.depth,
+            "width": self.width,
+            "names": list(self.names),
+            "anchors": [[list(wh) for wh in level] for level in self.anchors],
+            "strides": list(self.strides),
+            "layout": self.layout,
+            "activation": self.activation,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Architecture:
+        """Errors: InputError for anything that `to_json` does not write."""
+        keys = {"depth", "width", "names", "anchors", "strides", "layout", "activation"}
+        if not isinstance(raw, Mapping) or set(raw) != keys:
+            found = sorted(map(str, raw)) if isinstance(raw, Mapping) else type(raw).__name__
+            raise InputError(f"an architecture has the keys {sorted(keys)}, not {found}", "write the file anew")
+        fields = {key: value for key, value in raw.items() if key != "strides"}
+        try:
+            made = cls(**fields)
+        except UsageError as error:
+            raise InputError(error.message, error.hint) from error
+        if list(raw["strides"]) != list(made.strides):
+            raise InputError(
+                f"layout {made.layout} has strides {made.strides}, not {raw['strides']}", "write the file anew"
+            )
+        return made
+
+
+def _require(name: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"{name} of an architecture is {str(value)[:80]}", f"expected: {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    listed = isinstance(given, (list, tuple))
+    holds = listed and 0 < len(given) <= MAX_CLASSES and all(isinstance(name, str) for name in given)
+    _require("names", given, holds, f"1 to {MAX_CLASSES} class names")
+    return tuple(given)
+
+
+def _anchors(given: Any, levels: int) -> Anchors:
+    nested = given.tolist() if hasattr(given, "tolist") else given  # NumPy and torch
+    expected = f"{levels} levels of as many (width, height) pairs, 1 to {MAX_ANCHORS_PER_LEVEL}, in pixels above 0"
+    try:
+        made = tuple(tuple((float(w), float(h)) for w, h in level) for level in nested)
+    except (TypeError, ValueError):
+        made = ()
+    counts = {len(level) for level in made}
+    sides = [side for level in made for wh in level for side in wh]
+    sound = all(math.isfinite(side) and side > 0 for side in sides)
+    _require(
+        "anchors",
+        given,
+        len(made) == levels and len(counts) == 1 and 0 < min(counts) <= MAX_ANCHORS_PER_LEVEL and sound,
+        expected,
+    )
+    return made

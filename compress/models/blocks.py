@@ -1,0 +1,212 @@
+"""The building blocks of the YOLOv5 graphs. Attribute names are the keys of the checkpoints' tensors.
+
+All blocks map float (B, C, H, W) to float (B, C', H', W'). Convolutions are made in the order of the state dict and
+nothing else draws random numbers, so a seeded build is reproducible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Activation = Callable[[], nn.Module]
+
+BN_EPS, BN_MOMENTUM = 1e-3, 0.03
+LEAKY_SLOPE = 0.1
+PROBED_VARIANCE = 0.9
+"""YOLOv5 finds its strides by one training step on zeros: every running variance goes from 1 to 0.9."""
+
+ACTIVATIONS: dict[str, Activation] = {
+    "SiLU": lambda: nn.SiLU(inplace=True),
+    "LeakyReLU": lambda: nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+    "Hardswish": lambda: nn.Hardswish(inplace=True),
+    "ReLU": lambda: nn.ReLU(inplace=True),
+}
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """BatchNorm with YOLOv5's constants, in the state that its builder leaves it in."""
+    norm = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.running_var.fill_(PROBED_VARIANCE)
+    norm.num_batches_tracked.fill_(1)
+    return norm
+
+
+class Conv(nn.Module):
+    """Convolution without bias, BatchNorm, activation. Padding is k // 2 unless given."""
+
+    def __init__(self, c1: int, c2: int, act: Activation, k: int = 1, s: int = 1, p: int | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c1, c2, k, s, k // 2 if p is None else p, bias=False)
+        self.bn: nn.Module = batch_norm(c2)
+        self.act = act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def fuse(self) -> None:
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv = fused(self.conv, *scale_and_shift(self.bn))
+            self.bn = nn.Identity()
+
+
+class Bottleneck(nn.Module):
+    """1x1, then 3x3, with a residual where `shortcut`."""
+
+    def __init__(self, channels: int, act: Activation, shortcut: bool) -> None:
+        super().__init__()
+        self.cv1 = Conv(channels, channels, act)
+        self.cv2 = Conv(channels, channels, act, 3)
+        self.add = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+class C3(nn.Module):
+    """Two branches at half width, one of them through `n` bottlenecks; joined with the bottlenecks first."""
+
+    def __init__(self, c1: int, c2: int, act: Activation, n: int = 1, shortcut: bool = True) -> None:
+        super().__init__()
+        half = c2 // 2
+        self.cv1 = Conv(c1, half, act)
+        self.cv2 = Conv(c1, half, act)
+        self.cv3 = Conv(2 * half, c2, act)
+        self.m = nn.Sequential(*(Bottleneck(half, act, shortcut) for _ in range(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+
+
+class BottleneckCSP(nn.Module):
+    """C3's forerunner (releases 1.0 to 3.1): bare convolutions on both branches, one BatchNorm over the join.
+
+    Its own activation is LeakyReLU whatever the rest of the network uses.
+    """
+
+    def __init__(self, c1: int, c2: int, act: Activation, n: int = 1, shortcut: bool = True) -> None:
+        super().__init__()
+        half = c2 // 2
+        self.cv1 = Conv(c1, half, act)
+        self.cv2 = nn.Conv2d(c1, half, 1, bias=False)
+        self.cv3 = nn.Conv2d(half, half, 1, bias=False)
+        self.cv4 = Conv(2 * half, c2, act)
+        self.bn: nn.Module = batch_norm(2 * half)
+        self.act = ACTIVATIONS["LeakyReLU"]()
+        self.m = nn.Sequential(*(Bottleneck(half, act, shortcut) for _ in range(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat((self.cv3(self.m(self.cv1(x))), self.cv2(x)), 1)
+        return self.cv4(self.act(self.bn(joined)))
+
+    def fuse(self) -> None:
+        """The BatchNorm acts channel by channel: each convolution takes the half that stands over it."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            (scale3, scale2), (shift3, shift2) = (part.chunk(2) for part in scale_and_shift(self.bn))
+            self.cv3, self.cv2 = fused(self.cv3, scale3, shift3), fused(self.cv2, scale2, shift2)
+            self.bn = nn.Identity()
+
+
+class SPP(nn.Module):
+    """Max pools of several kernels side by side (releases up to 5.0)."""
+
+    def __init__(self, c1: int, c2: int, act: Activation, kernels: Sequence[int] = (5, 9, 13)) -> None:
+        super().__init__()
+        half = c1 // 2
+        self.cv1 = Conv(c1, half, act)
+        self.cv2 = Conv(half * (len(kernels) + 1), c2, act)
+        self.m = nn.ModuleList(nn.MaxPool2d(k, 1, k // 2) for k in kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)
+        return self.cv2(torch.cat((x, *(pool(x) for pool in self.m)), 1))
+
+
+class SPPF(nn.Module):
+    """The same pools as `SPP`, in series."""
+
+    def __init__(self, c1: int, c2: int, act: Activation, k: int = 5) -> None:
+        super().__init__()
+        half = c1 // 2
+        self.cv1 = Conv(c1, half, act)
+        self.cv2 = Conv(half * 4, c2, act)
+        self.m = nn.MaxPool2d(k, 1, k // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cv1(x)
+        once = self.m(x)
+        twice = self.m(once)
+        return self.cv2(torch.cat((x, once, twice, self.m(twice)), 1))
+
+
+class Focus(nn.Module):
+    """The stem of releases up to 5.0: the four pixel phases become channels, then a 3x3 convolution."""
+
+    def __init__(self, c1: int, c2: int, act: Activation, k: int = 3) -> None:
+        super().__init__()
+        self.conv = Conv(4 * c1, c2, act, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        phases = (x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2])
+        return self.conv(torch.cat(phases, 1))
+
+
+class Concat(nn.Module):
+    """Join along channels, in the order given."""
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(tuple(tensors), 1)
+
+
+class Detect(nn.Module):
+    """One 1x1 convolution a level; the buffer `anchors` (nl, na, 2) is in units of the level's stride."""
+
+    anchors: Tensor
+
+    def __init__(self, nc: int, anchors_grid: Tensor, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.na, self.no = anchors_grid.shape[1], nc + 5
+        self.register_buffer("anchors", anchors_grid)
+        self.m = nn.ModuleList(nn.Conv2d(c, self.na * self.no, 1) for c in channels)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Raw maps (B, na, H, W, 5+nc) of the levels."""
+        return [self._split(conv(x)) for conv, x in zip(self.m, features, strict=True)]
+
+    def _split(self, joint: Tensor) -> Tensor:
+        batch, _, height, width = joint.shape
+        return joint.view(batch, self.na, self.no, height, width).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C,) factors and summands of a BatchNorm with frozen statistics."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.eps + norm.running_var)
+    return scale, norm.bias - scale * norm.running_mean
+
+
+@torch.no_grad()
+def fused(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
+    """`conv` followed by `* scale + shift`, as one convolution with bias."""
+    made = nn.utils.skip_init(
+        nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+        conv.groups, device=conv.weight.device, dtype=conv.weight.dtype,
+    )  # fmt: skip
+    made.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
+    made.bias.copy_(shift if conv.bias is None else shift + scale * conv.bias)
+    return made.requires_grad_(conv.weight.requires_grad).train(conv.training)
+
+
+def fusable(module: nn.Module) -> Iterator[Conv | BottleneckCSP]:
+    """All blocks within `module` that hold a BatchNorm behind convolutions."""
+    return (m for m in module.modules() if isinstance(m, (Conv, BottleneckCSP)))
+
+
+def upsample() -> nn.Upsample:
+    return nn.Upsample(scale_factor=2, mode="nearest")
