@@ -1,0 +1,5 @@
+"""`python -m compress` is `edgestill`."""
+
+from compress.cli import main
+
+main()

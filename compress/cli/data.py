@@ -1,0 +1,57 @@
+"""`edgestill data`: make, check and convert data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from compress.cli.options import FILE, as_json, print_json, say
+from runtime.errors import UsageError
+
+
+@click.group()
+def data() -> None:
+    """Generate a data set, find what is wrong with one, or convert COCO and VOC."""
+
+
+@data.command()
+@click.argument("out", type=FILE)
+@click.option("--images", type=click.IntRange(min=2), default=240, show_default=True)
+@click.option("--size", type=click.IntRange(min=64), default=320, show_default=True, help="Side in pixels.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def make(out: Path, images: int, size: int, seed: int) -> None:
+    """Generate metal parts on a conveyor belt into the folder OUT; the same seed gives the same bytes."""
+    from compress.data.generate import generate
+
+    say(f"wrote {generate(out, images=images, size=(size, size), seed=seed)}")
+
+
+@data.command()
+@click.argument("file", type=FILE, metavar="DATA_YAML")
+@as_json
+def check(file: Path, as_json: bool) -> None:
+    """List bad images and label rows, class counts, and images shared by train and val. Nothing is changed."""
+    from compress.data import check as checks
+    from compress.data import load_data
+
+    result = checks.check(load_data(file))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo(result.to_text())
+
+
+@data.command()
+@click.option("--coco", type=FILE, help="COCO JSON of the annotations.")
+@click.option("--voc", type=FILE, help="Folder of VOC XML files.")
+@click.option("--images", type=FILE, required=True, help="Folder of the images.")
+@click.option("--out", type=FILE, required=True, help="Folder to write; must not exist.")
+def convert(coco: Path | None, voc: Path | None, images: Path, out: Path) -> None:
+    """Turn COCO JSON or VOC XML into YOLO folders with a data.yaml."""
+    from compress.data import convert as converters
+
+    if (coco is None) == (voc is None):
+        raise UsageError("expected exactly one of --coco FILE and --voc FOLDER")
+    result = converters.coco(coco, images, out) if coco else converters.voc(voc, images, out)
+    say(str(result))

@@ -1,0 +1,99 @@
+"""Whole pipelines: demo, init, run, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.cli.options import FILE, as_json, changes, print_json, say
+from runtime.errors import UsageError
+
+
+@click.command()
+@click.argument("file", type=FILE, metavar="RECIPE")
+@changes
+@click.option("--until", default=None, metavar="STAGE", help="Stop after this stage.")
+@click.option("--force", multiple=True, metavar="STAGE", help="Run this stage even when it is done; repeatable.")
+@click.option("--out", type=FILE, help="Folder of the run; default runs/<name of the recipe>.")
+@as_json
+def run(
+    file: Path, changes: tuple[str, ...], until: str | None, force: tuple[str, ...], out: Path | None, as_json: bool
+) -> None:
+    """Checkpoint and data in, measured engines and a bundle out.
+
+    Stages that are done are skipped; a killed run continues where it was.
+    """
+    from compress.recipe import load_recipe
+
+    recipe = load_recipe(file, changes)
+    _run(recipe, out or Path("runs") / recipe.name, until, force, as_json)
+
+
+@click.command()
+@click.argument("file", type=FILE, default=Path("recipe.yaml"), metavar="[FILE]")
+@click.option("--data", type=FILE, default=Path("data.yaml"), show_default=True, help="data.yaml of your data.")
+@click.option("--weights", type=FILE, help="YOLOv5 checkpoint that the teacher starts from; without it, from scratch.")
+@click.option("--student", type=click.Choice(["p", "n", "s", "m", "l", "x"]), default="p", show_default=True)
+@click.option("--imgsz", "--img", type=int, default=640, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int, overwrite: bool) -> None:
+    """Write a commented recipe; change it and give it to `edgestill run`."""
+    from compress.recipe import load_recipe, recipe_text
+    from runtime.files import atomic_write
+
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file} exists", "Choose another name or add --overwrite")
+    text = recipe_text(
+        file=file.name,
+        name=file.stem,
+        data=_relative(data, file.parent),
+        weights=None if weights is None else _relative(weights, file.parent),
+        student=student,
+        imgsz=imgsz,
+    )
+    with atomic_write(file) as temporary:
+        temporary.write_text(text)
+        load_recipe(temporary)
+    say(f"wrote {file}; next: edgestill run {file}")
+
+
+@click.command()
+@click.option("--out", type=FILE, default=Path("runs/demo"), show_default=True, help="Folder of the run.")
+@as_json
+def demo(out: Path, as_json: bool) -> None:
+    """The whole pipeline on a generated conveyor-belt data set; no GPU, minutes."""
+    from compress.pipeline.demo import prepare
+
+    _run(prepare(out, say), out, None, (), as_json)
+
+
+@click.command()
+@click.argument("runs", type=FILE, nargs=-1, required=True, metavar="RUN...")
+@click.option("--fail-on", multiple=True, metavar="'map50_95<0.30'", help="Exit with 1 where this holds; repeatable.")
+@click.option("--out", type=FILE, help="Write the comparison as .html, .md or .csv.")
+@as_json
+def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Compare runs (folders or report.json files) and gate them for CI."""
+    from compress.pipeline.compare import compare_runs
+
+    compare_runs(runs, fail_on, out, as_json)
+
+
+def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_json: bool) -> None:
+    from compress.pipeline import STAGES, run_recipe
+
+    outcomes = run_recipe(recipe, out, until=until or STAGES[-1], force=force, report=say)
+    if as_json:
+        print_json([dataclasses.asdict(outcome) for outcome in outcomes])
+    elif outcomes[-1].stage == "bundle":
+        click.echo(f"report  {out / 'report' / 'report.html'}\nbundle  {out / 'bundle'}")
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """As the recipe shall name it: relative to the recipe where that stays short, absolute otherwise."""
+    relative = os.path.relpath(path.resolve(), folder.resolve())
+    return relative if relative.count("..") <= 3 else str(path.resolve())

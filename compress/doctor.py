@@ -1,0 +1,126 @@
+"""What this machine can do. Out: one `Finding` per capability, with the command that mends what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LOW_DISK_GIB = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor. `ok` None means: not needed here, but good to know."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    remedy: str = ""
+
+
+PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "compress": (
+        ("torch", "onnx", "accelerate", "safetensors", "pydantic", "PyYAML", "scipy"),
+        "train, distil, export",
+    ),
+    "bench": (("faster-coco-eval", "jinja2", "jsonschema", "matplotlib"), "measure and report"),
+    "cpu": (("onnxruntime",), "run .onnx on this CPU"),
+}
+"""Extra -> (its packages, what they are for)."""
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order in which a pipeline needs them."""
+    return [
+        _python(),
+        _disk(Path.cwd()),
+        *(_extra(extra, names, use) for extra, (names, use) in PACKAGES.items()),
+        _torch_device(),
+        _providers(),
+        *_engines(),
+    ]
+
+
+def to_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    return [asdict(finding) for finding in findings]
+
+
+def as_text(findings: Iterable[Finding]) -> str:
+    marks = {True: "ok     ", False: "MISSING", None: "-      "}
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.ok]}  {finding.name:<16} {finding.detail}")
+        if finding.remedy and not finding.ok:
+            lines.append(f"{'':<9}{'':<17}-> {finding.remedy}")
+    return "\n".join(lines)
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    return Finding(
+        "python", (3, 10) <= sys.version_info[:2] <= (3, 13), f"{version} on {platform.platform()}", "Use 3.10 to 3.13"
+    )
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / 2**30
+    return Finding("disk", free > LOW_DISK_GIB, f"{free:.0f} GiB free here", f"Free at least {LOW_DISK_GIB:.0f} GiB")
+
+
+def _extra(extra: str, names: Iterable[str], use: str) -> Finding:
+    versions = {name: _version(name) for name in names}
+    absent = [name for name, version in versions.items() if version is None]
+    detail = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+    return Finding(use, not absent, detail, f"pip install 'edgestill[{extra}]'")
+
+
+def _version(distribution: str) -> str | None:
+    """Version of a package or of one of its builds that carries the same modules."""
+    for name in (distribution, f"{distribution}-gpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _probe(name: str, module: str, look: Callable[[Any], Finding], remedy: str) -> Finding:
+    """What `look` finds in an optional module; its absence or a failing import is a finding too."""
+    try:
+        return look(importlib.import_module(module))
+    except ImportError as error:
+        return Finding(name, None, " ".join(str(error).split()), remedy)
+
+
+def _torch_device() -> Finding:
+    def look(torch: Any) -> Finding:
+        if torch.cuda.is_available():
+            return Finding("training GPU", True, torch.cuda.get_device_name())
+        return Finding("training GPU", None, f"none; torch {torch.__version__} trains on the CPU")
+
+    return _probe("training GPU", "torch", look, "pip install 'edgestill[compress]'")
+
+
+def _providers() -> Finding:
+    def look(onnxruntime: Any) -> Finding:
+        names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+        return Finding("onnxruntime on", True, ", ".join(names))
+
+    return _probe("onnxruntime on", "onnxruntime", look, "pip install 'edgestill[cpu]' or 'edgestill[gpu]'")
+
+
+def _engines() -> list[Finding]:
+    def look(name: str) -> Callable[[Any], Finding]:
+        return lambda module: Finding(name, True, f"{module.__version__}: builds plans here")
+
+    return [
+        _probe("TensorRT", "tensorrt", look("TensorRT"), "pip install 'edgestill[gpu]' (NVIDIA GPU, or JetPack's own)"),
+        _probe("TensorRT-RTX", "tensorrt_rtx", look("TensorRT-RTX"), "pip install 'edgestill[rtx]'"),
+    ]

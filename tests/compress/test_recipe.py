@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.config import TrainConfig
+from compress.recipe import load_recipe, recipe_text, with_change
+from runtime.errors import EdgestillError, InputError, UsageError
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_template_is_a_valid_recipe_whose_paths_are_relative_to_it(tmp_path: Path) -> None:
+    text = recipe_text(file="r.yaml", name="job", data="sets/data.yaml", weights="w: 1.pt", student="p", imgsz=320)
+    recipe = load_recipe(written(tmp_path, text))
+    assert recipe.data == tmp_path.resolve() / "sets/data.yaml"
+    assert recipe.teacher.weights == tmp_path.resolve() / "w: 1.pt"
+    assert recipe.teacher.imgsz == recipe.distill.imgsz == 320
+
+
+def test_a_training_may_name_its_own_image_size(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, "data: d.yaml\nimgsz: 320\nteacher: {imgsz: 640}\n"))
+    assert (recipe.teacher.imgsz, recipe.distill.imgsz) == (640, 320)
+
+
+def test_set_reaches_nested_keys_and_leaves_the_rest() -> None:
+    raw = {"quantize": {"method": "minmax"}, "data": "d"}
+    changed = with_change(raw, "quantize.calibration_images=64")
+    assert changed == {"quantize": {"method": "minmax", "calibration_images": 64}, "data": "d"}
+    assert "calibration_images" not in raw["quantize"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: d\nquantise: {}\n", "Did you mean 'quantize'"),
+        ("data: d\ndistill: {epoch: 3}\n", "Did you mean 'epochs'"),
+        ("data: d\ndistill: {optimizer: {lr: 3}}\n", "unknown key 'distill.optimizer.lr'"),
+        ("imgsz: 320\n", "'data' is missing"),
+        ("data: d\nimgsz: 321\n", "imgsz: 321"),
+        ("data: d\nteacher: {epochs: many}\n", "teacher.epochs: 'many'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_with_the_near_name(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(written(tmp_path, text))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/object/apply:os.system ['touch fired']", "a: &a [1]\nb: *a", "- a list", "data: [", "\x00", ""],
+)
+def test_yaml_that_is_not_plain_data_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_recipe(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+    assert not Path("fired").exists()
+
+
+def test_a_missing_recipe_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="edgestill init"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("change", ["epochs", "=3", "data.x=1", "distill.losses.obj_kd=[", "teacher.epochs=0"])
+def test_a_set_that_cannot_be_applied_is_one_line(tmp_path: Path, change: str) -> None:
+    with pytest.raises(EdgestillError) as caught:
+        load_recipe(written(tmp_path, "data: d\n"), [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_beside_a_preset_wins_over_it() -> None:
+    config = TrainConfig.model_validate({"preset": "yolov5-low", "optimizer": {"lr0": 0.5}})
+    assert (config.optimizer.lr0, config.optimizer.name, config.optimizer.nominal_batch) == (0.5, "sgd", 64)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress.store import MANIFEST, Stage, Work, execute, fingerprint
+from runtime.errors import EdgestillError
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def counting_stage(calls: list[str], *, config: dict[str, object] | None = None, **extra: object) -> Stage:
+    def run(work: Work) -> dict[str, object]:
+        calls.append("run")
+        (work.out / "result.txt").write_text(f"run {len(calls)}")
+        return {"answer": 42}
+
+    return Stage("count", run, config or {"epochs": 1}, **extra)  # type: ignore[arg-type]
+
+
+def test_an_unchanged_stage_is_skipped_and_keeps_its_figures(tmp_path: Path) -> None:
+    calls: list[str] = []
+    first = execute(counting_stage(calls), tmp_path, report=silent)
+    second = execute(counting_stage(calls), tmp_path, report=silent)
+    assert (first.skipped, second.skipped, calls) == (False, True, ["run"])
+    assert second.figures == {"answer": 42}
+
+
+def test_a_changed_setting_input_or_fact_runs_it_again(tmp_path: Path) -> None:
+    given = tmp_path / "given.txt"
+    given.write_text("one")
+    calls: list[str] = []
+    marks = {fingerprint(counting_stage(calls, inputs={"given": given}))}
+    given.write_text("two")
+    marks.add(fingerprint(counting_stage(calls, inputs={"given": given})))
+    marks.add(fingerprint(counting_stage(calls, inputs={"given": given}, config={"epochs": 2})))
+    marks.add(fingerprint(counting_stage(calls, inputs={"given": given}, facts={"tensorrt": "11.4"})))
+    assert len(marks) == 4
+
+
+def test_force_runs_a_finished_stage_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    execute(counting_stage(calls), tmp_path, report=silent)
+    execute(counting_stage(calls), tmp_path, report=silent, force=True)
+    assert calls == ["run", "run"]
+
+
+def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    execute(counting_stage(calls), tmp_path, report=silent)
+    (tmp_path / "count" / "result.txt").write_text("cut off")
+    assert not execute(counting_stage(calls), tmp_path, report=silent).skipped
+
+
+def test_a_failed_stage_leaves_the_last_good_result_in_place(tmp_path: Path) -> None:
+    calls: list[str] = []
+    execute(counting_stage(calls), tmp_path, report=silent)
+
+    def fail(work: Work) -> dict[str, object]:
+        (work.out / "result.txt").write_text("half")
+        raise EdgestillError("full disk")
+
+    with pytest.raises(EdgestillError):
+        execute(Stage("count", fail, {"epochs": 2}), tmp_path, report=silent)
+    assert (tmp_path / "count" / "result.txt").read_text() == "run 1"
+
+
+def test_a_killed_stage_finds_its_work_again(tmp_path: Path) -> None:
+    def killed(work: Work) -> dict[str, object]:
+        (work.out / "epoch-3").touch()
+        raise KeyboardInterrupt
+
+    def resumed(work: Work) -> dict[str, object]:
+        return {"found": (work.out / "epoch-3").exists()}
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(Stage("train", killed, {}), tmp_path, report=silent)
+    assert execute(Stage("train", resumed, {}), tmp_path, report=silent).figures == {"found": True}
+
+
+def test_work_finished_but_not_yet_published_is_published_without_running(tmp_path: Path) -> None:
+    calls: list[str] = []
+    outcome = execute(counting_stage(calls), tmp_path, report=silent)
+    outcome.folder.rename(tmp_path / ".work" / f"count-{outcome.fingerprint[:16]}")
+    execute(counting_stage(calls), tmp_path, report=silent)
+    assert calls == ["run"]
+    assert json.loads((tmp_path / "count" / MANIFEST).read_text())["figures"] == {"answer": 42}
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(EdgestillError, match="--out"):
+        execute(counting_stage([]), blocked, report=silent)
