@@ -237,7 +237,8 @@ def match(detections: Floats, labels: Floats, iou_thresholds: Floats = IOU_THRES
         return correct
     same_class = detections[:, None, 5] == labels[None, :, 0]
     iou = np.where(same_class, _iou(detections[:, :4], labels[:, 1:5]), np.float32(-1))
-    label, best_iou = iou.argmax(axis=1), iou.max(axis=1)
+    label = iou.shape[1] - 1 - iou[:, ::-1].argmax(axis=1)  # of equal overlaps the last label, as YOLOv5 v7.0 has it
+    best_iou = iou.max(axis=1)
     best_first = np.argsort(-detections[:, 4], kind="stable")
     for column, threshold in enumerate(np.asarray(iou_thresholds, np.float32)):
         candidates = best_first[best_iou[best_first] >= threshold]

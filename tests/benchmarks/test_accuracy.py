@@ -156,14 +156,13 @@ def test_a_label_is_never_found_twice(seed: int, n: int, m: int) -> None:
     labels = np.column_stack([rng.integers(0, 2, m), boxes[n:]]).astype(np.float32)
     correct = match(detections, labels)
     assert (correct.sum(axis=0) <= m).all()
-    assert (correct[:, :-1] >= correct[:, 1:]).all(axis=0)[0] or True
     for kind in (0, 1):
         assert correct[detections[:, 5] == kind].sum(axis=0).max(initial=0) <= (labels[:, 0] == kind).sum()
 
 
 def test_perfect_detections_have_an_ap_of_one() -> None:
     found = average_precision(np.ones((4, 10), bool), np.full(4, 0.9), np.arange(4) % 2, np.arange(4) % 2)
-    assert found.map50_95 == pytest.approx(0.995, abs=1e-9) or found.map50_95 == pytest.approx(1.0)
+    assert found.map50_95 == pytest.approx(0.995)  # the last of 100 steps falls from 1 to 0: YOLOv5's known ceiling
     assert found.recall == pytest.approx(1.0)
 
 
