@@ -69,7 +69,7 @@ class RawMaps(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         _, features = self.network.forward_features(images)
-        return [conv(x) for conv, x in zip(self.network.model[-1].m, features, strict=True)]
+        return [conv(x) for conv, x in zip(self.network.detect.m, features, strict=True)]
 
 
 def export(
@@ -88,10 +88,8 @@ def export(
     """
     network = load_model(model).eval()
     size_hw = _size(imgsz, network)
-    original, fused = network, network.fuse()
-    trunk, head = trace(RawMaps(fused), size_hw), head_shape(original, size_hw)
-    torch_rows = rows_of(original)
-    card = _card(config, model, original, size_hw)
+    trunk, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
+    card = _card(config, model, network, size_hw)
     rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
     conventional = yolov5_graph(trunk, head, opset=config.opset, metadata=metadata_of(rows_card))
     canvases = _canvases(data, size_hw)
@@ -109,7 +107,7 @@ def export(
 
 
 def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
-    stride = max(int(s) for s in network.strides)
+    stride = max(network.strides)
     if imgsz < stride or imgsz % stride:
         raise UsageError(
             f"image size {imgsz} is not a multiple of the stride {stride}", f"use {-(-imgsz // stride) * stride}"
@@ -118,10 +116,10 @@ def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
 
 
 def head_shape(network: YOLOv5, size_hw: tuple[int, int]) -> HeadShape:
-    strides = tuple(int(s) for s in network.strides)
-    anchors = np.asarray(network.model[-1].anchors.detach().cpu(), np.float32)
-    pixels = anchors * np.asarray(strides, np.float32)[:, None, None]
-    return HeadShape(network.arch.nc, pixels, strides, size_hw)
+    """Anchors in pixels are made as `decode` makes them, so that they round alike."""
+    strides = np.asarray(network.strides, np.float32)[:, None, None]
+    grid = network.detect.anchors.detach().float().cpu().numpy()
+    return HeadShape(network.arch.nc, grid * strides, tuple(network.strides), size_hw)
 
 
 def rows_of(network: YOLOv5) -> Callable[[np.ndarray], np.ndarray]:
@@ -139,7 +137,7 @@ def _card(config: ExportConfig, model: Path, network: YOLOv5, size_hw: tuple[int
         name=model.stem,
         names=tuple(network.arch.names),
         size_hw=size_hw,
-        stride=max(int(s) for s in network.strides),
+        stride=max(network.strides),
         input="frame" if config.frame else "canvas",
         output="boxes",
         conf=config.conf,

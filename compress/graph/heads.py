@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from compress.graph.builder import FLOAT, GraphBuilder
 from runtime.image import LETTERBOX_FILL, Fit, fit
@@ -53,6 +54,12 @@ def frame_head(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) 
         fill = builder.floats("letterbox.fill", LETTERBOX_FILL)
         pixels = builder.op("Pad", pixels, pads, fill, name="letterbox.canvas", mode="constant")
     return pixels
+
+
+def pixels_tensor(model: onnx.ModelProto) -> str:
+    """The tensor that holds the canvas as float32 BGR 0..255 (1,3,S,S), whichever head the graph has."""
+    made = {name for node in model.graph.node for name in node.output}
+    return next(name for name in ("letterbox.canvas", "letterbox.rounded", "canvas.nchw") if name in made)
 
 
 def rgb_unit(builder: GraphBuilder, pixels: str) -> str:

@@ -37,6 +37,7 @@ def trace(network: nn.Module, size_hw: tuple[int, int], input_name: str = "image
     Raises `EdgestillError` naming the operator when the network uses one outside the table.
     """
     program = torch.export.export(network.eval(), (torch.zeros(1, 3, *size_hw),), strict=False)
+    program.graph.eliminate_dead_code()
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state = {**program.state_dict, **program.constants}

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from compress.graph.heads import LetterboxGeometry
+from compress.graph.heads import LetterboxGeometry, pixels_tensor
 from compress.graph.session import exposing, open_session
 from compress.graph.tails import PROBES, NmsShape, cluster_nms
-from compress.graph.walk import Walk
 
 TorchRows = Callable[[np.ndarray], np.ndarray]
 """float32 RGB 0..1 (1,3,H,W) -> decoded rows (N, 5+nc) of the torch network."""
@@ -71,8 +70,7 @@ def check_boxes(
 
     Torch reads the very pixels that the graph's stem reads, so a frame's resampling is not counted here.
     """
-    walk = Walk(model.graph)
-    pixels = walk.nodes[walk.convs[0]].input[0]
+    pixels = pixels_tensor(model)
     probes = exposing(model, [pixels, *PROBES])
     session, plain = open_session(probes), open_session(model)
     worst = Agreement(0, 0.0, 0.0)
@@ -80,8 +78,7 @@ def check_boxes(
         feed = {model.graph.input[0].name: source}
         detections, seen, *values = session.run(None, feed)
         found = dict(zip(PROBES, values, strict=True))
-        images = seen if pixels == "rgb.unit" else unit_rgb(seen)
-        box, score = _candidate_errors(found, torch_rows(images))
+        box, score = _candidate_errors(found, torch_rows(unit_rgb(seen)))
         expected = _expected(found, nms, geometry)
         differences = _row_differences(detections[0], expected) + _row_differences(
             plain.run(None, feed)[0][0], expected

@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 import pytest
 
-from compress.graph.heads import LetterboxGeometry
+from compress.graph.heads import LetterboxGeometry, pixels_tensor
 from compress.graph.safe_load import ALLOWED, problems
 from compress.graph.session import exposing, open_session
 from compress.graph.tails import NmsShape
 from compress.graph.trunk import fold_bgr_bytes
 from compress.graph.verify import check_boxes, check_rows
-from compress.graph.walk import Walk, op_counts
+from compress.graph.walk import op_counts
 from runtime.image import letterbox
 
 
@@ -84,8 +84,7 @@ def test_one_class_needs_no_maximum(make, canvas):
 def test_letterbox_in_the_graph_is_the_runtime_letterbox_within_one_level(case, frame_hw):
     model = case.boxes(frame_hw=frame_hw)
     frame = np.random.default_rng(1).integers(0, 256, (1, *frame_hw, 3), dtype=np.uint8)
-    walk = Walk(model.graph)
-    pixels = walk.nodes[walk.convs[0]].input[0]
+    pixels = pixels_tensor(model)
     seen = open_session(exposing(model, [pixels])).run([pixels], {"frame": frame})[0]
     expected = letterbox(frame[0], (160, 160)).image.transpose(2, 0, 1)[None]
     assert np.abs(seen - expected.astype(np.float32)).max() <= 1
