@@ -185,7 +185,7 @@ def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
         raise InputError(f"{path}: names has {reprlib.repr(repeated)} twice", "Give every class its own name")
     nc = raw.get("nc", "")
     if nc != "" and nc != str(len(names)):
-        raise InputError(f"{path}: nc is {reprlib.repr(nc)} but names has {len(names)}", "Correct or remove nc")
+        raise InputError(f"{path}: nc is {_kind(nc)} but names has {len(names)}", "Correct or remove nc")
     return tuple(names)
 
 

@@ -15,15 +15,30 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from compress.data.dataset_yaml import DataConfig
 from compress.data.labels import label_path, read_labels
 from runtime.errors import InputError
 from runtime.image import MAX_IMAGE_PIXELS, read_image
 
-PILLOW_FORMATS = ("BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-"""Only these decoders are ever tried; Pillow knows dozens, some of them with a history."""
+DECODERS = (
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    BmpImagePlugin.BmpImageFile,
+    TiffImagePlugin.TiffImageFile,
+    WebPImagePlugin.WebPImageFile,
+)
+PILLOW_FORMATS = tuple(decoder.format for decoder in DECODERS)
+"""Only these are ever tried (MPO is opened as JPEG); Pillow knows dozens, some of them with a history."""
 MIN_SIDE = 10
 DECODE_UP_TO = 5000
 """Splits of at most this many images are fully decoded while indexing (about 2 ms an image at 640x480)."""

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from compress.data import load_data
+from compress.data.check import check
+from compress.data.generate import generate
+from tests.compress.data.conftest import folder_hash, write_image
+
+
+def test_a_sound_dataset_is_ok_and_unchanged(dataset: Path) -> None:
+    before = folder_hash(dataset.parent)
+    report = check(load_data(dataset))
+    assert folder_hash(dataset.parent) == before
+    assert report.ok
+    train = report.splits["train"]
+    assert (train.images, train.usable, train.background, train.boxes) == (4, 4, 0, 4)
+    assert train.boxes_per_class == {"cat": 2, "dog": 2}
+    assert train.image_sizes == {"64x48": 4}
+    assert train.boxes_per_image["max"] == 1
+    assert "nothing is wrong" in report.to_text()
+
+
+def test_the_report_is_json_and_a_short_text(dataset: Path) -> None:
+    labels = dataset.parent / "labels/train/0.txt"
+    labels.write_text("9 0.5 0.5 0.1 0.1\n" * 50)
+    report = check(load_data(dataset))
+    assert json.loads(json.dumps(report.to_json()))["splits"]["train"]["usable"] == 4
+    assert len(report.splits["train"].problems) == 50
+    text = report.to_text()
+    assert f"{labels}:1: class 9" in text
+    assert "30 more" in text
+    assert not report.ok
+
+
+def test_bad_images_are_named_even_when_nothing_is_left(dataset: Path) -> None:
+    for image in (dataset.parent / "images/val").iterdir():
+        image.write_bytes(b"")
+    report = check(load_data(dataset))
+    assert report.splits["val"].usable == 0
+    assert len(report.splits["val"].problems) == 2
+    assert report.to_text()
+
+
+def test_an_image_in_train_and_val_is_a_leak(dataset: Path) -> None:
+    images = dataset.parent / "images"
+    shutil.copyfile(images / "train/0.png", images / "val/same.png")
+    shutil.copyfile(images / "train/1.png", images / "train/twin.png")
+    report = check(load_data(dataset))
+    assert [set(group) for group in report.leaks] == [{"images/train/0.png", "images/val/same.png"}]
+    assert [set(group) for group in report.duplicates] == [{"images/train/1.png", "images/train/twin.png"}]
+    assert not report.ok
+
+
+def test_one_folder_for_both_splits_is_a_leak(dataset: Path) -> None:
+    dataset.write_text("train: images/train\nval: images/train\nnames: [cat, dog]\n")
+    assert len(check(load_data(dataset)).leaks) == 4
+
+
+def test_unusual_things_are_told(dataset: Path) -> None:
+    root = dataset.parent
+    dataset.write_text("train: images/train\nval: images/val\ntest: images/nowhere\nnames: [cat, dog, bird, fish]\n")
+    (root / "labels/val/0.txt").write_text("2 0.5 0.5 0.01 0.5\n0 0.0 0.5 0.5 0.5\n0 0.5 0.5 1 1\n")
+    (root / "labels/train/orphan.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    for i in range(10):
+        write_image(root / f"images/train/empty{i}.png", seed=100 + i)
+    told = "\n".join(check(load_data(dataset)).unusual)
+    for what in (
+        "test split left out",
+        "bird has 1 boxes in val and none in train",
+        "fish has no boxes in train",
+        "cat has only 2 boxes",
+        "1 boxes with a side under 3 px",
+        "1 boxes that reach beyond the image",
+        "1 boxes that fill the whole image",
+        "10 of 14 images have no labels",
+        "1 label files without an image",
+    ):
+        assert what in told
+
+
+def test_a_generated_set_is_ok(tmp_path: Path) -> None:
+    assert check(load_data(generate(tmp_path / "set", images=6, size=(96, 96)))).ok
+
+
+def test_the_real_sets_have_no_problems(shared: Path) -> None:
+    report = check(load_data(shared / "data/bccd/data.yaml"))
+    assert report.ok, report.to_text()
+    assert report.splits["train"].images == 205
