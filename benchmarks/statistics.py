@@ -1,0 +1,100 @@
+"""Percentiles that admit how few samples they stand on, and intervals by resampling. Pure NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.99
+"""That the printed percentile is not below the true one."""
+STEADY_TOLERANCE = 0.05
+STEADY_SHARE = 0.8
+
+Statistic = Callable[[NDArray[np.float64]], Any]
+
+
+@lru_cache(maxsize=256)
+def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -> int:
+    """Which of the highest of n samples is MLPerf's early-stopping estimate: 1 is the highest, 0 is "n too small".
+
+    The largest t with P(Binomial(n, 1 - percentile) <= t) <= 1 - confidence: with that confidence, more than t samples
+    in n lie above the true percentile, so the t-th highest is not below it. `percentile` is a fraction.
+    """
+    if n < 1:
+        return 0
+    k = np.arange(1, n + 1)
+    log_ways = np.concatenate([[0.0], np.cumsum(np.log((n - k + 1) / k))])
+    hits = np.arange(n + 1)
+    log_mass = log_ways + hits * math.log1p(-percentile) + (n - hits) * math.log(percentile)
+    below = np.cumsum(np.exp(log_mass))
+    return max(int(np.searchsorted(below, 1 - confidence, side="right")) - 1, 0)
+
+
+def percentile_estimate(samples: ArrayLike, percentile: float) -> float | None:
+    """A bound that the true percentile does not exceed, at 99 % confidence; None where there are too few samples.
+
+    No sample is clipped or trimmed: an outlier is part of the tail that is being measured.
+    """
+    values = np.asarray(samples, np.float64)
+    rank = percentile_rank(values.size, percentile)
+    return float(np.partition(values, -rank)[-rank]) if rank else None
+
+
+def fewest_samples(percentile: float) -> int:
+    """The n from which a percentile is printed: 11, 64, 130 and 662 for p50, p90, p95 and p99."""
+    n = 1
+    while not percentile_rank(n, percentile):
+        n += 1
+    return n
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def bootstrap(
+    samples: ArrayLike,
+    statistic: Statistic,
+    *,
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile-bootstrap interval of `statistic`, which gets (n, ...) drawn with multiplicity along the first axis.
+
+    For a difference, let a sample be the pair: rows of (n, 2) are drawn together.
+    """
+    drawn = bootstrap_distribution(samples, statistic, rng=rng, resamples=resamples)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
+
+
+def bootstrap_distribution(
+    samples: ArrayLike, statistic: Statistic, *, rng: np.random.Generator, resamples: int = 1000
+) -> NDArray[np.float64]:
+    """The statistic of each resample, (resamples,). A sample counts as often as it is drawn."""
+    values = np.asarray(samples, np.float64)
+    draws = (values[rng.integers(0, len(values), len(values))] for _ in range(resamples))
+    return np.array([statistic(draw) for draw in draws])
+
+
+def is_steady(values: Sequence[float]) -> bool:
+    """Whether the medians of both halves agree within 5 %, and 8 of 10 values lie within 5 % of the median."""
+    whole = np.asarray(values, np.float64)
+    near = np.abs(whole - np.median(whole)) <= STEADY_TOLERANCE * np.median(whole)
+    return halves_agree(whole) and float(near.mean()) >= STEADY_SHARE
+
+
+def halves_agree(values: ArrayLike) -> bool:
+    """Whether the medians of the first and the second half differ by at most 5 %; true of fewer than two values."""
+    whole = np.asarray(values, np.float64)
+    if whole.size < 2:
+        return True
+    first, second = (float(np.median(half)) for half in np.array_split(whole, 2))
+    return abs(first - second) <= STEADY_TOLERANCE * min(first, second)

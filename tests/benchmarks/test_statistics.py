@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.statistics import (
+    bootstrap,
+    bootstrap_distribution,
+    fewest_samples,
+    is_steady,
+    percentile_estimate,
+    percentile_rank,
+)
+
+
+@pytest.mark.parametrize(
+    ("n", "percentile", "rank"),
+    [(662, 0.99, 1), (661, 0.99, 0), (1000, 0.99, 2), (1000, 0.90, 78), (10000, 0.99, 77), (24576, 0.90, 2348)],
+)
+def test_the_rank_is_that_of_mlperf(n: int, percentile: float, rank: int) -> None:
+    assert percentile_rank(n, percentile) == rank
+
+
+@pytest.mark.parametrize(("percentile", "n"), [(0.5, 11), (0.9, 64), (0.95, 130), (0.99, 662), (0.999, 6636)])
+def test_a_percentile_needs_this_many_samples(percentile: float, n: int) -> None:
+    assert percentile_rank(n - 1, percentile) == 0
+    assert percentile_rank(n, percentile) == 1
+
+
+@pytest.mark.parametrize(("percentile", "n"), [(0.5, 11), (0.9, 64), (0.95, 130)])
+def test_the_fewest_samples_are_found(percentile: float, n: int) -> None:
+    assert fewest_samples(percentile) == n
+
+
+def test_too_few_samples_give_no_percentile() -> None:
+    assert percentile_estimate([], 0.5) is None
+    assert percentile_estimate(np.ones(661), 0.99) is None
+
+
+def test_an_outlier_stays_in_the_tail() -> None:
+    samples = np.ones(662)
+    samples[0] = 10.0
+    assert percentile_estimate(samples, 0.99) == 10.0
+
+
+def test_the_estimate_is_below_the_true_percentile_in_at_most_one_run_of_a_hundred() -> None:
+    rng = np.random.default_rng(5)
+    low = [percentile_estimate(rng.random(800), 0.9) < 0.9 for _ in range(2000)]  # type: ignore[operator]
+    assert np.mean(low) < 0.015
+
+
+def test_the_bootstrap_of_a_mean_agrees_with_theory() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    theory = values.std() / np.sqrt(len(values))
+    drawn = bootstrap_distribution(values, np.mean, rng=np.random.default_rng(2), resamples=4000)
+    assert drawn.std() == pytest.approx(theory, rel=0.05)
+
+
+def test_a_bootstrap_that_drops_repeated_draws_fails_that_test() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    rows = np.column_stack([values, np.arange(len(values))])
+    theory = values.std() / np.sqrt(len(values))
+    drawn = bootstrap_distribution(
+        rows, lambda r: np.unique(r, axis=0)[:, 0].mean(), rng=np.random.default_rng(2), resamples=2000
+    )
+    assert drawn.std() != pytest.approx(theory, rel=0.05)
+
+
+def test_a_paired_interval_is_narrower_than_the_sum_of_both() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=200)
+    pairs = np.column_stack([base, base + 0.1 + rng.normal(scale=0.01, size=200)])
+    low, high = bootstrap(pairs, lambda p: (p[:, 1] - p[:, 0]).mean(), rng=rng)
+    assert low < 0.1 < high
+    assert high - low < 0.01
+
+
+def test_drift_and_scatter_are_not_steady() -> None:
+    assert is_steady([10.0, 10.1, 9.9, 10.0] * 5)
+    assert not is_steady([10.0] * 10 + [11.0] * 10)
+    assert not is_steady([9.0, 10.0, 11.0, 12.0] * 5)
