@@ -1,1 +1,1 @@
-"""What training and distillation share: schedule, optimiser, EMA, state on disk, the loop and what a person sees of it."""
+"""What training and distillation share: schedule, optimiser, EMA, state on disk, the loop, and what a person sees."""

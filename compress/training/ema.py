@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import math
 
+from typing import Generic, TypeVar
+
 import torch
 from torch import nn
 
 
-class Ema:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Ema(Generic[Module]):
     """A frozen copy of a model that follows it.
 
     After update number n (from 1) with `d = decay * (1 - exp(-n / ramp))`, every floating tensor of the state becomes
     `d * ema + (1 - d) * model`. Integer buffers (BatchNorm's counter) keep the value that they had at the start.
     """
 
-    def __init__(self, model: nn.Module, decay: float, ramp: float) -> None:
+    def __init__(self, model: Module, decay: float, ramp: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.ramp, self.updates = decay, ramp, 0
         self._targets = _floating(self.module)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Protocol
 
 Report = Callable[[str], None]
 """Takes one line for the person who waits."""
 
 
-class Progress(Protocol):
-    """Follows the batches of one training; used as a context manager."""
+class Progress:
+    """Follows the batches of one training, as a context manager; this one shows nothing.
+
+    For a log file, where the epoch lines are all there is to see, and for processes that are not the first.
+    """
 
     def epoch(self, number: int, batches: int) -> None:
         """Epoch `number` (from 1) begins; it has this many batches."""
@@ -20,25 +21,14 @@ class Progress(Protocol):
     def batch(self, losses: Mapping[str, float] | None) -> None:
         """One batch is done; `losses` are the means so far, where they are known without waiting for a device."""
 
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-class Silent:
-    """No bar: the epoch lines are all there is to see (a log file, or a process that is not the first)."""
-
-    def epoch(self, number: int, batches: int) -> None: ...
-
-    def batch(self, losses: Mapping[str, float] | None) -> None: ...
-
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, *error: object) -> None:
+        return None
 
 
-class Bar:
+class Bar(Progress):
     """A rich bar over the batches of the running epoch."""
 
     def __init__(self, epochs: int) -> None:
@@ -57,22 +47,20 @@ class Bar:
         self._rich.reset(self._task, total=batches, description=f"epoch {number}/{self._epochs}")
 
     def batch(self, losses: Mapping[str, float] | None) -> None:
-        text = {"losses": "  ".join(f"{name} {value:.4f}" for name, value in losses.items())} if losses else {}
-        self._rich.update(self._task, advance=1, **text)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in (losses or {}).items())
+        self._rich.update(self._task, advance=1, losses=shown)
 
     def __enter__(self) -> Bar:
         self._rich.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._rich.stop()
 
 
 def open_progress(epochs: int, *, shown: bool) -> Progress:
     """The bar where there is a terminal to move it on and this process is the one that shows."""
-    return Bar(epochs) if shown and sys.stdout.isatty() else Silent()
+    return Bar(epochs) if shown and sys.stdout.isatty() else Progress()
 
 
 def epoch_line(record: Mapping[str, float], epochs: int, seconds: float, images: int) -> str:

@@ -1,0 +1,56 @@
+"""Distillation: a small student learns from labels and from what a frozen teacher sees in the same batch.
+
+In: settings, a data set, a teacher's checkpoint, the student's scale. Out: the folder of a training; its files hold the
+student alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.config import DistillConfig
+from compress.data.dataset_yaml import DataConfig
+from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.objective import DistillObjective, detection_loss
+from compress.training.prepare import model_of_state, new_model, open_splits
+from compress.training.progress import Report
+from compress.training.teacher import Teacher, build_losses, examine, load_teacher
+
+__all__ = ["TrainResult", "distill"]
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    data: DataConfig,
+    out: Path,
+    teacher: Path,
+    weights: Path | None = None,
+    scale: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    report: Report = print,
+) -> TrainResult:
+    """Distil `teacher` into a student of `scale` (else of the size of `weights`) for the classes of `data`.
+
+    The student takes the teacher's anchors. Before the first epoch the pair and every distillation loss are examined
+    on one batch; what would make the distillation silently useless is an error of one line. Other arguments and errors
+    as for `compress.train.train`.
+    """
+    state = read_resume(out, config) if resume else None
+    master = load_teacher(teacher, data.names)
+    splits = open_splits(data, config, report)
+    student = (
+        model_of_state(state, data.names)
+        if state
+        else new_model(
+            data.names, scale=scale, weights=weights, anchors=master.arch.anchors, seed=config.seed, report=report
+        )
+    )
+    losses = build_losses(student, master, config)
+    objective = DistillObjective(student, detection_loss(student, config), losses, config.losses)
+    guide = Teacher(master, device, half=config.amp)
+    if not state:
+        examine(objective, guide, splits.train, config, report)
+    job = Job(config, objective, splits.train, splits.val, out, guide=guide, decay_to=config.decay_to)
+    return fit(job, device=device, resume=state, report=report)

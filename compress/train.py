@@ -1,0 +1,49 @@
+"""Plain training: a teacher, or a student without one.
+
+In: settings, a data set, a checkpoint or a scale. Out: a run's folder with `best.safetensors`, `last.safetensors`,
+`state.pt`, `results.csv`, `curves.png`, `tensorboard/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.config import TrainConfig
+from compress.data.dataset_yaml import DataConfig
+from compress.models import YOLOv5
+from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.objective import Objective, detection_loss
+from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
+from compress.training.progress import Report
+
+__all__ = ["TrainResult", "train"]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: DataConfig,
+    out: Path,
+    weights: Path | None = None,
+    scale: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    report: Report = print,
+) -> TrainResult:
+    """Train a model of `scale` (else of the checkpoint's size) for the classes of `data`.
+
+    `weights` are copied where name and shape agree, so a checkpoint of other classes starts everything but the head.
+    `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Errors: InputError
+    for unusable files, UsageError for contradictory requests, EdgestillError for a loss that is not finite.
+    """
+    state = read_resume(out, config) if resume else None
+    splits = open_splits(data, config, report)
+    model: YOLOv5
+    if state:
+        model = model_of_state(state, data.names)
+    else:
+        model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, report=report)
+        if config.autoanchor:
+            model = fit_anchors(model, splits.train.samples, config, report)
+    objective = Objective(model, detection_loss(model, config))
+    return fit(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, report=report)

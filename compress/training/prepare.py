@@ -1,0 +1,128 @@
+"""From settings and files to what a training starts with: samples and a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from compress.config import TrainConfig
+from compress.data.dataset import TrainDataset
+from compress.data.dataset_yaml import DataConfig
+from compress.data.index import Sample, index_split
+from compress.losses.autoanchor import choose_anchors, scaled_sizes
+from compress.models import Architecture, YOLOv5
+from compress.models.checkpoint import load, transfer
+from compress.training.progress import Report
+from runtime.errors import UsageError
+
+SHOWN_PROBLEMS = 5
+
+
+class Splits(NamedTuple):
+    train: TrainDataset
+    val: Sequence[Sample]
+
+
+def open_splits(data: DataConfig, config: TrainConfig, report: Report) -> Splits:
+    """Index both splits; rows and images that cannot be used are left out and told."""
+    train, val = (_samples(data, split, report) for split in ("train", "val"))
+    return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
+
+
+def _samples(data: DataConfig, split: str, report: Report) -> Sequence[Sample]:
+    index = index_split(data, split)
+    boxes = sum(len(sample.labels) for sample in index.samples)
+    report(f"{split}: {len(index.samples)} images, {boxes} boxes")
+    for problem in index.problems[:SHOWN_PROBLEMS]:
+        report(f"{split}: skipped {problem}")
+    if len(index.problems) > SHOWN_PROBLEMS:
+        report(f"{split}: {len(index.problems) - SHOWN_PROBLEMS} more problems; see `edgestill data check`")
+    return index.samples
+
+
+def new_model(
+    names: Sequence[str],
+    *,
+    scale: str | None,
+    weights: Path | None,
+    anchors: Any = None,
+    seed: int = 0,
+    report: Report = print,
+) -> YOLOv5:
+    """A model for the classes `names`, started from `weights` wherever name and shape agree.
+
+    Its size is `scale`, else that of the checkpoint; its anchors are `anchors`, else the checkpoint's, else the
+    default. What is not copied starts as a seeded fresh network, with the head's biases set for rare objects.
+    """
+    if scale is None and weights is None:
+        raise UsageError("neither a scale nor weights are given", "use --weights FILE or --scale n")
+    checkpoint = load(weights) if weights else None
+    architecture = _architecture(tuple(names), scale, checkpoint and checkpoint.architecture)
+    if anchors is not None:
+        architecture = replace(architecture, anchors=anchors)
+    torch.manual_seed(seed)
+    model = YOLOv5(architecture)
+    model.init_detect_bias()
+    if checkpoint:
+        state = {key: value for key, value in checkpoint.state_dict.items() if not key.endswith("anchors")}
+        copied, skipped = transfer(state, model)
+        report(f"{weights}: {len(copied)} tensors copied, {len(skipped)} start afresh{_why(skipped)}")
+    return model
+
+
+def model_of_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
+    """The model that a resumed training continues with; its weights come with the rest of the state.
+
+    Errors: UsageError where the state was trained on other classes.
+    """
+    architecture = Architecture.from_json(state["architecture"])
+    if architecture.names != tuple(names):
+        raise UsageError(
+            f"the state was trained on {len(architecture.names)} classes {', '.join(architecture.names[:3])}, ..., "
+            f"the data has {len(names)}: {', '.join(names[:3])}, ...",
+            "resume with the same data, or start anew in another folder",
+        )
+    return YOLOv5(architecture)
+
+
+def _architecture(names: tuple[str, ...], scale: str | None, given: Architecture | None) -> Architecture:
+    if given is None:
+        assert scale is not None
+        return Architecture.of_scale(scale, names)
+    if scale is None:
+        return replace(given, names=names)
+    return Architecture.of_scale(scale, names, anchors=given.anchors)
+
+
+def _why(skipped: Sequence[str]) -> str:
+    return f" (first: {skipped[0]})" if skipped else ""
+
+
+def fit_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, report: Report) -> YOLOv5:
+    """The model with anchors that suit the labels: the same object where its own already do."""
+    sizes = scaled_sizes(
+        [sample.labels[:, 3:5] for sample in samples],
+        [sample.size_hw for sample in samples],
+        config.imgsz,
+        np.random.default_rng(config.seed),
+    )
+    rng = np.random.default_rng([config.seed, 1])
+    choice = choose_anchors(sizes, np.array(model.arch.anchors), rng=rng, anchor_t=config.loss.anchor_t)
+    report(
+        f"anchors: {'replaced' if choice.replaced else 'kept'}, best possible recall {choice.after.recall:.4f}, "
+        f"{choice.after.matches:.2f} matches a label"
+    )
+    return with_anchors(model, choice.anchors_px) if choice.replaced else model
+
+
+def with_anchors(model: YOLOv5, anchors_px: Any) -> YOLOv5:
+    """A model of the same weights for anchors (nl, na, 2) in pixels."""
+    changed = YOLOv5(replace(model.arch, anchors=anchors_px))
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("anchors")}
+    changed.load_state_dict(state, strict=False)
+    return changed

@@ -1,0 +1,77 @@
+"""Where the time of a training goes: `python -m compress.training.profile --data D --weights W --imgsz 320 --batch 16`.
+
+Runs real epochs of the real loop with a stopwatch around its phases, writes nothing, and prints images per second with
+the split. The first epoch (decoding images, warming up) is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from compress.config import TrainConfig
+from compress.data.dataset_yaml import load_data
+from compress.training.device import pick_device, settle
+from compress.training.loop import Job, Trainer
+from compress.training.objective import Objective, detection_loss
+from compress.training.prepare import new_model, open_splits
+from compress.training.progress import Progress
+from compress.training.timing import Stopwatch
+
+PHASES = ("data", "teacher", "forward", "loss", "backward", "step")
+
+
+def measure(trainer: Trainer, watch: Stopwatch, epochs: int) -> tuple[float, dict[str, float]]:
+    """Seconds an image in all and by phase, over `epochs` epochs after one that does not count."""
+    trainer.train_epoch(Progress())
+    watch.seconds.clear()
+    started = time.perf_counter()
+    for _ in range(epochs):
+        trainer.course.epoch += 1
+        trainer.train_epoch(Progress())
+    images = epochs * len(trainer.job.train)
+    whole = (time.perf_counter() - started) / images
+    return whole, {phase: watch.seconds.get(phase, 0.0) / images for phase in PHASES}
+
+
+def table(whole: float, split: Mapping[str, float]) -> str:
+    """Lines of milliseconds an image and share; what no phase covers stands as `other`."""
+    rows = {**{phase: s for phase, s in split.items() if s}, "other": whole - sum(split.values())}
+    lines = [f"{phase:10}{1e3 * s:8.2f} ms/image{100 * s / whole:7.1f} %" for phase, s in rows.items()]
+    return "\n".join([*lines, f"{'all':10}{1e3 * whole:8.2f} ms/image   {1 / whole:.1f} images/s"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m compress.training.profile", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--scale")
+    parser.add_argument("--imgsz", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=TrainConfig().workers)
+    parser.add_argument("--threads", type=int, default=0, help="torch's compute threads; 0 leaves its choice")
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args(arguments)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    config = TrainConfig(epochs=100, batch=asked.batch, imgsz=asked.imgsz, workers=asked.workers, tensorboard=False)
+    data = load_data(asked.data)
+    model = new_model(data.names, scale=asked.scale, weights=asked.weights)
+    splits = open_splits(data, config, print)
+    watch = Stopwatch(settle=settle(pick_device(asked.device)))
+    with tempfile.TemporaryDirectory() as nowhere:
+        objective = Objective(model, detection_loss(model, config))
+        job = Job(config, objective, splits.train, splits.val, Path(nowhere))
+        trainer = Trainer(job, asked.device, print, span=watch.span)
+        print(table(*measure(trainer, watch, asked.epochs)))
+    print(f"{torch.get_num_threads()} compute threads, {asked.workers} data threads, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

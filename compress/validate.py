@@ -1,0 +1,212 @@
+"""Accuracy of a torch model on a split.
+
+In: a model and samples. Out: YOLOv5's own figures, the COCO figures, and the milliseconds that an image took.
+Follows YOLOv5 v7.0's validation: rectangular batches half a stride wider than needed, multi-label NMS at confidence
+0.001, boxes and labels compared in pixels of the original images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, match
+from compress.data.coco import to_coco
+from compress.data.index import Sample
+from compress.data.loader import ValBatch, val_batches
+from compress.models import YOLOv5
+from compress.training.device import pick_device, place, settle
+from compress.training.numerics import flush_denormals
+from compress.training.timing import Stopwatch, timed_items
+from runtime.boxes import detections_from_rows, unletterbox, xywh_to_xyxy
+from runtime.errors import InputError
+
+Loss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
+"""(raw maps, targets (n, 6)) -> (total, the three parts)."""
+Detected = NDArray[np.float32]
+"""(n, 6): x1 y1 x2 y2 score class, in pixels of the original image, best first."""
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10, dtype=np.float32)
+COCO_MAX_DET = 100
+
+
+class NmsSettings(NamedTuple):
+    """How rows become boxes; the defaults are those of validation, not of deployment."""
+
+    conf: float = 0.001
+    iou: float = 0.6
+    max_det: int = 300
+    multi_label: bool = True
+
+
+@dataclass(frozen=True)
+class ValResult:
+    """What a validation found."""
+
+    yolo: YoloMetrics
+    """By YOLOv5's protocol."""
+    coco: Accuracy | None
+    """By COCO's protocol; None where it was not asked for."""
+    loss: tuple[float, float, float] | None
+    """Mean box, objectness and class loss, where a loss was given."""
+    speed_ms: Mapping[str, float]
+    """Milliseconds an image: load (waiting for decoded, letterboxed images), preprocess, inference, nms."""
+    images: int
+
+    @property
+    def fitness(self) -> float:
+        """YOLOv5's choice of the best epoch: 0.1 mAP50 + 0.9 mAP50-95."""
+        return 0.1 * self.yolo.map50 + 0.9 * self.yolo.map50_95
+
+
+def validate(
+    model: YOLOv5,
+    samples: Sequence[Sample],
+    *,
+    imgsz: int = 640,
+    batch: int = 32,
+    rect: bool = True,
+    nms: NmsSettings | None = None,
+    device: str = "auto",
+    half: bool = False,
+    workers: int = 0,
+    loss: Loss | None = None,
+    coco: bool = True,
+    annotations: Path | None = None,
+) -> ValResult:
+    """Measure `model` (left as it is: a fused copy runs) on `samples`.
+
+    `half` runs the network in float16 where the device is a GPU. `annotations` is a COCO JSON that takes the place of
+    the text labels in the COCO figures (it knows crowd regions; text labels do not).
+    """
+    flush_denormals()
+    where = pick_device(device)
+    runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
+    batches = val_batches(samples, imgsz=imgsz, batch=batch, rect=rect, workers=workers)
+    found: list[tuple[Sample, Detected]] = [pair for pairs in map(runner, runner.timed(batches)) for pair in pairs]
+    names = model.arch.names
+    return ValResult(
+        yolo=yolo_metrics(found),
+        coco=coco_metrics(found, names, annotations) if coco else None,
+        loss=runner.mean_loss,
+        speed_ms={name: 1e3 * seconds / max(len(found), 1) for name, seconds in runner.watch.seconds.items()},
+        images=len(found),
+    )
+
+
+class _Runner:
+    """Takes batches through the network and NMS on one device, and keeps the time and the loss."""
+
+    def __init__(self, model: YOLOv5, nms: NmsSettings, device: torch.device, *, half: bool, loss: Loss | None) -> None:
+        self._model = place(model.fuse().float(), device)
+        self._nms, self._device, self._half, self._loss = nms, device, half, loss
+        self._losses: list[Tensor] = []
+        self.watch = Stopwatch(settle=settle(device))
+
+    def timed(self, batches: Iterable[ValBatch]) -> Iterator[ValBatch]:
+        return timed_items(batches, self.watch.span, "load")
+
+    @torch.inference_mode()
+    def __call__(self, batch: ValBatch) -> list[tuple[Sample, Detected]]:
+        with self.watch.span("preprocess"):
+            images = as_network_input(batch.images, self._device)
+        with self.watch.span("inference"):
+            rows = self._forward(images, batch.targets).cpu().numpy()
+        with self.watch.span("nms"):
+            return [(sample, self._boxes(rows[i], batch, i)) for i, sample in enumerate(batch.samples)]
+
+    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, torch.float16, enabled=self._half):
+            raw = self._model(images)
+        raw = [level.float() for level in raw]
+        if self._loss:
+            self._losses.append(self._loss(raw, targets.to(self._device))[1])
+        return self._model.decode(raw)
+
+    def _boxes(self, rows: NDArray[np.float32], batch: ValBatch, index: int) -> Detected:
+        found = detections_from_rows(rows, **self._nms._asdict())
+        found[:, :4] = unletterbox(found[:, :4], batch.gains[index], batch.pads_wh[index], batch.samples[index].size_hw)
+        return found
+
+    @property
+    def mean_loss(self) -> tuple[float, float, float] | None:
+        if not self._losses:
+            return None
+        box, obj, cls = torch.stack(self._losses).mean(dim=0).tolist()
+        return box, obj, cls
+
+
+def as_network_input(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, 3, H, W) RGB -> float32 0..1, channels last, on `device`."""
+    # this order is twice as fast on a CPU as changing layout and type at once
+    return images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def labels_xyxy(sample: Sample) -> NDArray[np.float32]:
+    """(m, 5) class x1 y1 x2 y2 in pixels of the original image."""
+    height, width = sample.size_hw
+    boxes = xywh_to_xyxy(sample.labels[:, 1:5]) * np.array([width, height, width, height], np.float32)
+    return np.concatenate([sample.labels[:, :1], boxes], axis=1)
+
+
+def yolo_metrics(found: Sequence[tuple[Sample, Detected]]) -> YoloMetrics:
+    """Precision, recall and AP by YOLOv5's matching and integration."""
+    hits = [match(boxes, labels_xyxy(sample), IOU_THRESHOLDS) for sample, boxes in found]
+    boxes = np.concatenate([boxes for _, boxes in found])
+    return average_precision(
+        np.concatenate(hits), boxes[:, 4], boxes[:, 5], np.concatenate([sample.labels[:, 0] for sample, _ in found])
+    )
+
+
+def coco_metrics(
+    found: Sequence[tuple[Sample, Detected]], names: Sequence[str], annotations: Path | None = None
+) -> Accuracy:
+    """AP by COCO's protocol, against the text labels or the given COCO JSON."""
+    samples = [sample for sample, _ in found]
+    truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)
+    detections = [row for image_id, (_, boxes) in enumerate(found, 1) for row in coco_rows(image_id, boxes)]
+    return coco_accuracy(truth, detections, max_det=COCO_MAX_DET, names=names)
+
+
+def coco_rows(image_id: int, boxes: Detected) -> list[dict[str, Any]]:
+    """COCO result entries of one image; the category id is the class index."""
+    left_top_w_h = np.concatenate([boxes[:, :2], boxes[:, 2:4] - boxes[:, :2]], axis=1).astype(float).tolist()
+    return [
+        {"image_id": image_id, "category_id": int(class_id), "bbox": box, "score": float(score)}
+        for box, score, class_id in zip(left_top_w_h, boxes[:, 4], boxes[:, 5], strict=True)
+    ]
+
+
+def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
+    """The part of a COCO JSON that is about `samples`, with image ids 1.. in sample order and class-index categories.
+
+    Images agree by file name, categories by class name. Errors: InputError where either has no partner.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        images = {image["file_name"].rsplit("/", 1)[-1]: image for image in raw["images"]}
+        categories = {category["name"]: category["id"] for category in raw["categories"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a COCO annotation file ({error})") from error
+    missing = [name for name in names if name not in categories]
+    absent = [sample.image.name for sample in samples if sample.image.name not in images]
+    if missing or absent:
+        raise InputError(f"{path} knows no {'class' if missing else 'image'} {(missing or absent)[0]}")
+    image_ids = {images[sample.image.name]["id"]: number for number, sample in enumerate(samples, 1)}
+    class_ids = {categories[name]: index for index, name in enumerate(names)}
+    return {
+        "images": [images[s.image.name] | {"id": number} for number, s in enumerate(samples, 1)],
+        "annotations": [
+            entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
+            for entry in raw["annotations"]
+            if entry["image_id"] in image_ids and entry["category_id"] in class_ids
+        ],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+    }

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compress.data.dataset_yaml import DataConfig, load_data
+from compress.data.index import Sample, index_split
+from compress.models.checkpoint import load_model
+from compress.training.objective import detection_loss
+from compress.training.prepare import new_model
+from compress.validate import coco_metrics, coco_rows, labels_xyxy, read_annotations, validate, yolo_metrics
+from runtime.errors import InputError
+
+
+@pytest.fixture
+def samples(tiny_data: DataConfig) -> tuple[Sample, ...]:
+    return index_split(tiny_data, "val").samples
+
+
+def perfect(samples: tuple[Sample, ...]) -> list[tuple[Sample, np.ndarray]]:
+    """Each label as a detection of score 0.9."""
+    return [(s, np.insert(labels_xyxy(s)[:, [1, 2, 3, 4, 0]], 4, 0.9, axis=1).astype(np.float32)) for s in samples]
+
+
+def test_labels_as_detections_score_one_by_both_protocols(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
+    found = perfect(samples)
+    assert yolo_metrics(found).map50_95 == pytest.approx(0.995, abs=0.01)
+    assert coco_metrics(found, tiny_data.names).map50_95 == pytest.approx(1.0)
+
+
+def test_nothing_detected_scores_zero(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
+    found = [(sample, np.zeros((0, 6), np.float32)) for sample in samples]
+    assert yolo_metrics(found).map50 == 0
+    assert coco_metrics(found, tiny_data.names).map50 == 0
+
+
+def test_coco_rows_hold_left_top_width_height() -> None:
+    (row,) = coco_rows(3, np.array([[10, 20, 40, 60, 0.5, 1]], np.float32))
+    assert row == {"image_id": 3, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.5}
+
+
+def test_annotations_replace_the_labels_by_file_and_class_name(samples: tuple[Sample, ...], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({
+        "images": [{"id": 100 + i, "file_name": f"val/{s.image.name}"} for i, s in enumerate(samples)]
+        + [{"id": 7, "file_name": "other.png"}],
+        "categories": [{"id": 90, "name": "green"}, {"id": 5, "name": "red"}, {"id": 6, "name": "blue"}],
+        "annotations": [
+            {"id": 1, "image_id": 101, "category_id": 90, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 1},
+            {"id": 2, "image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0},
+            {"id": 3, "image_id": 100, "category_id": 6, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0},
+        ],
+    }))  # fmt: skip
+    truth = read_annotations(tmp_path / "a.json", samples, ("red", "green"))
+    assert [(a["image_id"], a["category_id"], a["iscrowd"]) for a in truth["annotations"]] == [(2, 1, 1)]
+    assert [image["id"] for image in truth["images"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": [], "annotations": [], "categories": []}'])
+def test_unusable_annotations_are_refused_in_one_line(text: str, samples: tuple[Sample, ...], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_annotations(tmp_path / "a.json", samples, ("red", "green"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_is_left_as_it_is_and_every_span_is_timed(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
+    from compress.config import TrainConfig
+
+    model = new_model(tiny_data.names, scale="p", weights=None, report=lambda _: None).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loss = detection_loss(model, TrainConfig(imgsz=64))
+    result = validate(model, samples, imgsz=64, batch=3, device="cpu", loss=loss)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert set(result.speed_ms) == {"load", "preprocess", "inference", "nms"}
+    assert result.images == len(samples)
+    assert result.loss is not None
+    assert all(value > 0 for value in result.loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batch", "rect", "coco", "yolo"),
+    [(32, True, (0.36532, 0.56777), (0.36088, 0.56013)), (8, False, (0.35825, 0.55527), (0.35458, 0.54966))],
+    ids=["rect", "square"],
+)
+def test_yolov5n_on_coco128_scores_what_the_original_scores(
+    batch: int, rect: bool, coco: tuple[float, float], yolo: tuple[float, float], weights: Path, shared: Path
+) -> None:
+    data = load_data(shared / "data" / "coco128" / "data.yaml")
+    result = validate(
+        load_model(weights), index_split(data, "val").samples, imgsz=640, batch=batch, rect=rect, device="cpu",
+        annotations=shared / "data" / "coco128" / "annotations" / "instances.json",
+    )  # fmt: skip
+    assert (result.yolo.map50_95, result.yolo.map50) == pytest.approx(yolo, abs=2e-4)
+    assert result.coco is not None
+    assert (result.coco.map50_95, result.coco.map50) == pytest.approx(coco, abs=1e-3)
