@@ -243,23 +243,31 @@ def _ridges(part: Part, unit: float, angle: float, side: int) -> Field | float:
 def _shade(rng: np.random.Generator, height: Field, material: Material, lamp: Lamp, angle: float) -> Field:
     """Colour (h, w, 3) of a height field: diffuse light, one highlight, and the room mirrored as a soft band."""
     normal = _normals(height)
-    diffuse = np.maximum(normal @ lamp.direction, 0)
+    diffuse = np.maximum(_along(normal, lamp.direction), 0)
     halfway = lamp.direction + np.array([0, 0, 1], np.float32)
-    gleam = np.maximum(normal @ (halfway / np.linalg.norm(halfway)), 0) ** material.sharpness
-    band = 0.16 * np.sin(normal[..., 0] * 3.1 + normal[..., 1] * 2.3 + rng.uniform(0, 6.28))
+    gleam = cv2.pow(np.maximum(_along(normal, halfway / np.linalg.norm(halfway)), 0), material.sharpness)
+    band = 0.16 * np.sin(normal[0] * 3.1 + normal[1] * 2.3 + np.float32(rng.uniform(0, 6.28)))
     grain = _brushed(rng, height.shape, angle) + _sheen(rng, height.shape)
-    body = (lamp.ambient + (1 - lamp.ambient) * diffuse + band + grain)[..., None] * np.array(
-        material.albedo_bgr, np.float32
-    )
-    return np.asarray((body + (material.gloss * 0.7 * gleam)[..., None]) * lamp.tint_bgr, np.float32)
+    body = np.float32(lamp.ambient) + np.float32(1 - lamp.ambient) * diffuse + band + grain
+    mirrored = np.float32(material.gloss * 0.7) * np.asarray(gleam, np.float32)
+    tinted = [
+        (body * np.float32(albedo) + mirrored) * tint
+        for albedo, tint in zip(material.albedo_bgr, lamp.tint_bgr, strict=True)
+    ]
+    return np.asarray(cv2.merge(tinted), np.float32)
 
 
-def _normals(height: Field) -> Field:
-    """(h, w, 3) unit normals; slopes are limited, a vertical wall would only be noise."""
-    slope_x = np.clip(cv2.Scharr(height, cv2.CV_32F, 1, 0) / 32, -2.5, 2.5)
-    slope_y = np.clip(cv2.Scharr(height, cv2.CV_32F, 0, 1) / 32, -2.5, 2.5)
-    normal = np.stack([-slope_x, -slope_y, np.ones_like(height)], axis=-1)
-    return np.asarray(normal / np.linalg.norm(normal, axis=-1, keepdims=True), np.float32)
+def _normals(height: Field) -> tuple[Field, Field, Field]:
+    """x, y and z (h, w) of unit normals; slopes are limited, a vertical wall would only be noise."""
+    slope_x: Any = np.clip(cv2.Scharr(height, cv2.CV_32F, 1, 0) / 32, -2.5, 2.5)
+    slope_y: Any = np.clip(cv2.Scharr(height, cv2.CV_32F, 0, 1) / 32, -2.5, 2.5)
+    up = 1 / np.sqrt(slope_x**2 + slope_y**2 + 1)
+    return -slope_x * up, -slope_y * up, up
+
+
+def _along(normal: tuple[Field, Field, Field], direction: NDArray[np.float32]) -> Field:
+    """Cosine of the angle between normals and a unit direction."""
+    return normal[0] * direction[0] + normal[1] * direction[1] + normal[2] * direction[2]
 
 
 def _brushed(rng: np.random.Generator, size_hw: tuple[int, ...], angle: float) -> Field:
@@ -286,6 +294,7 @@ def _line(length: int, angle: float) -> NDArray[np.float32]:
 
 
 # --- belt ------------------------------------------------------------------------------------------------------------
+
 
 HAZARD_BGR = (0.08, 0.62, 0.78)
 BELT_COLOURS_BGR = ((0.17, 0.17, 0.16), (0.20, 0.22, 0.16), (0.26, 0.21, 0.17), (0.15, 0.14, 0.14))
@@ -353,16 +362,21 @@ def _rail(rng: np.random.Generator, picture: Field) -> tuple[int, int]:
 # --- camera ----------------------------------------------------------------------------------------------------------
 
 
+GAMMA = 1.35
+
+
 def _photograph(rng: np.random.Generator, picture: Field) -> NDArray[np.uint8]:
     """Uneven light, motion along the belt, focus, exposure, sensor noise, gamma; uint8."""
     lit: Any = picture * _light(rng, picture.shape[:2])[..., None]
     if rng.random() < 0.5:
         lit = cv2.filter2D(lit, -1, _line(int(rng.integers(2, 6)), rng.uniform(-0.05, 0.05)))
     lit = cv2.GaussianBlur(lit, (0, 0), float(rng.uniform(0.4, 1.1)))
-    exposed = np.maximum(lit * rng.uniform(0.75, 1.35), 0)
-    noise = rng.standard_normal(lit.shape, dtype=np.float32) * np.sqrt(exposed * 0.0006 + 0.00004)
-    shown = np.clip(exposed + noise * rng.uniform(0.4, 1.6), 0, 1) ** np.float32(1 / 1.35)
-    return (shown * 255 + 0.5).astype(np.uint8)
+    exposed = np.maximum(lit * np.float32(rng.uniform(0.75, 1.35)), 0)
+    noise = rng.standard_normal(lit.shape, dtype=np.float32) * np.sqrt(
+        exposed * np.float32(0.0006) + np.float32(0.00004)
+    )
+    shown = cv2.pow(np.clip(exposed + noise * np.float32(rng.uniform(0.4, 1.6)), 0, 1), 1 / GAMMA)
+    return np.asarray(shown * 255 + 0.5, np.uint8)
 
 
 def _light(rng: np.random.Generator, size_hw: tuple[int, int]) -> Field:

@@ -25,6 +25,8 @@ from compress.data.publish import new_folder
 from runtime.errors import InputError
 from runtime.image import IMAGE_SUFFIXES
 
+SHOWN = 20
+"""Problems in the summary; `Converted.problems` has all."""
 MAX_JSON_BYTES = 2 << 30
 MAX_XML_BYTES = 4 << 20
 
@@ -55,7 +57,7 @@ class Converted:
             f"wrote {self.data_yaml}: {self.images} images, {self.boxes} boxes, "
             f"every {VAL_EVERY}th for validation; {self.skipped} crowd or difficult objects skipped, "
             f"{len(self.problems)} problems",
-            *map(str, self.problems),
+            *map(str, self.problems[:SHOWN]),
         ]
         return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.errors import EdgestillError, UsageError
+from runtime.files import REMEDIES
 
 
 @contextmanager
@@ -28,7 +29,9 @@ def new_folder(goal: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(goal)
     except OSError as error:
-        raise EdgestillError(f"{goal}: cannot be written ({error.strerror or error})") from error
+        raise EdgestillError(
+            f"{goal}: cannot be written: {error.strerror or error}", REMEDIES.get(error.errno or 0, "")
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
