@@ -105,7 +105,7 @@ class _Runner:
     """Takes batches through the network and NMS on one device, and keeps the time and the loss."""
 
     def __init__(self, model: YOLOv5, nms: NmsSettings, device: torch.device, *, half: bool, loss: Loss | None) -> None:
-        self._model = place(model.fuse().float(), device)
+        self._model = place(model.fuse().eval().float(), device)
         self._nms, self._device, self._half, self._loss = nms, device, half, loss
         self._losses: list[Tensor] = []
         self.watch = Stopwatch(settle=settle(device))

@@ -34,7 +34,7 @@ class Teacher:
     def __init__(self, model: YOLOv5, device: str = "auto", *, half: bool = False) -> None:
         self.device = pick_device(device)
         self._half = half and self.device.type == "cuda"
-        self.model = place(model.fuse().requires_grad_(False), self.device)
+        self.model = place(model.fuse().eval().requires_grad_(False), self.device)
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in the student's backward
     def __call__(self, images: torch.Tensor) -> Outputs:
