@@ -44,9 +44,13 @@ def load_data(path: Path | str) -> DataConfig:
     path = Path(path)
     raw = _read_mapping(path)
     _refuse_download(path, raw)
-    root = _root(path, raw)
     notices: list[str] = []
-    splits = dict(_splits(path, root, raw, notices))
+    try:
+        root = _root(path, raw)
+        splits = dict(_splits(path, root, raw, notices))
+    except (OSError, ValueError) as error:  # a name that is too long or holds a zero byte, a folder without access
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: a path in it cannot be used ({reason})", "Check path, train, val and test") from None
     return DataConfig(path.resolve(), root, splits, _names(path, raw), tuple(notices))
 
 

@@ -27,7 +27,7 @@ Row = tuple[float, float, float, float, float]
 
 def label_path(image: Path) -> Path:
     """The label file of an image: the last `images` folder becomes `labels`, the suffix `.txt`."""
-    parts = list(image.with_suffix(".txt").parts)
+    parts = list((image.parent / f"{image.stem}.txt").parts)
     folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
     if folders:
         parts[folders[-1]] = "labels"

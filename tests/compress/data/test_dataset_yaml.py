@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compress.data import load_data
 from runtime.errors import EdgestillError, InputError, UsageError
@@ -208,6 +211,27 @@ def test_what_is_missing_is_named(write_yaml: Write, text: str, what: str) -> No
     with pytest.raises(InputError) as caught:
         load_data(write_yaml(text))
     assert what in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ['"\\0"', "x" * 5000, "a/" * 3000, '"\\u2028"', "~", "/", "/dev/null", "/dev/zero"])
+@pytest.mark.parametrize("key", ["path", "train", "val"])
+def test_impossible_places_are_one_line(write_yaml: Write, key: str, place: str) -> None:
+    entries = {"train": "images/train", "val": "images/val", "names": "[cat]"} | {key: place}
+    if (key, place) in {("train", "/"), ("val", "/")}:
+        pytest.skip("the whole disk would be searched")
+    with pytest.raises(EdgestillError) as caught:
+        load_data(write_yaml("".join(f"{name}: {value}\n" for name, value in entries.items())))
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_refused_in_one_line(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.yaml"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(EdgestillError) as caught:
+            load_data(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
