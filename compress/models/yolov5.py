@@ -150,6 +150,7 @@ class YOLOv5(nn.Module):
         stays 1 and objectness alone decides.
         """
         for conv, stride in zip(self.detect.m, self.strides, strict=True):
+            assert isinstance(conv.bias, nn.Parameter)
             bias = conv.bias.view(self.detect.na, self.detect.no)
             bias[:, 4] += math.log(RARE_OBJECTS / (PRIOR_SIZE / stride) ** 2)
             bias[:, 5:] += math.log(CLASS_PRIOR / (self.arch.nc - 0.99999))

@@ -1,0 +1,247 @@
+"""Read YOLOv5 checkpoints (.pt) and our own models (.safetensors); write the latter.
+
+Out of both comes a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. What a file holds
+is told by its bytes, not by its name. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.models.architecture import Architecture
+from compress.models.complexity import complexity
+from compress.models.graph_in_file import mismatch, recognise, skeleton
+from compress.models.pickled import PickleError, Stub
+from compress.models.plain import plain
+from compress.models.torch_file import is_torch_file, open_torch_file
+from compress.models.yolov5 import YOLOv5
+from runtime.errors import InputError
+from runtime.files import atomic_write
+
+HEADER_KEY = "edgestill"
+SCHEMA_VERSION = 1
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of safetensors itself."""
+FORMATS = {
+    "zip": "YOLOv5 checkpoint (torch zip)",
+    "legacy": "YOLOv5 checkpoint (torch before 1.6)",
+    "safetensors": "edgestill model (safetensors)",
+}
+RELEASES = {"v6": "6.0 to 7.0", "v6-p6": "6.0 to 7.0, four levels", "v4": "4.0 and 5.0", "v2": "2.0 to 3.1"}
+"""Of YOLOv5, by layout."""
+GIVE = "give a YOLOv5 checkpoint (.pt) or a model that edgestill wrote (.safetensors)"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with its weights, in memory."""
+
+    architecture: Architecture
+    state_dict: dict[str, Tensor]
+    """Exactly the tensors of the architecture, floats as float32, on the CPU, in torch's order."""
+    meta: dict[str, Any]
+    """Plain JSON: of our files what `save_model` was given; of YOLOv5's date, epoch, options and the like."""
+    format: str
+    """A key of `FORMATS`."""
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint. Errors: InputError, one line, for anything that is not a sound detection checkpoint."""
+    path = Path(path)
+    head = _head(path)
+    if is_torch_file(head):
+        return _load_torch(path)
+    if _is_safetensors(head):
+        return _load_safetensors(path)
+    raise InputError(f"{path} {_what_instead(head)}", GIVE)
+
+
+def load_model(path: str | Path) -> YOLOv5:
+    """The network of a checkpoint: float32, on the CPU, in evaluation mode. Draws no random numbers."""
+    checkpoint = load(path)
+    with torch.device("meta"):
+        model = YOLOv5(checkpoint.architecture)
+    model.load_state_dict(checkpoint.state_dict, assign=True)
+    return model.eval()
+
+
+def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+    """Publish the weights with their architecture and `meta` (anything that JSON holds) as .safetensors.
+
+    Equal weights and metadata make equal bytes. Errors: EdgestillError where the file cannot be written.
+    """
+    header = {"schema_version": SCHEMA_VERSION, "architecture": model.arch.to_json(), "meta": dict(meta or {})}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    # one key only: safetensors writes several in an order that changes from run to run
+    metadata = {HEADER_KEY: json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+@torch.no_grad()
+def transfer(state_dict: Mapping[str, Tensor], model: YOLOv5) -> tuple[list[str], list[str]]:
+    """Copy into `model` every tensor whose name and shape agree; anchors stay, they belong to the architecture.
+
+    Returns the names of the model's tensors that were copied, and of those that were left.
+    """
+    copied, left = [], []
+    for key, own in model.state_dict().items():
+        if key.endswith(".anchors"):
+            continue
+        given = state_dict.get(key)
+        if given is not None and given.shape == own.shape:
+            own.copy_(given)
+            copied.append(key)
+        else:
+            left.append(key)
+    return copied, left
+
+
+def describe(path: str | Path, imgsz: int = 640) -> dict[str, Any]:
+    """Everything worth knowing about a .pt or .safetensors file, as JSON; costs are for `imgsz` squared pixels.
+
+    `scale` is the name of the depth and width that the tensors have, whatever the file is called. Errors: InputError
+    for anything that `load` refuses.
+    """
+    checkpoint = load(path)
+    architecture = checkpoint.architecture
+    cost = complexity(architecture, (imgsz, imgsz))
+    return {
+        "format": FORMATS[checkpoint.format],
+        "scale": architecture.scale,
+        "depth": architecture.depth,
+        "width": architecture.width,
+        "layout": architecture.layout,
+        "releases": RELEASES[architecture.layout],
+        "activation": architecture.activation,
+        "classes": architecture.nc,
+        "names": list(architecture.names),
+        "strides": list(architecture.strides),
+        "anchors_px": [[list(wh) for wh in level] for level in architecture.anchors],
+        "tensors": len(checkpoint.state_dict),
+        "parameters": cost.parameters,
+        "fused_parameters": cost.fused_parameters,
+        "imgsz": imgsz,
+        "macs": cost.macs,
+        "gflops": round(2 * cost.macs / 1e9, 3),
+        "meta": checkpoint.meta,
+    }
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "check the path") from error
+    if not head:
+        raise InputError(f"{path} is empty", "fetch or copy the file again")
+    return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """An 8-byte header length, then JSON."""
+    return len(head) > 8 and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:9] == b"{"
+
+
+def _what_instead(head: bytes) -> str:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, not a checkpoint: its download failed"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if b"onnx" in head[:64] or b"pytorch" in head[:64]:
+        return "is an ONNX graph, not a checkpoint"
+    if head[:1] == b"\x80":
+        return "is a pickle outside of torch.save's containers"
+    return f"is no checkpoint (it begins with {head[:8].hex(' ')})"
+
+
+def _load_torch(path: Path) -> Checkpoint:
+    with open_torch_file(path) as file:
+        network = _network(file.root)
+        saved = recognise(network, file.tensor)
+        state = {key: file.tensor(ref) for key, ref in saved.tensors.items()}
+        meta = _meta(file.root, network, file.tensor)
+    return Checkpoint(saved.architecture, _sound(path, state, saved.architecture), meta, file.container)
+
+
+def _network(root: Any) -> Stub:
+    """The averaged model where there is one (it is what YOLOv5 validates and ships), else the model."""
+    if isinstance(root, Stub):
+        return root
+    found = [root.get(key) for key in ("ema", "model")] if isinstance(root, dict) else []
+    network = next((value for value in found if isinstance(value, Stub)), None)
+    if network is None:
+        raise PickleError("it holds no network under `ema` or `model`: tensors alone do not tell classes and anchors")
+    return network
+
+
+def _sound(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors in torch's order, floats as float32. Errors: InputError for a wrong kind, or a value not finite."""
+    made = {}
+    for key, expected in skeleton(architecture).state_dict().items():
+        tensor = state[key]
+        if tensor.is_floating_point() != expected.is_floating_point():
+            raise InputError(f"{path}: tensor {key} is {tensor.dtype} instead of {expected.dtype}", GIVE)
+        made[key] = tensor.to(expected.dtype)
+        if not torch.isfinite(made[key]).all():
+            raise InputError(
+                f"{path}: tensor {key} holds values that are not finite", "the training diverged: take an earlier file"
+            )
+    return made
+
+
+_KEPT = ("epoch", "best_fitness", "updates", "date", "wandb_id", "opt", "git")
+
+
+def _meta(root: Any, network: Stub, read: Any) -> dict[str, Any]:
+    table = root if isinstance(root, dict) else {}
+    meta = {key: plain(table[key], read) for key in _KEPT if table.get(key) is not None}
+    meta["stripped"] = table.get("optimizer") is None and table.get("ema") is None
+    meta["hyp"] = plain(network.state.get("hyp"), read)
+    meta["class"] = str(network.type)
+    return meta
+
+
+def _load_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, "pt") as file:
+            architecture, meta = _header(path, (file.metadata() or {}).get(HEADER_KEY))
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+            problem = mismatch(shapes, architecture)
+            if problem:
+                raise InputError(f"{path} contradicts its header: {problem}", "write the file anew")
+            state = {key: file.get_tensor(key) for key in shapes}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}", "fetch or copy the file again") from error
+    return Checkpoint(architecture, _sound(path, state, architecture), meta, "safetensors")
+
+
+def _header(path: Path, text: str | None) -> tuple[Architecture, dict[str, Any]]:
+    """Architecture and metadata of our header."""
+    if text is None:
+        raise InputError(f"{path} has no `{HEADER_KEY}` header: its tensors do not tell the network", GIVE)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} has a damaged header: {error}", "write the file anew") from error
+    version = header.get("schema_version") if isinstance(header, dict) else None
+    if version != SCHEMA_VERSION or not isinstance(header.get("meta"), dict):
+        raise InputError(
+            f"{path} has a header of schema version {str(version)[:40]}, expected {SCHEMA_VERSION}",
+            "use the edgestill that wrote it",
+        )
+    try:
+        return Architecture.from_json(header.get("architecture")), header["meta"]
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", error.hint) from error
