@@ -1,0 +1,102 @@
+"""ONNX files by ONNX Runtime, on its CPU, CUDA or TensorRT provider. Asked-for hardware is used or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.backends import Array, Opening, Port
+from runtime.errors import InputError, UnavailableError, UsageError
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise UnavailableError(
+        "ONNX files need onnxruntime, which is not installed", "pip install onnxruntime (or onnxruntime-gpu)"
+    ) from error
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
+"""Device -> providers in order of preference; nodes that one cannot run fall to the next."""
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+ONLY_FATAL = 4
+REMEDY = "Install onnxruntime-gpu with its CUDA libraries, or use --device cpu"
+
+
+class OnnxBackend:
+    """A session with one input. Of several outputs the first counts (YOLOv5's older exports add the raw maps)."""
+
+    def __init__(self, session: Any, path: Path) -> None:
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        if len(inputs) != 1:
+            names = ", ".join(port.name for port in inputs)
+            raise InputError(f"{path}: has {len(inputs)} inputs ({names}), expected 1", "Give a detector's export")
+        self.input, self.output = port_of(inputs[0], path), port_of(outputs[0], path)
+        self.providers = tuple(session.get_providers())
+        self._session = session
+        self._wanted = [self.output.name]
+
+    def run(self, array: Array) -> Array:
+        return self._session.run(self._wanted, {self.input.name: array})[0]
+
+    def close(self) -> None:
+        self._session = None
+
+
+def open_model(opening: Opening) -> OnnxBackend:
+    """A session; without a thread limit ONNX Runtime takes a thread a core."""
+    path, threads = opening.path, opening.threads
+    providers = choose_providers(opening.device, onnxruntime.get_available_providers())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ONLY_FATAL  # its errors also arrive as exceptions
+    if threads:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(opening.data or str(path), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        raise InputError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
+    require(opening.device, providers, session.get_providers())
+    return OnnxBackend(session, path)
+
+
+def choose_providers(device: str, available: list[str]) -> tuple[str, ...]:
+    """Providers for a device; "auto" takes CUDA where it is built in. Raises UnavailableError when one is not."""
+    if device == "auto":
+        return PROVIDERS["cuda"] if CUDA in available else PROVIDERS["cpu"]
+    if device not in PROVIDERS:
+        raise UsageError(f"device is {device!r}, expected auto, {', '.join(PROVIDERS)}")
+    wanted = PROVIDERS[device]
+    if wanted[0] not in available:
+        raise UnavailableError(
+            f"device {device} needs {wanted[0]}, this onnxruntime has {', '.join(available)}", REMEDY
+        )
+    return wanted
+
+
+def require(device: str, wanted: tuple[str, ...], got: list[str]) -> None:
+    """ONNX Runtime falls back to the CPU with a warning when a provider's libraries are missing: an error for us."""
+    if device != "auto" and wanted[0] not in got:
+        raise UnavailableError(f"device {device}: {wanted[0]} did not start, the session got {', '.join(got)}", REMEDY)
+
+
+def port_of(node: Any, path: Path) -> Port:
+    if node.type not in DTYPES:
+        raise InputError(f"{path}: {node.name} is {node.type}, expected one of {', '.join(DTYPES)}")
+    shape = tuple(side if isinstance(side, int) and side > 0 else None for side in node.shape)
+    return Port(node.name, np.dtype(DTYPES[node.type]), shape)
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,201 @@
+"""Plans by TensorRT 8.6 to 11 or TensorRT-RTX: tensor names, `execute_async_v3`, dtypes from the engine.
+
+Only bytes whose hash stands in the model card come here: a plan is native code.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.backends import Array, Opening, Port
+from runtime.backends.cuda import Cuda, Host, open_cuda
+from runtime.errors import EngineError, InputError, UnavailableError, UsageError
+
+DTYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT8": np.int8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""TensorRT's own `nptype` fails on some NumPy versions (8.6 asks for `np.bool`)."""
+INSTALL = {
+    "tensorrt": "On a Jetson use JetPack's python3-libnvinfer, elsewhere pip install tensorrt",
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
+}
+PROVIDER = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+
+
+def import_tensorrt(name: str) -> Any:
+    """The module `tensorrt` or `tensorrt_rtx`. Raises UnavailableError with the way to get it."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UnavailableError(f"{name} cannot be loaded: {error}", INSTALL[name]) from error
+
+
+def collecting_logger(trt: Any) -> Any:
+    """An ILogger that keeps `lines` of (severity, text); severities are "ERROR", "WARNING" and so on."""
+    names = {
+        int(getattr(trt.ILogger, name)): name for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+    }
+
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # pybind classes must be initialised by name
+            self.lines: list[tuple[str, str]] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            name = names.get(int(severity), "ERROR")
+            if name not in ("INFO", "VERBOSE"):
+                self.lines.append((name, text))
+
+    return Collector()
+
+
+def errors_of(logger: Any) -> list[str]:
+    return [text for severity, text in logger.lines if severity in ("ERROR", "INTERNAL_ERROR")]
+
+
+class Buffers(NamedTuple):
+    """Device and page-locked host memory of the input and the output, for one input shape."""
+
+    shape: tuple[int, ...]
+    input_pointer: int
+    output_pointer: int
+    input_host: Host
+    output_host: Host
+
+
+class TensorRTBackend:
+    """One engine, one execution context, one stream. A lock keeps two threads from sharing the buffers."""
+
+    def __init__(self, loaded: Loaded, trt: Any, cuda: Cuda, path: Path, provider: str) -> None:
+        engine = loaded.engine
+        self.input, self.output = ports_of(engine, trt, path)
+        self.providers = (provider,)
+        self._loaded: Loaded | None = loaded
+        self._cuda, self._path = cuda, path
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(f"{path}: no execution context; the GPU is out of memory", "Close other GPU programs")
+        self._extra = outputs_of(engine, trt)[1:]
+        self._extra_pointers: list[int] = []
+        self._buffers: Buffers | None = None
+        self._lock = threading.Lock()
+
+    def run(self, array: Array) -> Array:
+        with self._lock:
+            buffers = self._buffers_for(array.shape)
+            np.copyto(buffers.input_host, array, casting="no")
+            self._cuda.upload(buffers.input_pointer, buffers.input_host)
+            if not self._context.execute_async_v3(self._cuda.stream):
+                raise EngineError(f"{self._path}: the engine refused to run on input {array.shape}")
+            self._cuda.download(buffers.output_host, buffers.output_pointer)
+            self._cuda.synchronize()
+            return buffers.output_host.copy()
+
+    def _buffers_for(self, shape: tuple[int, ...]) -> Buffers:
+        if self._buffers is None or self._buffers.shape != shape:
+            self._release()
+            self._buffers = self._allocate(shape)
+        return self._buffers
+
+    def _allocate(self, shape: tuple[int, ...]) -> Buffers:
+        if not self._context.set_input_shape(self.input.name, shape):
+            raise InputError(f"{self._path}: takes {self.input.shape}, not input of shape {shape}")
+        out_shape = self._shape_of(self.output.name)
+        input_host = self._cuda.pinned(shape, self.input.dtype)
+        output_host = self._cuda.pinned(out_shape, self.output.dtype)
+        pointers = [self._cuda.allocate(host.nbytes) for host in (input_host, output_host)]
+        for name, pointer in zip((self.input.name, self.output.name), pointers, strict=True):
+            self._context.set_tensor_address(name, pointer)
+        for port in self._extra:  # outputs that nobody reads still need an address
+            pointer = self._cuda.allocate(int(np.prod(self._shape_of(port.name))) * port.dtype.itemsize)
+            self._extra_pointers.append(pointer)
+            self._context.set_tensor_address(port.name, pointer)
+        return Buffers(shape, pointers[0], pointers[1], input_host, output_host)
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        shape = tuple(self._context.get_tensor_shape(name))
+        if min(shape, default=0) < 0:
+            raise InputError(f"{self._path}: the size of output {name} depends on the data", "Export with fixed boxes")
+        return shape
+
+    def _release(self) -> None:
+        pointers = [*self._extra_pointers]
+        if self._buffers:
+            pointers += [self._buffers.input_pointer, self._buffers.output_pointer]
+        for pointer in pointers:
+            self._cuda.free(pointer)
+        self._extra_pointers, self._buffers = [], None
+
+    def close(self) -> None:
+        with self._lock:
+            if self._context is None:
+                return
+            self._release()
+            self._context = self._loaded = None  # the context goes before its engine, both before the stream
+            self._cuda.close()
+
+
+class Loaded(NamedTuple):
+    """An engine and what must outlive it."""
+
+    engine: Any
+    runtime: Any
+    logger: Any
+
+
+def open_model(opening: Opening) -> TensorRTBackend:
+    path = opening.path
+    if opening.device == "cpu":
+        raise UsageError(
+            f"{path}: an engine needs a GPU, device is cpu", "Give the bundle's .onnx file, or --device auto"
+        )
+    if opening.data is None:
+        raise EngineError(f"{path}: an engine is loaded only from bytes whose hash was checked")
+    trt = import_tensorrt(opening.backend)
+    cuda = open_cuda()
+    return TensorRTBackend(deserialize(trt, opening.data, path), trt, cuda, path, PROVIDER[opening.backend])
+
+
+def deserialize(trt: Any, data: bytes, path: Path) -> Loaded:
+    """The engine. Raises EngineError with TensorRT's own last line: it returns None and logs why."""
+    logger = collecting_logger(trt)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = False
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        why = "; ".join(errors_of(logger)[-2:]) or "no reason was logged"
+        raise EngineError(f"{path}: {trt.__name__} {trt.__version__} cannot load it: {why}", "Build it again here")
+    return Loaded(engine, runtime, logger)
+
+
+def ports_of(engine: Any, trt: Any, path: Path) -> tuple[Port, Port]:
+    """The one input and the first output."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    if len(inputs) != 1:
+        raise InputError(f"{path}: has {len(inputs)} inputs ({', '.join(inputs)}), expected 1")
+    return _port(engine, inputs[0]), outputs_of(engine, trt)[0]
+
+
+def outputs_of(engine: Any, trt: Any) -> list[Port]:
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    return [_port(engine, name) for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+
+
+def _port(engine: Any, name: str) -> Port:
+    dtype = engine.get_tensor_dtype(name).name
+    if dtype not in DTYPES:
+        raise InputError(f"tensor {name} is {dtype}, expected one of {', '.join(DTYPES)}")
+    shape = tuple(side if side >= 0 else None for side in engine.get_tensor_shape(name))
+    return Port(name, np.dtype(DTYPES[dtype]), shape)

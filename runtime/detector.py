@@ -1,0 +1,225 @@
+"""In: a model file or bundle, then frames. Out: `Detections` in frame pixels.
+
+The three steps of a call are public, because benchmarks time them apart: `preprocess` letterboxes, `infer` runs the
+model, `postprocess` filters and leads the boxes back to the frame.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import machine
+from runtime.backends import DEVICES, Array, Backend, Opening, open_backend
+from runtime.boxes import detections_from_rows, unletterbox
+from runtime.bundle import Candidate, candidates, read_checked
+from runtime.card import Artifact, ModelCard
+from runtime.conventional import conventional_card
+from runtime.detections import Detections
+from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
+from runtime.image import Fit, Picture, fit, paint, paint_border, to_tensor
+from runtime.onnx_file import read_metadata
+
+
+MISMATCH = "Build it again on this machine, or give the bundle's ONNX file"
+
+
+class Prepared(NamedTuple):
+    """`array` is what the model takes; a box leads back to the frame by `(box - pad_wh) / gain`."""
+
+    array: Array
+    gain: float
+    pad_wh: tuple[float, float]
+    frame_hw: tuple[int, int]
+
+
+class Detector:
+    """A loaded model. Calls may come from several threads; close it, or use it as a context manager.
+
+    `card` describes the model, `artifact` the file that was taken from a bundle (None for a stray ONNX file),
+    `skipped` the files before it and why they do not run here, `providers` what computes.
+    """
+
+    def __init__(
+        self, backend: Backend, card: ModelCard, *, artifact: Artifact | None = None, conf: float | None = None
+    ) -> None:
+        self.card = card
+        self.artifact = artifact
+        self.skipped: list[tuple[str, str]] = []
+        self.conf = card.conf if conf is None else checked_conf(conf)
+        self._backend = backend
+        check_ports(backend, card)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        conf: float | None = None,
+        device: str = "auto",
+        variant: str | None = None,
+        threads: int | None = None,
+    ) -> Detector:
+        """Load an ONNX file, an engine with its card beside it, or the first file of a bundle that works here.
+
+        `device` is "auto", "cpu", "cuda" or "tensorrt"; all but "auto" are a demand, never a wish. `variant` picks one
+        precision or file of a bundle; `threads` limits the CPU's. Raises UsageError, InputError, UnavailableError
+        or EngineError with one line that says what is wrong and what helps.
+        """
+        if device not in DEVICES:
+            raise UsageError(f"device is {device!r}, expected {', '.join(DEVICES)}")
+        offered = candidates(path, variant)
+        if len(offered) == 1:
+            return cls._open(offered[0], read_checked(offered[0]), conf, device, threads)
+        skipped: list[tuple[str, str]] = []
+        for candidate in offered:
+            data = read_checked(candidate) if candidate.path.is_file() else None  # a changed file is never passed over
+            try:
+                refuse_unsuited(candidate, device)
+                detector = cls._open(candidate, data, conf, device, threads)
+            except EdgestillError as error:
+                skipped.append((candidate.path.name, str(error)))
+                continue
+            detector.skipped = skipped
+            return detector
+        reasons = "; ".join(f"{file}: {reason}" for file, reason in skipped)
+        raise UnavailableError(f"{path}: none of its {len(skipped)} files runs here on device {device}: {reasons}")
+
+    @classmethod
+    def _open(
+        cls, candidate: Candidate, data: bytes | None, conf: float | None, device: str, threads: int | None
+    ) -> Detector:
+        refuse_mismatch(candidate)
+        backend = open_backend(Opening(candidate.backend, candidate.path, data, device, threads))
+        try:
+            card = candidate.card or conventional_card(
+                candidate.path, read_metadata(candidate.path), backend.input, backend.output
+            )
+            return cls(backend, card, artifact=candidate.artifact, conf=conf)
+        except EdgestillError:
+            backend.close()
+            raise
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return self._backend.providers
+
+    def __call__(self, frame: Picture) -> Detections:
+        """Boxes of one uint8 BGR frame (H, W, 3). Raises InputError when it is something else."""
+        prepared = self.preprocess(frame)
+        return self.postprocess(self.infer(prepared), prepared)
+
+    def preprocess(self, frame: Picture) -> Prepared:
+        """What the model takes for this frame: the frame itself, a canvas, or a float tensor."""
+        height, width = checked_frame(frame)
+        if self.card.input == "frame":
+            return self._whole_frame(frame, (height, width))
+        place = fit((height, width), self.card.size_hw, auto=False, scale_up=True, stride=self.card.stride)
+        canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change under queued frames
+        paint_border(canvas[0], place)
+        paint(canvas[0], frame, place)
+        array: Array = canvas
+        if self.card.input == "tensor":
+            array = to_tensor(canvas).astype(self._backend.input.dtype, copy=False)
+        return Prepared(array, place.gain, centred_pad_wh(place, (height, width)), (height, width))
+
+    def _whole_frame(self, frame: Picture, frame_hw: tuple[int, int]) -> Prepared:
+        if frame_hw != self.card.frame_hw:
+            raise InputError(
+                f"frame has (height, width) {frame_hw}, this model takes {self.card.frame_hw}",
+                "Export without `frame` to take any size",
+            )
+        return Prepared(np.ascontiguousarray(frame)[None], 1.0, (0.0, 0.0), frame_hw)
+
+    def infer(self, prepared: Prepared) -> Array:
+        """The model's raw output: finished boxes [1, K, 6] or rows [1, N, 5 + C], as the card says."""
+        return self._backend.run(prepared.array)
+
+    def postprocess(self, raw: Array, prepared: Prepared, conf: float | None = None) -> Detections:
+        """Boxes over `conf` (default: the detector's own) in frame pixels, best first, at most the card's `max_det`.
+
+        Raises EngineError when the output is not finite.
+        """
+        conf = self.conf if conf is None else conf
+        rows = self._rows(raw[0], conf)
+        boxes = unletterbox(rows[:, :4], prepared.gain, prepared.pad_wh, prepared.frame_hw)
+        return Detections(boxes, rows[:, 4], rows[:, 5].astype(np.int64))
+
+    def _rows(self, raw: Array, conf: float) -> NDArray[np.float32]:
+        if not np.isfinite(raw[:, 4]).all():
+            raise EngineError(
+                f"{self.card.name} ({self.card.precision}): scores are not finite: a value overflowed inside the model",
+                "Use the fp32 variant",
+            )
+        if self.card.output == "boxes":
+            return raw[raw[:, 4] > np.float32(conf)][: self.card.max_det].astype(np.float32, copy=False)
+        return detections_from_rows(raw, conf=conf, iou=self.card.iou, max_det=self.card.max_det)
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def checked_conf(conf: float) -> float:
+    if not 0 <= conf <= 1:
+        raise UsageError(f"conf is {conf}, expected 0..1")
+    return conf
+
+
+def checked_frame(frame: Any) -> tuple[int, int]:
+    """Height and width of a uint8 (H, W, 3) array. Raises InputError that says what was given."""
+    if not isinstance(frame, np.ndarray):
+        raise InputError(f"frame is {type(frame).__name__}, expected a NumPy array", "Read files with read_image")
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise InputError(f"frame is {frame.dtype} {frame.shape}, expected uint8 (height, width, 3) in BGR order")
+    return frame.shape[0], frame.shape[1]
+
+
+def centred_pad_wh(place: Fit, frame_hw: tuple[int, int]) -> tuple[float, float]:
+    """The border as YOLOv5's detect subtracts it: from the unrounded scaled size, so its boxes and ours agree."""
+    (height, width), (canvas_height, canvas_width) = frame_hw, place.canvas_hw
+    return (canvas_width - width * place.gain) / 2, (canvas_height - height * place.gain) / 2
+
+
+def check_ports(backend: Backend, card: ModelCard) -> None:
+    """The file takes and gives what its card promises. Raises InputError with both."""
+    sizes = {
+        "canvas": (1, *card.size_hw, 3),
+        "frame": (1, *(card.frame_hw or ()), 3),
+        "tensor": (1, 3, *card.size_hw),
+    }
+    wanted, got = sizes[card.input], backend.input.shape
+    fits = len(got) == len(wanted) and all(a in (None, b) for a, b in zip(got, wanted, strict=True))
+    if not fits or (backend.input.dtype == np.uint8) != (card.input != "tensor"):
+        raise InputError(
+            f"{card.name}: input is {backend.input.dtype} {list(got)}, its card says {card.input} {list(wanted)}",
+            "Card and file do not belong together: export again",
+        )
+
+
+def refuse_unsuited(candidate: Candidate, device: str) -> None:
+    """An engine is no answer to "cpu" or "cuda"; ONNX Runtime's TensorRT provider is one to "tensorrt"."""
+    if not candidate.path.is_file():
+        raise InputError("not in the folder")
+    if candidate.backend != "onnx" and device in ("cpu", "cuda"):
+        raise UsageError(f"an engine, device is {device}")
+
+
+def refuse_mismatch(candidate: Candidate) -> None:
+    """An engine for another version, platform or GPU is refused before it is loaded, with both values."""
+    if candidate.artifact is None or candidate.backend == "onnx":
+        return
+    reasons = machine.mismatches(candidate.artifact, machine.facts())
+    if reasons:
+        raise UnavailableError(f"{candidate.path.name} cannot run here: {'; '.join(reasons)}", MISMATCH)

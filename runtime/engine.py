@@ -1,0 +1,389 @@
+"""In: an ONNX file and a target. Out: a TensorRT plan, for TensorRT 8.6 to 11 and for TensorRT-RTX.
+
+Precision lives in the ONNX file, never in builder flags: TensorRT 11 has none. One function serves every version by
+asking what its module offers, not which version it is. Any ERROR line that TensorRT logs is a failed build, because
+several bad requests only log and still return an engine. Each build runs in a child process: builds leak, and crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from runtime import machine
+from runtime.backends.tensorrt import INSTALL, collecting_logger, errors_of, import_tensorrt
+from runtime.card import CARD_FILE, METADATA_KEY, Artifact, BackendName, ModelCard
+from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
+from runtime.files import atomic_write
+from runtime.onnx_file import read_metadata
+
+BACKENDS = ("tensorrt", "tensorrt_rtx")
+Hardware = Literal["this", "ampere_plus", "same_compute_capability"]
+HARDWARE = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
+NO_TARGET = ("NONE", "CURRENT")
+MIB = 1 << 20
+SAME_MODEL = ("names", "input", "output", "size_hw", "frame_hw")
+
+
+class Shapes(NamedTuple):
+    """Smallest, usual and largest shape of an input with open dimensions."""
+
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that one build depends on, as plain values, because it crosses into a child process."""
+
+    onnx: str
+    backend: str
+    targets: tuple[str, ...] = ()
+    workspace_mib: int = 2048
+    shapes: Mapping[str, Shapes] = field(default_factory=dict)
+    dla_core: int | None = None
+    hardware: Hardware = "this"
+    timing_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built and by what. `targets` are the compute capabilities it runs on; `log` TensorRT's warnings."""
+
+    backend: BackendName
+    versions: Mapping[str, str]
+    seconds: float
+    bytes: int
+    sha256: str
+    targets: tuple[str, ...]
+    log: tuple[str, ...]
+
+
+def build_engine(
+    onnx_path: str | Path,
+    out_path: str | Path,
+    *,
+    backend: str = "auto",
+    targets: Sequence[str] = (),
+    workspace_mib: int = 2048,
+    shapes: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    dla_core: int | None = None,
+    hardware: Hardware = "this",
+    timing_cache: str | Path | None = None,
+) -> BuildReport:
+    """Build the plan of an ONNX file and publish it at `out_path`; nothing is left there when it fails.
+
+    `targets` ("sm86", ...) are for tensorrt_rtx, which builds ahead of time; plain TensorRT builds for the GPU that is
+    there and says so in the log. `shapes` maps an input with open dimensions to (smallest, usual, largest).
+    `dla_core` and `hardware` are refused where the backend would silently ignore them. `timing_cache` is a file that
+    makes later builds with plain TensorRT faster. Raises InputError, UsageError, UnavailableError, or EngineError with
+    TensorRT's own error lines.
+    """
+    onnx_path, out_path = Path(onnx_path), Path(out_path)
+    if not onnx_path.is_file():
+        raise InputError(f"{onnx_path}: no such file", "Give an .onnx file")
+    request = Request(
+        onnx=str(onnx_path.resolve()),
+        backend=resolve_backend(backend),
+        targets=tuple(targets),
+        workspace_mib=workspace_mib,
+        shapes={name: checked_shapes(name, triple) for name, triple in (shapes or {}).items()},
+        dla_core=dla_core,
+        hardware=hardware,
+        timing_cache=str(Path(timing_cache).resolve()) if timing_cache else None,
+    )
+    refuse_ignored(request)
+    read_metadata(onnx_path)  # refuses what is no ONNX file: TensorRT's parser takes some as an empty network
+    with atomic_write(out_path) as temporary:
+        temporary.touch()  # a folder that cannot be written is found before the work, and named
+        return _build_in_child(request, temporary.resolve())
+
+
+def resolve_backend(backend: str) -> str:
+    """The module to build with: "auto" takes tensorrt where it is installed, else tensorrt_rtx."""
+    if backend not in ("auto", *BACKENDS):
+        raise UsageError(f"backend is {backend!r}, expected auto, {', '.join(BACKENDS)}")
+    options = BACKENDS if backend == "auto" else (backend,)
+    installed = [name for name in options if find_spec(name)]
+    if not installed:
+        raise UnavailableError(f"{' and '.join(options)} not installed", INSTALL[options[-1]])
+    return installed[0]
+
+
+def checked_shapes(name: str, triple: Sequence[Sequence[int]]) -> Shapes:
+    """Raises UsageError unless smallest <= usual <= largest in every dimension."""
+    rows = [tuple(row) for row in triple]
+    if len(rows) != 3 or len({len(row) for row in rows}) != 1:
+        raise UsageError(f"shapes of {name} are {rows}, expected (smallest, usual, largest) of one length")
+    if not all(0 < low <= usual <= high for low, usual, high in zip(*rows, strict=True)):
+        raise UsageError(f"shapes of {name} are {rows}, expected smallest <= usual <= largest in every dimension")
+    return Shapes(*rows)
+
+
+def refuse_ignored(request: Request) -> None:
+    """TensorRT-RTX takes these requests, logs nothing or a warning, and builds as if they had not been made."""
+    if request.workspace_mib < 1:
+        raise UsageError(f"workspace is {request.workspace_mib} MiB, expected 1 or more")
+    if request.hardware != "this" and request.hardware not in HARDWARE:
+        raise UsageError(f"hardware is {request.hardware!r}, expected this, {', '.join(HARDWARE)}")
+    if request.backend == "tensorrt_rtx" and request.dla_core is not None:
+        raise UsageError("tensorrt_rtx has no DLA", "Build with plain TensorRT on the Jetson")
+    if request.backend == "tensorrt_rtx" and request.hardware != "this":
+        raise UsageError(f"tensorrt_rtx ignores hardware {request.hardware!r}", "Name the GPUs as targets instead")
+
+
+def _build_in_child(request: Request, plan: Path) -> BuildReport:
+    """Run this file's `main` in a fresh interpreter; the plan comes as a file, the rest as JSON on a second one."""
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
+        answer = Path(folder) / "answer.json"
+        code = "from runtime.engine import main; main()"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())}
+        work = json.dumps({"request": asdict(request), "plan": str(plan), "answer": str(answer)})
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-c", code],
+            input=work,
+            text=True,
+            errors="replace",
+            capture_output=True,
+            env=environment,
+            cwd=folder,
+            check=False,
+        )
+        if done.returncode == 0 and answer.is_file():
+            return _report(request, plan, json.loads(answer.read_text()))
+        if answer.is_file():
+            raise _error_from(json.loads(answer.read_text()))
+        raise _crash(done, Path(request.onnx).name)
+
+
+def _import_path() -> list[str]:
+    """Where the child finds this package and its libraries; never the folder that the user happens to be in."""
+    own = str(Path(__file__).resolve().parent.parent)
+    return [own, *(entry for entry in sys.path if entry and Path(entry).is_dir() and entry != own)]
+
+
+def _report(request: Request, plan: Path, answer: Mapping[str, Any]) -> BuildReport:
+    data = plan.read_bytes()
+    return BuildReport(
+        backend=cast(BackendName, request.backend),
+        versions=answer["versions"],
+        seconds=answer["seconds"],
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        targets=tuple(answer["targets"]),
+        log=tuple(answer["log"]),
+    )
+
+
+KINDS = {kind.__name__: kind for kind in (EngineError, InputError, UnavailableError, UsageError, EdgestillError)}
+
+
+def _error_from(answer: Mapping[str, Any]) -> EdgestillError:
+    return KINDS[answer["kind"]](answer["message"], answer["hint"])
+
+
+def _crash(done: subprocess.CompletedProcess[str], name: str) -> EngineError:
+    last = next(iter(reversed(done.stderr.strip().splitlines())), "it said nothing")
+    if done.returncode < 0:
+        cause = f"was ended by signal {-done.returncode}"
+        return EngineError(f"{name}: the builder {cause}: {last[:300]}", "Out of memory? Try a smaller workspace")
+    return EngineError(f"{name}: the builder stopped with exit code {done.returncode}: {last[:300]}")
+
+
+def main() -> None:
+    """The child: read a request from standard input, write the plan and the answer, exit 0 or 1."""
+    work = json.load(sys.stdin)
+    request = Request(**work["request"])
+    request = replace(request, shapes={name: Shapes(*map(tuple, rows)) for name, rows in request.shapes.items()})
+    answer = Path(work["answer"])
+    try:
+        answer.write_text(json.dumps(_build_here(request, Path(work["plan"]))))
+    except EdgestillError as error:
+        answer.write_text(json.dumps({"kind": type(error).__name__, "message": error.message, "hint": error.hint}))
+        sys.exit(1)
+
+
+def _build_here(request: Request, path: Path) -> dict[str, Any]:
+    trt = import_tensorrt(request.backend)
+    started = time.perf_counter()
+    plan, targets, log = build_plan(trt, request)
+    seconds = time.perf_counter() - started
+    try:
+        path.write_bytes(plan)
+    except OSError as error:
+        raise EngineError(f"the plan ({len(plan)} bytes) cannot be written: {error.strerror}") from error
+    versions = {request.backend: str(trt.__version__), "platform": machine.platform_tag()}
+    return {"versions": versions, "seconds": seconds, "targets": targets, "log": log}
+
+
+def build_plan(trt: Any, request: Request) -> tuple[bytes, list[str], list[str]]:
+    """(plan, targets, warnings) by the module `trt`, of any supported version. Raises EngineError on any error line."""
+    name = Path(request.onnx).name
+    logger = collecting_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(request.onnx):
+        raise EngineError(f"{name}: {trt.__name__} cannot parse it: {parser_errors(parser, logger)}")
+    if network.num_outputs == 0:
+        raise EngineError(f"{name}: {trt.__name__} finds no network in it", "Export it again")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib * MIB)
+    set_precision_flags(trt, config, network)
+    set_profile(builder, config, network, request)
+    set_hardware(trt, builder, config, request)
+    targets, notes = set_targets(trt, config, request)
+    set_timing_cache(trt, config, request)
+    plan = builder.build_serialized_network(network, config)
+    errors = errors_of(logger)
+    if plan is None or errors:
+        raise EngineError(f"{name}: {trt.__name__} cannot build it: {brief(errors) or 'no reason was logged'}")
+    save_timing_cache(config, request)
+    return bytes(plan), targets, [*notes, *(text for severity, text in logger.lines if severity == "WARNING")]
+
+
+def network_flags(trt: Any) -> int:
+    """EXPLICIT_BATCH up to 10 (later the only mode), STRONGLY_TYPED from 10 on: types are those of the ONNX file."""
+    kinds = (getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED"))
+    return sum(1 << int(kind) for kind in kinds if kind is not None)
+
+
+def set_precision_flags(trt: Any, config: Any, network: Any) -> None:
+    """Only 8.6, which has no strong typing, must be allowed to use the types that the graph holds."""
+    if getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None) is not None:
+        return
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    outputs = [layer.get_output(index) for layer in layers for index in range(layer.num_outputs)]
+    needs = {
+        "FP16": any(tensor.dtype == trt.DataType.HALF for tensor in outputs),
+        "INT8": any(layer.type == trt.LayerType.QUANTIZE for layer in layers),
+    }
+    for name, needed in needs.items():
+        if needed:
+            config.set_flag(getattr(trt.BuilderFlag, name))
+
+
+def set_profile(builder: Any, config: Any, network: Any, request: Request) -> None:
+    """One optimisation profile when an input has open dimensions; `shapes` must then name exactly those inputs."""
+    inputs = {tensor.name: tuple(tensor.shape) for tensor in (network.get_input(i) for i in range(network.num_inputs))}
+    dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
+    if set(dynamic) != set(request.shapes):
+        raise UsageError(
+            f"shapes are given for {sorted(request.shapes)}, inputs with open dimensions are {dynamic}",
+            "Give (smallest, usual, largest) for each of these and no other",
+        )
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shapes in request.shapes.items():
+        profile.set_shape(name, *shapes)
+    if config.add_optimization_profile(profile) < 0:  # it returns -1 and raises nothing
+        raise EngineError(f"TensorRT refused the shapes {dict(request.shapes)} for inputs {dynamic}")
+
+
+def set_hardware(trt: Any, builder: Any, config: Any, request: Request) -> None:
+    """DLA and portability between GPUs; asked for and not offered is an error."""
+    if request.dla_core is not None:
+        if request.dla_core >= builder.num_DLA_cores:
+            raise UnavailableError(f"dla_core is {request.dla_core}, {trt.__name__} sees {builder.num_DLA_cores} cores")
+        config.default_device_type = trt.DeviceType.DLA
+        config.DLA_core = request.dla_core
+        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    if request.hardware != "this":
+        level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[request.hardware], None)
+        if level is None:
+            raise UnavailableError(f"{trt.__name__} {trt.__version__} has no hardware level {request.hardware}")
+        config.hardware_compatibility_level = level
+
+
+def set_targets(trt: Any, config: Any, request: Request) -> tuple[list[str], list[str]]:
+    """(compute capabilities of the plan, notes). Modules with `set_compute_capability` build ahead of time."""
+    choose = getattr(config, "set_compute_capability", None)
+    if choose is None:
+        here = [machine.sm_name(gpu["compute_capability"]) for gpu in machine.gpus()[:1]]
+        ignored = [target for target in request.targets if target not in here]
+        note = f"targets {', '.join(ignored)} are for tensorrt_rtx; built for the GPU that is here"
+        return here, [note] if ignored else []
+    enum = getattr(trt, "ComputeCapability")  # noqa: B009  a plain name would not exist in other versions
+    known = {name.lower(): value for name, value in enum.__members__.items() if name not in NO_TARGET}
+    unknown = [target for target in request.targets if target not in known]
+    if unknown:
+        raise UsageError(
+            f"target {unknown[0]!r} is not one of {', '.join(sorted(known))}",
+            "For Jetsons and data-centre GPUs build with plain TensorRT on the device",
+        )
+    wanted = request.targets or tuple(machine.sm_name(gpu["compute_capability"]) for gpu in machine.gpus()[:1])
+    if not wanted:
+        raise UsageError(f"no targets, and no GPU is here; give some of {', '.join(sorted(known))}")
+    count = "num_compute_capabilities"
+    setattr(config, count, len(wanted))
+    for index, target in enumerate(wanted):
+        choose(known[target], index)
+    return list(wanted), []
+
+
+def set_timing_cache(trt: Any, config: Any, request: Request) -> None:
+    """Measured kernel times of earlier builds; TensorRT-RTX measures nothing and is about to drop the call."""
+    if request.timing_cache is None or request.backend == "tensorrt_rtx":
+        return
+    path = Path(request.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise EngineError(f"{path}: {trt.__name__} refused the timing cache", "Delete it")
+
+
+def save_timing_cache(config: Any, request: Request) -> None:
+    if request.timing_cache is not None and request.backend != "tensorrt_rtx":
+        with atomic_write(request.timing_cache) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def parser_errors(parser: Any, logger: Any) -> str:
+    texts = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+    return brief(texts or errors_of(logger)) or "no reason was given"
+
+
+def brief(lines: Sequence[str], limit: int = 3) -> str:
+    """The last distinct lines as one."""
+    distinct = list(dict.fromkeys(" ".join(line.split())[:400] for line in lines))
+    return "; ".join(distinct[-limit:])
+
+
+def card_for(onnx_path: str | Path, plan: str | Path) -> tuple[ModelCard, str]:
+    """The card that will describe a plan beside it, and the plan's precision, both checked before the long build.
+
+    Raises InputError when the ONNX file carries no card (its engine could never be loaded), or when the folder's
+    `model.json` describes another model.
+    """
+    own = read_metadata(onnx_path).get(METADATA_KEY)
+    if own is None:
+        raise InputError(f"{onnx_path}: has no edgestill card", "Give a model.onnx that `edgestill export` wrote")
+    inside = ModelCard.from_json(own, str(onnx_path))
+    beside = Path(plan).parent / CARD_FILE
+    card = ModelCard.load(beside) if beside.is_file() else inside
+    if any(getattr(card, key) != getattr(inside, key) for key in SAME_MODEL):
+        raise InputError(f"{beside}: describes another model than {onnx_path}", "Choose another folder with --out")
+    return card, inside.precision
+
+
+def enter_plan(card: ModelCard, precision: str, plan: str | Path, report: BuildReport) -> ModelCard:
+    """Write the card beside the plan with the plan as the first of its artifacts."""
+    plan = Path(plan)
+    entry = Artifact(
+        plan.name, report.sha256, report.bytes, precision, report.backend, report.targets, dict(report.versions)
+    )
+    others = tuple(artifact for artifact in card.artifacts if artifact.file != plan.name)
+    card = replace(card, artifacts=(entry, *others))
+    card.save(plan.parent / CARD_FILE)
+    return card

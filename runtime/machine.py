@@ -1,0 +1,189 @@
+"""What this machine is, and why an engine that was built elsewhere may not run on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from runtime.card import Artifact
+
+PACKAGES = {
+    "numpy": ("numpy",),
+    "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
+    "tensorrt_rtx": (
+        "tensorrt-rtx",
+        "tensorrt-rtx-cu13",
+        "tensorrt-rtx-cu12",
+        "tensorrt_rtx",
+        "tensorrt-rtx-cu13-bindings",
+    ),
+    "cuda-bindings": ("cuda-bindings",),
+    "pycuda": ("pycuda",),
+    "torch": ("torch",),
+}
+"""Import name -> the distributions that bring it."""
+SYSTEM_PACKAGES = ("tensorrt",)
+"""JetPack installs these without the metadata that tells a version."""
+UNKNOWN = "unknown"
+VERSION_PARTS = 3
+GPU_FIELDS = {
+    "name": "name",
+    "compute_capability": "compute_cap",
+    "driver": "driver_version",
+    "memory_mib": "memory.total",
+}
+JETSON_MODEL = Path("/proc/device-tree/model")
+JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3"}
+"""nvidia-smi of a Jetson does not tell the compute capability. Orin Nano is found as Orin: the order matters."""
+
+
+@lru_cache(maxsize=1)
+def facts() -> dict[str, Any]:
+    """CPU, memory, system, GPUs, package versions and ONNX Runtime's providers, as plain JSON values.
+
+    Nothing is imported but ONNX Runtime, and nothing that could name the machine or its user is read.
+    """
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_bytes": _ram_bytes(),
+        "os": f"{platform.system()} {platform.release()}",
+        "platform": platform_tag(),
+        "python": platform.python_version(),
+        "board": _read_text(JETSON_MODEL).rstrip("\0"),
+        "gpus": gpus(),
+        "packages": package_versions(),
+        "providers": onnx_providers(),
+    }
+
+
+def platform_tag() -> str:
+    """For example "linux-x86_64": an engine never runs on another."""
+    return f"{sys.platform}-{platform.machine().lower()}"
+
+
+def cpu_model() -> str:
+    lines = _read_text(Path("/proc/cpuinfo")).splitlines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _ram_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs by nvidia-smi, or a Jetson's own by its board name; empty where there is none."""
+    program = shutil.which("nvidia-smi")
+    command = [str(program), f"--query-gpu={','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits"]
+    listed = parse_gpus(_output(command)) if program else []
+    return listed or jetson_gpu(_read_text(JETSON_MODEL).rstrip("\0"))
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def parse_gpus(text: str) -> list[dict[str, str]]:
+    """One dictionary for each line of nvidia-smi's CSV."""
+    rows = ([cell.strip() for cell in line.split(",")] for line in text.splitlines())
+    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
+
+
+def jetson_gpu(board: str) -> list[dict[str, str]]:
+    capability = next((value for key, value in JETSON_CAPABILITY.items() if key in board), None)
+    return [{"name": board, "compute_capability": capability}] if capability and "Jetson" in board else []
+
+
+def package_versions() -> dict[str, str]:
+    """Version of every package of `PACKAGES` that is installed."""
+    found = {name: next(filter(None, map(_version, options)), "") for name, options in PACKAGES.items()}
+    found |= {name: UNKNOWN for name in SYSTEM_PACKAGES if not found[name] and find_spec(name)}
+    return {name: version for name, version in found.items() if version}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def onnx_providers() -> list[str]:
+    """Providers that the installed ONNX Runtime was built with, its libraries present or not; empty without it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    return list(onnxruntime.get_available_providers())
+
+
+def sm_name(compute_capability: str) -> str:
+    """Name of the target: compute capability 8.6 is "sm86"."""
+    return "sm" + compute_capability.replace(".", "")
+
+
+def mismatches(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
+    """Why the artifact cannot run on the machine, each with both values; empty when nothing speaks against it.
+
+    A plan is bound to the exact version of its runtime, to the platform, and to the compute capabilities it was
+    built for. ONNX files run anywhere.
+    """
+    if artifact.backend == "onnx":
+        return []
+    checks = (_version_mismatch, _platform_mismatch, _target_mismatch)
+    return [reason for check in checks if (reason := check(artifact, machine))]
+
+
+def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
+    built = artifact.versions.get(artifact.backend, "")
+    here = machine["packages"].get(artifact.backend, "")
+    if not here:
+        return f"it needs {artifact.backend} {built}".rstrip() + ", which is not installed"
+    same = not built or here == UNKNOWN or same_version(built, here)
+    return "" if same else f"it was built with {artifact.backend} {built}, here is {here}"
+
+
+def same_version(left: str, right: str) -> bool:
+    """Equal as far as both are given: a module says 10.3.0 where its package says 10.3.0.26."""
+    pairs = list(zip(left.split("."), right.split("."), strict=False))
+    return len(pairs) >= VERSION_PARTS and all(a == b for a, b in pairs)
+
+
+def _platform_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
+    built, here = artifact.versions.get("platform", ""), machine["platform"]
+    return f"it was built for {built}, this is {here}" if built and built != here else ""
+
+
+def _target_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
+    if not machine["gpus"]:
+        return "it needs an NVIDIA GPU, and nvidia-smi shows none"
+    here = [sm_name(gpu["compute_capability"]) for gpu in machine["gpus"]]
+    if not artifact.targets or here[0] in artifact.targets:
+        return ""
+    return f"it was built for {', '.join(artifact.targets)}, this GPU is {here[0]} ({machine['gpus'][0]['name']})"
