@@ -156,3 +156,18 @@ def test_the_loss_needs_no_answer_from_the_device(anchors_grid):
     total, parts = loss([level.detach().to("meta") for level in _head()], _targets().to("meta"))
     assert total.shape == ()
     assert parts.shape == (3,)
+
+
+def test_every_parameter_gradient_of_yolov5n_equals_the_reference(train_reference, weights):
+    from compress.models.checkpoint import load_model
+
+    model = load_model(weights).train()
+    raw = model(torch.from_numpy(train_reference.arrays["imgs_u8"]).float() / 255)
+    total, _ = DetectionLoss(model.model[-1].anchors, model.strides, 80)(raw, train_reference.targets)
+    total.backward()
+    expected = train_reference.figures["A_default_hyp_imgsz640"]["grad_norms"]
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert norms == pytest.approx(expected, rel=1e-3)
+    for name in ("model.24.m.0.bias", "model.0.conv.weight"):
+        gradient = torch.from_numpy(train_reference.arrays[f"grad_{name}"])
+        assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
