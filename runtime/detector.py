@@ -24,7 +24,6 @@ from runtime.errors import EdgestillError, EngineError, InputError, UnavailableE
 from runtime.image import Fit, Picture, fit, paint, paint_border, to_tensor
 from runtime.onnx_file import read_metadata
 
-
 MISMATCH = "Build it again on this machine, or give the bundle's ONNX file"
 
 

@@ -149,17 +149,13 @@ def resize_longest(image: Picture, size: int, *, enlarge_or_augment_linear: bool
     return cv2.resize(image, goal_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
 
 
-UNIT = (np.arange(256, dtype=np.float32) / np.float32(255)).astype(np.float32)
-"""Every value that a normalised byte can have: a look-up is exact and three times faster than dividing pixels."""
-
-
 def to_tensor(images_bgr: Picture) -> NDArray[np.float32]:
     """(H, W, 3) or (B, H, W, 3) uint8 BGR -> contiguous (B, 3, H, W) float32 RGB in 0..1."""
     batch = images_bgr[None] if images_bgr.ndim == 3 else images_bgr
     tensor = np.empty((len(batch), 3, *batch.shape[1:3]), np.float32)
     for image, planes in zip(batch, tensor, strict=True):
-        for plane, channel in zip(planes, (2, 1, 0), strict=True):
-            cv2.LUT(np.ascontiguousarray(image[..., channel]), UNIT, dst=plane)
+        for plane, channel in zip(planes, reversed(cv2.split(image)), strict=True):
+            np.divide(channel, np.float32(255), out=plane)
     return tensor
 
 
