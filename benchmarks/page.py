@@ -1,0 +1,196 @@
+"""The HTML page of a report: what the template shows, prepared as plain values. A pure function of the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts, wording
+from benchmarks.report import STAGES, Row, ap, is_kept, p50, schema
+from runtime.errors import UnavailableError
+
+TEMPLATES = Path(__file__).parent
+FILTERS: Mapping[str, Callable[..., str]] = {
+    "ms": wording.milliseconds,
+    "percentile": wording.percentile,
+    "ap": wording.accuracy,
+    "short_ap": wording.short_accuracy,
+    "size": wording.size,
+    "times": wording.times,
+    "percent": wording.percent,
+    "count": wording.count,
+    "number": wording.number,
+    "duration": wording.duration,
+    "error": wording.error,
+    "gate": wording.gate,
+}
+PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "int8"}
+"""Precision (its part before "-") -> CSS class of the colour."""
+NOT_DRAWN = ("epoch", "lr", "seconds", "momentum")
+"""Columns of the training curves that tell nothing about how well it went, by their beginning."""
+CURVE_ORDER = ("map50_95", "map50")
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """One self-contained page."""
+    return environment().get_template("report.html").render(view(data)).strip() + "\n"
+
+
+@lru_cache(maxsize=1)
+def environment() -> Any:
+    """jinja2 with escaping on and the number formats of `wording` as filters."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise UnavailableError("Package jinja2 is not installed", "pip install 'edgestill[bench]'") from error
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(FILTERS)
+    return made
+
+
+def view(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the template names."""
+    data = whole(data)
+    rows = data["models"]
+    best = headline_row(data)
+    return {
+        "report": data,
+        "machine_name": wording.machine_name(data["machine"]),
+        "machine": flat(data["machine"]),
+        "settings": flat(data["settings"]),
+        "summary": wording.summary(data),
+        "findings": wording.findings(data),
+        "best": best,
+        "best_span": best["latency"]["end_to_end"] if best and best["latency"] else None,
+        "teacher": next((row for row in rows if row["role"] == "teacher" and row["latency"]), None),
+        "rows": [dict(row, label=wording.label(row, rows), kind=kind_of(row), kept=is_kept(row)) for row in rows],
+        "pareto": charts.pareto(pareto_points(rows)),
+        "stages": stage_bars(rows),
+        "classes": class_bars(data, best),
+        "curves": [training_view(training) for training in data["training"]],
+        "pipeline": pipeline_bars(data["stages"]),
+    }
+
+
+def whole(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with None for every key that the schema leaves to choice, so that the template may name them all."""
+    parts = schema()["properties"]
+    lists = {key: part["items"]["$ref"] for key, part in parts.items() if "$ref" in part.get("items", {})}
+    single = {key: part["anyOf"][0]["$ref"] for key, part in parts.items() if "anyOf" in part and data.get(key)}
+    return {
+        **dict.fromkeys(parts),
+        **data,
+        **{key: [_complete(row, kind) for row in data.get(key, ())] for key, kind in lists.items()},
+        **{key: _complete(data[key], kind) for key, kind in single.items()},
+        "notes": data.get("notes", []),
+    }
+
+
+def _complete(row: Row, reference: str) -> Row:
+    return dict.fromkeys(schema()["$defs"][reference.rpartition("/")[2]]["properties"]) | row
+
+
+def headline_row(data: Mapping[str, Any]) -> Row | None:
+    headline = data["headline"]
+    return next((row for row in data["models"] if headline and row["file"] == headline["file"]), None)
+
+
+def kind_of(row: Row) -> str:
+    """CSS class of a row's precision."""
+    return PRECISIONS.get(row["precision"].partition("-")[0], "other")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (name, text) pairs; empty ones are left out."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            pairs += flat(value, f"{name} · ")
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            for item in value:
+                pairs += flat(item, f"{name} · ")
+        elif isinstance(value, (list, tuple)):
+            pairs += [(name, " ".join(map(str, value)))] if value else []
+        elif value not in (None, ""):
+            pairs.append((name, wording.size(value) if key.endswith("bytes") else wording.number(value)))
+    return pairs
+
+
+def pareto_points(rows: Sequence[Row]) -> list[charts.Point]:
+    """The rows that have both figures; the whisker ends at the highest percentile that n allows."""
+    measured = [row for row in rows if p50(row) is not None and ap(row) is not None]
+    return [
+        charts.Point(
+            label=wording.label(row, measured),
+            x=row["latency"]["end_to_end"]["p50"],
+            x_high=_tail(row["latency"]["end_to_end"]),
+            y=row["accuracy"]["map50_95"],
+            kind=kind_of(row),
+            teacher=row["role"] == "teacher",
+            kept=is_kept(row),
+        )
+        for row in measured
+    ]
+
+
+def _tail(span: Row) -> float:
+    return next(span[p] for p in ("p99", "p95", "p90", "p50") if span[p] is not None)
+
+
+def stage_bars(rows: Sequence[Row]) -> list[Row]:
+    """Means of the three spans (means add up, percentiles do not), all bars on one scale."""
+    timed = [row for row in rows if row["latency"]]
+    longest = max((row["latency"]["end_to_end"]["mean"] for row in timed), default=1.0)
+    return [
+        {
+            "label": wording.label(row, rows),
+            "latency": row["latency"],
+            "bar": charts.stacked_bar(
+                [charts.Part(stage, row["latency"][stage]["mean"]) for stage in STAGES], longest, row["file"]
+            ),
+        }
+        for row in timed
+    ]
+
+
+def class_bars(data: Mapping[str, Any], best: Row | None) -> list[Row]:
+    """AP of every class, best first, with the teacher's beside it where it is known."""
+    if best is None or not best["accuracy"]:
+        return []
+    teachers = [row for row in (*data["models"], *data["torch"]) if row["role"] == "teacher" and row["accuracy"]]
+    teacher = teachers[0]["accuracy"]["per_class"] if teachers else {}
+    classes = sorted(best["accuracy"]["per_class"].items(), key=lambda item: (-item[1], item[0]))
+    return [{"name": name, "ap": value, "teacher": teacher.get(name)} for name, value in classes]
+
+
+def training_view(training: Row) -> Row:
+    """One small picture for each column of the curves, mAP first."""
+    known = sorted({key for epoch in training["curves"] for key in epoch if not key.startswith(NOT_DRAWN)})
+    columns = sorted(known, key=lambda key: (CURVE_ORDER.index(key) if key in CURVE_ORDER else len(CURVE_ORDER), key))
+    drawn = [(column, _points(training["curves"], column)) for column in columns]
+    return dict(training, charts=[_chart(name, points, training["best_epoch"]) for name, points in drawn if points])
+
+
+def _points(curves: Sequence[Row], column: str) -> list[tuple[float, float]]:
+    return [(epoch["epoch"], epoch[column]) for epoch in curves if epoch.get(column) is not None]
+
+
+def _chart(name: str, points: Sequence[tuple[float, float]], best_epoch: int | None) -> Row:
+    is_map = name.startswith("map")
+    values = [value for _, value in points]
+    svg = charts.curve(points, "gain" if is_map else "loss", name, best_epoch if is_map else None)
+    return {"name": name, "svg": svg, "first": values[0], "last": values[-1], "best": max(values) if is_map else None}
+
+
+def pipeline_bars(stages: Sequence[Row]) -> list[Row]:
+    longest = max((stage["seconds"] for stage in stages), default=0.0) or 1.0
+    return [dict(stage, share=100 * stage["seconds"] / longest) for stage in stages]

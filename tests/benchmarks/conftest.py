@@ -1,0 +1,159 @@
+"""A made-up run, complete enough to fill every part of the page."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import Accuracy
+from benchmarks.latency import Latency, Span, Warmup
+from benchmarks.report import Report, make_report, plain
+
+NAMES = ("bolt", "nut", "washer", "screw", "spring", "rivet", "bearing", "gear")
+
+
+def latency_of(pre: float, infer: float, post: float, n: int, seed: int) -> Latency:
+    rng = np.random.default_rng(seed)
+    spans = [mean * (1 + rng.gamma(1.2, 0.05, n)) for mean in (pre, infer, post)]
+    return Latency(*map(Span.of, spans), Span.of(sum(spans)), Warmup(25, 231.0, True), True)  # type: ignore[arg-type]
+
+
+def accuracy_of(ap: float, seed: int = 0) -> Accuracy:
+    spread = np.random.default_rng(seed).normal(0, 0.06, len(NAMES))
+    classes = np.clip(ap + np.sort(spread - spread.mean())[::-1], 0, 1)
+    per_class = dict(zip(NAMES, classes.tolist(), strict=True))
+    return Accuracy(ap, ap + 0.27, ap + 0.03, ap - 0.2, ap + 0.02, None, ap + 0.1, per_class, 240, 1873)
+
+
+def row(
+    file: str, precision: str, size: int, ap: float | None, times: tuple[float, ...], **more: Any
+) -> dict[str, Any]:
+    digest = f"{size:064x}"
+    base = {"file": file, "role": "student", "precision": precision, "sha256": digest, "bytes": size, "backend": "onnx"}
+    timed = latency_of(*times, n=700 if precision == "fp16" else 200, seed=size) if times else None
+    return {
+        **base,
+        "device": "cpu",
+        "latency": plain(timed),
+        "accuracy": plain(accuracy_of(ap, size)) if ap is not None else None,
+        "gate": None,
+        **more,
+    }
+
+
+def curves(last: float, distilled: bool) -> list[dict[str, float | int | None]]:
+    steps = np.arange(60)
+    rise = last * (1 - np.exp(-steps / 14))
+    return [
+        {
+            "epoch": int(epoch),
+            "box": 0.03 + 0.07 * float(np.exp(-epoch / 18)),
+            "obj": 0.02 + 0.04 * float(np.exp(-epoch / 25)),
+            "cls": 0.005 + 0.03 * float(np.exp(-epoch / 9)),
+            **({"obj_kd": 0.4 + 1.6 * float(np.exp(-epoch / 12))} if distilled else {}),
+            "map50_95": float(rise[epoch]) if epoch % 5 == 4 else None,
+            "map50": float(rise[epoch]) * 1.3 if epoch % 5 == 4 else None,
+            "lr": 0.002,
+        }
+        for epoch in steps
+    ]
+
+
+def kept(reason: str = "mAP50-95 0.54480 is within 0.02 of fp32") -> dict[str, Any]:
+    return {"gate": {"kept": True, "reason": reason}}
+
+
+def build_sample() -> Report:
+    models = [
+        row("teacher.onnx", "fp32", 7_534_201, 0.6113, (0.9, 29.4, 0.11), role="teacher", parameters=1_770_000),
+        row("model.onnx", "fp32", 2_105_388, 0.5502, (0.9, 11.2, 0.10), **kept("reference")),
+        row("model.fp16.onnx", "fp16", 1_084_120, 0.5500, (0.9, 12.9, 0.10), **kept("mAP50-95 0.55000 of 0.55020")),
+        row("model.int8-cpu.onnx", "int8-cpu", 674_331, 0.5448, (0.9, 8.1, 0.10), **kept()),
+        row(
+            "model.int8-trt.onnx",
+            "int8-trt",
+            802_114,
+            0.5121,
+            (0.9, 13.6, 0.10),
+            gate={"kept": False, "reason": "mAP50-95 0.51210 is more than 0.02 below 0.55020 of fp32"},
+        ),
+    ]
+    machine = {
+        "cpu": "AMD EPYC 7763 64-Core Processor",
+        "cores": 2,
+        "ram_bytes": 8_589_934_592,
+        "os": "Linux 6.1",
+        "platform": "linux-x86_64",
+        "python": "3.11.7",
+        "board": "",
+        "gpus": [],
+        "packages": {"numpy": "2.4.6", "opencv": "5.0.0.93", "onnxruntime": "1.32.0", "tensorrt_rtx": "1.7.1"},
+        "providers": ["CPUExecutionProvider"],
+    }
+    checks = [
+        {"name": "zero where student equals teacher", "passed": True, "detail": "0 at 4 random batches"},
+        {"name": "falls when stepped against its gradient", "passed": True, "detail": "1.842 to 1.790 in 5 steps"},
+    ]
+    return make_report(
+        "Conveyor, YOLOv5n to p",
+        machine=machine,
+        settings={
+            **{"conf": 0.25, "iou": 0.6, "max_det": 300, "imgsz": 320, "batch": 1, "accuracy_conf": 0.001},
+            **{"accuracy_max_det": 100, "latency_samples": 200, "warmup_ms": 200.0, "device": "cpu"},
+            "argv": ["edgestill", "run", "recipe.yaml"],
+        },
+        dataset={"name": "conveyor", "split": "val", "images": 240, "instances": 1873, "sha256": "ab" * 32},
+        models=models,
+        created=datetime(2026, 11, 23, 21, 4, 9, tzinfo=timezone.utc),
+        torch=[
+            {
+                **{"name": "yolov5n, fine-tuned", "role": "teacher", "parameters": 1_770_000, "gflops": 4.2},
+                "accuracy": plain(accuracy_of(0.6114)),
+            },
+            {
+                **{"name": "yolov5p, distilled", "role": "student", "parameters": 466_000, "gflops": 1.2},
+                "accuracy": plain(accuracy_of(0.5503)),
+            },
+            {
+                **{"name": "yolov5p, plain training", "role": "baseline", "parameters": 466_000, "gflops": 1.2},
+                "accuracy": plain(accuracy_of(0.5127)),
+            },
+        ],
+        training=[
+            {"name": "teacher", "epochs": 60, "best_epoch": 59, "seconds": 812.4, "curves": curves(0.62, False)},
+            {"name": "student", "epochs": 60, "best_epoch": 54, "seconds": 644.9, "curves": curves(0.56, True)},
+        ],
+        distillation={"losses": [{"name": "obj_kd", "weight": 1.0, "checks": checks}], "decay_to": 0.1},
+        export={
+            **{"max_box_error_px": 0.0021, "max_score_error": 2.4e-6, "box_limit_px": 0.05, "score_limit": 0.001},
+            **{"images": 16, "candidates": 512, "nms_iterations": 8},
+        },
+        calibration={"images": 128, "sha256": "cd" * 32, "method": "minmax", "split": "train"},
+        engines=[
+            {
+                **{"file": f"model.{precision}.plan", "precision": precision, "backend": "tensorrt_rtx"},
+                **{"targets": ["sm86", "sm89", "sm120"], "bytes": size, "seconds": 9.7, "ran": False},
+                "note": "no GPU",
+            }
+            for precision, size in (("fp32", 2_904_212), ("fp16", 1_640_772))
+        ],
+        stages=[
+            {"name": name, "seconds": seconds, "skipped": skipped}
+            for name, seconds, skipped in (
+                ("teacher", 812.4, True),
+                ("distill", 644.9, False),
+                ("export", 14.2, False),
+                ("quantize", 41.7, False),
+                ("build", 28.3, False),
+                ("bench", 96.5, False),
+            )
+        ],
+    )
+
+
+@pytest.fixture(scope="session")
+def sample() -> Report:
+    return build_sample()
