@@ -15,6 +15,7 @@ from compress.training.objective import DistillObjective, detection_loss
 from compress.training.prepare import model_of_state, new_model, open_splits
 from compress.training.progress import Report
 from compress.training.teacher import Teacher, build_losses, examine, load_teacher
+from runtime.files import write_json
 
 __all__ = ["TrainResult", "distill"]
 
@@ -51,6 +52,10 @@ def distill(
     objective = DistillObjective(student, detection_loss(student, config), losses, config.losses)
     guide = Teacher(master, device, half=config.amp)
     if not state:
-        examine(objective, guide, splits.train, config, report)
+        checks = examine(objective, guide, splits.train, config, report)
+        write_json(
+            out / "checks.json",
+            [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks],
+        )
     job = Job(config, objective, splits.train, splits.val, out, guide=guide, decay_to=config.decay_to)
     return fit(job, device=device, resume=state, report=report)

@@ -46,6 +46,15 @@ class NmsSettings(NamedTuple):
     multi_label: bool = True
 
 
+class Found(NamedTuple):
+    """One image's outcome, all in pixels of the original image."""
+
+    sample: Sample
+    boxes: Detected
+    labels: NDArray[np.float32]
+    """(m, 5): class x1 y1 x2 y2."""
+
+
 @dataclass(frozen=True)
 class ValResult:
     """What a validation found."""
@@ -89,8 +98,8 @@ def validate(
     flush_denormals()
     where = pick_device(device)
     runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
-    batches = val_batches(samples, imgsz=imgsz, batch=batch, rect=rect, workers=workers)
-    found: list[tuple[Sample, Detected]] = [pair for pairs in map(runner, runner.timed(batches)) for pair in pairs]
+    batches = val_batches(by_aspect(samples) if rect else samples, imgsz=imgsz, batch=batch, rect=rect, workers=workers)
+    found = [one for batch_found in map(runner, runner.timed(batches)) for one in batch_found]
     names = model.arch.names
     return ValResult(
         yolo=yolo_metrics(found),
@@ -99,6 +108,16 @@ def validate(
         speed_ms={name: 1e3 * seconds / max(len(found), 1) for name, seconds in runner.watch.seconds.items()},
         images=len(found),
     )
+
+
+def by_aspect(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples by height/width as YOLOv5 sorts them, so that rectangular batches hold the same images.
+
+    The sort is NumPy's default, which orders equal ratios in its own way; a stable one puts other images into a batch's
+    wider shape and moves mAP50 of yolov5n on COCO128 by 0.002.
+    """
+    ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])
+    return [samples[index] for index in np.argsort(ratios)]
 
 
 class _Runner:
@@ -114,13 +133,15 @@ class _Runner:
         return timed_items(batches, self.watch.span, "load")
 
     @torch.inference_mode()
-    def __call__(self, batch: ValBatch) -> list[tuple[Sample, Detected]]:
+    def __call__(self, batch: ValBatch) -> list[Found]:
         with self.watch.span("preprocess"):
             images = as_network_input(batch.images, self._device)
         with self.watch.span("inference"):
             rows = self._forward(images, batch.targets).cpu().numpy()
         with self.watch.span("nms"):
-            return [(sample, self._boxes(rows[i], batch, i)) for i, sample in enumerate(batch.samples)]
+            boxes = [self._boxes(rows[i], batch, i) for i in range(len(batch.samples))]
+        labels = (batch_labels(batch, i) for i in range(len(batch.samples)))
+        return [Found(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.float16, enabled=self._half):
@@ -132,7 +153,7 @@ class _Runner:
 
     def _boxes(self, rows: NDArray[np.float32], batch: ValBatch, index: int) -> Detected:
         found = detections_from_rows(rows, **self._nms._asdict())
-        found[:, :4] = unletterbox(found[:, :4], batch.gains[index], batch.pads_wh[index], batch.samples[index].size_hw)
+        found[:, :4] = to_original(found[:, :4], batch, index)
         return found
 
     @property
@@ -149,29 +170,36 @@ def as_network_input(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
-def labels_xyxy(sample: Sample) -> NDArray[np.float32]:
-    """(m, 5) class x1 y1 x2 y2 in pixels of the original image."""
-    height, width = sample.size_hw
-    boxes = xywh_to_xyxy(sample.labels[:, 1:5]) * np.array([width, height, width, height], np.float32)
-    return np.concatenate([sample.labels[:, :1], boxes], axis=1)
+def to_original(boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int) -> NDArray[np.float32]:
+    """Boxes (n, 4) of one image, from pixels of the batch to those of the original image."""
+    return unletterbox(boxes_xyxy, batch.gains[index], batch.pads_wh[index], batch.sizes_hw[index])
 
 
-def yolo_metrics(found: Sequence[tuple[Sample, Detected]]) -> YoloMetrics:
+def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
+    """(m, 5) class x1 y1 x2 y2 of one image, in its original pixels.
+
+    They come back from the batch, as YOLOv5's do: its clipping and rounding decide matches at IoU 0.95.
+    """
+    height, width = batch.images.shape[2:]
+    rows = batch.targets[batch.targets[:, 0] == index].numpy()
+    boxes = xywh_to_xyxy(rows[:, 2:6] * np.array([width, height, width, height], np.float32))
+    return np.concatenate([rows[:, 1:2], to_original(boxes, batch, index)], axis=1)
+
+
+def yolo_metrics(found: Sequence[Found]) -> YoloMetrics:
     """Precision, recall and AP by YOLOv5's matching and integration."""
-    hits = [match(boxes, labels_xyxy(sample), IOU_THRESHOLDS) for sample, boxes in found]
-    boxes = np.concatenate([boxes for _, boxes in found])
+    hits = [match(one.boxes, one.labels, IOU_THRESHOLDS) for one in found]
+    boxes = np.concatenate([one.boxes for one in found])
     return average_precision(
-        np.concatenate(hits), boxes[:, 4], boxes[:, 5], np.concatenate([sample.labels[:, 0] for sample, _ in found])
+        np.concatenate(hits), boxes[:, 4], boxes[:, 5], np.concatenate([one.labels[:, 0] for one in found])
     )
 
 
-def coco_metrics(
-    found: Sequence[tuple[Sample, Detected]], names: Sequence[str], annotations: Path | None = None
-) -> Accuracy:
+def coco_metrics(found: Sequence[Found], names: Sequence[str], annotations: Path | None = None) -> Accuracy:
     """AP by COCO's protocol, against the text labels or the given COCO JSON."""
-    samples = [sample for sample, _ in found]
+    samples = [one.sample for one in found]
     truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)
-    detections = [row for image_id, (_, boxes) in enumerate(found, 1) for row in coco_rows(image_id, boxes)]
+    detections = [row for image_id, one in enumerate(found, 1) for row in coco_rows(image_id, one.boxes)]
     return coco_accuracy(truth, detections, max_det=COCO_MAX_DET, names=names)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
-
 
 Module = TypeVar("Module", bound=nn.Module)
 

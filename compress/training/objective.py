@@ -52,8 +52,8 @@ class Objective(nn.Module):
         self,
         images: Tensor,
         targets: Tensor,
-        guide: Outputs | None = None,  # noqa: ARG002 - of DistillObjective
-        factor: float = 1.0,  # noqa: ARG002
+        guide: Outputs | None = None,
+        factor: float = 1.0,
     ) -> Loss:
         """Loss of float images (B, 3, H, W) against targets (n, 6); a plain training ignores `guide` and `factor`."""
         with self.span("forward"):

@@ -62,15 +62,14 @@ def new_model(
     if scale is None and weights is None:
         raise UsageError("neither a scale nor weights are given", "use --weights FILE or --scale n")
     checkpoint = load(weights) if weights else None
-    architecture = _architecture(tuple(names), scale, checkpoint and checkpoint.architecture)
+    architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None)
     if anchors is not None:
         architecture = replace(architecture, anchors=anchors)
     torch.manual_seed(seed)
     model = YOLOv5(architecture)
     model.init_detect_bias()
     if checkpoint:
-        state = {key: value for key, value in checkpoint.state_dict.items() if not key.endswith("anchors")}
-        copied, skipped = transfer(state, model)
+        copied, skipped = transfer(checkpoint.state_dict, model)
         report(f"{weights}: {len(copied)} tensors copied, {len(skipped)} start afresh{_why(skipped)}")
     return model
 

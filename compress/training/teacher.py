@@ -11,7 +11,7 @@ import torch
 from compress.config import DistillConfig
 from compress.data.dataset import TrainDataset
 from compress.data.loader import Batch, train_batches
-from compress.losses.checks import doctor
+from compress.losses.checks import Check, doctor
 from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
@@ -76,7 +76,7 @@ def build_losses(student: YOLOv5, teacher: YOLOv5, config: DistillConfig) -> dic
 
 def examine(
     objective: DistillObjective, teacher: Teacher, train: TrainDataset, config: DistillConfig, report: Report
-) -> None:
+) -> list[Check]:
     """Refuse a distillation that would silently do nothing, and tell what the teacher costs.
 
     One small training batch passes through copies: no weight, statistic or gradient changes. Errors: EdgestillError
@@ -91,6 +91,7 @@ def examine(
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")
     report(f"distillation: {len(checks)} checks passed; {checks[-1].name}: {checks[-1].detail}")
     report(cost_line(probe, teacher, on_device))
+    return checks
 
 
 def cost_line(objective: DistillObjective, teacher: Teacher, batch: Batch) -> str:

@@ -9,10 +9,20 @@ import torch
 
 from compress.data.dataset_yaml import DataConfig, load_data
 from compress.data.index import Sample, index_split
+from compress.data.loader import val_batches
 from compress.models.checkpoint import load_model
 from compress.training.objective import detection_loss
 from compress.training.prepare import new_model
-from compress.validate import coco_metrics, coco_rows, labels_xyxy, read_annotations, validate, yolo_metrics
+from compress.validate import (
+    Found,
+    batch_labels,
+    coco_metrics,
+    coco_rows,
+    read_annotations,
+    validate,
+    yolo_metrics,
+)
+from runtime.boxes import xywh_to_xyxy
 from runtime.errors import InputError
 
 
@@ -21,9 +31,23 @@ def samples(tiny_data: DataConfig) -> tuple[Sample, ...]:
     return index_split(tiny_data, "val").samples
 
 
-def perfect(samples: tuple[Sample, ...]) -> list[tuple[Sample, np.ndarray]]:
+def perfect(samples: tuple[Sample, ...]) -> list[Found]:
     """Each label as a detection of score 0.9."""
-    return [(s, np.insert(labels_xyxy(s)[:, [1, 2, 3, 4, 0]], 4, 0.9, axis=1).astype(np.float32)) for s in samples]
+    return [one._replace(boxes=np.insert(one.labels[:, [1, 2, 3, 4, 0]], 4, 0.9, axis=1)) for one in blind(samples)]
+
+
+def blind(samples: tuple[Sample, ...]) -> list[Found]:
+    """Labels, and nothing detected."""
+    (batch,) = val_batches(samples, imgsz=64, batch=len(samples))
+    nothing = np.zeros((0, 6), np.float32)
+    return [Found(sample, nothing, batch_labels(batch, i)) for i, sample in enumerate(batch.samples)]
+
+
+def test_labels_return_from_the_batch_to_original_pixels(samples: tuple[Sample, ...]) -> None:
+    for one in blind(samples):
+        height, width = one.sample.size_hw
+        expected = xywh_to_xyxy(one.sample.labels[:, 1:]) * np.array([width, height, width, height], np.float32)
+        np.testing.assert_allclose(one.labels[:, 1:], expected, atol=0.01)
 
 
 def test_labels_as_detections_score_one_by_both_protocols(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
@@ -33,7 +57,7 @@ def test_labels_as_detections_score_one_by_both_protocols(samples: tuple[Sample,
 
 
 def test_nothing_detected_scores_zero(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
-    found = [(sample, np.zeros((0, 6), np.float32)) for sample in samples]
+    found = blind(samples)
     assert yolo_metrics(found).map50 == 0
     assert coco_metrics(found, tiny_data.names).map50 == 0
 
