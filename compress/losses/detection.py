@@ -55,6 +55,24 @@ def level_balance(levels: int) -> tuple[float, ...]:
     return _BALANCE.get(levels, _BALANCE_OTHERWISE[:levels])
 
 
+class Gains(NamedTuple):
+    """Weight of each part of the loss, after scaling."""
+
+    box: float
+    obj: float
+    cls: float
+
+
+def scaled_gains(config: LossConfig, nc: int, levels: int, imgsz: int) -> Gains:
+    """The gains of the settings, scaled to levels, image size and classes. Source: facts 5.5."""
+    per_level = 3 / levels
+    return Gains(
+        box=config.box * per_level,
+        obj=config.obj * (imgsz / 640) ** 2 * per_level,
+        cls=config.cls * (nc / 80) * per_level,
+    )
+
+
 def _ratio_matches(anchors_wh: Tensor, targets_wh: Tensor, anchor_t: float) -> Tensor:
     """(na, nt) bool: no side differs by `anchor_t` times or more."""
     ratio = targets_wh[None] / anchors_wh[:, None]
@@ -137,8 +155,8 @@ def _bce(logits: Tensor, target: Tensor, positive_weight: float, gamma: float) -
 class DetectionLoss(nn.Module):
     """L = B * (box * sum_l mean(1 - CIoU) + obj * sum_l balance_l * mean BCE + cls * sum_l mean BCE).
 
-    Gains are scaled once: box * 3/nl, cls * nc/80 * 3/nl, obj * (imgsz/640)^2 * 3/nl. The objectness target of a
-    positive is its CIoU, detached and floored at 0. Everything accumulates in float32 for inputs of any dtype.
+    Gains are those of `scaled_gains`. The objectness target of a positive is its CIoU, detached and floored at 0.
+    Everything accumulates in float32 for inputs of any dtype.
     Source: facts 5.
 
     Args:
@@ -166,9 +184,7 @@ class DetectionLoss(nn.Module):
         self.config = config or LossConfig()
         self.nc = nc
         self.balance = level_balance(levels)
-        self.box_gain = self.config.box * 3 / levels
-        self.obj_gain = self.config.obj * (imgsz / 640) ** 2 * 3 / levels
-        self.cls_gain = self.config.cls * (nc / 80) * 3 / levels
+        self.gains = scaled_gains(self.config, nc, levels, imgsz)
         self.register_buffer("anchors_grid", anchors_grid.detach().float().clone(), persistent=False)
 
     def forward(self, raw: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +202,7 @@ class DetectionLoss(nn.Module):
             self._level(level_raw, targets, anchors, balance)
             for level_raw, anchors, balance in zip(raw, self.anchors_grid, self.balance, strict=True)
         ]
-        gains = terms[0].new_tensor((self.box_gain, self.obj_gain, self.cls_gain))
-        parts = torch.stack(terms).sum(0) * gains
+        parts = torch.stack(terms).sum(0) * terms[0].new_tensor(self.gains)
         return parts.sum() * raw[0].shape[0], parts.detach()
 
     def _level(self, raw: Tensor, targets: Tensor, anchors_wh: Tensor, balance: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.config import DistillConfig
 from compress.losses.boxes import decode_in_cell, paired_giou_exact
-from compress.losses.detection import level_balance
+from compress.losses.detection import Gains, level_balance, scaled_gains
 from runtime.errors import UsageError
 
 
@@ -140,15 +140,22 @@ def _gated_mean(sums: Tensor, gate_sum: Tensor, batch: int) -> Tensor:
 
 
 class _HeadLoss(DistillLoss):
-    """A loss over cells and anchors, gated by the teacher's objectness g = sigmoid(o_T)."""
+    """A loss over cells and anchors, gated by the teacher's objectness g = sigmoid(o_T).
+
+    Its parts carry the gains of the detection loss, so that a recipe's weight of 1 asks for about as much as the labels
+    do. Without them the same weight gave 26 times the labels' gradient at the neck, nearly none of it to objectness.
+    """
 
     compares_heads = True
     anchors: Tensor
+    gains: Gains
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
         super().__init__(student, teacher, config)
         _refuse_other_head(student, teacher)
         self.register_buffer("anchors", teacher.anchors.detach().float().clone(), persistent=False)
+        gains = scaled_gains(self.config.loss, teacher.nc, len(teacher.strides), self.config.imgsz)
+        self.gains = gains._replace(cls=gains.cls / teacher.nc)  # here classes are summed, there they are averaged
 
     def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
         _refuse_other_maps(student.raw, teacher.raw, slice(1, None), "head")
@@ -181,10 +188,12 @@ class ObjKD(_HeadLoss):
         L_obj = sum over levels of balance_l * mean_i |p(o_T) - p(o_S)|^beta * BCE(o_S, p(o_T))
         L_cls = sum_i g_i sum_k |p(c_T) - p(c_S)|^beta * BCE(c_S, p(c_T)) / max(sum_i g_i, B)
         L_box = sum_i g_i (1 - GIoU(box_S, box_T)) / max(sum_i g_i, B)
-        L = 1 * L_obj + 1 * L_cls + 4 * L_box
+        L = 1 * obj * L_obj + 1 * cls / nc * L_cls + 4 * box * L_box
+
+    where obj, cls and box are the detection loss's scaled gains.
 
     Sources: gating, Mehta & Ozturk 2018; the |.|^beta factor and the weights, BCKD (ICCV 2023); level balance as in
-    the detection loss. The weights 1, 1, 4 belong to these means: another reduction needs others.
+    the detection loss. The weights 1, 1, 4 belong to these means and gains: another reduction needs others.
 
     Args:
         beta: at least 1, or the gradient at p_S = p_T is infinite.
@@ -206,13 +215,14 @@ class ObjKD(_HeadLoss):
         self.beta, self.weights, self.detach_scale = beta, weights, detach_scale
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.weights[0] * self._soft(student, teacher)
+        return self.weights[0] * self.gains.obj * self._soft(student, teacher)
 
     def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
         anchors_wh = anchors_wh[:, None, None]
         boxes, goals = (decode_in_cell(z[..., :4], anchors_wh) for z in (student, teacher))
         classes = self._soft(student[..., 5:], teacher[..., 5:]).sum(-1)
-        return self.weights[1] * classes + self.weights[2] * (1 - paired_giou_exact(boxes, goals))
+        overlap = paired_giou_exact(boxes, goals)
+        return self.weights[1] * self.gains.cls * classes + self.weights[2] * self.gains.box * (1 - overlap)
 
     def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
         return _scaled_bce(student, teacher, self.beta, self.detach_scale)
@@ -224,17 +234,17 @@ class KD(_HeadLoss):
         KL(z_T, z_S) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)),  p = sigmoid(z_T / T), q = sigmoid(z_S / T)
         L_obj = sum over levels of balance_l * mean_i KL(o_T, o_S)
         L_cls = sum_i g_i sum_k KL(c_T, c_S) / max(sum_i g_i, B)
-        L = T^2 * (L_obj + L_cls)
+        L = T^2 * (obj * L_obj + cls / nc * L_cls)
 
-    The gate g_i = sigmoid(o_T) is taken at temperature 1; T^2 keeps the gradient's size when T changes; boxes take no
-    part. T is `DistillConfig.temperature`.
+    obj and cls are the detection loss's scaled gains. The gate g_i = sigmoid(o_T) is taken at temperature 1; T^2 keeps
+    the gradient's size when T changes; boxes take no part. T is `DistillConfig.temperature`.
     """
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self._soft(student, teacher)
+        return self.gains.obj * self._soft(student, teacher)
 
-    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:  # noqa: ARG002 - boxes take no part
-        return self._soft(student[..., 5:], teacher[..., 5:]).sum(-1)
+    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
+        return self.gains.cls * self._soft(student[..., 5:], teacher[..., 5:]).sum(-1)
 
     def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
         temperature = self.config.temperature
@@ -289,7 +299,7 @@ class FeatMSE(DistillLoss):
         pairs = zip(student.features, teacher.features, teacher.raw, strict=True)
         return torch.stack([self.level(s, t, raw) for s, t, raw in pairs]).sum()
 
-    def level(self, adapted: Tensor, feature: Tensor, raw: Tensor) -> Tensor:  # noqa: ARG002 - unweighted
+    def level(self, adapted: Tensor, feature: Tensor, raw: Tensor) -> Tensor:
         """Scalar, of (B, C, H, W) twice and the teacher's head map."""
         return F.mse_loss(adapted.float(), feature.float())
 
