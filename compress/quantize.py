@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +143,7 @@ def _makers(
             ranges.append(calibrate(source, (_input(path, card) for path in chosen), config.method))
         return quantised(source, ranges[0], SCHEMES[name])
 
-    return {"fp16": lambda: body_to_fp16(source), **{name: lambda name=name: integers(name) for name in SCHEMES}}
+    return {"fp16": partial(body_to_fp16, source), **{name: partial(integers, name) for name in SCHEMES}}
 
 
 def _input(path: Path, card: ModelCard) -> np.ndarray:

@@ -136,7 +136,11 @@ def test_boxes_are_the_host_nms_of_torch_rows(student, exported):
     candidates = np.argsort(-best_class(rows)[0], kind="stable")[: exported[0].card.candidates]
     expected = detections_from_rows(rows[candidates], conf=0.3, iou=0.6, max_det=300)
     assert len(expected) > 3
-    np.testing.assert_allclose(found[found[:, 4] > 0.3], expected, atol=0.01)
+    found = found[found[:, 4] > 0.3]
+    assert len(found) == len(expected)
+    distance = np.abs(found[:, None] - expected).max(axis=2)  # as sets: near-equal scores may swap
+    assert distance.min(axis=0).max() < 0.01
+    assert distance.min(axis=1).max() < 0.01
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(student, exported, tmp_path):
