@@ -19,8 +19,8 @@ MAX_CANDIDATES = 30_000
 """Boxes that enter suppression, best first."""
 FIRST_CANDIDATES = 2048
 """Sorted first; the rest is sorted only when these do not yield enough boxes."""
-BLOCK = 512
-"""Candidates examined at a time. Most images have their `max_det` boxes within the first two blocks."""
+BLOCK = 256
+"""Candidates examined at a time: the arrays of one block stay in the second-level cache."""
 
 
 def xywh_to_xyxy(boxes_xywh: Floats) -> Floats:
@@ -71,28 +71,35 @@ def nms(
     Work stops when `max_det` boxes are found, which changes nothing: later boxes cannot remove earlier ones.
     """
     boxes_xyxy, scores = np.asarray(boxes_xyxy, np.float32), np.asarray(scores)
-    groups = np.zeros(len(scores), np.float32) if agnostic else np.asarray(class_ids).astype(np.float32)
-    shifted = boxes_xyxy + (groups * np.float32(CLASS_OFFSET_PX))[:, None]
-    if len(scores) and np.ptp(boxes_xyxy) >= CLASS_OFFSET_PX:
-        groups = np.zeros_like(groups)  # so large that shifted boxes of two classes may touch: compare all pairs
+    offsets = np.asarray(class_ids).astype(np.float32) * np.float32(0 if agnostic else CLASS_OFFSET_PX)
+    sides = np.ascontiguousarray((boxes_xyxy + offsets[:, None]).T)
     for count in (FIRST_CANDIDATES, MAX_CANDIDATES):
         order = best_first(scores, count)
-        kept = _suppress(shifted[order], groups[order], iou, max_det)
+        kept = _suppress(sides[:, order], float32_below(iou), max_det)
         if len(kept) == max_det or len(order) == len(scores):
             break
     return order[kept]
 
 
-def _suppress(boxes: Floats, groups: Floats, iou: float, max_det: int) -> Indices:
-    """The first `max_det` survivors of boxes that are sorted best first; only boxes of one group meet."""
+def _suppress(sides: Floats, iou: np.float32, max_det: int) -> Indices:
+    """The first `max_det` survivors of boxes (4, N) that are sorted best first."""
     kept = np.empty(0, np.intp)
-    for start in range(0, len(boxes), BLOCK):
-        block = np.arange(start, min(start + BLOCK, len(boxes)))
-        block = _clear_of(block, kept, boxes, groups, iou)
-        kept = np.concatenate([kept, _greedy(block, boxes, groups, iou)])
+    for start in range(0, sides.shape[1], BLOCK):
+        block = np.arange(start, min(start + BLOCK, sides.shape[1]))
+        block = block[~_overlapping(sides[:, kept], sides[:, block], iou).any(axis=0)]
+        kept = np.concatenate([kept, block[_greedy(sides[:, block], iou)]])
         if len(kept) >= max_det:
             break
     return kept[:max_det]
+
+
+def float32_below(value: float) -> np.float32:
+    """The largest float32 that is not above `value`.
+
+    The original compares float32 overlaps with a double; a float32 is over the double exactly when it is over this.
+    """
+    nearest = np.float32(value)
+    return nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(-np.inf))
 
 
 def best_first(scores: Floats, count: int) -> Indices:
@@ -111,31 +118,33 @@ def _where(mask: NDArray[np.bool_]) -> tuple[Indices, Indices]:
     return rows, flat - rows * mask.shape[1]
 
 
-def _clear_of(block: Indices, kept: Indices, boxes: Floats, groups: Floats, iou: float) -> Indices:
-    """The candidates of the block that no kept box suppresses."""
-    rows, columns = _where(groups[kept][:, None] == groups[block])
-    hit = overlap(boxes[kept[rows]], boxes[block[columns]]).astype(np.float64) > iou
-    clear = np.ones(len(block), bool)
-    clear[columns[hit]] = False
-    return block[clear]
+def _overlapping(a: Floats, b: Floats, iou: np.float32) -> NDArray[np.bool_]:
+    """(N, M): which boxes of (4, N) and (4, M) overlap more than `iou`.
+
+    All pairs, one coordinate at a time: eight times cheaper a pair than gathering the pairs of equal classes.
+    """
+    width = np.minimum(a[2][:, None], b[2]) - np.maximum(a[0][:, None], b[0])
+    height = np.minimum(a[3][:, None], b[3]) - np.maximum(a[1][:, None], b[1])
+    shared = np.maximum(width, 0, out=width) * np.maximum(height, 0, out=height)
+    area_a, area_b = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
+    union = np.subtract(area_a[:, None] + area_b, shared, out=width)
+    with np.errstate(divide="ignore", invalid="ignore"):  # two empty boxes: NaN, which is over nothing
+        return np.divide(shared, union, out=height) > iou
 
 
-def _greedy(block: Indices, boxes: Floats, groups: Floats, iou: float) -> Indices:
-    """Greedy suppression inside one block, sorted best first, as a fixed point over the pairs that overlap too much.
+def _greedy(sides: Floats, iou: np.float32) -> NDArray[np.bool_]:
+    """Which boxes (4, N), sorted best first, greedy suppression keeps; as a fixed point over the pairs that overlap.
 
     Round n is right for every box at the end of a chain of at most n suppressions, so the result that no longer
     changes is the sequential one.
     """
-    better, worse = _where(np.triu(groups[block][:, None] == groups[block], 1))
-    # float64: the threshold is a double in the original, and float32(0.6) > 0.6
-    hit = overlap(boxes[block[better]], boxes[block[worse]]).astype(np.float64) > iou
-    better, worse = better[hit], worse[hit]
-    alive = np.ones(len(block), bool)
+    better, worse = _where(np.triu(_overlapping(sides, sides, iou), 1))
+    alive = np.ones(sides.shape[1], bool)
     while True:
-        survives = np.ones(len(block), bool)
+        survives = np.ones_like(alive)
         survives[worse[alive[better]]] = False
         if np.array_equal(survives, alive):
-            return block[alive]
+            return alive
         alive = survives
 
 
