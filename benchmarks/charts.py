@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
 LETTER_PX = 6.9
@@ -77,13 +78,15 @@ def pareto(points: Sequence[Point]) -> str:
     x, y = _latency_scale(points), _accuracy_scale(points)
     places = [(x(point.x), y(point.y)) for point in points]
     tails = [x(point.x_high) for point in points]
-    labels = place_labels([point.label for point in points], places, tails, PLOT)
+    best = front(points)
+    crossed = _beads([(x(point.x), y(point.y)) for point in best])
+    labels = place_labels([point.label for point in points], places, tails, crossed, PLOT)
     parts = [
         *_axes(x, y),
-        _front_line(front(points), x, y),
+        _front_line(best, x, y),
         *(_whisker(place, tail, point.kind) for point, place, tail in zip(points, places, tails, strict=True)),
         *(_mark(point, place) for point, place in zip(points, places, strict=True)),
-        *(_label(point.label, box, place) for point, box, place in zip(points, labels, places, strict=True)),
+        *(_label(*each) for each in zip((point.label for point in points), labels, places, tails, strict=True)),
     ]
     return _svg(PICTURE_WH, parts, "Accuracy against latency of every measured file")
 
@@ -174,25 +177,38 @@ def _mark(point: Point, place: tuple[float, float]) -> str:
     return f'<circle class="{shown}" cx="{left:.1f}" cy="{top:.1f}" r="{size}"/>'
 
 
-def _label(text: str, box: Box, place: tuple[float, float]) -> str:
+def _label(text: str, box: Box, place: tuple[float, float], tail: float) -> str:
+    """The text, with a thin line to its mark where it stands away from mark and whisker."""
     left, middle = box.left, (box.top + box.bottom) / 2
-    nearest = (min(max(place[0], box.left), box.right), min(max(place[1], box.top), box.bottom))
-    gap = math.dist(place, nearest)
+    near = (min(max(place[0], box.left), box.right), min(max(place[1], box.top), box.bottom))
+    own = (min(max(near[0], place[0]), tail), place[1])
     leader = ""
-    if gap > 3 * MARK_PX:
-        ends = "L".join(f"{x:.1f} {y:.1f}" for x, y in (place, nearest))
+    if math.dist(own, near) > 3 * MARK_PX:
+        ends = "L".join(f"{x:.1f} {y:.1f}" for x, y in (place, near))
         leader = f'<path class="leader" d="M{ends}"/>'
     return f'{leader}<text class="label" x="{left:.1f}" y="{middle + 4.5:.1f}">{escape(text)}</text>'
 
 
+def _beads(corners: Sequence[tuple[float, float]]) -> list[Box]:
+    """Small boxes along a line, which keep labels off it."""
+    steps = [(a, b, step / 40) for a, b in pairwise(corners) for step in range(41)]
+    centres = [(a[0] + (b[0] - a[0]) * part, a[1] + (b[1] - a[1]) * part) for a, b, part in steps]
+    return [Box(cx - 3, cy - 3, cx + 3, cy + 3) for cx, cy in centres]
+
+
 def place_labels(
-    texts: Sequence[str], places: Sequence[tuple[float, float]], tails: Sequence[float], plot: Box
+    texts: Sequence[str],
+    places: Sequence[tuple[float, float]],
+    tails: Sequence[float],
+    avoid: Sequence[Box],
+    plot: Box,
 ) -> list[Box]:
-    """A box for each text near its point, chosen so that no text covers another text, a mark or a whisker.
+    """A box for each text near its point, chosen so that no text covers another text, a mark, a whisker or `avoid`.
 
     Greedy from the top of the picture: the first free place of ever wider circles of candidates.
     """
     taken = [Box(px - 10, py - 9, max(px + 10, tail + 4), py + 9) for (px, py), tail in zip(places, tails, strict=True)]
+    taken += avoid
     boxes: dict[int, Box] = {}
     for index in sorted(range(len(texts)), key=lambda i: (places[i][1], places[i][0])):
         width = LETTER_PX * len(texts[index])

@@ -25,6 +25,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "duration": wording.duration,
     "error": wording.error,
     "gate": wording.gate,
+    "moment": wording.moment,
 }
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "int8"}
 """Precision (its part before "-") -> CSS class of the colour."""

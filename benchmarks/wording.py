@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.latency import SAME_TOLERANCE
 from benchmarks.report import Row, is_kept, p50
 
 NOTHING = "–"
 TOO_FEW = "n too small"
 KIB = 1024
+UNITS = ("bytes", "KiB", "MiB", "GiB")
 FEW_IMAGES = 100
 
 
@@ -35,10 +37,11 @@ def short_accuracy(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes as KiB or MiB."""
+    """Bytes in the unit that leaves 1 to 1024 of it."""
     if value is None:
         return NOTHING
-    return f"{value / KIB**2:.2f} MiB" if value >= KIB**2 else f"{value / KIB:.1f} KiB"
+    power = 3 if value >= KIB**3 else 2 if value >= KIB**2 else 1
+    return f"{value / KIB**power:.2f} {UNITS[power]}"
 
 
 def times(value: float | None) -> str:
@@ -65,6 +68,11 @@ def duration(seconds: float | None) -> str:
 
 def error(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2g}"
+
+
+def moment(created: str) -> str:
+    """An ISO date and time in UTC, to the minute."""
+    return f"{created[:16].replace('T', ' ')} UTC"
 
 
 def gate(row: Row) -> str:
@@ -100,7 +108,7 @@ def model_cells(row: Row) -> list[str]:
 def summary(data: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing the figures with others."""
     settings, dataset = data["settings"], data["dataset"]
-    lines = [f"Measured {data['created']} on {machine_name(data['machine'])}"]
+    lines = [f"Measured {moment(data['created'])} on {machine_name(data['machine'])}"]
     if dataset:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     keys = ("imgsz", "batch", "conf", "iou", "max_det")
@@ -144,7 +152,7 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
             continue
         own, other = p50(row) or 0.0, p50(full) or 0.0
         figures = f"p50 {milliseconds(own)} ms against {milliseconds(other)} ms"
-        answer = "is faster than" if own < other else "is not faster than"
+        answer = "is faster than" if own < (1 - SAME_TOLERANCE) * other else "is not faster than"
         yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {row['backend']}): {figures}."
 
 

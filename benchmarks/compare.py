@@ -1,0 +1,178 @@
+"""Several reports beside each other, and thresholds that turn a report into an exit code.
+
+Rows are put side by side, never merged: what makes them incomparable is said above the table.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import charts, page, wording
+from benchmarks.report import MARKDOWN_COLUMNS, Report, Row, is_kept, markdown_table
+from runtime.errors import UsageError
+
+COMPARED_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "interval_ms")
+COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
+"""Their defaults and kernels change with the version: TensorRT 11 times other things than TensorRT 10 does."""
+COLUMNS = ("Report", *MARKDOWN_COLUMNS)
+
+
+class Comparison(NamedTuple):
+    """`rows` are (report's name, model row); `warnings` say what speaks against comparing them."""
+
+    rows: tuple[tuple[str, Row], ...]
+    warnings: tuple[str, ...]
+
+
+def compare(reports: Sequence[Report]) -> Comparison:
+    """Errors: UsageError without a report."""
+    if not reports:
+        raise UsageError("There is no report to compare", "Give report.json files or their folders")
+    names = distinct([report.data["name"] for report in reports])
+    rows = tuple((name, row) for name, report in zip(names, reports, strict=True) for row in report.data["models"])
+    return Comparison(rows, tuple(warnings(names, [report.data for report in reports])))
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Equal names get a number."""
+    return [
+        f"{name} ({names[: index + 1].count(name)})" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+
+
+def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each thing that differs and must not, with every value."""
+    facts = [comparable(report) for report in reports]
+    return [sentence for what in facts[0] if (sentence := _difference(what, names, [fact[what] for fact in facts]))]
+
+
+def comparable(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree between reports whose figures stand side by side."""
+    packages = data["machine"].get("packages", {})
+    return {
+        **{key: data["settings"].get(key) for key in COMPARED_SETTINGS},
+        **{key: packages.get(key) for key in COMPARED_PACKAGES},
+        "machine": wording.machine_name(data["machine"]),
+        "data": (data["dataset"] or {}).get("sha256"),
+    }
+
+
+def _difference(what: str, names: Sequence[str], values: Sequence[Any]) -> str:
+    if len(set(values)) <= 1:
+        return ""
+    each = ", ".join(f"{_short(value)} in {name}" for name, value in zip(names, values, strict=True))
+    return f"{what} differs, so the figures are not directly comparable: {each}"
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def render_markdown(found: Comparison) -> str:
+    lines = [f"> **Warning:** {sentence}" for sentence in found.warnings]
+    lines += [""] if lines else []
+    lines += markdown_table(COLUMNS, [[name, *wording.model_cells(row)] for name, row in found.rows])
+    return "\n".join(lines) + "\n"
+
+
+def render_html(found: Comparison) -> str:
+    """One self-contained page with the picture of all rows."""
+    cells = [[name, *wording.model_cells(row)] for name, row in found.rows]
+    several = len({name for name, _ in found.rows}) > 1
+    labelled = [
+        point._replace(label=f"{name}: {point.label}" if several else point.label)
+        for name, row in found.rows
+        for point in page.pareto_points([row])
+    ]
+    return (
+        page.environment()
+        .get_template("compare.html")
+        .render(columns=COLUMNS, cells=cells, warnings=found.warnings, pareto=charts.pareto(labelled))
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- thresholds
+
+OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+Read = Callable[[Row], Any]
+
+
+def _accuracy(key: str) -> Read:
+    return lambda row: (row["accuracy"] or {}).get(key)
+
+
+def _latency(key: str) -> Read:
+    return lambda row: row["latency"]["end_to_end"][key] if row["latency"] else None
+
+
+METRICS: Mapping[str, Read] = {
+    **{key: _accuracy(key) for key in ("map50_95", "map50", "map75", "recall")},
+    **{f"{key}_ms": _latency(key) for key in ("p50", "p90", "p95", "p99", "max", "mean")},
+    "bytes": lambda row: row["bytes"],
+}
+RATIOS = ("speedup", "size_ratio", "parameter_ratio", "retained")
+"""Of the report's headline."""
+RULE = re.compile(r"\s*(?:(?P<precision>[\w-]+)\.)?(?P<metric>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)\s*")
+
+
+class Rule(NamedTuple):
+    """A condition that must not hold, for the student's files of one precision, or of all that were kept."""
+
+    metric: str
+    sign: str
+    limit: float
+    precision: str | None
+    text: str
+
+
+def parse_rule(text: str) -> Rule:
+    """From "map50_95<0.30" or "int8-cpu.p50_ms>20". Errors: UsageError names what is known."""
+    found = RULE.fullmatch(text)
+    known = (*METRICS, *RATIOS)
+    if not found or not _is_number(found["limit"]):
+        raise UsageError(f"{text!r} is not a rule", "Write, for example, map50_95<0.30 or int8-cpu.p50_ms>20")
+    if found["metric"] not in known:
+        raise UsageError(f"{text!r} names no known figure", f"Known are {', '.join(known)}")
+    return Rule(found["metric"], found["sign"], float(found["limit"]), found["precision"], text.strip())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def fail_on(rule: str | Rule, report: Report) -> list[str]:
+    """One sentence for each student file (kept by its gate) for which the rule holds; empty when all is well.
+
+    A figure that was not measured is a violation too: a threshold nobody checks must not pass.
+    """
+    asked = parse_rule(rule) if isinstance(rule, str) else rule
+    values = _values(asked, report.data)
+    if not values:
+        return [f"{asked.text}: no file of the report has {asked.metric}"]
+    holds = OPERATORS[asked.sign]
+    return [
+        f"{asked.text}: {file} has {asked.metric} {'not measured' if value is None else f'{value:.5g}'}"
+        for file, value in values
+        if value is None or holds(value, asked.limit)
+    ]
+
+
+def _values(rule: Rule, data: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    if rule.metric in RATIOS:
+        headline = data["headline"]
+        return [(headline["file"], headline[rule.metric])] if headline else []
+    rows = [row for row in data["models"] if row["role"] == "student" and is_kept(row)]
+    return [(row["file"], METRICS[rule.metric](row)) for row in rows if rule.precision in (None, row["precision"])]

@@ -1,0 +1,46 @@
+"""What a measurement depends on beside the file: the machine, its load, and the limits set on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+from runtime import machine
+
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+THREAD_LIMIT = "OMP_NUM_THREADS"
+METRIC_PACKAGE = "faster-coco-eval"
+
+
+def environment() -> dict[str, Any]:
+    """`runtime.machine.facts()` and, where they are known, CPU governor, load, thread limit and the mAP package."""
+    facts = machine.facts()
+    more = {"governor": _governor(), "load_1min": _load(), THREAD_LIMIT.lower(): os.environ.get(THREAD_LIMIT, "")}
+    packages = facts["packages"] | {METRIC_PACKAGE: _version(METRIC_PACKAGE)}
+    return facts | {"packages": packages} | {key: value for key, value in more.items() if value not in (None, "")}
+
+
+def device_name(providers: tuple[str, ...]) -> str:
+    """What ran a file: "cpu", or the first GPU's name."""
+    if providers[0] == "CPUExecutionProvider":
+        return "cpu"
+    gpus = machine.facts()["gpus"]
+    return gpus[0]["name"] if gpus else providers[0]
+
+
+def _governor() -> str:
+    return GOVERNOR.read_text().strip() if GOVERNOR.is_file() else ""
+
+
+def _load() -> float | None:
+    """Processes that wanted a CPU in the last minute: above the number of cores, a latency is not the model's own."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,84 @@
+"""`python -m benchmarks.overhead`: what the host adds to the network, as a ratio measured in turns.
+
+Detector end to end (frame to boxes) against a bare `session.run` of the same ONNX file on the same prepared input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import guarded, positive
+from benchmarks.bench import MAX_FRAMES, pictures
+from benchmarks.latency import Comparison, Frame, compare_interleaved
+from benchmarks.wording import milliseconds
+from runtime.detector import Detector
+from runtime.errors import UsageError
+from runtime.image import read_image
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(run, parser().parse_args(arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    made.add_argument("--model", type=Path, required=True, help=".onnx file")
+    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with pictures")
+    made.add_argument("--rounds", type=positive, default=20, help="each is five turns of ABBA or BAAB (default: 20)")
+    made.add_argument("--threads", type=positive, help="CPU threads of one inference (default: ONNX Runtime's choice)")
+    return made
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.model.suffix.lower() != ".onnx":
+        raise UsageError(f"{options.model} is not an .onnx file", "A bare session exists for ONNX files only")
+    frames = [read_image(path) for path in pictures(options.images, MAX_FRAMES)]
+    with Detector.load(options.model, device="cpu", threads=options.threads) as detector:
+        bare = bare_session(options.model, options.threads)
+        found = compare(detector, bare, frames, options.rounds)
+    print(describe(found, options.model.name))
+    return 0
+
+
+def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> Comparison:
+    """`detector` on frames against `bare` on the inputs that the detector made of the same frames."""
+    whole, inputs = cycle(frames), cycle([detector.preprocess(frame).array for frame in frames])
+    runs = {"detector": lambda: detector(next(whole)), "session": lambda: bare(next(inputs))}
+    return compare_interleaved(runs, rounds)
+
+
+def bare_session(path: Path, threads: int | None) -> Callable[[Any], object]:
+    """`session.run` of ONNX Runtime on the CPU, with nothing around it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda array: session.run(None, {name: array})
+
+
+def describe(found: Comparison, name: str) -> str:
+    """Ratio with its interval, n and spread."""
+    lines = [
+        f"{name}: end to end takes {found.ratio:.3f} times the bare session.run",
+        f"  95 % interval {found.interval.low:.3f} to {found.interval.high:.3f}, rounds {min(found.ratios):.3f} to "
+        f"{max(found.ratios):.3f} (n = {len(found.ratios)}), verdict: {found.verdict}",
+    ]
+    for side, span in found.spans.items():
+        lines.append(
+            f"  {side}: median {milliseconds(span.p50)} ms, mean {milliseconds(span.mean)} ± {milliseconds(span.std)}, "
+            f"min {milliseconds(span.min)}, max {milliseconds(span.max)}, n = {span.n}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
