@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime.files import sha256, write_json
 
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, UsageError
 
 MANIFEST = "stage.json"
 Report = Callable[[str], None]
@@ -89,6 +89,8 @@ def execute(stage: Stage, run_folder: Path, *, report: Report, force: bool = Fal
     """Bring `<run_folder>/<stage.name>` up to date and say what happened."""
     goal = run_folder / stage.name
     mark = fingerprint(stage)
+    if goal.exists():
+        _require_own(goal)
     if not force and (done := _finished(goal, mark)):
         return _outcome(stage.name, goal, done, skipped=True)
     work = run_folder / ".work" / f"{stage.name}-{mark[:16]}"
@@ -136,12 +138,19 @@ def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
 
 def _publish(work: Path, goal: Path) -> None:
     """Swap `work` in for `goal`. Killed between the renames, the next run finds `work` complete and goes on."""
-    old = goal.with_name(f".work/{goal.name}-old")
+    old = work.parent / f"{goal.name}-old"
     shutil.rmtree(old, ignore_errors=True)
     if goal.exists():
         goal.rename(old)
     work.rename(goal)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_own(goal: Path) -> None:
+    """A folder of the user's that happens to bear a stage's name is never replaced."""
+    if goal.is_dir() and ((goal / MANIFEST).is_file() or not any(goal.iterdir())):
+        return
+    raise UsageError(f"{goal} exists and is not the result of a stage", "Move it away, or choose another --out")
 
 
 def _drop_stale_work(folder: Path, stage: str) -> None:

@@ -51,7 +51,9 @@ def convert(coco: Path | None, voc: Path | None, images: Path, out: Path) -> Non
     """Turn COCO JSON or VOC XML into YOLO folders with a data.yaml."""
     from compress.data import convert as converters
 
-    if (coco is None) == (voc is None):
+    if coco and not voc:
+        say(str(converters.coco(coco, images, out)))
+    elif voc and not coco:
+        say(str(converters.voc(voc, images, out)))
+    else:
         raise UsageError("expected exactly one of --coco FILE and --voc FOLDER")
-    result = converters.coco(coco, images, out) if coco else converters.voc(voc, images, out)
-    say(str(result))

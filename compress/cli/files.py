@@ -31,11 +31,12 @@ def export(
 ) -> None:
     """Checkpoint to model.onnx (frame in, boxes out) and model.yolov5.onnx (YOLOv5's conventions)."""
     from compress.config import ExportConfig
+    from compress.data import load_data
     from compress.export import export as run
-    from compress.pipeline.stages import validation_of
+    from compress.pipeline.inputs import validation_of
 
     config = settings(ExportConfig, {"frame": frame and _frame(frame)}, changes, "export")
-    validation = validation_of(data) if data else None
+    validation = validation_of(load_data(data)) if data else None
     result = run(config, model=weights, out=out, imgsz=imgsz or 640, data=validation, report=say)
     if as_json:
         print_json(result.to_json())
@@ -60,17 +61,18 @@ def _frame(text: str) -> list[int]:
 def quantize(model: Path, data: Path, out: Path | None, changes: tuple[str, ...], as_json: bool) -> None:
     """FP16 and INT8 flavours, calibrated on training images, each gated on its measured mAP."""
     from compress.config import BenchConfig, QuantizeConfig
+    from compress.data import load_data
+    from compress.pipeline.inputs import training_images, validation_of
     from compress.pipeline.measure import gate
-    from compress.pipeline.stages import training_images, validation_of
     from compress.quantize import quantize as run
 
-    config = settings(QuantizeConfig, {}, changes, "quantize")
+    config, given = settings(QuantizeConfig, {}, changes, "quantize"), load_data(data)
     flavours = run(
         config,
         model=model,
-        images=training_images(data),
+        images=training_images(given),
         out=out or model.parent,
-        evaluate=gate(validation_of(data), BenchConfig()),
+        evaluate=gate(validation_of(given), BenchConfig()),
         report=say,
     )
     if as_json:
@@ -89,13 +91,19 @@ def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, 
     """ONNX to TensorRT plans with the model.json that they need on the device."""
     from compress.build import build as run
     from compress.config import BuildConfig
-    from compress.pipeline.stages import precision_of
+    from compress.pipeline.inputs import card_of
 
     given = {"targets": target.split(",") if target else None}
     config = settings(BuildConfig, given, changes, "build")
-    result = run(config, models={precision_of(model): model for model in models}, out=out, report=say)
+    cards = {model: card_of(model) for model in models}
+    by_precision = {card.precision: model for model, card in cards.items()}
+    if unbuildable := by_precision.keys() - set(config.precisions):
+        raise UsageError(
+            f"{min(unbuildable)} is no precision that TensorRT plans are built from", "Known: fp32, fp16, int8-trt"
+        )
+    plans = run(config, models=by_precision, out=out, card=next(iter(cards.values())), report=say)
     if as_json:
-        print_json(result.to_json())
+        print_json([plan.to_json() for plan in plans])
     else:
         click.echo(out)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress.store import MANIFEST, Stage, Work, execute, fingerprint
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, UsageError
 
 
 def silent(_: str) -> None:
@@ -89,6 +89,15 @@ def test_work_finished_but_not_yet_published_is_published_without_running(tmp_pa
     execute(counting_stage(calls), tmp_path, report=silent)
     assert calls == ["run"]
     assert json.loads((tmp_path / "count" / MANIFEST).read_text())["figures"] == {"answer": 42}
+
+
+def test_a_folder_of_the_user_is_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "count" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep")
+    with pytest.raises(UsageError, match="--out"):
+        execute(counting_stage([]), tmp_path, report=silent)
+    assert mine.read_text() == "keep"
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

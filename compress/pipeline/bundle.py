@@ -1,0 +1,61 @@
+"""The bundle: what to copy to the device, in the order in which the device should try it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from compress.pipeline.inputs import card_of, kept_files, read_json
+from compress.quantize import REFERENCE
+from runtime.card import CARD_FILE, Artifact, ModelCard
+from runtime.files import sha256
+
+FOR_OTHER_HARDWARE = ("fp16", "int8-trt")
+"""Flavours whose use is to build engines on the device; they come last, since a CPU runs them slowly."""
+README = """\
+edgestill bundle "{name}": {classes} classes, {size} pixels, mAP and latency in report.html.
+
+Run it on the device (Python 3.10+, NumPy, OpenCV, and ONNX Runtime or TensorRT):
+
+    pip install 'edgestill[cpu]'          # or edgestill[gpu], edgestill[rtx]
+    python -m runtime detect --model . image.jpg
+
+    from runtime import Detector
+    with Detector.load(".") as detector:
+        detections = detector(frame)      # uint8 (H, W, 3) BGR
+
+model.json lists the files in order of preference; the first one that works on the machine is used. For an engine
+that fits the device's own GPU and TensorRT:
+
+    python -m runtime build model.fp16.onnx
+"""
+
+
+def bundle(inputs: Mapping[str, Path], out: Path) -> ModelCard:
+    """Copy every kept file into `out` and write the card that lists them. Returns the card."""
+    models = kept_files(inputs)
+    plans = ModelCard.load(inputs["build"]).artifacts
+    onnx = [_copied(precision, models[precision], out) for precision in _by_latency(models, inputs["bench"])]
+    for plan in plans:
+        shutil.copyfile(inputs["build"] / plan.file, out / plan.file)
+    card = replace(card_of(models[REFERENCE]), artifacts=(*plans, *onnx))
+    card.save(out / CARD_FILE)
+    shutil.copyfile(inputs["report"] / "report.html", out / "report.html")
+    text = README.format(name=card.name, classes=len(card.names), size="x".join(map(str, card.size_hw)))
+    (out / "README.txt").write_text(text)
+    return card
+
+
+def _copied(precision: str, source: Path, out: Path) -> Artifact:
+    target = out / source.name
+    shutil.copyfile(source, target)
+    return Artifact(target.name, sha256(target), target.stat().st_size, precision, "onnx")
+
+
+def _by_latency(models: Mapping[str, Path], bench: Path) -> list[str]:
+    """Fastest first, as measured on the CPU that ran the benchmark; flavours for other hardware last."""
+    rows = read_json(bench / "bench.json")["models"]
+    p50 = {row["precision"]: row["latency"]["end_to_end"]["p50"] for row in rows if row["role"] == "student"}
+    return sorted(models, key=lambda precision: (precision in FOR_OTHER_HARDWARE, p50[precision]))

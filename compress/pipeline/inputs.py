@@ -1,0 +1,73 @@
+"""What stages and commands start from: images with their ground truth, and the files that earlier stages left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compress.data import DataConfig
+from compress.data.coco import to_coco
+from compress.data.index import index_split
+from compress.export import SHIPPED
+from compress.graph.study import Validation
+from compress.quantize import REFERENCE
+from runtime.card import METADATA_KEY, ModelCard
+from runtime.errors import InputError
+from runtime.onnx_file import read_metadata
+
+
+def validation_of(data: DataConfig) -> Validation:
+    """The usable images of the val split, numbered from 1, with their labels as COCO ground truth."""
+    samples = index_split(data, "val").samples
+    images = [(image_id, sample.image) for image_id, sample in enumerate(samples, 1)]
+    return Validation(images, to_coco(samples, data.names))
+
+
+def training_images(data: DataConfig) -> list[Path]:
+    return [sample.image for sample in index_split(data, "train").samples]
+
+
+def card_of(file: Path) -> ModelCard:
+    """The card inside an ONNX file that `export` or `quantize` wrote. Errors: InputError for any other file."""
+    metadata = read_metadata(file)
+    if METADATA_KEY not in metadata:
+        raise InputError(f"{file} carries no edgestill card", "Give a model.onnx that `edgestill export` wrote")
+    return ModelCard.from_json(metadata[METADATA_KEY], str(file))
+
+
+class Candidate(NamedTuple):
+    """A file to measure, whose it is, and what its gate said; `kept` is None where there was no gate."""
+
+    path: Path
+    role: str
+    precision: str
+    kept: bool | None = None
+    reason: str = ""
+
+
+def measured_files(inputs: Mapping[str, Path]) -> list[Candidate]:
+    """The teacher's file, the student's FP32, and every flavour, those that were refused too."""
+    flavours = [
+        Candidate(file, "student", entry["name"], entry["kept"], entry["reason"])
+        for entry, file in _flavours(inputs)
+        if entry["name"] != REFERENCE
+    ]
+    student = Candidate(inputs["export"] / SHIPPED, "student", REFERENCE)
+    return [Candidate(inputs["export"] / "teacher" / SHIPPED, "teacher", REFERENCE), student, *flavours]
+
+
+def kept_files(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Precision -> ONNX file, of FP32 and every flavour that passed its gate."""
+    return {entry["name"]: file for entry, file in _flavours(inputs) if entry["kept"]}
+
+
+def _flavours(inputs: Mapping[str, Path]) -> list[tuple[dict[str, Any], Path]]:
+    entries = read_json(inputs["quantize"] / "quantize.json")
+    return [(e, inputs["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
+
+
+def read_json(path: Path) -> Any:
+    """A document that an earlier stage wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
