@@ -11,6 +11,7 @@ from pathlib import Path
 from compress.config import DistillConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.numerics import flush_denormals
 from compress.training.objective import DistillObjective, detection_loss
 from compress.training.prepare import model_of_state, new_model, open_splits
 from compress.training.progress import Report
@@ -38,6 +39,7 @@ def distill(
     on one batch; what would make the distillation silently useless is an error of one line. Other arguments and errors
     as for `compress.train.train`.
     """
+    flush_denormals(report)  # before anything makes torch start its threads
     state = read_resume(out, config) if resume else None
     master = load_teacher(teacher, data.names)
     splits = open_splits(data, config, report)

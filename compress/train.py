@@ -12,6 +12,7 @@ from compress.config import TrainConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.models import YOLOv5
 from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.numerics import flush_denormals
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
 from compress.training.progress import Report
@@ -36,6 +37,7 @@ def train(
     `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Errors: InputError
     for unusable files, UsageError for contradictory requests, EdgestillError for a loss that is not finite.
     """
+    flush_denormals(report)  # before anything makes torch start its threads
     state = read_resume(out, config) if resume else None
     splits = open_splits(data, config, report)
     model: YOLOv5

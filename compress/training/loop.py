@@ -29,7 +29,7 @@ from compress.models.checkpoint import save_model
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, write_csv
 from compress.training.device import pick_device, place
 from compress.training.ema import Ema
-from compress.training.numerics import flush_denormals, require_finite
+from compress.training.numerics import require_finite
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, Report, epoch_line, open_progress
@@ -117,7 +117,6 @@ class Trainer:
 
     def __init__(self, job: Job, device: str, report: Report, span: Span = unwatched) -> None:
         where, config = pick_device(device), job.config
-        flush_denormals(report if where.type == "cpu" else None)
         self.accelerator = Accelerator(
             cpu=where.type == "cpu", mixed_precision="fp16" if config.amp and where.type == "cuda" else "no"
         )

@@ -18,6 +18,7 @@ from compress.config import TrainConfig
 from compress.data.dataset_yaml import load_data
 from compress.training.device import pick_device, settle
 from compress.training.loop import Job, Trainer
+from compress.training.numerics import flush_denormals
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
 from compress.training.progress import Progress
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.threads:
         torch.set_num_threads(asked.threads)
+    flush_denormals(print)
     config = TrainConfig(epochs=100, batch=asked.batch, imgsz=asked.imgsz, workers=asked.workers, tensorboard=False)
     data = load_data(asked.data)
     model = new_model(data.names, scale=asked.scale, weights=asked.weights)
