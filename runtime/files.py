@@ -22,6 +22,7 @@ REMEDIES = {
     errno.EPERM: "Check who may write there, or choose another folder",
     errno.EROFS: "The file system is read-only: choose another folder",
     errno.ENOTDIR: "A part of the path is a file: choose another folder",
+    errno.EEXIST: "A part of the path is a file: choose another folder",
     errno.EISDIR: "There is a folder of that name: choose another name",
     errno.ENAMETOOLONG: "Choose a shorter name",
 }
@@ -43,11 +44,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        if error.errno in REMEDIES or error.filename == str(temporary):
+        if _is_about(error, path, temporary):
             raise _unwritable(path, error) from error
         raise
     finally:
         _remove(temporary)
+
+
+def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
+    """Of our own file or a folder above it; a full disk is told without a name. Others' errors are not ours to tell."""
+    if error.filename is None:
+        return error.errno in REMEDIES
+    return Path(error.filename) == temporary or path.is_relative_to(error.filename)
 
 
 def _sync(path: Path) -> None:

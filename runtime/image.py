@@ -6,6 +6,7 @@ Training, calibration, validation, benchmarks and the device all call this file.
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,12 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders' complaints wou
 import cv2  # noqa: E402
 
 LETTERBOX_FILL = 114
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+"""Inside a scan 0xff is followed by 0 (a data byte), by a restart marker, or by the marker that ends the scan."""
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
+JPEG = b"\xff\xd8\xff"
+SIGNATURES = (JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
 """First bytes of JPEG (and MPO), PNG, BMP, TIFF, WebP. No other decoder of OpenCV is ever tried."""
 
 Picture = NDArray[np.uint8]
@@ -39,17 +44,35 @@ def read_image(path: str | Path) -> Picture:
     if not data.startswith(SIGNATURES):
         raise InputError(f"{path}: not a picture", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
     try:
-        # from memory OpenCV refuses a JPEG that ends early; read from a file it fills the rest with grey, silently
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
             raise _too_large(path) from error
         raise InputError(f"{path}: cannot be decoded: {error.err}") from error
-    if image is None:
+    if image is None or (data.startswith(JPEG) and not reaches_its_end(data)):
         raise InputError(f"{path}: damaged or cut short ({len(data)} bytes)", "Copy or download it again")
     if image.shape[0] * image.shape[1] > MAX_IMAGE_PIXELS:  # OpenCV was loaded before this file could set its limit
         raise _too_large(path)
     return image  # type: ignore[return-value]
+
+
+def reaches_its_end(jpeg: bytes) -> bool:
+    """Whether the JPEG's own end marker is there: OpenCV fills what is missing with grey and says nothing.
+
+    Walks the markers, because a thumbnail before the picture and a video behind it have end markers too.
+    """
+    position, end = 2, len(jpeg)
+    while position + 4 <= end:
+        marker, length = jpeg[position + 1], int.from_bytes(jpeg[position + 2 : position + 4], "big")
+        position += 2 + length
+        if marker == START_OF_SCAN:
+            found = NEXT_MARKER.search(jpeg, position)
+            if found is None:
+                return False
+            position = found.end() - 2
+            if jpeg[position + 1] == END_OF_IMAGE:
+                return True
+    return False
 
 
 def _read_bytes(path: Path) -> bytes:

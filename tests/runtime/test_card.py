@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from runtime.card import Artifact, ModelCard
+from runtime.errors import InputError
+
+ARTIFACT = Artifact("model.plan", "0" * 64, 12, "fp16", "tensorrt_rtx", ("sm86",), {"tensorrt_rtx": "1.7.1"})
+CARD = ModelCard(
+    name="bolts",
+    names=("bolt", "Mutter"),
+    size_hw=(320, 640),
+    input="frame",
+    frame_hw=(1080, 1920),
+    provenance={"teacher": {"sha256": "ab"}, "map50_95": 0.5},
+    artifacts=(ARTIFACT,),
+)
+
+
+def test_json_there_and_back_is_identity(tmp_path):
+    assert ModelCard.from_json(CARD.to_json()) == CARD
+    CARD.save(tmp_path / "model.json")
+    assert ModelCard.load(tmp_path) == ModelCard.load(tmp_path / "model.json") == CARD
+    assert json.loads((tmp_path / "model.json").read_text())["schema_version"] == 1
+
+
+def changed(**changes: object) -> dict:
+    return CARD.to_dict() | changes
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (changed(colour="red"), "colour"),
+        ({key: value for key, value in CARD.to_dict().items() if key != "names"}, "names is missing"),
+        (changed(schema_version=2), "schema_version is 2"),
+        (changed(names="bolt"), "names"),
+        (changed(names=[]), "names"),
+        (changed(size_hw=[640]), "size_hw"),
+        (changed(size_hw=[640, "640"]), "size_hw"),
+        (changed(size_hw=[True, True]), "size_hw"),
+        (changed(stride=0), "stride"),
+        (changed(conf=1.5), "conf"),
+        (changed(conf="high"), "conf"),
+        (changed(input="jpeg"), "input"),
+        (changed(output="masks"), "output"),
+        (changed(frame_hw=None), "frame_hw"),
+        (changed(max_det=0), "max_det"),
+        (changed(artifacts={}), "artifacts"),
+        (changed(artifacts=[{"file": "x"}]), "missing"),
+        (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "file": "../../etc/passwd"}]), "no folder"),
+        (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "sha256": "zz"}]), "hex"),
+        (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "backend": "caffe"}]), "backend"),
+        (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "bytes": -1}]), "bytes"),
+        ([], "expected an object"),
+    ],
+)
+def test_a_wrong_card_is_one_line_that_names_file_and_key(tmp_path, data, word):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=word) as caught:
+        ModelCard.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"names": "\\ud800"}'])
+def test_broken_json_is_an_input_error(tmp_path, text):
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(InputError):
+        ModelCard.load(tmp_path)
+
+
+def test_a_missing_card_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"model\.json"):
+        ModelCard.load(tmp_path)
+
+
+def test_defaults_may_be_left_out():
+    required = ("schema_version", "name", "names", "size_hw", "stride", "input", "output")
+    data = {key: value for key, value in CARD.to_dict().items() if key in required} | {"input": "canvas"}
+    card = ModelCard.from_dict(data)
+    assert (card.conf, card.max_det, card.artifacts) == (0.25, 300, ())
+
+
+def test_artifacts_are_found_by_file():
+    assert CARD.artifact("model.plan") == ARTIFACT
+    assert CARD.artifact("other") is None

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.errors import EdgestillError
+from runtime.files import atomic_write, sha256, write_json
+
+
+def test_the_file_appears_whole_when_the_block_ends(tmp_path):
+    goal = tmp_path / "new" / "folder" / "model.onnx"
+    with atomic_write(goal) as temporary:
+        temporary.write_bytes(b"weights")
+        assert temporary.parent == goal.parent
+        assert temporary.suffix == ".onnx"
+        assert not goal.exists()
+    assert goal.read_bytes() == b"weights"
+    assert os.listdir(goal.parent) == ["model.onnx"]
+
+
+def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
+    goal = tmp_path / "a.txt"
+    goal.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(goal) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert goal.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [(errno.ENOSPC, "space"), (errno.EACCES, "Check who"), (errno.EROFS, "read")]
+)
+def test_a_disk_that_refuses_is_one_line_with_a_remedy(tmp_path, code, word):
+    with pytest.raises(EdgestillError, match=word) as caught, atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise OSError(code, os.strerror(code), str(temporary))
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgestillError, match="cannot be written"), atomic_write(tmp_path / "file" / "a"):
+        pass
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(EdgestillError, match="cannot be written"), atomic_write(tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_files_error_is_not_blamed_on_the_goal(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
+        (tmp_path / "other").read_text()
+
+
+def test_sha256_is_hashlibs(tmp_path):
+    data = np.random.default_rng(0).bytes(3_000_001)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_json_takes_paths_and_numpy_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"path": Path("x/y"), "n": np.float32(1.5), "row": np.arange(2), "ü": "é"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
+        "path": "x/y",
+        "n": 1.5,
+        "row": [0, 1],
+        "ü": "é",
+    }
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "b.json", {"n": float("nan")})
+    assert not (tmp_path / "b.json").exists()

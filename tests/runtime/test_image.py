@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from runtime.boxes import unletterbox
+from runtime.errors import InputError
+from runtime.image import LETTERBOX_FILL, fit, letterbox, read_image, resize_longest, to_tensor
+
+PICTURE = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8), (5, 5), 0)
+
+
+def encoded(kind: str, picture: np.ndarray = PICTURE, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    data = bytearray(encoded("JPEG"))
+    start = data.find(b"\xff\xc0") + 5
+    data[start : start + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
+def test_every_format_decodes_to_bgr(tmp_path, kind):
+    path = tmp_path / "a.img"  # the content decides, not the suffix
+    path.write_bytes(encoded(kind))
+    image = read_image(path)
+    assert (image.shape, image.dtype) == ((60, 80, 3), np.uint8)
+    assert np.abs(image[..., ::-1].astype(int) - PICTURE).mean() < 12
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P"])
+def test_every_colour_mode_becomes_three_channels(tmp_path, mode):
+    path = tmp_path / "a"
+    source = Image.fromarray(PICTURE)
+    picture = Image.fromarray(PICTURE[..., 0].astype(np.uint16) * 257) if mode == "I;16" else source.convert(mode)
+    picture.save(path, "JPEG" if mode == "CMYK" else "PNG")
+    assert read_image(path).shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_imread_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded("JPEG", exif=exif.tobytes()))
+    image = read_image(path)
+    assert np.array_equal(image, cv2.imread(str(path)))
+    assert image.shape[:2] == ((60, 80) if orientation < 5 else (80, 60))
+
+
+BAD = {
+    "empty": (b"", "empty"),
+    "text": (b"not a picture", "not a picture"),
+    "fits": (b"SIMPLE  =                    T" + b" " * 3000, "not a picture"),
+    "gif": (encoded("GIF"), "not a picture"),
+    "half jpeg": (encoded("JPEG")[:900], "cut short"),
+    "half progressive jpeg": (encoded("JPEG", progressive=True)[:900], "cut short"),
+    "jpeg without its last ten bytes": (encoded("JPEG")[:-10], "cut short"),
+    "half png": (encoded("PNG")[:3000], "cut short"),
+    "half bmp": (encoded("BMP")[:3000], "cut short"),
+    "half webp": (encoded("WEBP")[:-200], "cut short"),
+    "half tiff": (encoded("TIFF")[:3000], "cut short"),
+    "png of 40000 x 40000": (png_header(40_000, 40_000), "pixels"),
+    "png of 60000 x 60000": (png_header(60_000, 60_000), "pixels"),
+    "jpeg of 40000 x 40000": (jpeg_of_size(40_000, 40_000), "pixels"),
+    "png of 200 million pixels": (png_header(20_000, 10_000), "pixels|cut short"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_picture_is_one_line_that_names_the_file(tmp_path, name):
+    data, word = BAD[name]
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=word) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+    assert "bad.jpg" in str(caught.value)
+
+
+def test_missing_files_and_folders_are_input_errors(tmp_path):
+    for path in (tmp_path / "none.jpg", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_image(path)
+
+
+def test_letterbox_agrees_with_all_224_reference_cases(reference):
+    table = json.loads((reference / "data_reference.json").read_text())["letterbox"]
+    assert len(table["rows"]) == 224
+    for height, width, size_hw, auto, scale_up, out_hw, gain, pad_wh, (y0, y1, x0, x1) in table["rows"]:
+        framed = letterbox(
+            np.zeros((height, width, 3), np.uint8), tuple(size_hw), auto=bool(auto), scale_up=bool(scale_up)
+        )
+        assert framed.image.shape == (*out_hw, 3)
+        assert (framed.gain, list(framed.pad_wh)) == (pytest.approx(gain, abs=1e-12), pad_wh)
+        content = framed.image[..., 0] != LETTERBOX_FILL
+        rows, columns = np.flatnonzero(content.any(1)), np.flatnonzero(content.any(0))
+        assert [rows[0], rows[-1] + 1, columns[0], columns[-1] + 1] == [y0, y1, x0, x1]
+
+
+def test_letterboxed_pixels_and_tensors_are_bit_equal_to_the_reference(shared, reference):
+    runs = json.loads((reference / "inference_reference.json").read_text())["runs"]
+    pictures = {path.name: path for path in (shared / "data").rglob("*.jpg")}
+    with np.load(reference / "letterboxed_bgr_uint8.npz") as canvases:
+        for name, canvas in canvases.items():
+            number, size = name[2:].split("_")
+            framed = letterbox(read_image(pictures[f"{int(number):012d}.jpg"]), (int(size), int(size)))
+            assert np.array_equal(framed.image, canvas)
+            digest = hashlib.sha256(to_tensor(framed.image).tobytes()).hexdigest()
+            assert digest == runs[name]["input_rgb_chw_f32_sha256"]
+
+
+sides = st.integers(1, 400)
+
+
+@settings(max_examples=60, deadline=None)
+@given(frame=st.tuples(sides, sides), size=st.tuples(st.integers(32, 320), st.integers(32, 320)), up=st.booleans())
+def test_letterbox_then_unletterbox_is_identity(frame, size, up):
+    place = fit(frame, size, auto=False, scale_up=up, stride=32)
+    assert place.canvas_hw == size
+    boxes = np.array([[0, 0, frame[1], frame[0]], [0, 0, frame[1] / 2, frame[0] / 3]], np.float32)
+    on_canvas = boxes * place.gain + np.array([*place.pad_wh, *place.pad_wh])
+    assert np.allclose(unletterbox(on_canvas, place.gain, place.pad_wh, frame), boxes, atol=2e-3 / place.gain)
+
+
+def test_auto_pads_to_the_stride_only():
+    assert letterbox(np.zeros((480, 640, 3), np.uint8), (640, 640), auto=True).image.shape == (480, 640, 3)
+    assert letterbox(np.zeros((481, 640, 3), np.uint8), (640, 640), auto=True).image.shape == (512, 640, 3)
+
+
+def test_letterbox_returns_memory_of_its_own():
+    image = np.zeros((64, 64, 3), np.uint8)
+    letterbox(image, (64, 64)).image[:] = 9
+    assert not image.any()
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "goal", "linear", "expected", "interpolation"),
+    [
+        ((481, 640), 320, False, (240, 320), cv2.INTER_AREA),
+        ((481, 640), 320, True, (240, 320), cv2.INTER_LINEAR),
+        ((100, 77), 640, False, (640, 492), cv2.INTER_LINEAR),  # 492.8: version 7.0 truncates
+        ((1, 3000), 640, False, (1, 640), cv2.INTER_AREA),
+    ],
+)
+def test_resize_longest_truncates_and_picks_the_loaders_interpolation(size_hw, goal, linear, expected, interpolation):
+    image = np.random.default_rng(1).integers(0, 256, (*size_hw, 3), np.uint8)
+    resized = resize_longest(image, goal, enlarge_or_augment_linear=linear)
+    assert resized.shape[:2] == expected
+    assert np.array_equal(resized, cv2.resize(image, expected[::-1], interpolation=interpolation))
+
+
+def test_resize_longest_leaves_an_image_that_fits():
+    image = np.zeros((48, 64, 3), np.uint8)
+    assert resize_longest(image, 64, enlarge_or_augment_linear=False) is image
+
+
+def test_tensor_is_rgb_planes_in_0_to_1():
+    image = np.zeros((2, 4, 5, 3), np.uint8)
+    image[0, 1, 2] = (10, 20, 255)
+    tensor = to_tensor(image)
+    assert (tensor.shape, tensor.dtype, tensor.flags.c_contiguous) == ((2, 3, 4, 5), np.float32, True)
+    assert tensor[0, :, 1, 2].tolist() == [1.0, np.float32(20) / np.float32(255), np.float32(10) / np.float32(255)]
+    assert np.array_equal(to_tensor(image[0]), tensor[:1])
