@@ -66,14 +66,15 @@ class Point(NamedTuple):
     kept: bool = True
 
 
-PLOT = Box(64, 18, 912, 372)
+PLOT = Box(76, 18, 918, 372)
 PICTURE_WH = (936, 428)
 MARK_PX = 7.0
+FEWEST_POINTS = 2
 
 
 def pareto(points: Sequence[Point]) -> str:
-    """Scatter of mAP over latency with the front of files that no other kept file beats in both."""
-    if not points:
+    """Scatter of mAP over latency with the front of files that no other kept file beats in both; "" below two points."""
+    if len(points) < FEWEST_POINTS:
         return ""
     x, y = _latency_scale(points), _accuracy_scale(points)
     places = [(x(point.x), y(point.y)) for point in points]
@@ -149,7 +150,7 @@ def _axes(x: Scale, y: Scale) -> Iterator[str]:
     )
     middle = (PLOT.top + PLOT.bottom) / 2
     yield (
-        f'<text class="title" x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">'
+        f'<text class="title" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
         "mAP50-95 → better</text>"
     )
 

@@ -80,19 +80,27 @@ def render_markdown(found: Comparison) -> str:
 
 
 def render_html(found: Comparison) -> str:
-    """One self-contained page with the picture of all rows."""
-    cells = [[name, *wording.model_cells(row)] for name, row in found.rows]
-    several = len({name for name, _ in found.rows}) > 1
-    labelled = [
-        point._replace(label=f"{name}: {point.label}" if several else point.label)
-        for name, row in found.rows
-        for point in page.pareto_points([row])
+    """One self-contained page: the picture of all rows, and the table by report. Reports are A, B, C ... in labels."""
+    names = list(dict.fromkeys(name for name, _ in found.rows))
+    groups: list[dict[str, Any]] = [
+        {"letter": letter, "name": name, "rows": [row for owner, row in found.rows if owner == name]}
+        for letter, name in zip(map(letters, range(len(names))), names, strict=True)
     ]
-    return (
-        page.environment()
-        .get_template("compare.html")
-        .render(columns=COLUMNS, cells=cells, warnings=found.warnings, pareto=charts.pareto(labelled))
+    points = [
+        point._replace(label=f"{group['letter']} {point.label}")
+        for group in groups
+        for point in page.pareto_points(group["rows"])
+    ]
+    tables = [group | {"cells": list(map(wording.model_cells, group["rows"]))} for group in groups]
+    template = page.environment().get_template("compare.html")
+    return template.render(
+        columns=MARKDOWN_COLUMNS, groups=tables, warnings=found.warnings, pareto=charts.pareto(points)
     )
+
+
+def letters(index: int) -> str:
+    """A to Z, then A1, B1 ..."""
+    return chr(ord("A") + index % 26) + (str(index // 26) if index >= 26 else "")
 
 
 # --------------------------------------------------------------------------------------------------------- thresholds

@@ -70,8 +70,9 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "summary": wording.summary(data),
         "findings": wording.findings(data),
         "best": best,
-        "best_span": best["latency"]["end_to_end"] if best and best["latency"] else None,
-        "teacher": next((row for row in rows if row["role"] == "teacher" and row["latency"]), None),
+        "best_span": span_of(data, "file"),
+        "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
+        "teacher_span": span_of(data, "teacher_file"),
         "rows": [dict(row, label=wording.label(row, rows), kind=kind_of(row), kept=is_kept(row)) for row in rows],
         "pareto": charts.pareto(pareto_points(rows)),
         "stages": stage_bars(rows),
@@ -99,9 +100,16 @@ def _complete(row: Row, reference: str) -> Row:
     return dict.fromkeys(schema()["$defs"][reference.rpartition("/")[2]]["properties"]) | row
 
 
-def headline_row(data: Mapping[str, Any]) -> Row | None:
+def headline_row(data: Mapping[str, Any], key: str = "file") -> Row | None:
+    """The row that the headline names under `key`."""
     headline = data["headline"]
-    return next((row for row in data["models"] if headline and row["file"] == headline["file"]), None)
+    return next((row for row in data["models"] if headline and row["file"] == headline[key]), None)
+
+
+def span_of(data: Mapping[str, Any], key: str) -> Row | None:
+    """Its end-to-end latency."""
+    row = headline_row(data, key)
+    return row["latency"]["end_to_end"] if row and row["latency"] else None
 
 
 def kind_of(row: Row) -> str:

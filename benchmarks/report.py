@@ -145,15 +145,17 @@ def plain(value: Any) -> Any:
 
 
 def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
-    """The fastest student file that passed its gate, against the teacher's file; None where nothing was kept."""
+    """The fastest student file that passed its gate, against the teacher's file; None where nothing was kept.
+
+    A speed-up compares files on one device: a student on the GPU says nothing about a teacher on the CPU.
+    """
     students = [row for row in models if row["role"] == "student" and is_kept(row)]
     if not students:
         return None
     best = min(students, key=lambda row: (p50(row) is None, p50(row) or 0.0, -(ap(row) or 0.0)))
     teachers = [row for row in models if row["role"] == "teacher"]
-    teacher = min(
-        teachers, key=lambda row: row["device"] != best.get("device") if "device" in row else True, default={}
-    )
+    beside = next((row for row in teachers if row.get("device") == best.get("device")), None)
+    teacher = beside or next(iter(teachers), {})
     known = [row for row in (teacher, *torch) if row and row["role"] == "teacher"]
     return {
         "file": best["file"],
@@ -163,7 +165,7 @@ def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
         "bytes": best["bytes"],
         "p50_ms": p50(best),
         "teacher_file": teacher.get("file"),
-        "speedup": ratio(p50(teacher), p50(best)),
+        "speedup": ratio(p50(beside), p50(best)) if beside else None,
         "size_ratio": ratio(teacher.get("bytes"), best["bytes"]),
         "parameter_ratio": ratio(_first("parameters", known), _parameters(best, torch)),
         "retained": ratio(ap(best), next(filter(None, map(ap, known)), None)),

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from benchmarks import overhead
+from benchmarks.__main__ import main
+from benchmarks.bench import Plan, annotated, digest, pictures
+from benchmarks.environment import environment
+from benchmarks.report import Report
+from runtime.card import METADATA_KEY, Artifact, ModelCard
+from runtime.errors import InputError
+from runtime.files import sha256
+
+SIZE = 64
+CARD = ModelCard(name="square", names=("thing", "other"), size_hw=(SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that finds one "other" at (8, 8, 40, 40) of every canvas, pictures of which each has one there."""
+    root = tmp_path_factory.mktemp("bench")
+    write_model(root / "model.onnx")
+    (root / "images").mkdir()
+    for number in range(3):
+        cv2.imwrite(str(root / "images" / f"{number}.png"), np.full((SIZE, SIZE, 3), 40 * number, np.uint8))
+    write_annotations(root / "instances.json", [f"{number}.png" for number in range(3)])
+    return root
+
+
+def write_model(path: Path) -> None:
+    found = np.array([[[8, 8, 40, 40, 0.9, 1], [0, 0, 0, 0, 0, 0]]], np.float32)
+    nodes = [
+        helper.make_node("Cast", ["canvas"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["float"], ["high"], keepdims=0),
+        helper.make_node("Mul", ["high", "zero"], ["nothing"]),
+        helper.make_node("Add", ["found", "nothing"], ["boxes"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "square",
+        [helper.make_tensor_value_info("canvas", TensorProto.UINT8, [1, SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 2, 6])],
+        [
+            helper.make_tensor("found", TensorProto.FLOAT, found.shape, found.ravel()),
+            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {METADATA_KEY: CARD.to_json()})
+    onnx.save(model, path)
+
+
+def write_annotations(path: Path, files: list[str], names: tuple[str, ...] = ("other", "thing")) -> None:
+    boxes = [
+        {"id": n, "image_id": n, "category_id": 7, "bbox": [8, 8, 32, 32], "area": 1024, "iscrowd": 0}
+        for n in range(1, len(files) + 1)
+    ]
+    truth = {
+        "images": [
+            {"id": n, "file_name": f"train/{name}", "width": SIZE, "height": SIZE} for n, name in enumerate(files, 1)
+        ],
+        "annotations": boxes,
+        "categories": [{"id": 7 + index, "name": name} for index, name in enumerate(names)],
+    }
+    path.write_text(json.dumps(truth))
+
+
+def bench(folder: Path, out: Path, *more: str) -> int:
+    given = ["--model", str(folder / "model.onnx"), "--images", str(folder / "images"), "--out", str(out)]
+    return main([*given, "--samples", "12", "--warmup", "5", "--device", "cpu", *more])
+
+
+def test_a_file_is_timed_and_judged_in_one_run(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert bench(folder, tmp_path, "--annotations", str(folder / "instances.json")) == 0
+    (row,) = Report.load(tmp_path).data["models"]
+    assert row["accuracy"]["map50_95"] == pytest.approx(1.0)
+    assert row["latency"]["end_to_end"]["n"] == 12
+    assert row["sha256"] == sha256(folder / "model.onnx")
+    assert row["device"] == "cpu"
+    assert "| model.onnx | fp32 | onnx |" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.csv",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_without_annotations_there_is_no_accuracy(folder: Path, tmp_path: Path) -> None:
+    assert bench(folder, tmp_path) == 0
+    data = Report.load(tmp_path).data
+    assert data["models"][0]["accuracy"] is None
+    assert data["dataset"]["instances"] is None
+
+
+def test_settings_come_from_the_model_and_the_command(folder: Path, tmp_path: Path) -> None:
+    bench(folder, tmp_path)
+    settings = Report.load(tmp_path).data["settings"]
+    assert (settings["imgsz"], settings["conf"], settings["iou"]) == (SIZE, CARD.conf, CARD.iou)
+    assert (settings["latency_samples"], settings["warmup_ms"]) == (12, 5.0)
+
+
+@pytest.mark.parametrize(("rule", "code"), [("p50_ms>1e6", 0), ("p50_ms>0", 1), ("p50_ms!", 2)])
+def test_a_threshold_is_an_exit_code(folder: Path, tmp_path: Path, rule: str, code: int, capsys: Any) -> None:
+    assert bench(folder, tmp_path, "--fail-on", rule) == code
+    assert ("p50_ms" in capsys.readouterr().err) == (code != 0)
+
+
+def test_every_file_of_a_bundle_is_measured_and_idle_engines_are_listed(folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name in ("a.onnx", "b.onnx"):
+        shutil.copy(folder / "model.onnx", bundle / name)
+    (bundle / "c.plan").write_bytes(b"not a plan for here")
+    artifacts = [artifact(bundle / "c.plan", "fp16", "tensorrt"), *(artifact(bundle / f"{n}.onnx") for n in "ab")]
+    ModelCard(**{**vars(CARD), "artifacts": tuple(artifacts)}).save(bundle / "model.json")
+    images = ["--images", str(folder / "images"), "--samples", "11", "--warmup", "1"]
+    assert main(["--model", str(bundle), *images, "--out", str(tmp_path / "out")]) == 0
+    data = Report.load(tmp_path / "out").data
+    assert [row["file"] for row in data["models"]] == ["a.onnx", "b.onnx"]
+    (engine,) = data["engines"]
+    assert (engine["file"], engine["targets"], engine["ran"]) == ("c.plan", ["sm1"], False)
+    assert engine["note"]
+
+
+def artifact(path: Path, precision: str = "fp32", backend: Any = "onnx") -> Artifact:
+    targets = ("sm1",) if backend != "onnx" else ()
+    return Artifact(path.name, sha256(path), path.stat().st_size, precision, backend, targets)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--images", "nowhere"], "nowhere"),
+        (["--annotations", "nowhere.json"], "nowhere.json"),
+        (["--model", "nowhere.onnx"], "nowhere.onnx"),
+    ],
+)
+def test_an_absent_file_is_one_line(folder: Path, tmp_path: Path, change: list[str], word: str, capsys: Any) -> None:
+    assert bench(folder, tmp_path, *change) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert word in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_annotations_of_other_pictures_are_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    write_annotations(tmp_path / "other.json", ["x.png"])
+    assert bench(folder, tmp_path / "out", "--annotations", str(tmp_path / "other.json")) == 1
+    assert "none of the pictures" in capsys.readouterr().err
+
+
+def test_pictures_and_annotations_meet_by_file_name(folder: Path) -> None:
+    truth = json.loads((folder / "instances.json").read_text())
+    images = pictures(folder / "images", most=2)
+    assert annotated(images, truth) == [(1, images[0]), (2, images[1])]
+
+
+def test_the_digest_changes_with_pictures_and_labels(folder: Path) -> None:
+    images = pictures(folder / "images")
+    digests = {digest(images), digest(images[:2]), digest(images, {"annotations": []})}
+    assert len(digests) == 3
+    assert digest(images) == digest(Plan(images).images)
+
+
+def test_a_folder_without_pictures_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no picture"):
+        pictures(tmp_path)
+
+
+def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> None:
+    given = ["--model", str(folder / "model.onnx"), "--images", str(folder / "images"), "--rounds", "10"]
+    assert overhead.main([*given, "--threads", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "times the bare session.run" in text
+    assert "95 % interval" in text
+    assert "n = 100" in text
+
+
+def test_overhead_needs_an_onnx_file(folder: Path, capsys: Any) -> None:
+    assert overhead.main(["--model", "m.plan", "--images", str(folder / "images")]) == 2
+    assert "m.plan" in capsys.readouterr().err
+
+
+def test_the_environment_is_json() -> None:
+    facts = environment()
+    json.dumps(facts)
+    assert facts["packages"]["faster-coco-eval"]

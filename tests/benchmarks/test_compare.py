@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.compare import compare, fail_on, render_html, render_markdown
+from benchmarks.report import Report
+from runtime.errors import UsageError
+
+
+def changed(report: Report, **sections: dict[str, Any]) -> Report:
+    return Report({**report.data, **{key: report.data[key] | value for key, value in sections.items()}})
+
+
+def test_equal_settings_are_compared_without_a_warning(sample: Report) -> None:
+    found = compare([sample, sample])
+    assert found.warnings == ()
+    assert len(found.rows) == 2 * len(sample.data["models"])
+    assert {name for name, _ in found.rows} == {"Conveyor, YOLOv5n to p (1)", "Conveyor, YOLOv5n to p (2)"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "word"),
+    [
+        ({"settings": {"conf": 0.5}}, "conf"),
+        ({"settings": {"iou": 0.7}}, "iou"),
+        ({"settings": {"max_det": 100}}, "max_det"),
+        ({"settings": {"imgsz": 640}}, "imgsz"),
+        ({"dataset": {"sha256": "ef" * 32}}, "data"),
+        ({"machine": {"cpu": "Other CPU"}}, "machine"),
+    ],
+)
+def test_a_difference_that_matters_is_a_warning_and_rows_stay_apart(
+    sample: Report, sections: dict[str, Any], word: str
+) -> None:
+    found = compare([sample, changed(sample, **sections)])
+    assert [sentence.split()[0] for sentence in found.warnings] == [word]
+    assert len(found.rows) == 2 * len(sample.data["models"])
+
+
+def test_reports_of_two_tensorrt_versions_are_not_compared_in_silence(sample: Report) -> None:
+    packages = sample.data["machine"]["packages"]
+    old, new = (changed(sample, machine={"packages": packages | {"tensorrt": v}}) for v in ("10.4.0", "11.1.0"))
+    (warning,) = compare([old, new]).warnings
+    assert "10.4.0" in warning
+    assert "11.1.0" in warning
+
+
+def test_warnings_are_in_every_rendering(sample: Report) -> None:
+    found = compare([sample, changed(sample, settings={"conf": 0.5})])
+    assert "**Warning:** conf differs" in render_markdown(found)
+    assert "conf differs" in render_html(found)
+    assert render_html(found) == render_html(found)
+    assert render_markdown(found).count("model.fp16.onnx") == 2
+
+
+def test_nothing_to_compare_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no report"):
+        compare([])
+
+
+@pytest.mark.parametrize(
+    ("rule", "files"),
+    [
+        ("map50_95<0.30", []),
+        ("map50_95<0.55", ["model.int8-cpu.onnx"]),
+        ("map50_95 <= 0.5500", ["model.fp16.onnx", "model.int8-cpu.onnx"]),
+        ("int8-cpu.map50_95<0.55", ["model.int8-cpu.onnx"]),
+        ("p50_ms>12.0", ["model.onnx", "model.fp16.onnx"]),
+        ("bytes>2e6", ["model.onnx"]),
+        ("speedup<3", []),
+        ("speedup<4", ["model.int8-cpu.onnx"]),
+        ("retained<0.95", ["model.int8-cpu.onnx"]),
+    ],
+)
+def test_a_rule_names_the_files_that_break_it(sample: Report, rule: str, files: list[str]) -> None:
+    assert [violation.split(": ")[1].split(" has ")[0] for violation in fail_on(rule, sample)] == files
+
+
+def test_refused_files_and_the_teacher_break_no_rule(sample: Report) -> None:
+    assert fail_on("map50_95<0.53", sample) == []
+    assert fail_on("p50_ms>20", sample) == []
+
+
+def test_what_was_not_measured_breaks_the_rule(sample: Report) -> None:
+    assert any("not measured" in violation for violation in fail_on("p99_ms>1000", sample))
+    assert fail_on("int4.map50_95<0.3", sample) == ["int4.map50_95<0.3: no file of the report has map50_95"]
+
+
+@pytest.mark.parametrize("rule", ["", "map50_95", "map50_95=0.3", "map50_95<abc", "banana<1", "__import__('os')<1"])
+def test_a_rule_that_cannot_be_read_is_a_usage_error(sample: Report, rule: str) -> None:
+    with pytest.raises(UsageError):
+        fail_on(rule, sample)
