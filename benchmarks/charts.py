@@ -73,7 +73,7 @@ FEWEST_POINTS = 2
 
 
 def pareto(points: Sequence[Point]) -> str:
-    """Scatter of mAP over latency with the front of files that no other kept file beats in both; "" below two points."""
+    """Scatter of mAP over latency, with the front of files that no kept file beats in both; "" below two points."""
     if len(points) < FEWEST_POINTS:
         return ""
     x, y = _latency_scale(points), _accuracy_scale(points)
