@@ -13,6 +13,17 @@ from runtime.errors import EdgestillError
 from runtime.files import atomic_write, sha256, write_json
 
 
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def write(goal, text, error):
+    """A block that writes and then fails."""
+    with atomic_write(goal) as temporary:
+        temporary.write_text(text)
+        raise error(temporary)
+
+
 def test_the_file_appears_whole_when_the_block_ends(tmp_path):
     goal = tmp_path / "new" / "folder" / "model.onnx"
     with atomic_write(goal) as temporary:
@@ -21,28 +32,26 @@ def test_the_file_appears_whole_when_the_block_ends(tmp_path):
         assert temporary.suffix == ".onnx"
         assert not goal.exists()
     assert goal.read_bytes() == b"weights"
-    assert os.listdir(goal.parent) == ["model.onnx"]
+    assert names_in(goal.parent) == ["model.onnx"]
 
 
 def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
     goal = tmp_path / "a.txt"
     goal.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_write(goal) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        write(goal, "half", lambda _: ZeroDivisionError())
     assert goal.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert names_in(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize(
     ("code", "word"), [(errno.ENOSPC, "space"), (errno.EACCES, "Check who"), (errno.EROFS, "read")]
 )
 def test_a_disk_that_refuses_is_one_line_with_a_remedy(tmp_path, code, word):
-    with pytest.raises(EdgestillError, match=word) as caught, atomic_write(tmp_path / "a") as temporary:
-        temporary.write_text("half")
-        raise OSError(code, os.strerror(code), str(temporary))
+    with pytest.raises(EdgestillError, match=word) as caught:
+        write(tmp_path / "a", "half", lambda path: OSError(code, os.strerror(code), str(path)))
     assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
@@ -54,7 +63,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
 def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(EdgestillError, match="cannot be written"), atomic_write(tmp_path / "a"):
         pass
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_another_files_error_is_not_blamed_on_the_goal(tmp_path):

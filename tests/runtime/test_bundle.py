@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from dataclasses import replace
+
+import pytest
+
+from runtime import bundle
+from runtime.backends import tensorrt as tensorrt_backend
+from runtime.bundle import candidates, read_checked
+from runtime.card import Artifact
+from runtime.detector import Detector
+from runtime.errors import EngineError, InputError, UsageError
+from runtime.files import sha256
+
+
+def artifact(path, precision="fp32", backend="onnx", **more):
+    return Artifact(path.name, sha256(path), path.stat().st_size, precision, backend, **more)
+
+
+@pytest.fixture
+def folder(toys, tmp_path):
+    """A bundle: a plan first, then two ONNX files."""
+    plan = tmp_path / "toy.fp16.plan"
+    plan.write_bytes(b"vtrt" + bytes(range(256)) * 40)
+    fp32, int8 = toys.canvas_model(tmp_path / "toy.onnx"), toys.canvas_model(tmp_path / "toy.int8.onnx")
+    artifacts = (
+        artifact(plan, "fp16", "tensorrt_rtx", targets=("sm86",), versions={"tensorrt_rtx": "1.7.1.116"}),
+        artifact(fp32),
+        artifact(int8, "int8-cpu"),
+    )
+    toys.card(artifacts=artifacts).save(tmp_path / "model.json")
+    return tmp_path
+
+
+@pytest.fixture
+def deserialised(monkeypatch):
+    """Every call that would load native code, which no test here may cause."""
+    calls = []
+    monkeypatch.setattr(tensorrt_backend, "deserialize", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_a_bundle_offers_its_files_in_order_of_preference(folder):
+    offered = candidates(folder)
+    assert [item.path.name for item in offered] == ["toy.fp16.plan", "toy.onnx", "toy.int8.onnx"]
+    assert [item.card.precision for item in offered] == ["fp16", "fp32", "int8-cpu"]
+
+
+@pytest.mark.parametrize("variant", ["int8-cpu", "toy.int8.onnx", "toy.int8"])
+def test_a_variant_is_picked_by_precision_or_file(folder, variant):
+    assert [item.path.name for item in candidates(folder, variant)] == ["toy.int8.onnx"]
+
+
+def test_an_unknown_variant_names_the_known(folder):
+    with pytest.raises(UsageError, match="fp16, fp32, int8-cpu"):
+        candidates(folder, "int4")
+    with pytest.raises(UsageError, match="bundle"):
+        candidates(folder / "toy.onnx", "fp32")
+
+
+def test_the_first_file_that_works_here_is_loaded_and_the_others_explained(folder, deserialised, white_frame):
+    with Detector.load(folder) as detector:
+        assert detector.artifact.file == "toy.onnx"
+        ((file, reason),) = detector.skipped
+        assert file == "toy.fp16.plan"
+        assert "GPU" in reason or "tensorrt_rtx" in reason
+        assert len(detector(white_frame)) == 2
+    assert deserialised == []
+
+
+def test_a_bundle_survives_files_left_at_home(folder):
+    (folder / "toy.fp16.plan").unlink()
+    (folder / "toy.onnx").unlink()
+    detector = Detector.load(folder)
+    assert detector.artifact.file == "toy.int8.onnx"
+    assert [reason for _, reason in detector.skipped] == ["not in the folder"] * 2
+
+
+def test_a_changed_onnx_file_of_a_bundle_is_not_passed_over(folder):
+    data = bytearray((folder / "toy.onnx").read_bytes())
+    data[-1] ^= 1
+    (folder / "toy.onnx").write_bytes(data)
+    with pytest.raises(EngineError, match="sha256"):
+        Detector.load(folder)
+
+
+@pytest.mark.parametrize("place", [0, 5, 1000, -1])
+def test_a_flipped_byte_is_refused_before_anything_is_loaded(folder, deserialised, place):
+    path = folder / "toy.fp16.plan"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x40
+    path.write_bytes(data)
+    with pytest.raises(EngineError, match="sha256"):
+        Detector.load(path)
+    assert deserialised == []
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, 10_243])
+def test_a_cut_engine_is_refused_before_anything_is_loaded(folder, deserialised, length):
+    path = folder / "toy.fp16.plan"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(EngineError, match="cut short"):
+        Detector.load(path)
+    assert deserialised == []
+
+
+def test_an_engine_without_a_card_is_refused(folder, deserialised):
+    (folder / "model.json").unlink()
+    with pytest.raises(EngineError, match=r"no model\.json"):
+        Detector.load(folder / "toy.fp16.plan")
+    assert deserialised == []
+
+
+def test_another_models_card_does_not_vouch(folder, toys, deserialised):
+    toys.card(artifacts=(artifact(folder / "toy.onnx"),)).save(folder / "model.json")
+    with pytest.raises(EngineError, match="does not list it"):
+        Detector.load(folder / "toy.fp16.plan")
+    shutil.copy(folder / "toy.onnx", folder / "toy.fp16.plan")
+    assert deserialised == []
+
+
+def test_the_bytes_that_were_hashed_are_the_bytes_that_get_loaded(folder):
+    candidate = candidates(folder / "toy.fp16.plan")[0]
+    data = read_checked(candidate)
+    (folder / "toy.fp16.plan").write_bytes(b"swapped")
+    assert data.startswith(b"vtrt")
+
+
+def test_ultralytics_prefix_is_recognised_and_explained(folder):
+    path = folder / "yolo.engine"
+    text = json.dumps({"description": "YOLO", "stride": 32}).encode()
+    path.write_bytes(struct.pack("<I", len(text)) + text + b"ptrt")
+    with pytest.raises(EngineError, match=f"{len(text)} bytes of Ultralytics metadata"):
+        candidates(path)
+
+
+def test_paths_that_are_nothing_are_one_line(tmp_path):
+    (tmp_path / "model.txt").write_text("x")
+    for path, error in (
+        (tmp_path / "none.onnx", InputError),
+        (tmp_path / "model.txt", UsageError),
+        (tmp_path, InputError),
+    ):
+        with pytest.raises(error) as caught:
+            candidates(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_without_files_is_refused(folder):
+    replace(candidates(folder)[0].card, artifacts=()).save(folder / "model.json")
+    with pytest.raises(InputError, match="no artifacts"):
+        candidates(folder)
+
+
+def test_a_plan_may_not_lie_outside_its_bundle(folder):
+    data = json.loads((folder / "model.json").read_text())
+    data["artifacts"][1]["file"] = "../toy.onnx"
+    (folder / "model.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="no folder"):
+        candidates(folder)
+
+
+def test_remedies_are_runnable_commands():
+    assert "python -m runtime build" in bundle.REBUILD

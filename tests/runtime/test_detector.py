@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from runtime import Detector
+from runtime.backends import onnx as onnx_backend
+from runtime.errors import EngineError, InputError, UnavailableError, UsageError
+
+ROWS = np.array(
+    [[32, 32, 10, 10, 0.9, 0.1, 0.8], [33, 32, 10, 10, 0.8, 0.1, 0.8], [10, 40, 8, 8, 0.5, 0.9, 0.1]] + 9 * [7 * [0]],
+    np.float32,
+)
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def detector(toys, tmp_path):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as loaded:
+        yield loaded
+
+
+def test_boxes_come_back_in_frame_pixels(detector, white_frame):
+    found = detector(white_frame)  # 640x480 on a 64x64 canvas: gain 0.1, 8 rows of border above
+    assert found.xyxy.tolist() == [[80, 80, 240, 240], [300, 120, 500, 320]]
+    assert found.score.tolist() == pytest.approx([0.9, 0.5])
+    assert found.class_id.tolist() == [1, 0]
+    assert detector.card.names == ("bolt", "nut")
+    assert detector.providers[0] == "CPUExecutionProvider"
+
+
+def test_a_call_is_its_three_steps(detector, white_frame):
+    prepared = detector.preprocess(white_frame)
+    raw = detector.infer(prepared)
+    assert (prepared.array.shape, prepared.array.dtype, raw.shape) == ((1, 64, 64, 3), np.uint8, (1, 4, 6))
+    assert detector.postprocess(raw, prepared).to_list() == detector(white_frame).to_list()
+
+
+def test_conf_is_strict_and_may_be_set_for_one_call(toys, tmp_path, white_frame):
+    path = toys.canvas_model(tmp_path / "toy.onnx")
+    assert len(Detector.load(path, conf=0.5)(white_frame)) == 1
+    detector = Detector.load(path, conf=0.05)
+    assert len(detector(white_frame)) == 3
+    prepared = detector.preprocess(white_frame)
+    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.8)) == 1
+    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.0)) == 3  # empty rows stay out
+    for conf in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UsageError, match="conf"):
+            Detector.load(path, conf=conf)
+
+
+def test_prepared_frames_stay_what_they_are(detector, white_frame):
+    """A queue of prepared frames is common; a shared canvas would give every one the last frame's pixels."""
+    first = detector.preprocess(white_frame)
+    second = detector.preprocess(np.zeros((100, 30, 3), np.uint8))
+    assert len(detector.postprocess(detector.infer(first), first)) == 2
+    assert len(detector.postprocess(detector.infer(second), second)) == 0
+
+
+def test_a_model_with_the_letterbox_inside_takes_the_frame_as_it_is(toys, tmp_path, white_frame):
+    card = toys.card(input="frame", frame_hw=(480, 640))
+    detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx", card))
+    prepared = detector.preprocess(white_frame)
+    assert np.shares_memory(prepared.array, white_frame)
+    assert detector(white_frame).xyxy[0].tolist() == [8, 16, 24, 32]
+    with pytest.raises(InputError, match=r"\(240, 320\).*\(480, 640\)"):
+        detector(white_frame[::2, ::2])
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "a.jpg",
+        None,
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+    ],
+)
+def test_anything_but_a_bgr_frame_is_refused_in_one_line(detector, frame):
+    with pytest.raises(InputError, match="frame is") as caught:
+        detector(frame)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 2000), (2000, 1), (63, 65), (64, 64), (37, 999)])
+def test_every_frame_size_is_served(detector, size_hw):
+    found = detector(np.full((*size_hw, 3), 255, np.uint8))
+    assert len(found) > 0
+    assert found.xyxy.min() >= 0
+    assert (found.xyxy[:, 2] <= size_hw[1]).all()
+
+
+def test_a_frame_that_is_a_view_works(detector, white_frame):
+    white_frame[:100] = 7
+    for view in (white_frame[::-1, ::2], white_frame[..., ::-1], np.asfortranarray(white_frame)):
+        assert detector(view).to_list() == detector(view.copy(order="C")).to_list()
+
+
+def test_scores_that_are_not_finite_are_an_error_not_silence(toys, tmp_path, white_frame):
+    boxes = toys.BOXES.copy()
+    boxes[0, 4] = np.nan
+    detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx", boxes=boxes))
+    with pytest.raises(EngineError, match="not finite"):
+        detector(white_frame)
+
+
+def test_a_card_that_does_not_fit_its_file_is_refused(toys, tmp_path):
+    path = toys.canvas_model(tmp_path / "toy.onnx", toys.card(input="frame", frame_hw=(48, 64)))
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"edgestill": toys.card().to_json()})
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="card says canvas"):
+        Detector.load(path)
+
+
+def test_a_conventional_export_runs_with_suppression_on_the_host(toys, tmp_path, white_frame):
+    detector = Detector.load(toys.rows_model(tmp_path / "yolov5n.onnx", ROWS))
+    found = detector(white_frame)
+    assert found.xyxy.tolist() == [[270, 190, 370, 290], [60, 280, 140, 360]]
+    assert found.score.tolist() == pytest.approx([0.72, 0.45])
+    assert (detector.card.names, detector.card.stride, detector.card.input) == (("bolt", "nut"), 32, "tensor")
+    assert (detector.card.iou, detector.card.max_det) == (0.45, 1000)
+
+
+def test_a_half_precision_export_gets_half_precision_input(toys, tmp_path, white_frame):
+    detector = Detector.load(toys.rows_model(tmp_path / "h.onnx", ROWS, dtype=TensorProto.FLOAT16))
+    assert detector.preprocess(white_frame).array.dtype == np.float16
+    assert detector.card.precision == "fp16"
+    assert detector(white_frame).class_id.tolist() == [1, 0]
+
+
+def test_open_dimensions_mean_one_image_of_640(toys, tmp_path, white_frame):
+    path = toys.rows_model(tmp_path / "d.onnx", ROWS, input_shape=["batch", 3, "height", "width"])
+    detector = Detector.load(path)
+    assert detector.preprocess(white_frame).array.shape == (1, 3, 640, 640)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("['bolt', 'nut']", ("bolt", "nut")),
+        ("{1: 'nut', 0: 'bolt'}", ("bolt", "nut")),
+        (None, ("class0", "class1")),
+    ],
+)
+def test_names_are_read_in_every_spelling(toys, tmp_path, names, expected):
+    assert Detector.load(toys.rows_model(tmp_path / "a.onnx", ROWS, names=names)).card.names == expected
+
+
+@pytest.mark.parametrize(
+    "names", ["__import__('os').system('x')", "{0: 'bolt'}", "{5: 'a', 6: 'b'}", "[1, 2]", "{", "(" * 5000]
+)
+def test_names_that_are_no_names_are_refused_and_never_run(toys, tmp_path, names):
+    with pytest.raises(InputError, match="names"):
+        Detector.load(toys.rows_model(tmp_path / "a.onnx", ROWS, names=names))
+
+
+def test_later_yolos_and_batches_are_refused_by_their_shapes(toys, tmp_path):
+    with pytest.raises(InputError, match="YOLOv5"):
+        Detector.load(toys.rows_model(tmp_path / "v8.onnx", np.zeros((6, 84), np.float32)))
+    with pytest.raises(InputError, match="batch"):
+        Detector.load(toys.rows_model(tmp_path / "b.onnx", ROWS, input_shape=[4, 3, 64, 64]))
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_is_not_there_is_an_error_never_a_fallback(toys, tmp_path, device):
+    with pytest.raises(UnavailableError, match=device):
+        Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), device=device)
+
+
+def test_a_provider_that_does_not_start_is_an_error():
+    """ONNX Runtime itself warns and goes on with the CPU."""
+    with pytest.raises(UnavailableError, match="CUDAExecutionProvider did not start"):
+        onnx_backend.require("cuda", onnx_backend.PROVIDERS["cuda"], ["CPUExecutionProvider"])
+    onnx_backend.require("auto", onnx_backend.PROVIDERS["cuda"], ["CPUExecutionProvider"])
+
+
+def test_auto_takes_cuda_where_it_is_built_in():
+    assert onnx_backend.choose_providers("auto", ["CUDAExecutionProvider", "CPUExecutionProvider"])[0].startswith(
+        "CUDA"
+    )
+    assert onnx_backend.choose_providers("auto", ["CPUExecutionProvider"]) == ("CPUExecutionProvider",)
+
+
+def test_an_unknown_device_is_wrong_usage(toys, tmp_path):
+    with pytest.raises(UsageError, match="tpu"):
+        Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), device="tpu")
+
+
+def test_a_broken_onnx_file_is_one_line(toys, tmp_path):
+    path = toys.canvas_model(tmp_path / "toy.onnx")
+    data = bytearray(path.read_bytes())
+    start = data.find(b"Cast")
+    data[start : start + 4] = b"Cost"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="cannot load it") as caught:
+        Detector.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_share_a_detector_without_mixing_frames(detector):
+    frames = [np.full((40 + 8 * index, 64, 3), 255 if index % 2 else 0, np.uint8) for index in range(8)]
+    wrong = []
+
+    def work(index):
+        for _ in range(30):
+            if len(detector(frames[index])) != (2 if index % 2 else 0):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_closing_twice_is_harmless(toys, tmp_path):
+    detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), threads=1)
+    detector.close()
+    detector.close()
+
+
+def test_importing_runtime_is_quick_and_loads_no_opencv():
+    code = (
+        "import time; t = time.perf_counter(); import runtime, sys; "
+        "print(time.perf_counter() - t, 'cv2' in sys.modules)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True) for _ in range(3)
+    ]
+    answers = [run.stdout.split() for run in runs]
+    assert min(float(seconds) for seconds, _ in answers) < 0.2
+    assert {loaded for _, loaded in answers} == {"False"}
+
+
+def test_a_detection_loads_neither_torch_nor_onnx(toys, tmp_path):
+    path = toys.canvas_model(tmp_path / "toy.onnx")
+    code = (
+        "import sys, numpy as np; from runtime import Detector; "
+        f"Detector.load({str(path)!r})(np.zeros((9, 9, 3), np.uint8)); "
+        "print({'torch', 'onnx', 'click'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.strip() == "set()", done.stderr
