@@ -159,7 +159,8 @@ class ExportConfig(Settings):
     candidates: Annotated[int, Field(ge=0)] = 0
     """Boxes that enter NMS; 0 measures the fewest that cost at most `candidates_tolerance` mAP50-95."""
     candidates_tolerance: NonNegative = 0.002
-    nms_iterations: Annotated[int, Field(ge=1)] = 8
+    nms_iterations: Annotated[int, Field(ge=1)] = 12
+    """Length of the longest suppression chain that is followed; on COCO128 a 13th changes no image, a 9th changed 5."""
     frame: tuple[int, int] | None = None
     """(height, width) of camera frames: bakes the letterbox into the graph."""
     opset: Annotated[int, Field(ge=17, le=21)] = 19

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.training.loop import Job, TrainResult, fit, read_resume
-from compress.training.numerics import flush_denormals
 from compress.training.objective import DistillObjective, detection_loss
 from compress.training.prepare import model_of_state, new_model, open_splits
 from compress.training.progress import Report

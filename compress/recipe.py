@@ -131,8 +131,8 @@ distill:
   batch: 16
   losses:               # name: weight
     obj_kd: 1.0         # objectness-gated soft labels
-    # feat_mse: 6.0     # neck features through an adapter, weighted by the teacher's score
-    # kd: 1.0           # temperature soft labels
+    # feat_mse: 0.1     # neck features through a 1x1 adapter; feat_sl2: weighted by the teacher's score
+    # kd: 0.2           # temperature soft labels
 
 export:
   conf: 0.25            # default threshold of the runtime; the graph itself has none

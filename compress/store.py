@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.files import sha256, write_json
-
 from runtime.errors import EdgestillError, UsageError
+from runtime.files import sha256, write_json
 
 MANIFEST = "stage.json"
 Report = Callable[[str], None]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.compute.numerics import flush_denormals
 from compress.config import TrainConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.models import YOLOv5
 from compress.training.loop import Job, TrainResult, fit, read_resume
-from compress.training.numerics import flush_denormals
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
 from compress.training.progress import Report

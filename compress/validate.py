@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, match
+from compress.compute.device import pick_device, place, settle
+from compress.compute.numerics import flush_denormals
+from compress.compute.timing import Stopwatch, timed_items
 from compress.data.coco import to_coco
 from compress.data.index import Sample
 from compress.data.loader import ValBatch, val_batches
 from compress.models import YOLOv5
-from compress.training.device import pick_device, place, settle
-from compress.training.numerics import flush_denormals
-from compress.training.timing import Stopwatch, timed_items
 from runtime.boxes import detections_from_rows, unletterbox, xywh_to_xyxy
 from runtime.errors import InputError
 

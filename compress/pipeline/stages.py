@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.build import build
+from compress.compute.numerics import flush_denormals
 from compress.config import Recipe, TeacherConfig
 from compress.data import DataConfig, load_data
 from compress.data.coco import to_coco
@@ -28,7 +29,6 @@ from compress.pipeline.reporting import assemble
 from compress.quantize import REFERENCE, quantize
 from compress.store import Work
 from compress.train import TrainResult, train
-from compress.training.numerics import flush_denormals
 from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
 from runtime.files import sha256, write_json

@@ -20,6 +20,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from compress.compute.device import pick_device, place
+from compress.compute.numerics import require_finite
+from compress.compute.timing import Span, timed_items, unwatched
 from compress.config import TrainConfig
 from compress.data.dataset import TrainDataset
 from compress.data.index import Sample
@@ -27,15 +30,12 @@ from compress.data.loader import Batch, batch_count, train_batches
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, write_csv
-from compress.training.device import pick_device, place
 from compress.training.ema import Ema
-from compress.training.numerics import require_finite
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, Report, epoch_line, open_progress
 from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
 from compress.training.state import load_state, random_state, restore_random_state, save_state
-from compress.training.timing import Span, timed_items, unwatched
 from compress.validate import ValResult, as_network_input, validate
 from runtime.errors import UsageError
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compress.compute.timing import Span, unwatched
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import DistillLoss, Outputs
 from compress.models import YOLOv5
-from compress.training.timing import Span, unwatched
 
 DETECTION_TERMS = ("box", "obj", "cls")
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
+from compress.compute.device import pick_device, settle
+from compress.compute.numerics import flush_denormals
+from compress.compute.timing import Stopwatch
 from compress.config import TrainConfig
 from compress.data.dataset_yaml import load_data
-from compress.training.device import pick_device, settle
 from compress.training.loop import Job, Trainer
-from compress.training.numerics import flush_denormals
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
 from compress.training.progress import Progress
-from compress.training.timing import Stopwatch
 
 PHASES = ("data", "teacher", "forward", "loss", "backward", "step")
 

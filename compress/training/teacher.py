@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from compress.compute.device import pick_device, place, settle
+from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.dataset import TrainDataset
 from compress.data.loader import Batch, train_batches
@@ -15,10 +17,8 @@ from compress.losses.checks import Check, doctor
 from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
-from compress.training.device import pick_device, place, settle
 from compress.training.objective import DistillObjective
 from compress.training.progress import Report
-from compress.training.timing import Stopwatch
 from compress.validate import as_network_input
 from runtime.errors import EdgestillError, InputError, UsageError
 

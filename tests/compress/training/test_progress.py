@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from compress.compute.timing import Stopwatch, timed_items
 from compress.training.progress import Progress, epoch_line, open_progress
-from compress.training.timing import Stopwatch, timed_items
 
 
 def test_an_epoch_is_one_line_with_losses_accuracy_and_speed() -> None:

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-from compress.training.numerics import require_finite
+from compress.compute.numerics import require_finite
 from runtime.errors import EdgestillError
 
 FLUSH = """
 import torch
 torch.set_num_threads(2)
-from compress.training.numerics import all_threads_flush, flush_denormals
+from compress.compute.numerics import all_threads_flush, flush_denormals
 assert not all_threads_flush() if {late} else True
 print(flush_denormals(print))
 """
