@@ -1,0 +1,328 @@
+"""The builder runs for real with tensorrt_rtx, which builds without a GPU; under the name `tensorrt` too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from runtime import engine
+from runtime.bundle import candidates, read_checked
+from runtime.engine import Request, Shapes, build_engine, card_for, enter_plan
+from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
+from runtime.files import sha256
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+rtx = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('tensorrt_rtx')", reason="needs tensorrt_rtx")
+SHAPES = {"images": ((1, 3, 64, 64), (2, 3, 64, 64), (8, 3, 64, 64))}
+
+
+@rtx
+def test_a_plan_is_built_for_its_targets_and_published_whole(toys, tmp_path):
+    out = tmp_path / "out" / "toy.plan"
+    report = build_engine(toys.canvas_model(tmp_path / "toy.onnx"), out, targets=("sm86", "sm89"))
+    assert (report.backend, report.targets, report.log) == ("tensorrt_rtx", ("sm86", "sm89"), ())
+    assert (report.bytes, report.sha256) == (out.stat().st_size, sha256(out))
+    assert report.versions["tensorrt_rtx"].startswith("1.")
+    assert out.read_bytes()[:4] == b"vtrt"  # the raw plan: trtexec and Triton read it
+    assert [path.name for path in out.parent.iterdir()] == ["toy.plan"]
+
+
+@rtx
+def test_two_builds_are_byte_identical(toys, tmp_path):
+    model = toys.conv_model(tmp_path / "a.onnx")
+    digests = {build_engine(model, tmp_path / f"{run}.plan", targets=("sm86",)).sha256 for run in range(2)}
+    assert len(digests) == 1
+
+
+@rtx
+def test_open_dimensions_need_shapes_and_get_a_profile(toys, tmp_path):
+    model = toys.conv_model(tmp_path / "a.onnx", batch="batch")
+    build_engine(model, tmp_path / "a.plan", targets=("sm86",), shapes=SHAPES)
+    with pytest.raises(UsageError, match="images"):
+        build_engine(model, tmp_path / "b.plan", targets=("sm86",))
+    with pytest.raises(UsageError, match="other"):
+        build_engine(model, tmp_path / "b.plan", targets=("sm86",), shapes={"other": SHAPES["images"]})
+    assert not (tmp_path / "b.plan").exists()
+
+
+@rtx
+@pytest.mark.parametrize("target", ["sm87", "sm90", "SM86", "current", "none", "8.6"])
+def test_a_target_that_cannot_be_built_for_names_those_that_can(toys, tmp_path, target):
+    with pytest.raises(UsageError, match=r"sm120, .*sm86, sm89") as caught:
+        build_engine(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "a.plan", targets=("sm86", target))
+    assert repr(target) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "a.plan").exists()
+
+
+@rtx
+def test_a_request_that_the_builder_refuses_is_one_line_and_leaves_nothing(toys, tmp_path):
+    """NonMaxSuppression parses, and has no kernel in TensorRT-RTX: the error comes from deep inside the build."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "limit", "iou", "score"], ["chosen"])
+    import numpy as np
+
+    constants = {
+        "limit": np.array([10], np.int64),
+        "iou": np.array([0.5], np.float32),
+        "score": np.array([0.1], np.float32),
+    }
+    model = toys.save(
+        tmp_path / "nms.onnx",
+        [node],
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 50, 4]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 2, 50]),
+        ],
+        [helper.make_tensor_value_info("chosen", TensorProto.INT64, ["n", 3])],
+        constants,
+        {},
+    )
+    assert onnx.load(model).graph.node
+    with pytest.raises(EngineError, match="cannot build it") as caught:
+        build_engine(model, tmp_path / "nms.plan", targets=("sm86",))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nms.onnx"]
+
+
+@rtx
+def test_an_unknown_operator_is_a_parse_error(toys, tmp_path):
+    path = toys.conv_model(tmp_path / "a.onnx")
+    path.write_bytes(path.read_bytes().replace(b"Sigmoid", b"Sagmoid"))
+    with pytest.raises(EngineError, match="cannot parse it"):
+        build_engine(path, tmp_path / "a.plan", targets=("sm86",))
+
+
+ALIASED = """
+import json, sys
+import tensorrt_rtx
+sys.modules["tensorrt"] = tensorrt_rtx
+from runtime.engine import main
+main()
+"""
+
+
+@rtx
+def test_the_same_builder_serves_a_module_called_tensorrt(toys, tmp_path):
+    """The module name is all that the two share for certain; every other difference is asked for, not assumed."""
+    answer, plan = tmp_path / "answer.json", tmp_path / "a.plan"
+    request = Request(onnx=str(toys.canvas_model(tmp_path / "toy.onnx")), backend="tensorrt", targets=("sm86",))
+    work = {"request": asdict(request), "plan": str(plan), "answer": str(answer)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALIASED], input=json.dumps(work), text=True, capture_output=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(answer.read_text())["targets"] == ["sm86"]
+    assert plan.read_bytes()[:4] == b"vtrt"
+
+
+@rtx
+def test_a_built_plan_enters_the_card_beside_it(toys, tmp_path):
+    model, out = toys.canvas_model(tmp_path / "toy.onnx"), tmp_path / "toy.plan"
+    card, precision = card_for(model, out)
+    report = build_engine(model, out, targets=("sm86",))
+    enter_plan(card, precision, out, report)
+    enter_plan(*card_for(model, out), out, report)  # building again replaces the entry
+    (candidate,) = candidates(out)
+    assert (candidate.backend, candidate.artifact.targets) == ("tensorrt_rtx", ("sm86",))
+    assert read_checked(candidate) == out.read_bytes()
+    assert len(candidate.card.artifacts) == 1
+
+
+def test_a_model_without_a_card_cannot_become_an_engine_that_nobody_could_load(toys, tmp_path):
+    with pytest.raises(InputError, match="no edgestill card"):
+        card_for(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "a.plan")
+
+
+def test_another_models_folder_is_not_taken(toys, tmp_path):
+    toys.card(names=("cat",)).save(tmp_path / "model.json")
+    with pytest.raises(InputError, match="another model"):
+        card_for(toys.canvas_model(tmp_path / "toy.onnx"), tmp_path / "toy.plan")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "word"),
+    [
+        ({"backend": "openvino"}, UsageError, "openvino"),
+        ({"backend": "tensorrt_rtx", "dla_core": 0}, UsageError, "DLA"),
+        ({"backend": "tensorrt_rtx", "hardware": "ampere_plus"}, UsageError, "ampere_plus"),
+        ({"backend": "tensorrt_rtx", "hardware": "hopper"}, UsageError, "hopper"),
+        ({"workspace_mib": 0}, UsageError, "workspace"),
+        ({"shapes": {"images": ((4, 3), (1, 3), (8, 3))}}, UsageError, "smallest"),
+        ({"shapes": {"images": ((4, 3), (4, 3))}}, UsageError, "smallest"),
+    ],
+)
+def test_requests_that_would_be_ignored_or_cannot_be_are_refused_before_the_build(
+    toys, tmp_path, monkeypatch, options, error, word
+):
+    monkeypatch.setattr(engine, "_build_in_child", lambda *_: pytest.fail("the build was started"))
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    with pytest.raises(error, match=word):
+        build_engine(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "a.plan", **options)
+
+
+def test_a_missing_tensorrt_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match="pip install tensorrt-rtx"):
+        engine.resolve_backend("auto")
+    with pytest.raises(UnavailableError, match="JetPack"):
+        engine.resolve_backend("tensorrt")
+
+
+@pytest.mark.parametrize(("data", "word"), [(None, "no such file"), (b"hello", "not an ONNX file")])
+def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, data, word):
+    path = tmp_path / "a.onnx"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=word):
+        build_engine(path, tmp_path / "a.plan", backend="auto", targets=("sm86",))
+
+
+def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(engine.sys, "executable", str(_script(tmp_path, "echo half; kill -9 $$")))
+    with pytest.raises(EngineError, match="signal 9") as caught:
+        build_engine(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "out" / "a.plan", targets=("sm86",))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def _script(folder: Path, line: str) -> Path:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_goal_that_cannot_be_written_is_found_before_the_build(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_build_in_child", lambda *_: pytest.fail("the build was started"))
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgestillError, match="cannot be written"):
+        build_engine(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "file" / "a.plan")
+
+
+class FakeConfig:
+    """A builder configuration of plain TensorRT: no compute capabilities to choose."""
+
+    def __init__(self):
+        self.flags = []
+
+    def set_flag(self, flag):
+        self.flags.append(flag)
+
+    def add_optimization_profile(self, profile):
+        return -1 if profile.refused else 0
+
+
+def fake_tensorrt(**creation_flags):
+    return SimpleNamespace(
+        __name__="tensorrt",
+        __version__="8.6.1",
+        NetworkDefinitionCreationFlag=SimpleNamespace(**creation_flags),
+        BuilderFlag=SimpleNamespace(FP16="FP16", INT8="INT8", GPU_FALLBACK="GPU_FALLBACK"),
+        DataType=SimpleNamespace(HALF="HALF", FLOAT="FLOAT"),
+        LayerType=SimpleNamespace(QUANTIZE="QUANTIZE", CONVOLUTION="CONVOLUTION"),
+        DeviceType=SimpleNamespace(DLA="DLA"),
+        HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS"),
+    )
+
+
+def network_of(*layers):
+    built = [
+        SimpleNamespace(type=kind, num_outputs=1, get_output=lambda index, dtype=dtype: SimpleNamespace(dtype=dtype))
+        for kind, dtype in layers
+    ]
+    return SimpleNamespace(num_layers=len(built), get_layer=built.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("offered", "expected"),
+    [({"EXPLICIT_BATCH": 0}, 1), ({"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 3), ({"STRONGLY_TYPED": 1}, 2)],
+)
+def test_network_flags_are_those_that_the_version_offers(offered, expected):
+    assert engine.network_flags(fake_tensorrt(**offered)) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "flags"),
+    [
+        ([("CONVOLUTION", "FLOAT")], []),
+        ([("CONVOLUTION", "HALF")], ["FP16"]),
+        ([("QUANTIZE", "FLOAT")], ["INT8"]),
+        ([("QUANTIZE", "FLOAT"), ("CONVOLUTION", "HALF")], ["FP16", "INT8"]),
+    ],
+)
+def test_without_strong_typing_the_builder_is_allowed_what_the_graph_holds(layers, flags):
+    config = FakeConfig()
+    engine.set_precision_flags(fake_tensorrt(EXPLICIT_BATCH=0), config, network_of(*layers))
+    assert config.flags == flags
+    config = FakeConfig()
+    engine.set_precision_flags(fake_tensorrt(STRONGLY_TYPED=1), config, network_of(*layers))
+    assert config.flags == []
+
+
+def test_a_profile_that_tensorrt_refuses_silently_is_an_error():
+    network = SimpleNamespace(num_inputs=1, get_input=lambda _: SimpleNamespace(name="images", shape=(-1, 3)))
+    builder = SimpleNamespace(
+        create_optimization_profile=lambda: SimpleNamespace(refused=True, set_shape=lambda *shapes: None)
+    )
+    request = Request("a.onnx", "tensorrt", shapes={"images": Shapes((1, 3), (1, 3), (1, 3))})
+    with pytest.raises(EngineError, match="refused the shapes"):
+        engine.set_profile(builder, FakeConfig(), network, request)
+
+
+def test_dla_is_set_where_it_exists_and_refused_where_not():
+    trt, config = fake_tensorrt(EXPLICIT_BATCH=0), FakeConfig()
+    request = Request("a.onnx", "tensorrt", dla_core=1)
+    engine.set_hardware(trt, SimpleNamespace(num_DLA_cores=2), config, request)
+    assert (config.default_device_type, config.DLA_core, config.flags) == ("DLA", 1, ["GPU_FALLBACK"])
+    with pytest.raises(UnavailableError, match="0 cores"):
+        engine.set_hardware(trt, SimpleNamespace(num_DLA_cores=0), FakeConfig(), request)
+
+
+def test_a_hardware_level_that_the_version_lacks_is_refused():
+    request = Request("a.onnx", "tensorrt", hardware="same_compute_capability")
+    with pytest.raises(UnavailableError, match="same_compute_capability"):
+        engine.set_hardware(fake_tensorrt(), None, FakeConfig(), request)
+
+
+def test_plain_tensorrt_builds_for_the_gpu_that_is_there_and_says_so(monkeypatch):
+    monkeypatch.setattr(engine.machine, "gpus", lambda: [{"compute_capability": "8.7"}])
+    request = Request("a.onnx", "tensorrt", targets=("sm86", "sm87"))
+    targets, notes = engine.set_targets(fake_tensorrt(), FakeConfig(), request)
+    assert targets == ["sm87"]
+    assert "sm86" in notes[0]
+    assert "sm87" not in notes[0]
+
+
+@pytest.mark.parametrize("severity", ["ERROR", "INTERNAL_ERROR"])
+def test_any_error_line_fails_a_build_that_returned_a_plan(monkeypatch, severity):
+    """EXCLUDE_LEAN_RUNTIME alone, a foreign platform and a corrupt timing cache only log, and return an engine."""
+    logger = SimpleNamespace(lines=[("WARNING", "slow"), (severity, "corrupt cache")])
+    parser = SimpleNamespace(parse_from_file=lambda path: True)
+    config = FakeConfig()
+    config.set_memory_pool_limit = lambda kind, size: None
+    network = SimpleNamespace(num_inputs=0, num_outputs=1)
+    builder = SimpleNamespace(
+        create_network=lambda flags: network,
+        create_builder_config=lambda: config,
+        build_serialized_network=lambda *_: b"plan",
+    )
+    trt = fake_tensorrt(STRONGLY_TYPED=1)
+    trt.Builder, trt.OnnxParser = (lambda _: builder), (lambda *_: parser)
+    trt.MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+    monkeypatch.setattr(engine, "collecting_logger", lambda _: logger)
+    monkeypatch.setattr(engine.machine, "gpus", list)
+    with pytest.raises(EngineError, match="corrupt cache"):
+        engine.build_plan(trt, Request("a.onnx", "tensorrt"))
+    logger.lines.pop()
+    assert engine.build_plan(trt, Request("a.onnx", "tensorrt")) == (b"plan", [], ["slow"])

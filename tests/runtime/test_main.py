@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from runtime.__main__ import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def model(toys, tmp_path):
+    return str(toys.canvas_model(tmp_path / "toy.onnx"))
+
+
+@pytest.fixture
+def pictures(tmp_path, white_frame):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("b.jpg", "a.png"):
+        cv2.imwrite(str(folder / name), white_frame)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_detect_prints_a_line_a_picture_in_order(model, pictures, capsys):
+    assert main(["detect", str(pictures), "--model", model]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line.split(" ")[0]).name for line in lines] == ["a.png", "b.jpg"]
+    assert all("1 bolt, 1 nut" in line for line in lines)
+
+
+def test_detect_prints_json_and_saves_pictures(model, pictures, tmp_path, capsys):
+    out = tmp_path / "drawn"
+    assert (
+        main(["detect", str(pictures / "*.png"), "--model", model, "--json", "--save", str(out), "--conf", "0.6"]) == 0
+    )
+    captured = capsys.readouterr()
+    (line,) = map(json.loads, captured.out.splitlines())
+    assert [found["name"] for found in line["detections"]] == ["nut"]
+    assert "CPUExecutionProvider" in captured.err
+    drawn = cv2.imread(str(out / "a.png"))
+    assert drawn.shape == (480, 640, 3)
+    assert (drawn != 255).any()
+
+
+def test_detect_reads_every_frame_of_a_video(model, tmp_path, capsys):
+    path = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
+    for value in (255, 0, 255):
+        writer.write(np.full((64, 64, 3), value, np.uint8))
+    writer.release()
+    assert main(["detect", str(path), "--model", model, "--json", "--save", str(tmp_path / "out")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["frame"], len(line["detections"])) for line in lines] == [(0, 2), (1, 0), (2, 2)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir())[0] == "film-000000.jpg"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["detect", "none.jpg", "--model", "{model}"], 1, "none.jpg"),
+        (["detect", "{folder}", "--model", "none.onnx"], 1, "none.onnx"),
+        (["detect", "{folder}", "--model", "{model}", "--device", "tpu"], 2, "tpu"),
+        (["detect", "{folder}", "--model", "{model}", "--conf", "7"], 2, "conf"),
+        (["detect", "{folder}", "--model", "{model}", "--device", "cuda"], 1, "CUDAExecutionProvider"),
+        (["build", "none.onnx"], 1, "none.onnx"),
+        (["build", "{model}", "--backend", "tvm"], 2, "tvm"),
+        (["info", "none"], 1, "none"),
+    ],
+)
+def test_every_failure_is_one_line_and_its_exit_code(model, tmp_path, capsys, arguments, code, word):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((9, 9, 3), np.uint8))
+    filled = [argument.format(model=model, folder=tmp_path) for argument in arguments]
+    assert main(filled) == code
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("running")]
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert word in error[0]
+
+
+def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    assert main(["build", model, "--backend", "tensorrt_rtx", "--targets", "sm86,sm89"]) == 0
+    assert "sm86, sm89" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "toy.plan")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["card"]["artifacts"][0]["file"] == "toy.plan"
+    assert "toy.plan" in told["runs_here"]
+
+
+def test_info_tells_of_the_machine_and_of_foreign_models(toys, tmp_path, capsys):
+    assert main(["info"]) == 0
+    assert json.loads(capsys.readouterr().out)["packages"]["numpy"] == np.__version__
+    assert main(["info", str(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))]) == 0
+    assert json.loads(capsys.readouterr().out)["metadata"]["names"] == "{0: 'bolt', 1: 'nut'}"
+
+
+def test_wrong_usage_exits_with_two():
+    done = subprocess.run([sys.executable, "-m", "runtime", "fly"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
