@@ -43,6 +43,7 @@ DEFAULT_ANCHORS_P6: Anchors = (
 ACTIVATIONS = ("SiLU", "LeakyReLU", "Hardswish", "ReLU")
 MAX_MULTIPLE = 4.0
 MAX_CLASSES = 10_000
+MAX_NAME = 1000
 MAX_ANCHORS_PER_LEVEL = 32
 
 
@@ -149,18 +150,19 @@ class Architecture:
         object.__setattr__(self, "anchors", _anchors(self.anchors, len(self.strides)))
 
     @classmethod
-    def of_scale(
-        cls, scale: str, names: Sequence[str], anchors: Any = DEFAULT_ANCHORS, layout: str | None = None
-    ) -> Architecture:
+    def of_scale(cls, scale: str, names: Sequence[str], anchors: Any = None, layout: str | None = None) -> Architecture:
         """The network of a scale of `SCALES` for the classes `names`.
 
-        Without a `layout`, four levels of anchors make the one with a fourth level. Errors: UsageError for an
-        unknown scale.
+        Without a `layout`, four levels of anchors make the one with a fourth level; without anchors the layout's
+        defaults are taken. Errors: UsageError for an unknown scale.
         """
         if scale not in SCALES:
             raise UsageError(f"scale {scale!r} is not known", f"choose among {', '.join(SCALES)}")
         depth, width = SCALES[scale]
-        return cls(depth, width, tuple(names), anchors, layout or ("v6-p6" if len(anchors) == 4 else "v6"))
+        layout = layout or ("v6-p6" if anchors is not None and len(anchors) == 4 else "v6")
+        if anchors is None:
+            anchors = DEFAULT_ANCHORS_P6 if layout.endswith("p6") else DEFAULT_ANCHORS
+        return cls(depth, width, tuple(names), anchors, layout)
 
     @property
     def nc(self) -> int:
@@ -232,7 +234,11 @@ class Architecture:
 
 def _require(name: str, value: Any, holds: bool, expected: str) -> None:
     if not holds:
-        raise UsageError(f"{name} of an architecture is {str(value)[:80]}", f"expected: {expected}")
+        raise UsageError(f"{name} of the network: {_brief(value)}", f"expected: {expected}")
+
+
+def _brief(value: Any) -> str:
+    return f"{value}"[:60] if isinstance(value, (str, int, float)) else f"a {type(value).__name__} of another form"
 
 
 def _is_number(value: Any) -> bool:
@@ -241,7 +247,7 @@ def _is_number(value: Any) -> bool:
 
 def _names(given: Any) -> tuple[str, ...]:
     listed = isinstance(given, (list, tuple))
-    holds = listed and 0 < len(given) <= MAX_CLASSES and all(isinstance(name, str) for name in given)
+    holds = listed and 0 < len(given) <= MAX_CLASSES and all(isinstance(n, str) and len(n) <= MAX_NAME for n in given)
     _require("names", given, holds, f"1 to {MAX_CLASSES} class names")
     return tuple(given)
 

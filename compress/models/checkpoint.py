@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.models.architecture import Architecture
 from compress.models.complexity import complexity
 from compress.models.graph_in_file import mismatch, recognise, skeleton
-from compress.models.pickled import PickleError, Stub
+from compress.models.pickled import PickleError, Stub, brief
 from compress.models.plain import plain
 from compress.models.torch_file import is_torch_file, open_torch_file
 from compress.models.yolov5 import YOLOv5
@@ -223,8 +223,12 @@ def _load_safetensors(path: Path) -> Checkpoint:
                 raise InputError(f"{path} contradicts its header: {problem}", "write the file anew")
             state = {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}", "fetch or copy the file again") from error
+        raise InputError(f"{path} is damaged: {_one_line(error)}", "fetch or copy the file again") from error
     return Checkpoint(architecture, _sound(path, state, architecture), meta, "safetensors")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _header(path: Path, text: str | None) -> tuple[Architecture, dict[str, Any]]:
@@ -234,11 +238,11 @@ def _header(path: Path, text: str | None) -> tuple[Architecture, dict[str, Any]]
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has a damaged header: {error}", "write the file anew") from error
+        raise InputError(f"{path} has a damaged header: {_one_line(error)}", "write the file anew") from error
     version = header.get("schema_version") if isinstance(header, dict) else None
     if version != SCHEMA_VERSION or not isinstance(header.get("meta"), dict):
         raise InputError(
-            f"{path} has a header of schema version {str(version)[:40]}, expected {SCHEMA_VERSION}",
+            f"{path} has a header of schema version {brief(version)}, expected {SCHEMA_VERSION}",
             "use the edgestill that wrote it",
         )
     try:

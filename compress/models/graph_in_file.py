@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from compress.models.architecture import ACTIVATIONS, LAYOUTS, MAX_CLASSES, SCALES, Architecture
 from compress.models.blocks import Bottleneck
-from compress.models.pickled import PickleError, Stub, TensorRef, attributes
+from compress.models.pickled import PickleError, Stub, TensorRef, attributes, brief
 from compress.models.yolov5 import YOLOv5
 from runtime.errors import UsageError
 
 MAX_MODULES = 20_000
 MAX_DEPTH = 32
+MAX_NAME = 64
 COUNTERS = ("total_ops", "total_params")
 """Left in some old files by a FLOP counter."""
 REBUILT = ("anchor_grid",)
@@ -77,18 +78,23 @@ def _walk(module: Stub, name: str, depth: int, budget: list[int]) -> Iterator[tu
     yield name, module
     for child, sub in _children(module, "_modules").items():
         if isinstance(sub, Stub):
-            yield from _walk(sub, f"{name}.{child}" if name else str(child), depth + 1, budget)
+            yield from _walk(sub, f"{name}.{child}" if name else child, depth + 1, budget)
 
 
 def _children(module: Stub, kind: str) -> Mapping[str, Any]:
     found = attributes(module).get(kind)
-    return found if isinstance(found, dict) else {}
+    table = found if isinstance(found, dict) else {}
+    for name in table:
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise PickleError(f"a module has a part named {brief(name)}")
+    return table
 
 
 def named_tensors(modules: Mapping[str, Stub]) -> Iterator[tuple[str, TensorRef]]:
     """Parameters, then persistent buffers, of each module in turn: the order of torch's state dict."""
     for name, module in modules.items():
-        hidden = attributes(module).get("_non_persistent_buffers_set", ())
+        hidden = attributes(module).get("_non_persistent_buffers_set")
+        hidden = hidden if isinstance(hidden, (set, list)) else ()
         tensors = dict(_children(module, "_parameters"))
         tensors.update((key, ref) for key, ref in _children(module, "_buffers").items() if key not in hidden)
         for key, ref in tensors.items():
@@ -136,7 +142,7 @@ def _told(rows: Sequence[_LayerInFile], index: int) -> str:
     if index >= len(rows):
         return "nothing"
     block, source = rows[index]
-    return f"{block[:40]} from {str(list(source))[:40]}"
+    return f"{brief(block)} from {brief(list(source))}"
 
 
 def _anchors_px(tensors: Mapping[str, TensorRef], layout: str, read: Callable[[TensorRef], Tensor]) -> Any:
@@ -169,7 +175,7 @@ def _activation(modules: Mapping[str, Stub]) -> str:
     """Of the stem; that the others are the same is compared later."""
     kind = next((module.type.name for name, module in modules.items() if name.endswith(".act")), "nothing")
     if kind not in ACTIVATIONS:
-        raise PickleError(f"its activation is {kind[:40]}; {', '.join(ACTIVATIONS)} can be read")
+        raise PickleError(f"its activation is {brief(kind)}; {', '.join(ACTIVATIONS)} can be read")
     return kind
 
 
@@ -215,7 +221,7 @@ def mismatch(shapes: Mapping[str, Sequence[int]], architecture: Architecture) ->
         if tuple(shapes[key]) != shape:
             return f"tensor {key} has shape {tuple(shapes[key])} instead of {shape}"
     extra = next((key for key in shapes if key not in expected), None)
-    return f"tensor {extra[:80]} is not part of the network" if extra is not None else None
+    return f"tensor {brief(extra)} is not part of the network" if extra is not None else None
 
 
 def _compare(modules: Mapping[str, Stub], network: YOLOv5) -> None:
@@ -225,13 +231,11 @@ def _compare(modules: Mapping[str, Stub], network: YOLOv5) -> None:
         if not name or stub is None:
             continue
         if stub.type.name != kind:
-            raise PickleError(f"its module {name} is {stub.type.name[:40]} instead of {kind}; {READABLE}")
+            raise PickleError(f"its module {name} is {brief(stub.type.name)} instead of {kind}; {READABLE}")
         for attribute in COMPARED.get(type(module), ()):
             found, expected = stub.state.get(attribute), getattr(module, attribute)
             if attribute in stub.state and _pair(found) != _pair(expected):
-                raise PickleError(
-                    f"its module {name} has {attribute} {str(found)[:40]} instead of {expected}; {READABLE}"
-                )
+                raise PickleError(f"its module {name} has {attribute} {brief(found)} instead of {expected}; {READABLE}")
 
 
 def _pair(value: Any) -> Any:

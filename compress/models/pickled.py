@@ -6,6 +6,7 @@ YOLOv5 checkpoint uses is refused, and so is everything that costs more than its
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ MAX_OPCODES = 3_000_000
 """The largest official checkpoint has 90,000, with its optimiser 300,000; each costs at most some 250 bytes."""
 MAX_LONG_BYTES = 64
 MAX_DIMENSIONS = 16
+MAX_BRIEF = 80
 
 SCALARS = (str, int, float, bool, bytes, type(None))
 """What may be a key: their hash costs no more than their bytes (that of nested tuples can cost 2^depth)."""
@@ -22,6 +24,15 @@ SCALARS = (str, int, float, bool, bytes, type(None))
 
 class PickleError(ValueError):
     """The bytes are no pickle of this subset, or name what no checkpoint needs. One line."""
+
+
+def brief(value: Any) -> str:
+    """A short, printable line for a value from a file; nested values by type only (their text could be endless)."""
+    flat = isinstance(value, (list, tuple)) and len(value) <= MAX_DIMENSIONS and all(type(v) is int for v in value)
+    if not flat and not isinstance(value, SCALARS):
+        return f"a {type(value).__name__}"
+    text = (value if isinstance(value, str) else str(value))[:200].encode("unicode_escape").decode()
+    return text if len(text) <= MAX_BRIEF else f"{text[: MAX_BRIEF - 3]}..."
 
 
 class Global(NamedTuple):
@@ -54,12 +65,18 @@ class StorageRef(NamedTuple):
 
 
 class TensorRef(NamedTuple):
-    """A view of a storage; it lies within the storage and names no element twice."""
+    """A view of a storage; it lies within the storage and has no more elements."""
 
     storage: StorageRef
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First element in the storage, and the first behind the last; of a tensor that has elements."""
+        reach = sum((side - 1) * step for side, step in zip(self.shape, self.stride, strict=True))
+        return self.offset, self.offset + reach + 1
 
 
 STORAGE_DTYPES: dict[str, str] = {
@@ -116,22 +133,20 @@ def _encode(text: str, encoding: str = "") -> bytes:
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
     """A tensor whose declared view is checked: a lie about it would read memory beyond the storage, or explode."""
-    if not isinstance(storage, StorageRef):
-        raise PickleError("a tensor without storage")
+    if not isinstance(storage, StorageRef) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
+        raise PickleError("a tensor without storage or shape")
     numbers = (offset, *shape, *stride)
     whole = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
     if not whole or len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
-        raise PickleError(f"a tensor of shape {_brief(shape)} and strides {_brief(stride)}")
-    count, last = 1, offset
-    for side, step in zip(shape, stride, strict=True):
-        count *= side
-        last += max(side - 1, 0) * step
-    if count and (last >= storage.elements or count > storage.elements):
+        raise PickleError(f"a tensor of shape {brief(shape)} and strides {brief(stride)}")
+    made = TensorRef(storage, offset, shape, stride)
+    count = math.prod(shape)
+    if count and (made.span[1] > storage.elements or count > storage.elements):
         raise PickleError(
-            f"a tensor of shape {_brief(shape)}, strides {_brief(stride)} and offset {offset} "
+            f"a tensor of shape {brief(shape)}, strides {brief(stride)} and offset {offset} "
             f"reaches beyond its storage of {storage.elements} elements"
         )
-    return TensorRef(storage, offset, tuple(shape), tuple(stride))
+    return made
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -159,13 +174,8 @@ def find_name(module: str, name: str) -> Global:
     found = Global(module, name)
     known = found in CALLS or found in _INERT or module.startswith(_INERT_MODULES)
     if not known:
-        raise PickleError(f"it names {_brief(str(found))}, which no YOLOv5 checkpoint does: it may be an attack")
+        raise PickleError(f"it names {brief(str(found))}, which no YOLOv5 checkpoint does: it may be an attack")
     return found
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _key(value: Any) -> Any:
@@ -272,13 +282,13 @@ def _persistent(machine: _Machine) -> None:
         machine.push(given[1])
         return
     if kind != "storage" or not isinstance(given[1], Global):
-        raise PickleError(f"a reference to {_brief(kind)}")
-    dtype, count = STORAGE_DTYPES.get(given[1].name), given[4]
-    if dtype is None or type(count) is not int or count < 0:
-        raise PickleError(f"a storage of {_brief(count)} {given[1].name}")
-    storage = StorageRef(str(given[2]), dtype, count)
+        raise PickleError(f"a reference to {brief(kind)}")
+    dtype, key, count = STORAGE_DTYPES.get(given[1].name), given[2], given[4]
+    if dtype is None or not isinstance(key, str) or type(count) is not int or not 0 <= count < 1 << 48:
+        raise PickleError(f"a storage {brief(key)} of {brief(count)} {brief(given[1].name)}")
+    storage = StorageRef(key, dtype, count)
     if machine.storages.setdefault(storage.key, storage) != storage:
-        raise PickleError(f"storage {_brief(storage.key)} twice, with different types or sizes")
+        raise PickleError(f"storage {brief(storage.key)} twice, with different types or sizes")
     machine.push(storage)
 
 

@@ -15,6 +15,7 @@ MAX_VALUES = 50_000
 """Shared references can make a small file describe more values than there are atoms."""
 MAX_ELEMENTS = 1000
 MAX_DEPTH = 32
+MAX_TEXT = 10_000
 
 Read = Callable[[TensorRef], Tensor]
 NUMBERS = {"f4": "f", "f8": "d", "i4": "i", "i8": "q", "u1": "B", "b1": "?"}
@@ -35,10 +36,12 @@ def _plain(value: Any, read: Read, budget: list[int], depth: int) -> Any:
         return None
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):
+        return value[:MAX_TEXT]
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, read, budget, depth + 1) for key, item in value.items()}
+        return {str(key)[:MAX_TEXT]: _plain(item, read, budget, depth + 1) for key, item in value.items()}
     if isinstance(value, TensorRef):
         return _tensor(value, read)
     if isinstance(value, Stub):
@@ -56,7 +59,7 @@ def _tensor(ref: TensorRef, read: Read) -> Any:
 
 def _object(stub: Stub, read: Read, budget: list[int], depth: int) -> Any:
     if stub.type.module == "pathlib":
-        return "/".join(str(part).rstrip("/\\") for part in stub.args[:MAX_DEPTH])
+        return "/".join(part.rstrip("/\\") for part in stub.args[:MAX_DEPTH] if isinstance(part, str))[:MAX_TEXT]
     if stub.type.name == "scalar" and len(stub.args) == 2:
         return _first(_numbers(*stub.args))
     if stub.type.name == "_reconstruct" and isinstance(stub.raw_state, tuple) and len(stub.raw_state) == 5:

@@ -12,13 +12,14 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compress.models.pickled import PickleError, StorageRef, TensorRef, read_pickle
+from compress.models.pickled import PickleError, StorageRef, TensorRef, brief, read_pickle
 from runtime.errors import InputError
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -44,11 +45,12 @@ class TorchFile(NamedTuple):
         raw = self.raw(ref.storage)
         if len(raw) != ref.storage.elements * dtype.itemsize:
             raise PickleError(
-                f"storage {ref.storage.key} has {len(raw)} bytes for {ref.storage.elements} x {ref.storage.dtype}"
+                f"storage {brief(ref.storage.key)} has {len(raw)} bytes for {ref.storage.elements} of {dtype.itemsize}"
             )
         if not math.prod(ref.shape):
             return torch.empty(ref.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(raw), dtype=dtype).as_strided(ref.shape, ref.stride, ref.offset).clone()
+        used = memoryview(raw)[slice(*(dtype.itemsize * index for index in ref.span))]
+        return torch.frombuffer(bytearray(used), dtype=dtype).as_strided(ref.shape, ref.stride).contiguous()
 
 
 def is_torch_file(head: bytes) -> bool:
@@ -78,28 +80,29 @@ def _zip_archive(file: Any) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(file) as archive:
             yield archive
     except zipfile.BadZipFile as error:
-        raise PickleError(f"the archive is truncated or damaged ({error})") from error
+        raise PickleError(f"the archive is truncated or damaged ({brief(str(error))})") from error
     except (NotImplementedError, OSError, RuntimeError, UnicodeDecodeError, struct.error) as error:
-        raise PickleError(f"the archive is damaged ({type(error).__name__}: {error})") from error
+        raise PickleError(f"the archive is damaged ({type(error).__name__}: {brief(str(error))})") from error
 
 
 def _open_zip(archive: zipfile.ZipFile, file_bytes: int) -> TorchFile:
+    if any("/code/" in name for name in archive.namelist()):
+        raise PickleError("it is a TorchScript program: only checkpoints with weights are read")
     members = _members(archive, file_bytes)
     found = [name for name in members if name.split("/")[-1] == "data.pkl"]
     if len(found) != 1:
         raise PickleError(f"the archive has {len(found)} members data.pkl instead of one: torch.save did not write it")
     top = found[0].removesuffix("data.pkl")
-    if any(name.startswith(f"{top}code/") for name in members):
-        raise PickleError("it is a TorchScript program: only checkpoints with weights are read")
     if f"{top}byteorder" in members and archive.read(f"{top}byteorder") != b"little":
         raise PickleError("its numbers are big-endian")
     if members[found[0]].file_size > MAX_PICKLE_BYTES:
         raise PickleError(f"its pickle has {members[found[0]].file_size} bytes, more than {MAX_PICKLE_BYTES}")
 
+    @lru_cache(maxsize=1)  # for files that keep many tensors in one storage
     def raw(storage: StorageRef) -> bytes:
         name = f"{top}data/{storage.key}"
         if name not in members:
-            raise PickleError(f"storage {storage.key[:80]} is missing")
+            raise PickleError(f"storage {brief(storage.key)} is missing")
         return archive.read(name)
 
     return TorchFile("zip", read_pickle(archive.read(found[0])).value, raw)
@@ -129,14 +132,15 @@ def _open_legacy(data: mmap.mmap) -> TorchFile:
     protocol = read_pickle(data, at)
     system = read_pickle(data, protocol.end)
     if protocol.value != LEGACY_PROTOCOL or not isinstance(system.value, dict) or not system.value.get("little_endian"):
-        raise PickleError(f"protocol {str(protocol.value)[:40]}, little-endian is expected with {LEGACY_PROTOCOL}")
+        raise PickleError(f"protocol {brief(protocol.value)}, little-endian is expected with {LEGACY_PROTOCOL}")
     saved = read_pickle(data, system.end)
     keys = read_pickle(data, saved.end)
     places = _legacy_places(data, keys.end, keys.value, saved.storages)
 
+    @lru_cache(maxsize=1)
     def raw(storage: StorageRef) -> bytes:
         if storage.key not in places:
-            raise PickleError(f"storage {storage.key[:80]} is missing")
+            raise PickleError(f"storage {brief(storage.key)} is missing")
         return data[places[storage.key]]
 
     return TorchFile("legacy", saved.value, raw)
@@ -146,13 +150,13 @@ def _legacy_places(data: mmap.mmap, at: int, keys: Any, storages: Any) -> dict[s
     """Where each storage's bytes lie."""
     places: dict[str, slice] = {}
     for key in keys if isinstance(keys, list) else ():
-        storage = storages.get(str(key))
+        storage = storages.get(key) if isinstance(key, str) else None
         if storage is None or len(data) < at + 8:
             raise PickleError("its list of storages does not suit its contents")
         count = struct.unpack("<q", data[at : at + 8])[0]
         end = at + 8 + count * getattr(torch, storage.dtype).itemsize
         if count != storage.elements or end > len(data):
-            raise PickleError(f"it ends before storage {str(key)[:80]} does: the file is truncated")
-        places[str(key)] = slice(at + 8, end)
+            raise PickleError(f"it ends before storage {brief(key)} does: the file is truncated")
+        places[key] = slice(at + 8, end)
         at = end
     return places

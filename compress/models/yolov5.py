@@ -177,4 +177,4 @@ def decode_level(raw: Tensor, anchors_px: Tensor, stride: int) -> Tensor:
     cells = torch.stack((cells_x.expand(height, width), cells_y[:, None].expand(height, width)), -1)
     centres = (y[..., 0:2] * 2 + cells) * stride
     sizes = (y[..., 2:4] * 2) ** 2 * anchors_px.to(raw.dtype).view(na, 1, 1, 2)
-    return torch.cat((centres, sizes, y[..., 4:]), -1).view(batch, na * height * width, columns)
+    return torch.cat((centres, sizes, y[..., 4:]), -1).reshape(batch, na * height * width, columns)
