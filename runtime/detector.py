@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from runtime import machine
 from runtime.backends import DEVICES, Array, Backend, Opening, open_backend
+from runtime.backends.probe import probe
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.bundle import Candidate, candidates, read_checked
 from runtime.card import Artifact, ModelCard
@@ -93,6 +94,8 @@ class Detector:
         cls, candidate: Candidate, data: bytes | None, conf: float | None, device: str, threads: int | None
     ) -> Detector:
         refuse_mismatch(candidate)
+        if candidate.card is None:
+            probe(candidate.path)
         backend = open_backend(Opening(candidate.backend, candidate.path, data, device, threads))
         try:
             card = candidate.card or conventional_card(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, Literal, NamedTuple, cast
 from runtime import machine
 from runtime.backends.tensorrt import INSTALL, collecting_logger, errors_of, import_tensorrt
 from runtime.card import CARD_FILE, METADATA_KEY, Artifact, BackendName, ModelCard
+from runtime.child import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
 from runtime.onnx_file import read_metadata
@@ -147,30 +147,13 @@ def _build_in_child(request: Request, plan: Path) -> BuildReport:
     """Run this file's `main` in a fresh interpreter; the plan comes as a file, the rest as JSON on a second one."""
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         answer = Path(folder) / "answer.json"
-        code = "from runtime.engine import main; main()"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())}
         work = json.dumps({"request": asdict(request), "plan": str(plan), "answer": str(answer)})
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, "-c", code],
-            input=work,
-            text=True,
-            errors="replace",
-            capture_output=True,
-            env=environment,
-            cwd=folder,
-            check=False,
-        )
+        done = run_child("from runtime.engine import main; main()", text=work, folder=Path(folder))
         if done.returncode == 0 and answer.is_file():
             return _report(request, plan, json.loads(answer.read_text()))
         if answer.is_file():
             raise _error_from(json.loads(answer.read_text()))
         raise _crash(done, Path(request.onnx).name)
-
-
-def _import_path() -> list[str]:
-    """Where the child finds this package and its libraries; never the folder that the user happens to be in."""
-    own = str(Path(__file__).resolve().parent.parent)
-    return [own, *(entry for entry in sys.path if entry and Path(entry).is_dir() and entry != own)]
 
 
 def _report(request: Request, plan: Path, answer: Mapping[str, Any]) -> BuildReport:
@@ -194,11 +177,10 @@ def _error_from(answer: Mapping[str, Any]) -> EdgestillError:
 
 
 def _crash(done: subprocess.CompletedProcess[str], name: str) -> EngineError:
-    last = next(iter(reversed(done.stderr.strip().splitlines())), "it said nothing")
     if done.returncode < 0:
         cause = f"was ended by signal {-done.returncode}"
-        return EngineError(f"{name}: the builder {cause}: {last[:300]}", "Out of memory? Try a smaller workspace")
-    return EngineError(f"{name}: the builder stopped with exit code {done.returncode}: {last[:300]}")
+        return EngineError(f"{name}: the builder {cause}: {last_line(done)}", "Out of memory? Try a smaller workspace")
+    return EngineError(f"{name}: the builder stopped with exit code {done.returncode}: {last_line(done)}")
 
 
 def main() -> None:

@@ -178,7 +178,7 @@ def to_tensor(images_bgr: Picture) -> NDArray[np.float32]:
     tensor = np.empty((len(batch), 3, *batch.shape[1:3]), np.float32)
     for image, planes in zip(batch, tensor, strict=True):
         for plane, channel in zip(planes, reversed(cv2.split(image)), strict=True):
-            np.divide(channel, np.float32(255), out=plane)
+            np.divide(channel, np.float32(255), out=plane, dtype=np.float32)  # NumPy 1 would take float16
     return tensor
 
 

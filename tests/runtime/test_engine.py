@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime import engine
+from runtime import child, engine
 from runtime.bundle import candidates, read_checked
 from runtime.engine import Request, Shapes, build_engine, card_for, enter_plan
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
@@ -188,7 +188,7 @@ def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, data, wor
 
 def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "find_spec", lambda name: True)
-    monkeypatch.setattr(engine.sys, "executable", str(_script(tmp_path, "echo half; kill -9 $$")))
+    monkeypatch.setattr(child.sys, "executable", str(_script(tmp_path, "echo half; kill -9 $$")))
     with pytest.raises(EngineError, match="signal 9") as caught:
         build_engine(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "out" / "a.plan", targets=("sm86",))
     assert "\n" not in str(caught.value)

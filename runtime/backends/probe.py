@@ -1,0 +1,60 @@
+"""Load a stranger's ONNX file first in a child process with limits on memory and time.
+
+Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes out of a
+hundred bytes. The child takes that blow. It is a guard against broken files, not a judgement of the model: files with
+an edgestill card skip it, because they come from our own export.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from runtime.child import last_line, run_child
+from runtime.errors import InputError
+
+MEMORY_BYTES = 6 << 30
+CPU_SECONDS = 60
+REMEDY = "Do not use this file; export it again from a checkpoint that you trust"
+
+
+def probe(path: Path) -> None:
+    """Raises InputError when the file does not load within the limits."""
+    try:
+        done = run_child(
+            "from runtime.backends.probe import main; main()", text=str(path.resolve()), timeout_s=2 * CPU_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{path}: loading it takes more than {2 * CPU_SECONDS} s", REMEDY) from None
+    if done.returncode == 0:
+        return
+    if done.returncode < 0:
+        raise InputError(f"{path}: loading it crashes the reader (signal {-done.returncode})", REMEDY)
+    raise InputError(f"{path}: ONNX Runtime cannot load it: {last_line(done)}")
+
+
+def main() -> None:
+    """The child: exit 0 when the file whose path is on standard input loads."""
+    path = sys.stdin.read()
+    limit()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        print(" ".join(str(error).split())[:300] or type(error).__name__, file=sys.stderr)
+        sys.exit(1)
+
+
+def limit() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows: the child still keeps a crash away
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
