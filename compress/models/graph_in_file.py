@@ -51,6 +51,8 @@ def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
 
     Raises PickleError naming the first thing that is not as in a YOLOv5 detection model.
     """
+    if root.type.module.startswith("ultralytics"):
+        raise PickleError(f"it is a network of the ultralytics package, whose heads have no anchors; {READABLE}")
     modules = dict(named_modules(root))
     layers = _layers(modules)
     layout = _layout(layers)

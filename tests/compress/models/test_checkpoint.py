@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.models import Architecture, YOLOv5, describe, load, load_model, save_model, transfer
+from compress.models import LAYOUTS, Architecture, YOLOv5, describe, load, load_model, save_model, transfer
+from compress.models.checkpoint import RELEASES
 from runtime.errors import EdgestillError, InputError
 
-LAYOUTS = ["v6", "v6-p6", "v4", "v2"]
 SILU_OF = {"v2": "LeakyReLU"}
 
 
@@ -58,6 +58,10 @@ def test_loading_draws_no_random_numbers_and_makes_a_trainable_model(weights):
     assert torch.equal(torch.rand(3), expected)
     assert not model.training
     assert all(p.requires_grad and not p.is_meta and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_every_layout_names_its_releases():
+    assert set(RELEASES) == set(LAYOUTS)
 
 
 def test_description_tells_what_is_in_the_file(weights):

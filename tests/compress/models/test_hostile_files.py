@@ -286,6 +286,11 @@ def test_modules_that_hold_themselves_or_double_are_refused(tmp_path):
     assert "more than" in refusal(archive(tmp_path / "b.pt", b"\x80\x02" + doubled + b"."))
 
 
+def test_an_anchor_free_network_of_another_package_is_named(tmp_path):
+    other = b"cultralytics.nn.tasks\nDetectionModel\n)\x81"
+    assert "ultralytics package" in refusal(archive(tmp_path / "a.pt", b"\x80\x02" + other + b"."))
+
+
 def _member(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
