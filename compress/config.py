@@ -177,6 +177,8 @@ class QuantizeConfig(Settings):
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     max_map_drop: NonNegative = 0.02
     """mAP50-95 that a flavour may lose against FP32, measured on the file."""
+    max_latency_ratio: Positive = 1.0
+    """Median latency against FP32 that `int8-cpu` may have on this CPU; the others are made for other hardware."""
 
 
 class BuildConfig(Settings):
@@ -192,7 +194,8 @@ class BuildConfig(Settings):
 class BenchConfig(Settings):
     """The measurement: same files, same run, for latency and mAP."""
 
-    latency_samples: Annotated[int, Field(ge=11)] = 200
+    latency_samples: Annotated[int, Field(ge=11)] = 700
+    """662 are the fewest that support a p99."""
     warmup_ms: NonNegative = 200.0
     accuracy_conf: Fraction = 0.001
     max_images: Annotated[int, Field(ge=0)] = 0

@@ -32,6 +32,8 @@ from runtime.image import letterbox, read_image
 Report = Callable[[str], None]
 REFERENCE = "fp32"
 FP16_MAX = 65504.0
+FOR_THIS_CPU = ("int8-cpu",)
+"""Flavours whose latency here is their latency in use; the others are made for TensorRT."""
 SANITY_IMAGES = 8
 SANITY_SHARE = 0.1
 """A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
@@ -208,4 +210,14 @@ def _judge(
     drop = reference.map50_95 - measured.map50_95
     within = drop <= config.max_map_drop  # False for NaN
     verdict = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
-    return Flavour(name, path, measured, drop, within and not collapse, collapse or verdict, calibration)
+    slow = _slowness(config, measured, reference) if name in FOR_THIS_CPU else ""
+    reason = collapse or (f"{verdict}; {slow}" if slow else verdict)
+    return Flavour(name, path, measured, drop, within and not collapse and not slow, reason, calibration)
+
+
+def _slowness(config: QuantizeConfig, measured: Measured, reference: Measured) -> str:
+    """Why a flavour for this CPU is not worth shipping, or nothing."""
+    limit = config.max_latency_ratio * reference.p50_ms
+    if measured.p50_ms <= limit:
+        return ""
+    return f"p50 {measured.p50_ms:.2f} ms is above {config.max_latency_ratio:g} times FP32's {reference.p50_ms:.2f} ms"

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from compress.cli.options import FILE, as_json, changes, print_json, say
-from runtime.errors import UsageError
+from runtime.errors import EdgestillError, UsageError
 
 
 @click.command()
@@ -74,13 +74,41 @@ def demo(out: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("runs", type=FILE, nargs=-1, required=True, metavar="RUN...")
 @click.option("--fail-on", multiple=True, metavar="'map50_95<0.30'", help="Exit with 1 where this holds; repeatable.")
-@click.option("--out", type=FILE, help="Write the comparison as .html, .md or .csv.")
+@click.option("--out", type=FILE, help="Write the comparison as .html or .md.")
 @as_json
 def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Compare runs (folders or report.json files) and gate them for CI."""
-    from compress.pipeline.compare import compare_runs
+    from benchmarks.compare import compare, render_markdown
+    from benchmarks.compare import fail_on as violated
+    from benchmarks.report import Report
 
-    compare_runs(runs, fail_on, out, as_json)
+    reports = [Report.load(_report_of(run)) for run in runs]
+    found = compare(reports)
+    if out:
+        _write_comparison(found, out)
+    if as_json:
+        print_json(found._asdict())
+    elif not out:
+        click.echo(render_markdown(found), nl=False)
+    broken = [sentence for rule in fail_on for report in reports for sentence in violated(rule, report)]
+    if broken:
+        raise EdgestillError("; ".join(broken))
+
+
+def _report_of(path: Path) -> Path:
+    """A run's folder stands for the report within it."""
+    return path / "report" if (path / "report" / "report.json").is_file() else path
+
+
+def _write_comparison(found: Any, out: Path) -> None:
+    from benchmarks import compare
+    from runtime.files import atomic_write
+
+    renderers = {".md": compare.render_markdown, ".html": compare.render_html}
+    if out.suffix not in renderers:
+        raise UsageError(f"--out {out}: expected a file ending in {' or '.join(renderers)}")
+    with atomic_write(out) as temporary:
+        temporary.write_text(renderers[out.suffix](found), encoding="utf-8")
 
 
 def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_json: bool) -> None:

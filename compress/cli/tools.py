@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,18 +13,18 @@ from compress.cli.options import FILE, as_json, print_json
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--model", "--weights", type=FILE, required=True, help=".onnx, engine, bundle, or a checkpoint.")
-@click.option("--conf", "--conf-thres", type=click.FloatRange(0, 1), help="Threshold; default that of the model.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True)
-@click.option("--save", type=FILE, help="Folder for pictures or videos with the boxes drawn.")
-@as_json
-def detect(
-    sources: tuple[str, ...], model: Path, conf: float | None, device: str, save: Path | None, as_json: bool
-) -> None:
-    """Detect on images, folders, videos or a camera number."""
-    from compress.pipeline.detection import detect_all
+@click.option("--model", "--weights", type=FILE, required=True, help=".onnx file, engine or bundle.")
+@click.option("--conf", "--conf-thres", type=float, help="Least score; default that of the model.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or tensorrt.")
+@click.option("--variant", help="Precision or file to take from a bundle.")
+@click.option("--threads", type=int, help="CPU threads of one inference.")
+@click.option("--save", type=FILE, metavar="DIR", help="Write pictures with drawn boxes here.")
+@click.option("--json", is_flag=True, help="One JSON object a frame on standard output.")
+def detect(**options: Any) -> None:
+    """Detect on pictures, folders, videos or a camera number; the same as `python -m runtime detect`."""
+    from runtime.__main__ import detect as run
 
-    detect_all(sources, model, conf=conf, device=device, save=save, as_json=as_json)
+    run(Namespace(**options))
 
 
 @click.command()

@@ -23,7 +23,6 @@ teacher: {{scale: n, epochs: 24, batch: 16, val_interval: 8}}
 student: {{scale: p}}
 distill: {{epochs: 30, batch: 16, val_interval: 10, losses: {{obj_kd: 1.0}}}}
 quantize: {{calibration_images: 64, max_map_drop: 0.03}}
-bench: {{latency_samples: 200}}
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from compress.quantize import REFERENCE
 from runtime.card import METADATA_KEY, ModelCard
 from runtime.errors import InputError
 from runtime.onnx_file import read_metadata
+
+TEACHER = "teacher.onnx"
+"""Beside the student's files: the teacher as the same kind of file, so that both are measured alike."""
 
 
 def validation_of(data: DataConfig) -> Validation:
@@ -55,7 +58,7 @@ def measured_files(inputs: Mapping[str, Path]) -> list[Candidate]:
         if entry["name"] != REFERENCE
     ]
     student = Candidate(inputs["export"] / SHIPPED, "student", REFERENCE)
-    return [Candidate(inputs["export"] / "teacher" / SHIPPED, "teacher", REFERENCE), student, *flavours]
+    return [Candidate(inputs["export"] / TEACHER, "teacher", REFERENCE), student, *flavours]
 
 
 def kept_files(inputs: Mapping[str, Path]) -> dict[str, Path]:
@@ -71,3 +74,8 @@ def _flavours(inputs: Mapping[str, Path]) -> list[tuple[dict[str, Any], Path]]:
 def read_json(path: Path) -> Any:
     """A document that an earlier stage wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first class names, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

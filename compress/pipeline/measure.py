@@ -28,6 +28,10 @@ Document = dict[str, Any]
 LATENCY_FRAMES = 32
 """Distinct frames that the latency run cycles through: real pictures, so that NMS has its real load."""
 
+GATE_SAMPLES = 100
+"""A median needs no more."""
+NOTES = dict.fromkeys(("fp16", "int8-trt"), "made for TensorRT; its latency on a CPU says nothing about a GPU")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -49,9 +53,10 @@ def measure_file(path: Path, data: Validation, config: BenchConfig, *, device: s
 
 def gate(data: Validation, config: BenchConfig) -> Callable[[Path], Measured]:
     """What a flavour is judged by: its own mAP, and its own median latency end to end."""
+    brief = config.model_copy(update={"latency_samples": min(config.latency_samples, GATE_SAMPLES)})
 
     def evaluate(path: Path) -> Measured:
-        found = measure_file(path, data, config)
+        found = measure_file(path, data, brief)
         p50 = found.latency.end_to_end.p50
         assert p50 is not None, "BenchConfig takes enough samples for a median"
         return Measured(found.accuracy.map50_95, p50)
@@ -73,6 +78,7 @@ def measure_rows(
                 backend="onnx",
                 role=file.role,
                 device=device,
+                note=NOTES.get(file.precision, "") if device == "cpu" else "",
                 latency=found.latency,
                 accuracy=found.accuracy,
                 kept=file.kept,

@@ -23,7 +23,7 @@ from compress.distill import distill
 from compress.export import SHIPPED, export
 from compress.models import checkpoint
 from compress.pipeline.bundle import bundle
-from compress.pipeline.inputs import card_of, kept_files, measured_files, training_images, validation_of
+from compress.pipeline.inputs import TEACHER, card_of, few, kept_files, measured_files, training_images, validation_of
 from compress.pipeline.measure import gate, measure_rows, torch_row
 from compress.pipeline.reporting import assemble
 from compress.quantize import REFERENCE, quantize
@@ -113,15 +113,11 @@ def _usable_as_it_is(config: TeacherConfig, data: DataConfig) -> bool:
     same = names == data.names
     if config.finetune == "never" and not same:
         raise UsageError(
-            f"teacher {config.weights.name} has {len(names)} classes ({_few(names)}), "
-            f"the data has {len(data.names)} ({_few(data.names)})",
+            f"teacher {config.weights.name} has {len(names)} classes ({few(names)}), "
+            f"the data has {len(data.names)} ({few(data.names)})",
             "Set teacher.finetune to auto, or give a teacher of these classes",
         )
     return same and config.finetune != "always"
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def run_distill(recipe: Recipe, work: Work) -> Figures:
@@ -159,14 +155,16 @@ def _keep_best(result: TrainResult, goal: Path) -> Figures:
 
 
 def run_export(recipe: Recipe, work: Work) -> Figures:
-    """Out: `model.onnx`, `model.yolov5.onnx`, `export.json`, and `teacher/model.onnx` to measure against."""
+    """Out: `model.onnx`, `model.yolov5.onnx`, `export.json`, and `teacher.onnx` to measure against."""
     validation = validation_of(load_data(recipe.data))
     student = work.inputs["distill"] / "student.safetensors"
     result = export(recipe.export, model=student, out=work.out, imgsz=recipe.imgsz, data=validation, report=work.report)
     alike = recipe.export.model_copy(update={"candidates": result.card.candidates})
     teacher = work.inputs["teacher"] / "teacher.safetensors"
     work.report("the teacher, exported alike for comparison:")
-    export(alike, model=teacher, out=work.out / "teacher", imgsz=recipe.imgsz, report=work.report)
+    measured = export(alike, model=teacher, out=work.out / "teacher", imgsz=recipe.imgsz, report=work.report)
+    measured.model_onnx.rename(work.out / TEACHER)
+    shutil.rmtree(work.out / "teacher")
     write_json(work.out / "export.json", result.to_json())
     return {
         "candidates": result.card.candidates,
