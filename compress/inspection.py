@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.card import CARD_FILE, METADATA_KEY, ModelCard
+from runtime.bundle import candidates
+from runtime.card import METADATA_KEY, ModelCard
 from runtime.errors import InputError
 from runtime.files import sha256
 
@@ -15,7 +16,9 @@ Facts = dict[str, Any]
 
 
 def inspect_file(path: Path) -> Facts:
-    """Facts of a checkpoint, an ONNX file, a TensorRT plan, a model card or a bundle. Raises InputError for others."""
+    """Facts of a checkpoint, an ONNX file, a TensorRT plan, a model card or a bundle. Raises InputError for others,
+    EngineError for a plan that no card vouches for.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file")
     kind = "folder" if path.is_dir() else path.suffix.lower()
@@ -35,6 +38,7 @@ def _checkpoint(path: Path) -> Facts:
 
 def _onnx(path: Path) -> Facts:
     from compress.graph.safe_load import read_model
+    from compress.graph.walk import op_counts
 
     model = read_model(path)
     graph = model.graph
@@ -45,8 +49,8 @@ def _onnx(path: Path) -> Facts:
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "inputs": {value.name: _shape(value) for value in graph.input},
         "outputs": {value.name: _shape(value) for value in graph.output},
-        "parameters": sum(_elements(tensor.dims) for tensor in graph.initializer),
-        "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
+        "parameters": sum(math.prod(tensor.dims) for tensor in graph.initializer),
+        "operators": dict(op_counts(graph).most_common()),
         "card": ModelCard.from_json(card, str(path)).to_dict() if card else None,
         "metadata": metadata,
     }
@@ -60,22 +64,11 @@ def _shape(value: Any) -> str:
     return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sides)}]"
 
 
-def _elements(dims: Any) -> int:
-    count = 1
-    for side in dims:
-        count *= side
-    return count
-
-
 def _plan(path: Path) -> Facts:
     """A plan is native code: only its sidecar is read."""
-    card_file = path.with_name(CARD_FILE)
-    if not card_file.is_file():
-        raise InputError(f"{path}: no {CARD_FILE} beside it, so nothing vouches for this engine", "Build it again")
-    card = ModelCard.load(card_file)
-    artifact = card.artifact(path.name)
-    if artifact is None:
-        raise InputError(f"{path}: {card_file.name} does not name it", "Build it again")
+    _, _, card, artifact = candidates(path)[0]
+    assert card is not None
+    assert artifact is not None
     return {
         "format": "TensorRT plan",
         "intact": sha256(path) == artifact.sha256,

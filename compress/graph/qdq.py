@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -159,8 +159,3 @@ def _quiet() -> Any:
             yield
     finally:
         root.setLevel(level)
-
-
-def one_by_one(paths: Iterable[Path], read: Callable[[Path], np.ndarray]) -> Iterable[np.ndarray]:
-    """Canvases as (1,S,S,3), read when they are needed."""
-    return (read(path)[None] for path in paths)

@@ -66,7 +66,3 @@ def _leading_parameters(layers: nn.Module, count: int) -> Iterator[nn.Parameter]
     for index, layer in enumerate(layers.children()):
         if index < count:
             yield from layer.parameters()
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -6,7 +6,6 @@ import pytest
 from benchmarks.statistics import (
     bootstrap,
     bootstrap_distribution,
-    fewest_samples,
     is_steady,
     percentile_estimate,
     percentile_rank,
@@ -25,11 +24,6 @@ def test_the_rank_is_that_of_mlperf(n: int, percentile: float, rank: int) -> Non
 def test_a_percentile_needs_this_many_samples(percentile: float, n: int) -> None:
     assert percentile_rank(n - 1, percentile) == 0
     assert percentile_rank(n, percentile) == 1
-
-
-@pytest.mark.parametrize(("percentile", "n"), [(0.5, 11), (0.9, 64), (0.95, 130)])
-def test_the_fewest_samples_are_found(percentile: float, n: int) -> None:
-    assert fewest_samples(percentile) == n
 
 
 def test_too_few_samples_give_no_percentile() -> None:
