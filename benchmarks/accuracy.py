@@ -176,8 +176,10 @@ def detect_all(
         yield from coco_rows(image_id, detector.postprocess(detector.infer(prepared), prepared, conf), categories)
 
 
-def coco_rows(image_id: int, found: Detections, category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """COCO result entries of one image; `category_ids` is indexed by class."""
+def coco_rows(
+    image_id: int, found: Iterable[tuple[Sequence[float], float, int]], category_ids: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """COCO result entries of one image's (x1 y1 x2 y2 px, score, class); `category_ids` is indexed by class."""
     for (left, top, right, bottom), score, class_id in found:
         box = [left, top, right - left, bottom - top]
         yield {"image_id": image_id, "category_id": category_ids[class_id], "bbox": box, "score": score}

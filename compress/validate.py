@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, match
+from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, coco_rows, match
 from compress.compute.device import pick_device, place, settle
 from compress.compute.numerics import flush_denormals
 from compress.compute.timing import Stopwatch, timed_items
@@ -27,14 +27,13 @@ from compress.data.index import Sample
 from compress.data.loader import ValBatch, val_batches
 from compress.models import YOLOv5
 from runtime.boxes import detections_from_rows, unletterbox, xywh_to_xyxy
+from runtime.detections import Detections
 from runtime.errors import InputError
 
 Loss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 """(raw maps, targets (n, 6)) -> (total, the three parts)."""
 Detected = NDArray[np.float32]
 """(n, 6): x1 y1 x2 y2 score class, in pixels of the original image, best first."""
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10, dtype=np.float32)
-COCO_MAX_DET = 100
 
 
 class NmsSettings(NamedTuple):
@@ -188,7 +187,7 @@ def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
 
 def yolo_metrics(found: Sequence[Found]) -> YoloMetrics:
     """Precision, recall and AP by YOLOv5's matching and integration."""
-    hits = [match(one.boxes, one.labels, IOU_THRESHOLDS) for one in found]
+    hits = [match(one.boxes, one.labels) for one in found]
     boxes = np.concatenate([one.boxes for one in found])
     return average_precision(
         np.concatenate(hits), boxes[:, 4], boxes[:, 5], np.concatenate([one.labels[:, 0] for one in found])
@@ -199,17 +198,9 @@ def coco_metrics(found: Sequence[Found], names: Sequence[str], annotations: Path
     """AP by COCO's protocol, against the text labels or the given COCO JSON."""
     samples = [one.sample for one in found]
     truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)
-    detections = [row for image_id, one in enumerate(found, 1) for row in coco_rows(image_id, one.boxes)]
-    return coco_accuracy(truth, detections, max_det=COCO_MAX_DET, names=names)
-
-
-def coco_rows(image_id: int, boxes: Detected) -> list[dict[str, Any]]:
-    """COCO result entries of one image; the category id is the class index."""
-    left_top_w_h = np.concatenate([boxes[:, :2], boxes[:, 2:4] - boxes[:, :2]], axis=1).astype(float).tolist()
-    return [
-        {"image_id": image_id, "category_id": int(class_id), "bbox": box, "score": float(score)}
-        for box, score, class_id in zip(left_top_w_h, boxes[:, 4], boxes[:, 5], strict=True)
-    ]
+    boxes = ((image_id, Detections.from_rows(one.boxes)) for image_id, one in enumerate(found, 1))
+    rows = [row for image_id, own in boxes for row in coco_rows(image_id, own, range(len(names)))]
+    return coco_accuracy(truth, rows, names=names)
 
 
 def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.accuracy import coco_accuracy
+from benchmarks.accuracy import coco_accuracy, coco_rows
 from compress.graph.tails import cluster_nms
 from compress.graph.verify import best_class, corners
 from runtime.boxes import nms, unletterbox
@@ -115,10 +115,11 @@ def study(
 
 def _detections(found: Sequence[Pool], data: Validation, count: int, iou: float, max_det: int) -> list[dict[str, Any]]:
     """COCO detections of every image with the first `count` rows entering NMS."""
+    classes = range(len(data.ground_truth["categories"]))
     return [
-        {"image_id": image_id, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(score)}
+        row
         for (image_id, _), pool in zip(data.images, found, strict=True)
-        for (x1, y1, x2, y2), score, label in _kept(pool, count, iou, max_det)
+        for row in coco_rows(image_id, _kept(pool, count, iou, max_det), classes)
     ]
 
 

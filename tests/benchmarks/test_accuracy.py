@@ -19,6 +19,7 @@ from benchmarks.accuracy import (
     average_precision,
     category_ids,
     coco_accuracy,
+    coco_rows,
     detector_accuracy,
     match,
 )
@@ -277,6 +278,11 @@ def test_a_detector_that_knows_the_labels_is_perfect(tmp_path: Path) -> None:
     assert found.map50_95 == pytest.approx(1.0)
     assert found.images == 2
     assert detector.confs == {0.001}
+
+
+def test_coco_rows_hold_left_top_width_height() -> None:
+    (row,) = coco_rows(3, Detections.from_rows(np.array([[10, 20, 40, 60, 0.5, 1]], np.float32)), [4, 1])
+    assert row == {"image_id": 3, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.5}
 
 
 def test_a_class_that_the_annotations_lack_is_named() -> None:

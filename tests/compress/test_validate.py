@@ -17,7 +17,6 @@ from compress.validate import (
     Found,
     batch_labels,
     coco_metrics,
-    coco_rows,
     read_annotations,
     validate,
     yolo_metrics,
@@ -60,11 +59,6 @@ def test_nothing_detected_scores_zero(samples: tuple[Sample, ...], tiny_data: Da
     found = blind(samples)
     assert yolo_metrics(found).map50 == 0
     assert coco_metrics(found, tiny_data.names).map50 == 0
-
-
-def test_coco_rows_hold_left_top_width_height() -> None:
-    (row,) = coco_rows(3, np.array([[10, 20, 40, 60, 0.5, 1]], np.float32))
-    assert row == {"image_id": 3, "category_id": 1, "bbox": [10, 20, 30, 40], "score": 0.5}
 
 
 def test_annotations_replace_the_labels_by_file_and_class_name(samples: tuple[Sample, ...], tmp_path: Path) -> None:
