@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import one_line
+
 LOW_DISK_GIB = 5.0
 
 
@@ -96,7 +98,7 @@ def _probe(name: str, module: str, look: Callable[[Any], Finding], remedy: str) 
     try:
         return look(importlib.import_module(module))
     except ImportError as error:
-        return Finding(name, None, " ".join(str(error).split()), remedy)
+        return Finding(name, None, one_line(error), remedy)
 
 
 def _torch_device() -> Finding:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compress.config import Recipe
-from runtime.errors import InputError, UsageError
+from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
 
@@ -41,8 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: YAML aliases are not accepted", "Write the values out")
         raw = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = " ".join(str(error).split())
-        raise InputError(f"{path}: not plain YAML ({what})", "Remove tags and fix the syntax") from None
+        raise InputError(f"{path}: not plain YAML ({one_line(error)})", "Remove tags and fix the syntax") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds a {type(raw).__name__}, expected `key: value` lines")
     return raw

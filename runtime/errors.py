@@ -37,3 +37,9 @@ class UnavailableError(EdgestillError):
 
 class EngineError(EdgestillError):
     """An engine could not be built, does not match this machine, or failed its integrity check."""
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """What another library's error says, for a message of ours; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

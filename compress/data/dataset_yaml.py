@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from runtime.errors import InputError, UsageError
+from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
 
 SPLITS = ("train", "val", "test")
@@ -76,8 +76,7 @@ def _read_mapping(path: Path) -> Mapping[str, Any]:
     try:
         raw = yaml.load(text, Loader=_TextLoader)  # noqa: S506 - a BaseLoader makes text, lists and mappings only
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not plain YAML ({reason})", "Remove tags and fix the syntax") from None
+        raise InputError(f"{path}: not plain YAML ({one_line(error)})", "Remove tags and fix the syntax") from None
     if not isinstance(raw, Mapping):
         raise InputError(f"{path}: holds {_kind(raw)}, expected a mapping with train, val and names")
     return raw

@@ -24,7 +24,7 @@ from compress.models.pickled import PickleError, Stub, brief
 from compress.models.plain import plain
 from compress.models.torch_file import is_torch_file, open_torch_file
 from compress.models.yolov5 import YOLOv5
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.files import atomic_write
 
 HEADER_KEY = "edgestill"
@@ -223,12 +223,8 @@ def _load_safetensors(path: Path) -> Checkpoint:
                 raise InputError(f"{path} contradicts its header: {problem}", "write the file anew")
             state = {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {_one_line(error)}", "fetch or copy the file again") from error
+        raise InputError(f"{path} is damaged: {one_line(error)}", "fetch or copy the file again") from error
     return Checkpoint(architecture, _sound(path, state, architecture), meta, "safetensors")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _header(path: Path, text: str | None) -> tuple[Architecture, dict[str, Any]]:
@@ -238,7 +234,7 @@ def _header(path: Path, text: str | None) -> tuple[Architecture, dict[str, Any]]
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has a damaged header: {_one_line(error)}", "write the file anew") from error
+        raise InputError(f"{path} has a damaged header: {one_line(error)}", "write the file anew") from error
     version = header.get("schema_version") if isinstance(header, dict) else None
     if version != SCHEMA_VERSION or not isinstance(header.get("meta"), dict):
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import Array, Opening, Port
-from runtime.errors import InputError, UnavailableError, UsageError
+from runtime.errors import InputError, UnavailableError, UsageError, one_line
 
 try:
     import onnxruntime
@@ -95,8 +95,3 @@ def port_of(node: Any, path: Path) -> Port:
         raise InputError(f"{path}: {node.name} is {node.type}, expected one of {', '.join(DTYPES)}")
     shape = tuple(side if isinstance(side, int) and side > 0 else None for side in node.shape)
     return Port(node.name, np.dtype(DTYPES[node.type]), shape)
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
