@@ -28,6 +28,17 @@ def validation_of(data: DataConfig) -> Validation:
     return Validation(images, to_coco(samples, data.names))
 
 
+def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
+    """A graph with the letterbox baked in can only be measured on frames of its own size."""
+    odd = [image for image in data.ground_truth["images"] if (image["height"], image["width"]) != tuple(frame_hw)]
+    if odd:
+        raise InputError(
+            f"export.frame is {frame_hw[0]}x{frame_hw[1]}, but {len(odd)} of {len(data.images)} validation images have "
+            f"another size ({odd[0]['file_name']}: {odd[0]['height']}x{odd[0]['width']})",
+            "Give frames of the camera's size as val, or leave export.frame out",
+        )
+
+
 def training_images(data: DataConfig) -> list[Path]:
     return [sample.image for sample in index_split(data, "train").samples]
 

@@ -23,7 +23,16 @@ from compress.distill import distill
 from compress.export import SHIPPED, export
 from compress.models import checkpoint
 from compress.pipeline.bundle import bundle
-from compress.pipeline.inputs import TEACHER, card_of, few, kept_files, measured_files, training_images, validation_of
+from compress.pipeline.inputs import (
+    TEACHER,
+    card_of,
+    few,
+    kept_files,
+    measured_files,
+    require_frames,
+    training_images,
+    validation_of,
+)
 from compress.pipeline.measure import gate, measure_rows, torch_row
 from compress.pipeline.reporting import assemble
 from compress.quantize import REFERENCE, quantize
@@ -157,6 +166,8 @@ def _keep_best(result: TrainResult, goal: Path) -> Figures:
 def run_export(recipe: Recipe, work: Work) -> Figures:
     """Out: `model.onnx`, `model.yolov5.onnx`, `export.json`, and `teacher.onnx` to measure against."""
     validation = validation_of(load_data(recipe.data))
+    if recipe.export.frame:
+        require_frames(validation, recipe.export.frame)
     student = work.inputs["distill"] / "student.safetensors"
     result = export(recipe.export, model=student, out=work.out, imgsz=recipe.imgsz, data=validation, report=work.report)
     alike = recipe.export.model_copy(update={"candidates": result.card.candidates})
