@@ -9,17 +9,15 @@ from pathlib import Path
 
 
 def run_child(
-    statement: str, *, text: str = "", folder: Path | None = None, timeout_s: float | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run one Python statement that finds this package and its libraries, with `text` on its standard input.
+    statement: str, *, data: bytes = b"", folder: Path | None = None, timeout_s: float | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run one Python statement that finds this package and its libraries, with `data` on its standard input.
 
     It never imports from the folder that the user happens to be in. Raises subprocess.TimeoutExpired.
     """
     return subprocess.run(  # noqa: S603
         [sys.executable, "-c", statement],
-        input=text,
-        text=True,
-        errors="replace",
+        input=data,
         capture_output=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},
         cwd=folder or Path(__file__).parent.parent,
@@ -33,7 +31,18 @@ def _import_path() -> list[str]:
     return [own, *(entry for entry in sys.path if entry and Path(entry).is_dir() and entry != own)]
 
 
-def last_line(done: subprocess.CompletedProcess[str]) -> str:
+def limit(memory_bytes: int, cpu_seconds: int) -> None:
+    """Called by the child before anything else: beyond this memory it fails, beyond this time it is ended."""
+    try:
+        import resource
+    except ImportError:  # Windows: the child still keeps a crash away
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
     """What the child said last on its standard error."""
-    lines = done.stderr.strip().splitlines()
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "it said nothing"

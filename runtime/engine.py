@@ -148,7 +148,7 @@ def _build_in_child(request: Request, plan: Path) -> BuildReport:
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         answer = Path(folder) / "answer.json"
         work = json.dumps({"request": asdict(request), "plan": str(plan), "answer": str(answer)})
-        done = run_child("from runtime.engine import main; main()", text=work, folder=Path(folder))
+        done = run_child("from runtime.engine import main; main()", data=work.encode(), folder=Path(folder))
         if done.returncode == 0 and answer.is_file():
             return _report(request, plan, json.loads(answer.read_text()))
         if answer.is_file():
@@ -176,7 +176,7 @@ def _error_from(answer: Mapping[str, Any]) -> EdgestillError:
     return KINDS[answer["kind"]](answer["message"], answer["hint"])
 
 
-def _crash(done: subprocess.CompletedProcess[str], name: str) -> EngineError:
+def _crash(done: subprocess.CompletedProcess[bytes], name: str) -> EngineError:
     if done.returncode < 0:
         cause = f"was ended by signal {-done.returncode}"
         return EngineError(f"{name}: the builder {cause}: {last_line(done)}", "Out of memory? Try a smaller workspace")

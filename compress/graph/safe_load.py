@@ -15,7 +15,9 @@ from pathlib import Path
 
 import onnx
 
-from runtime.errors import EdgestillError, InputError
+from runtime.backends.probe import refusal
+from runtime.child import limit, run_child
+from runtime.errors import InputError, one_line
 
 MAX_BYTES = 1 << 30
 MAX_NODES = 20_000
@@ -25,7 +27,6 @@ MAX_ELEMENTS = 1 << 28
 _MEMORY_BYTES = 6 << 30
 _CPU_SECONDS = 120
 _REMEDY = "give a model.onnx that `edgestill export` wrote"
-_MODULE = "compress.graph.safe_load"
 
 _STANDARD = """
     Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear
@@ -62,10 +63,8 @@ def _read_bytes(path: Path) -> bytes:
 
 def _judge(data: bytes) -> str:
     """Empty when the child accepted the bytes, else its reason."""
-    command = [sys.executable, "-m", _MODULE]
-    root = Path(__file__).resolve().parents[2]
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=2 * _CPU_SECONDS, cwd=root, check=False)  # noqa: S603
+        done = run_child("from compress.graph.safe_load import main; main()", data=data, timeout_s=2 * _CPU_SECONDS)
     except subprocess.TimeoutExpired:
         return f"loading it takes more than {2 * _CPU_SECONDS} s"
     if done.returncode == 0:
@@ -119,14 +118,6 @@ def _tensor_problems(tensor: onnx.TensorProto) -> Iterator[str]:
         yield f"tensor {tensor.name!r} declares shape {list(tensor.dims)}"
 
 
-def _limit() -> None:
-    import resource  # POSIX only: elsewhere the child still keeps a crash away from the caller
-
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 def _load(data: bytes) -> str:
     from google.protobuf.message import DecodeError
 
@@ -139,34 +130,17 @@ def _load(data: bytes) -> str:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        return f"the checker says: {' '.join(str(error).split())[:200]}"
-    return _open_session(data)
+        return f"the checker says: {one_line(error)}"
+    reason = refusal(data)
+    return f"ONNX Runtime says: {reason}" if reason else ""
 
 
-def _open_session(data: bytes) -> str:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no other base
-        return f"ONNX Runtime says: {' '.join(str(error).split())[:200]}"
-    return ""
-
-
-def _main() -> int:
-    _limit()
+def main() -> None:
+    """The child: exit 0 when the bytes on standard input are accepted, else 1 and the reason on standard output."""
+    limit(_MEMORY_BYTES, _CPU_SECONDS)
     try:
         verdict = _load(sys.stdin.buffer.read(MAX_BYTES + 1))
     except MemoryError:
         verdict = f"loading it takes more than {_MEMORY_BYTES >> 30} GiB"
-    except EdgestillError as error:
-        verdict = error.message
     print(verdict)
-    return 1 if verdict else 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(1 if verdict else 0)

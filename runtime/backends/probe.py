@@ -7,12 +7,13 @@ an edgestill card skip it, because they come from our own export.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from runtime.child import last_line, run_child
-from runtime.errors import InputError
+from runtime.child import last_line, limit, run_child
+from runtime.errors import InputError, one_line
 
 MEMORY_BYTES = 6 << 30
 CPU_SECONDS = 60
@@ -23,7 +24,9 @@ def probe(path: Path) -> None:
     """Raises InputError when the file does not load within the limits."""
     try:
         done = run_child(
-            "from runtime.backends.probe import main; main()", text=str(path.resolve()), timeout_s=2 * CPU_SECONDS
+            "from runtime.backends.probe import main; main()",
+            data=os.fsencode(path.resolve()),
+            timeout_s=2 * CPU_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise InputError(f"{path}: loading it takes more than {2 * CPU_SECONDS} s", REMEDY) from None
@@ -36,25 +39,22 @@ def probe(path: Path) -> None:
 
 def main() -> None:
     """The child: exit 0 when the file whose path is on standard input loads."""
-    path = sys.stdin.read()
-    limit()
+    path = os.fsdecode(sys.stdin.buffer.read())
+    limit(MEMORY_BYTES, CPU_SECONDS)
+    if reason := refusal(path):
+        print(reason, file=sys.stderr)
+        sys.exit(1)
+
+
+def refusal(model: str | bytes) -> str:
+    """Why ONNX Runtime does not load the file of this path, or these bytes; empty where it does."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no other base
-        print(" ".join(str(error).split())[:300] or type(error).__name__, file=sys.stderr)
-        sys.exit(1)
-
-
-def limit() -> None:
-    try:
-        import resource
-    except ImportError:  # Windows: the child still keeps a crash away
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        return one_line(error)
+    return ""
