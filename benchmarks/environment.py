@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ def environment() -> dict[str, Any]:
     """`runtime.machine.facts()` and, where they are known, CPU governor, load, thread limit and the mAP package."""
     facts = machine.facts()
     more = {"governor": _governor(), "load_1min": _load(), THREAD_LIMIT.lower(): os.environ.get(THREAD_LIMIT, "")}
-    packages = facts["packages"] | {METRIC_PACKAGE: _version(METRIC_PACKAGE)}
+    packages = facts["packages"] | {METRIC_PACKAGE: machine.installed_version(METRIC_PACKAGE)}
     return facts | {"packages": packages} | {key: value for key, value in more.items() if value not in (None, "")}
 
 
@@ -37,10 +36,3 @@ def _governor() -> str:
 def _load() -> float | None:
     """Processes that wanted a CPU in the last minute: above the number of cores, a latency is not the model's own."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

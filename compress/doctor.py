@@ -8,11 +8,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import one_line
+from runtime.machine import installed_version
 
 LOW_DISK_GIB = 5.0
 
@@ -77,20 +77,10 @@ def _disk(folder: Path) -> Finding:
 
 
 def _extra(extra: str, names: Iterable[str], use: str) -> Finding:
-    versions = {name: _version(name) for name in names}
-    absent = [name for name, version in versions.items() if version is None]
+    versions = {name: installed_version(name, f"{name}-gpu") for name in names}
+    absent = [name for name, version in versions.items() if not version]
     detail = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
     return Finding(use, not absent, detail, f"pip install 'edgestill[{extra}]'")
-
-
-def _version(distribution: str) -> str | None:
-    """Version of a package or of one of its builds that carries the same modules."""
-    for name in (distribution, f"{distribution}-gpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _probe(name: str, module: str, look: Callable[[Any], Finding], remedy: str) -> Finding:

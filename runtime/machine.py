@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,16 +123,17 @@ def jetson_gpu(board: str) -> list[dict[str, str]]:
 
 def package_versions() -> dict[str, str]:
     """Version of every package of `PACKAGES` that is installed."""
-    found = {name: next(filter(None, map(_version, options)), "") for name, options in PACKAGES.items()}
+    found = {name: installed_version(*options) for name, options in PACKAGES.items()}
     found |= {name: UNKNOWN for name in SYSTEM_PACKAGES if not found[name] and find_spec(name)}
     return {name: version for name, version in found.items() if version}
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def installed_version(*distributions: str) -> str:
+    """Version of the first distribution that is installed; empty without one."""
+    for distribution in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return ""
 
 
 def onnx_providers() -> list[str]:
