@@ -16,7 +16,7 @@ from compress.config import BuildConfig
 from compress.graph.metadata import read_card
 from compress.graph.safe_load import read_model
 from runtime.card import CARD_FILE, Artifact, ModelCard
-from runtime.engine import BuildReport, build_engine
+from runtime.engine import build_engine
 from runtime.errors import InputError, UnavailableError
 
 Report = Callable[[str], None]
@@ -97,7 +97,7 @@ def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out
         if config.backend != "auto":
             raise
         return Plan(precision, None, 0.0, "skipped: no TensorRT; pip install edgestill[rtx]")
-    return Plan(precision, _artifact(target, precision, built), built.seconds)
+    return Plan(precision, built.artifact(target.name, precision), built.seconds)
 
 
 def _check(model: Path, precision: str, card: ModelCard) -> None:
@@ -113,15 +113,3 @@ def _check(model: Path, precision: str, card: ModelCard) -> None:
     for key, value, expected in same:
         if value != expected:
             raise InputError(f"{model.name} has {key} {value!r}, expected {expected!r}", "Export and quantise again")
-
-
-def _artifact(path: Path, precision: str, built: BuildReport) -> Artifact:
-    return Artifact(
-        file=path.name,
-        sha256=built.sha256,
-        bytes=built.bytes,
-        precision=precision,
-        backend=built.backend,
-        targets=tuple(built.targets),
-        versions=dict(built.versions),
-    )

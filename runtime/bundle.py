@@ -64,8 +64,20 @@ def _listed(folder: Path, card: ModelCard, artifact: Artifact) -> Candidate:
 
 def _of_onnx(path: Path) -> Candidate:
     """With the card inside the file. Conventional YOLOv5 exports have none: their card is made from the session."""
+    return Candidate(path, "onnx", _card_inside(path), None)
+
+
+def _card_inside(path: Path) -> ModelCard | None:
     text = read_metadata(path).get(METADATA_KEY)
-    return Candidate(path, "onnx", ModelCard.from_json(text, str(path)) if text else None, None)
+    return ModelCard.from_json(text, str(path)) if text else None
+
+
+def card_of(path: Path) -> ModelCard:
+    """The card inside an ONNX file that edgestill wrote. Raises InputError for any other file."""
+    card = _card_inside(path)
+    if card is None:
+        raise InputError(f"{path} carries no edgestill card", "Give a model.onnx that `edgestill export` wrote")
+    return card
 
 
 def _of_engine(path: Path) -> Candidate:

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 from runtime import machine
 from runtime.backends.tensorrt import INSTALL, collecting_logger, errors_of, import_tensorrt
-from runtime.card import CARD_FILE, METADATA_KEY, Artifact, BackendName, ModelCard
+from runtime.bundle import card_of
+from runtime.card import CARD_FILE, Artifact, BackendName, ModelCard
 from runtime.child import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
@@ -68,6 +69,10 @@ class BuildReport:
     sha256: str
     targets: tuple[str, ...]
     log: tuple[str, ...]
+
+    def artifact(self, file: str, precision: str) -> Artifact:
+        """The card's entry of the plan."""
+        return Artifact(file, self.sha256, self.bytes, precision, self.backend, self.targets, dict(self.versions))
 
 
 def build_engine(
@@ -348,10 +353,7 @@ def card_for(onnx_path: str | Path, plan: str | Path) -> tuple[ModelCard, str]:
     Raises InputError when the ONNX file carries no card (its engine could never be loaded), or when the folder's
     `model.json` describes another model.
     """
-    own = read_metadata(onnx_path).get(METADATA_KEY)
-    if own is None:
-        raise InputError(f"{onnx_path}: has no edgestill card", "Give a model.onnx that `edgestill export` wrote")
-    inside = ModelCard.from_json(own, str(onnx_path))
+    inside = card_of(Path(onnx_path))
     beside = Path(plan).parent / CARD_FILE
     card = ModelCard.load(beside) if beside.is_file() else inside
     if any(getattr(card, key) != getattr(inside, key) for key in SAME_MODEL):
@@ -362,9 +364,7 @@ def card_for(onnx_path: str | Path, plan: str | Path) -> tuple[ModelCard, str]:
 def enter_plan(card: ModelCard, precision: str, plan: str | Path, report: BuildReport) -> ModelCard:
     """Write the card beside the plan with the plan as the first of its artifacts."""
     plan = Path(plan)
-    entry = Artifact(
-        plan.name, report.sha256, report.bytes, precision, report.backend, report.targets, dict(report.versions)
-    )
+    entry = report.artifact(plan.name, precision)
     others = tuple(artifact for artifact in card.artifacts if artifact.file != plan.name)
     card = replace(card, artifacts=(entry, *others))
     card.save(plan.parent / CARD_FILE)

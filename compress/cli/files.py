@@ -91,7 +91,7 @@ def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, 
     """ONNX to TensorRT plans with the model.json that they need on the device."""
     from compress.build import build as run
     from compress.config import BuildConfig
-    from compress.pipeline.inputs import card_of
+    from runtime.bundle import card_of
 
     given = {"targets": target.split(",") if target else None}
     config = settings(BuildConfig, given, changes, "build")

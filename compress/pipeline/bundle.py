@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from compress.pipeline.inputs import card_of, kept_files, read_json
+from compress.pipeline.inputs import kept_files, read_json
 from compress.quantize import REFERENCE
+from runtime.bundle import card_of
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.files import sha256
 

@@ -13,9 +13,7 @@ from compress.data.index import index_split
 from compress.export import SHIPPED
 from compress.graph.study import Validation
 from compress.quantize import REFERENCE
-from runtime.card import METADATA_KEY, ModelCard
 from runtime.errors import InputError
-from runtime.onnx_file import read_metadata
 
 TEACHER = "teacher.onnx"
 """Beside the student's files: the teacher as the same kind of file, so that both are measured alike."""
@@ -41,14 +39,6 @@ def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
 
 def training_images(data: DataConfig) -> list[Path]:
     return [sample.image for sample in index_split(data, "train").samples]
-
-
-def card_of(file: Path) -> ModelCard:
-    """The card inside an ONNX file that `export` or `quantize` wrote. Errors: InputError for any other file."""
-    metadata = read_metadata(file)
-    if METADATA_KEY not in metadata:
-        raise InputError(f"{file} carries no edgestill card", "Give a model.onnx that `edgestill export` wrote")
-    return ModelCard.from_json(metadata[METADATA_KEY], str(file))
 
 
 class Candidate(NamedTuple):

@@ -25,7 +25,6 @@ from compress.models import checkpoint
 from compress.pipeline.bundle import bundle
 from compress.pipeline.inputs import (
     TEACHER,
-    card_of,
     few,
     kept_files,
     measured_files,
@@ -38,6 +37,7 @@ from compress.pipeline.reporting import assemble
 from compress.quantize import REFERENCE, quantize
 from compress.store import Work
 from compress.train import TrainResult, train
+from runtime.bundle import card_of
 from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
 from runtime.files import sha256, write_json
