@@ -45,7 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         if _is_about(error, path, temporary):
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         raise
     finally:
         _remove(temporary)
@@ -76,8 +76,9 @@ def _remove(path: Path) -> None:
         return  # the first error, which is on its way up, says more
 
 
-def _unwritable(path: Path, error: OSError) -> EdgestillError:
-    return EdgestillError(f"{path}: cannot be written: {error.strerror}", REMEDIES.get(error.errno or 0, ""))
+def unwritable(path: Path, error: OSError) -> EdgestillError:
+    """What went wrong, and what helps."""
+    return EdgestillError(f"{path}: cannot be written: {error.strerror or error}", REMEDIES.get(error.errno or 0, ""))
 
 
 def sha256(path: str | Path) -> str:

@@ -17,6 +17,7 @@ import yaml
 from compress.data.belt_parts import PARTS
 from compress.data.belt_scene import Scene, draw_scene
 from compress.data.publish import new_folder
+from runtime.boxes import xyxy_to_xywh
 from runtime.errors import UsageError
 
 VAL_EVERY = 5
@@ -68,13 +69,10 @@ def _write_one(folder: Path, split: str, index: int, size_hw: tuple[int, int], s
 def label_text(boxes: np.ndarray, size_hw: tuple[int, int]) -> str:
     """YOLO rows of pixel boxes [class, x1, y1, x2, y2]."""
     height, width = size_hw
-    rows = boxes.astype(np.float64)
-    centres = (rows[:, 1:3] + rows[:, 3:5]) / 2 / (width, height)
-    sides = (rows[:, 3:5] - rows[:, 1:3]) / (width, height)
-    values = np.concatenate([centres, sides], axis=1).tolist()
+    values = xyxy_to_xywh(boxes[:, 1:].astype(np.float64)) / (width, height, width, height)
     return "".join(
-        f"{int(row[0])} " + " ".join(f"{value:.6f}" for value in own) + "\n"
-        for row, own in zip(rows, values, strict=True)
+        f"{int(class_id)} " + " ".join(f"{value:.6f}" for value in own) + "\n"
+        for class_id, own in zip(boxes[:, 0], values.tolist(), strict=True)
     )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import EdgestillError, UsageError
-from runtime.files import REMEDIES
+from runtime.errors import UsageError
+from runtime.files import unwritable
 
 
 @contextmanager
@@ -29,9 +29,7 @@ def new_folder(goal: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(goal)
     except OSError as error:
-        raise EdgestillError(
-            f"{goal}: cannot be written: {error.strerror or error}", REMEDIES.get(error.errno or 0, "")
-        ) from error
+        raise unwritable(goal, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

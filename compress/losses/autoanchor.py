@@ -1,6 +1,7 @@
 """Do the anchors fit the labels, and which would fit better?
 
-In: widths and heights of labels in pixels, as the network sees them. Out: anchors in pixels. Source: facts 7.9.
+In: widths and heights of labels in pixels, as the network sees them. Out: anchors in pixels.
+The rules are those of YOLOv5 v7.0.
 """
 
 from __future__ import annotations

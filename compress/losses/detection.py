@@ -64,7 +64,7 @@ class Gains(NamedTuple):
 
 
 def scaled_gains(config: LossConfig, nc: int, levels: int, imgsz: int) -> Gains:
-    """The gains of the settings, scaled to levels, image size and classes. Source: facts 5.5."""
+    """The gains of the settings, scaled to levels, image size and classes as in YOLOv5 v7.0."""
     per_level = 3 / levels
     return Gains(
         box=config.box * per_level,
@@ -91,7 +91,7 @@ def assign_targets(targets: Tensor, anchors_wh: Tensor, size_hw: tuple[int, int]
     """Which cells and anchors of one level answer for which target.
 
     A pair (anchor, target) matches when max(w/aw, aw/w, h/ah, ah/h) < anchor_t; it is then answered for by the cell
-    of the centre and by the nearer neighbour on each axis. Source: facts 5.1 and 5.2.
+    of the centre and by the nearer neighbour on each axis. As in YOLOv5 v7.0.
 
     Args:
         targets: (nt, 6) float32 image, class, cx, cy, w, h; boxes normalised to the network's input.
@@ -156,8 +156,7 @@ class DetectionLoss(nn.Module):
     """L = B * (box * sum_l mean(1 - CIoU) + obj * sum_l balance_l * mean BCE + cls * sum_l mean BCE).
 
     Gains are those of `scaled_gains`. The objectness target of a positive is its CIoU, detached and floored at 0.
-    Everything accumulates in float32 for inputs of any dtype.
-    Source: facts 5.
+    Everything accumulates in float32 for inputs of any dtype. The rules are YOLOv5 v7.0's.
 
     Args:
         anchors_grid: (nl, na, 2) anchors in units of their level's stride (the buffer `model.24.anchors`).

@@ -310,7 +310,7 @@ class FeatSL2(FeatMSE):
         sum over levels of sum_hw w (P(s) - t)^2 / (C * sum_hw w + 1e-9)
 
     w is `teacher_score`, P is 1x1 convolution - ReLU - 1x1 convolution. The usual weight is 6. Source: Ultralytics
-    2026, as its documentation states the formula; distillation.md 3.1.
+    2026, as its documentation states the formula.
     """
 
     @staticmethod
