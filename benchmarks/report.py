@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.accuracy import Accuracy
 from benchmarks.latency import Latency
 from runtime.errors import InputError, UnavailableError
-from runtime.files import atomic_write, sha256, write_json
+from runtime.files import atomic_write, read_json, sha256, write_json
 
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
@@ -46,7 +46,7 @@ class Report:
         """From a file, or from the folder that holds `report.json`. Errors: InputError."""
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
-        data = _read_json(path)
+        data = read_json(path, most_bytes=MAX_REPORT_BYTES, hint="Give a report.json or its folder")
         _validate(data, str(path))
         return cls(data)
 
@@ -293,16 +293,3 @@ def _validate(data: Any, source: str) -> None:
     if error is not None:
         where = "/".join(map(str, error.path)) or "the whole"
         raise InputError(f"{source}: {where} does not follow the schema: {error.message[:200]}")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_REPORT_BYTES + 1)
-        if len(text) > MAX_REPORT_BYTES:
-            raise InputError(f"{path} is larger than {MAX_REPORT_BYTES} bytes, so not a report")
-        return json.loads(text)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "Give a report.json or its folder") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}", "Give a report.json or its folder") from error

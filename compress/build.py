@@ -1,6 +1,6 @@
 """Build: ONNX files that passed their gates become TensorRT plans, with one `model.json` that describes them all.
 
-In: the ONNX file of each precision, and the card they share. Out: `model.<precision>.plan` and `model.json`.
+In: the ONNX file of each precision, and the card they share. Out: `<name of card>.<precision>.plan` and `model.json`.
 Precision lies in the ONNX file, never in a builder flag. Ahead-of-time plans of TensorRT-RTX serve every target in
 one file; plain TensorRT builds for the GPU that is there.
 """
@@ -93,10 +93,10 @@ def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out
             targets=config.targets,
             workspace_mib=config.workspace_mib,
         )
-    except UnavailableError:
+    except UnavailableError as error:
         if config.backend != "auto":
             raise
-        return Plan(precision, None, 0.0, "skipped: no TensorRT; pip install edgestill[rtx]")
+        return Plan(precision, None, 0.0, f"skipped: {error}")
     return Plan(precision, built.artifact(target.name, precision), built.seconds)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.compute.device import is_first_process
 from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig
 from compress.data.dataset_yaml import DataConfig
@@ -55,9 +56,10 @@ def distill(
     guide = Teacher(master, device, half=config.amp)
     if not state:
         checks = examine(objective, guide, splits.train, config, report)
-        write_json(
-            out / "checks.json",
-            [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks],
-        )
+        if is_first_process():
+            write_json(
+                out / "checks.json",
+                [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks],
+            )
     job = Job(config, objective, splits.train, splits.val, out, guide=guide, decay_to=config.decay_to)
     return fit(job, device=device, resume=state, report=report)

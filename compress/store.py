@@ -75,7 +75,7 @@ def fingerprint(stage: Stage) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a file, or of every file below a folder; of a stage's file, the one in its manifest."""
+    """sha256 of a file, or over path and content of every file below a folder but its manifest."""
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
@@ -108,6 +108,7 @@ def _work(stage: Stage, work: Path, mark: str, report: Report) -> dict[str, Any]
         raise EdgestillError(
             f"{work}: cannot be made ({error.strerror})", "Choose a writable folder with --out"
         ) from None
+    _drop_torn(work)
     start = time.monotonic()
     figures = dict(stage.run(Work(stage.inputs, work, report)))
     manifest = {
@@ -150,6 +151,13 @@ def _require_own(goal: Path) -> None:
     if goal.is_dir() and ((goal / MANIFEST).is_file() or not any(goal.iterdir())):
         return
     raise UsageError(f"{goal} exists and is not the result of a stage", "Move it away, or choose another --out")
+
+
+def _drop_torn(work: Path) -> None:
+    """A kill in the midst of `atomic_write` leaves its hidden file, which must not be published with the rest."""
+    for torn in work.rglob(".*"):
+        if torn.is_file():
+            torn.unlink()
 
 
 def _drop_stale_work(folder: Path, stage: str) -> None:

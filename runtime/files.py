@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, InputError, one_line
 
 CHUNK_BYTES = 1 << 20
 REMEDIES = {
@@ -88,6 +88,20 @@ def sha256(path: str | Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json(path: str | Path, *, most_bytes: int, hint: str = "") -> Any:
+    """A JSON document that may come from anyone. Raises InputError when it is missing, too large, or not JSON."""
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(most_bytes + 1)
+        if len(text) > most_bytes:
+            raise InputError(f"{path} is larger than {most_bytes} bytes", hint)
+        return json.loads(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", hint) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {one_line(error)}", hint) from error
 
 
 def write_json(path: str | Path, obj: Any) -> None:

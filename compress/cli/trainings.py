@@ -80,6 +80,7 @@ def _fit(
     extra: dict[str, Any] | None = None,
     **given: Any,
 ) -> None:
+    from compress.compute.device import is_first_process
     from compress.data import load_data
 
     keys = ("epochs", "batch", "imgsz", "workers", "seed")
@@ -101,7 +102,8 @@ def _fit(
         report=say,
         **(extra or {}),
     )
-    click.echo(result.best)
+    if is_first_process():
+        click.echo(result.best)
 
 
 @click.command()

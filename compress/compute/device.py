@@ -1,7 +1,8 @@
-"""Which device a request means."""
+"""Which device a request means, and which of several processes this one is."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,19 +17,27 @@ Module = TypeVar("Module", bound=nn.Module)
 def pick_device(request: str) -> torch.device:
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, or YOLOv5's plain number `0`.
 
+    Of several processes on one machine (torchrun) each gets the GPU of its own number, whichever was asked for.
     Errors: UsageError for another word, UnavailableError for a GPU that is not here.
     """
     if request == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        request = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{request}" if request.isdigit() else request
     if name != "cpu" and not (name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())):
         raise UsageError(f"device {request!r} is not known", "use auto, cpu, cuda or cuda:N")
     device = torch.device(name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnavailableError(
             f"device {request!r} is not here: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu"
         )
     return device
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks and writes: the only one, or the first that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def settle(device: torch.device) -> Callable[[], None]:

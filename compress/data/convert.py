@@ -5,7 +5,6 @@ Boxes are checked against the real size of each image; what cannot be used is sk
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from compress.data.index import Problem, image_size_hw
 from compress.data.labels import label_path
 from compress.data.publish import new_folder
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.image import IMAGE_SUFFIXES
 
 SHOWN = 20
@@ -68,7 +68,7 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
     Raises InputError for a file that is not COCO JSON and for image names that leave the image folder.
     """
     path = Path(annotations)
-    content = _read_json(path)
+    content = _read_coco(path)
     problems: list[Problem] = []
     classes, names = _coco_classes(path, content)
     by_id = {image["id"]: Annotated(*_coco_image(path, image), []) for image in _entries(path, content, "images")}
@@ -112,15 +112,8 @@ def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Convert
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({str(error)[:100]})") from None
+def _read_coco(path: Path) -> Mapping[str, Any]:
+    content = read_json(path, most_bytes=MAX_JSON_BYTES, hint="Give COCO's instances JSON")
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected COCO's images, annotations, categories")
     return content

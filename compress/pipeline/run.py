@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,11 @@ def run_recipe(
     report: Report,
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(
+            f"{processes} processes were started, but stages are published by one",
+            "Start `edgestill train` or `distill` by torchrun, and the recipe alone",
+        )
     for name in (until, *force):
         require_stage(name)
     outcomes = []

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from compress.compute.device import pick_device, place
@@ -37,7 +38,7 @@ from compress.training.progress import Progress, Report, epoch_line, open_progre
 from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
 from compress.training.state import load_state, random_state, restore_random_state, save_state
 from compress.validate import ValResult, as_network_input, validate
-from runtime.errors import UsageError
+from runtime.errors import EdgestillError, UsageError
 
 Guide = Callable[[torch.Tensor], Outputs]
 """A teacher: float images (B, 3, H, W) -> its outputs, without gradient."""
@@ -90,13 +91,17 @@ class Course:
 def fit(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, report: Report = print) -> TrainResult:
     """Train until the last epoch or an early stop. `resume` is what `read_resume` returned.
 
-    Errors: EdgestillError where a loss is not finite or a file cannot be written; the files then hold the last good
-    epoch.
+    Errors: EdgestillError where a loss is not finite, the GPU's memory is full or a file cannot be written; the files
+    then hold the last good epoch.
     """
     trainer = Trainer(job, device, report)
     if resume:
         trainer.restore(resume)
-    return trainer.run()
+    try:
+        return trainer.run()
+    except torch.OutOfMemoryError as error:
+        where = f"batch {job.config.batch} at {job.config.imgsz} pixels"
+        raise EdgestillError(f"the GPU's memory is full: {where} do not fit", "Lower batch or imgsz") from error
 
 
 def read_resume(out: Path, config: TrainConfig) -> dict[str, Any]:
@@ -117,9 +122,7 @@ class Trainer:
 
     def __init__(self, job: Job, device: str, report: Report, span: Span = unwatched) -> None:
         where, config = pick_device(device), job.config
-        self.accelerator = Accelerator(
-            cpu=where.type == "cpu", mixed_precision="fp16" if config.amp and where.type == "cuda" else "no"
-        )
+        self.accelerator = _accelerator(where, half=config.amp)
         self.job, self.config, self.course, self.span = job, config, Course(), span
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.report: Report = report if self.accelerator.is_main_process else lambda _: None
@@ -281,6 +284,15 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"])
         self.course = Course(**state["course"])
+
+
+def _accelerator(device: torch.device, *, half: bool) -> Accelerator:
+    """Of one training on `device`; float16 arithmetic on GPUs only, and only with `half`."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current GPU
+    # a second training in this process may differ in device or arithmetic, which accelerate's shared state forbids
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if half and device.type == "cuda" else "no")
 
 
 class _LossLog:

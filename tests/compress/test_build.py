@@ -88,7 +88,7 @@ def test_without_tensorrt_auto_skips_and_says_what_to_install(models, tmp_path, 
     lines: list[str] = []
     plans = build(BuildConfig(), models=models, out=tmp_path / "plans", card=CARD, report=lines.append)
     assert [plan.artifact for plan in plans] == [None, None]
-    assert all("skipped: no TensorRT; pip install edgestill[rtx]" in line for line in lines)
+    assert all("skipped: no TensorRT is installed. pip install edgestill[rtx]" in line for line in lines)
     assert ModelCard.load(tmp_path / "plans") == CARD
 
 
