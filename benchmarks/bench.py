@@ -19,11 +19,12 @@ from benchmarks.report import Row, model_row
 from runtime.bundle import Candidate, candidates
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError
-from runtime.files import sha256
+from runtime.files import read_json, sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
 
 MAX_FRAMES = 64
 """Decoded frames held in memory for the timing; accuracy reads every picture."""
+MAX_JSON_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,11 @@ def pictures(folder: Path, most: int = 0) -> tuple[Path, ...]:
 
 def read_coco(path: Path) -> Row:
     """COCO annotations from a JSON file. Errors: InputError."""
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "Give COCO's instances JSON") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}", "Give COCO's instances JSON") from error
+    hint = "Give COCO's instances JSON"
+    data = read_json(path, most_bytes=MAX_JSON_BYTES, hint=hint)
     missing = [key for key in ("images", "annotations", "categories") if key not in data]
     if missing:
-        raise InputError(f"{path} has no {missing[0]!r}", "Give COCO's instances JSON")
+        raise InputError(f"{path} has no {missing[0]!r}", hint)
     return data
 
 

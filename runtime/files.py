@@ -92,12 +92,11 @@ def sha256(path: str | Path) -> str:
 
 def read_json(path: str | Path, *, most_bytes: int, hint: str = "") -> Any:
     """A JSON document that may come from anyone. Raises InputError when it is missing, too large, or not JSON."""
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
-            text = file.read(most_bytes + 1)
-        if len(text) > most_bytes:
-            raise InputError(f"{path} is larger than {most_bytes} bytes", hint)
-        return json.loads(text)
+        if path.stat().st_size > most_bytes:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {most_bytes}", hint)
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", hint) from error
     except (ValueError, RecursionError) as error:
