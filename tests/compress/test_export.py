@@ -122,7 +122,7 @@ def test_the_card_inside_says_what_the_graph_does(exported):
     card = read_card(onnx.load(result.model_onnx), SHIPPED)
     assert card == result.card
     assert (card.input, card.output, card.size_hw, card.max_det) == ("canvas", "boxes", (SIZE, SIZE), 300)
-    assert (card.names, card.nms_iterations, card.precision) == (NAMES, 8, "fp32")
+    assert (card.names, card.nms_iterations, card.precision) == (NAMES, ExportConfig().nms_iterations, "fp32")
     rows = read_card(onnx.load(result.yolov5_onnx), CONVENTIONAL)
     assert (rows.input, rows.output) == ("tensor", "rows")
 
