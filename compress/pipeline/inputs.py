@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +75,3 @@ def _flavours(inputs: Mapping[str, Path]) -> list[tuple[dict[str, Any], Path]]:
 def read_json(path: Path) -> Any:
     """A document that an earlier stage wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def few(names: Sequence[str]) -> str:
-    """The first class names, for a message."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -16,6 +16,7 @@ from compress.build import build
 from compress.compute.numerics import flush_denormals
 from compress.config import Recipe, TeacherConfig
 from compress.data import DataConfig, load_data
+from compress.data.class_names import class_conflict
 from compress.data.coco import to_coco
 from compress.data.index import Index, index_split
 from compress.data.labels import label_path
@@ -25,7 +26,6 @@ from compress.models import checkpoint
 from compress.pipeline.bundle import bundle
 from compress.pipeline.inputs import (
     TEACHER,
-    few,
     kept_files,
     measured_files,
     require_frames,
@@ -122,8 +122,7 @@ def _usable_as_it_is(config: TeacherConfig, data: DataConfig) -> bool:
     same = names == data.names
     if config.finetune == "never" and not same:
         raise UsageError(
-            f"teacher {config.weights.name} has {len(names)} classes ({few(names)}), "
-            f"the data has {len(data.names)} ({few(data.names)})",
+            class_conflict(f"teacher {config.weights.name}", names, "the data", data.names),
             "Set teacher.finetune to auto, or give a teacher of these classes",
         )
     return same and config.finetune != "always"

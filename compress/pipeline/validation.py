@@ -10,9 +10,10 @@ from benchmarks.accuracy import Accuracy, YoloMetrics, detector_accuracy
 from benchmarks.report import plain
 from compress.compute.numerics import flush_denormals
 from compress.data import DataConfig, load_data
+from compress.data.class_names import class_conflict
 from compress.data.index import index_split
 from compress.models import load_model
-from compress.pipeline.inputs import few, validation_of
+from compress.pipeline.inputs import validation_of
 from compress.validate import NmsSettings, validate
 from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
@@ -107,7 +108,6 @@ def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float) -
 def require_same_classes(file: Path, names: tuple[str, ...], config: DataConfig) -> None:
     if tuple(names) != config.names:
         raise InputError(
-            f"{file.name} has {len(names)} classes ({few(names)}), {config.path.name} has {len(config.names)} "
-            f"({few(config.names)})",
+            class_conflict(file.name, names, config.path.name, config.names),
             "Give a model of these classes, or the data it was trained on",
         )

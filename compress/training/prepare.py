@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from compress.config import TrainConfig
+from compress.data.class_names import class_conflict
 from compress.data.dataset import TrainDataset
 from compress.data.dataset_yaml import DataConfig
 from compress.data.index import Sample, index_split
@@ -82,8 +83,7 @@ def model_of_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
     architecture = Architecture.from_json(state["architecture"])
     if architecture.names != tuple(names):
         raise UsageError(
-            f"the state was trained on {len(architecture.names)} classes {', '.join(architecture.names[:3])}, ..., "
-            f"the data has {len(names)}: {', '.join(names[:3])}, ...",
+            class_conflict("the state", architecture.names, "the data", names),
             "resume with the same data, or start anew in another folder",
         )
     return YOLOv5(architecture)
