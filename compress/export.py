@@ -20,6 +20,7 @@ from torch import nn
 
 from compress.config import ExportConfig
 from compress.graph.assemble import boxes_graph, yolov5_graph
+from compress.graph.builder import publish
 from compress.graph.heads import LetterboxGeometry
 from compress.graph.metadata import metadata_of
 from compress.graph.session import open_session
@@ -30,7 +31,7 @@ from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit
 from compress.models import YOLOv5, load_model
 from runtime.card import ModelCard
 from runtime.errors import EdgestillError, UsageError
-from runtime.files import atomic_write, sha256
+from runtime.files import sha256
 from runtime.image import read_image
 
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
@@ -101,8 +102,7 @@ def export(
     card = replace(card, candidates=min(card.candidates, head.rows))
     shipped, boxes = _shipped(config, trunk, head, card, data, canvases, torch_rows)
     _judge(config, SHIPPED, boxes, report)
-    out.mkdir(parents=True, exist_ok=True)
-    files = [_publish(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
+    files = [publish(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
 
 
@@ -232,9 +232,3 @@ def _judge(config: ExportConfig, name: str, found: Agreement, report: Report) ->
         if not value <= limit:
             hint = f"Nothing was published; the limit is the setting {setting}" if setting else "Nothing was published"
             raise EdgestillError(f"{name} against torch: {what} {value:.4g}{unit}, the limit is {limit:g}", hint)
-
-
-def _publish(model: onnx.ModelProto, path: Path) -> Path:
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-    return path

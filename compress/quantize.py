@@ -19,19 +19,19 @@ import numpy as np
 import onnx
 
 from compress.config import QuantizeConfig
-from compress.graph.fp16 import body_to_fp16
+from compress.graph.builder import publish
+from compress.graph.fp16 import FP16_MAX, body_to_fp16
 from compress.graph.metadata import read_card, write_card
 from compress.graph.qdq import SCHEMES, calibrate, quantised
 from compress.graph.safe_load import read_model
 from compress.graph.session import open_session
 from runtime.card import ModelCard
 from runtime.errors import InputError
-from runtime.files import atomic_write, sha256
+from runtime.files import sha256
 from runtime.image import letterbox, read_image
 
 Report = Callable[[str], None]
 REFERENCE = "fp32"
-FP16_MAX = 65504.0
 FOR_THIS_CPU = ("int8-cpu",)
 """Flavours whose latency here is their latency in use; the others are made for TensorRT."""
 SANITY_IMAGES = 8
@@ -163,10 +163,7 @@ def _digest(chosen: Sequence[Path]) -> dict[str, Any]:
 
 def _publish(model: onnx.ModelProto, card: ModelCard, path: Path) -> Path:
     write_card(model, card)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-    return path
+    return publish(model, path)
 
 
 def _collapse(name: str, source: onnx.ModelProto, path: Path, chosen: Sequence[Path], card: ModelCard) -> str:

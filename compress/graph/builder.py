@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from runtime.files import atomic_write
 
 Shape = Sequence[int | str]
 """Dimensions; a string names a dynamic one."""
@@ -73,6 +76,13 @@ class GraphBuilder:
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         return model
+
+
+def publish(model: onnx.ModelProto, path: Path) -> Path:
+    """Write the model atomically; equal models make equal bytes."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    return path
 
 
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8

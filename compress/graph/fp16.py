@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from compress.graph.walk import Walk, sort_topologically
 from runtime.errors import EdgestillError
 
+FP16_MAX = float(np.finfo(np.float16).max)
 _NOT_CAST = ("QuantizeLinear", "Shape", "Constant")
 
 
@@ -82,9 +83,10 @@ def _convert_constant_node(node: onnx.NodeProto) -> None:
 
 def _to_half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     values = numpy_helper.to_array(tensor)
-    if values.size and np.abs(values).max() > np.finfo(np.float16).max:
+    if values.size and np.abs(values).max() > FP16_MAX:
         raise EdgestillError(
-            f"{tensor.name!r} holds {np.abs(values).max():.3g}, beyond FP16's 65504", "leave fp16 out of the flavours"
+            f"{tensor.name!r} holds {np.abs(values).max():.3g}, beyond FP16's {FP16_MAX:g}",
+            "leave fp16 out of the flavours",
         )
     return numpy_helper.from_array(values.astype(np.float16), name)
 
