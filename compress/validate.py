@@ -54,6 +54,11 @@ class Found(NamedTuple):
     """(m, 5): class x1 y1 x2 y2."""
 
 
+def fitness(map50: float, map50_95: float) -> float:
+    """By which YOLOv5 chooses the best epoch."""
+    return 0.1 * map50 + 0.9 * map50_95
+
+
 @dataclass(frozen=True)
 class ValResult:
     """What a validation found."""
@@ -70,8 +75,7 @@ class ValResult:
 
     @property
     def fitness(self) -> float:
-        """YOLOv5's choice of the best epoch: 0.1 mAP50 + 0.9 mAP50-95."""
-        return 0.1 * self.yolo.map50 + 0.9 * self.yolo.map50_95
+        return fitness(self.yolo.map50, self.yolo.map50_95)
 
 
 def validate(

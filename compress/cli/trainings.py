@@ -35,7 +35,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         batch,
         imgsz,
         device,
-        click.option("--workers", type=int, help="Processes that load data."),
+        click.option("--workers", type=int, help="Threads that load data."),
         click.option("--seed", type=int),
         click.option("--resume", is_flag=True, help="Continue the newest run of this name, exactly where it was."),
         click.option("--project", type=FILE, help="Folder of the runs."),

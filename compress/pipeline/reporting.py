@@ -12,6 +12,7 @@ from benchmarks.report import Report, make_report
 from compress.config import DistillConfig, Recipe
 from compress.pipeline.inputs import read_json
 from compress.store import MANIFEST
+from compress.validate import fitness
 
 CURVES = {
     "train/box_loss": "box",
@@ -82,7 +83,7 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
         rows = [{key.strip(): value.strip() for key, value in row.items()} for row in csv.DictReader(file)]
     curves = [_point(row) for row in rows]
     measured = [point for point in curves if point.get("map50_95") is not None]
-    best = max(measured, key=lambda point: 0.1 * point["map50"] + 0.9 * point["map50_95"], default=None)
+    best = max(measured, key=lambda point: fitness(point["map50"], point["map50_95"]), default=None)
     return {
         "name": role,
         "epochs": len(curves),
