@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.files import atomic_write
 
+FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 Shape = Sequence[int | str]
 """Dimensions; a string names a dynamic one."""
 
@@ -83,6 +84,3 @@ def publish(model: onnx.ModelProto, path: Path) -> Path:
     with atomic_write(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     return path
-
-
-FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
