@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, one_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
 
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 0
+    except OSError as error:  # a path that cannot even be looked at, a disk that fails
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -108,10 +111,11 @@ def save_drawn(folder: Path, frame: Any, found: Any, names: Sequence[str]) -> No
 
     from runtime.detections import draw
     from runtime.files import atomic_write
+    from runtime.image import WRITABLE
 
     stem = Path(frame.source).stem or "frame"
     name = f"{stem}-{frame.number:06d}.jpg" if frame.is_video else Path(frame.source).name
-    if Path(name).suffix.lower() == ".mpo":  # a stereo format that OpenCV reads and does not write
+    if Path(name).suffix.lower() not in WRITABLE:
         name = f"{stem}.jpg"
     with atomic_write(folder / name) as temporary:
         if not cv2.imwrite(str(temporary), draw(frame.image, found, names)):

@@ -79,5 +79,5 @@ def _parse_names(text: str) -> tuple[str, ...] | None:
 def _stride(path: Path, text: str) -> int:
     try:
         return int(float(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"{path}: stride is {text[:40]!r}, expected a number", "Export it again") from None

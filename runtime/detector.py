@@ -72,6 +72,10 @@ class Detector:
         """
         if device not in DEVICES:
             raise UsageError(f"device is {device!r}, expected {', '.join(DEVICES)}")
+        if conf is not None:
+            checked_conf(conf)
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}, expected 1 or more")
         offered = candidates(path, variant)
         if len(offered) == 1:
             return cls._open(offered[0], read_checked(offered[0]), conf, device, threads)
@@ -144,12 +148,18 @@ class Detector:
     def postprocess(self, raw: Array, prepared: Prepared, conf: float | None = None) -> Detections:
         """Boxes over `conf` (default: the detector's own) in frame pixels, best first, at most the card's `max_det`.
 
-        Raises EngineError when the output is not finite.
+        Raises EngineError when the output is not finite, or not boxes with scores in 0..1.
         """
         conf = self.conf if conf is None else conf
         rows = self._rows(raw[0], conf)
         boxes = unletterbox(rows[:, :4], prepared.gain, prepared.pad_wh, prepared.frame_hw)
-        return Detections(boxes, rows[:, 4], rows[:, 5].astype(np.int64))
+        try:
+            return Detections(boxes, rows[:, 4], rows[:, 5].astype(np.int64))
+        except ValueError as error:
+            raise EngineError(
+                f"{self.card.name} ({self.card.precision}): its output is not a detector's: {error}",
+                "Export it again, or use the fp32 variant",
+            ) from error
 
     def _rows(self, raw: Array, conf: float) -> NDArray[np.float32]:
         if not np.isfinite(raw[:, 4]).all():

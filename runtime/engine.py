@@ -98,6 +98,7 @@ def build_engine(
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file", "Give an .onnx file")
+    read_metadata(onnx_path)  # refuses what is no ONNX file: TensorRT's parser takes some as an empty network
     request = Request(
         onnx=str(onnx_path.resolve()),
         backend=resolve_backend(backend),
@@ -109,7 +110,6 @@ def build_engine(
         timing_cache=str(Path(timing_cache).resolve()) if timing_cache else None,
     )
     refuse_ignored(request)
-    read_metadata(onnx_path)  # refuses what is no ONNX file: TensorRT's parser takes some as an empty network
     with atomic_write(out_path) as temporary:
         temporary.touch()  # a folder that cannot be written is found before the work, and named
         return _build_in_child(request, temporary.resolve())
@@ -282,7 +282,7 @@ def set_profile(builder: Any, config: Any, network: Any, request: Request) -> No
 def set_hardware(trt: Any, builder: Any, config: Any, request: Request) -> None:
     """DLA and portability between GPUs; asked for and not offered is an error."""
     if request.dla_core is not None:
-        if request.dla_core >= builder.num_DLA_cores:
+        if not 0 <= request.dla_core < builder.num_DLA_cores:
             raise UnavailableError(f"dla_core is {request.dla_core}, {trt.__name__} sees {builder.num_DLA_cores} cores")
         config.default_device_type = trt.DeviceType.DLA
         config.DLA_core = request.dla_core

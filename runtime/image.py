@@ -24,10 +24,13 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders' complaints wou
 import cv2  # noqa: E402
 
 LETTERBOX_FILL = 114
-START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+END_OF_IMAGE = b"\xff\xd9"
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
-"""Inside a scan 0xff is followed by 0 (a data byte), by a restart marker, or by the marker that ends the scan."""
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
+"""Inside a scan 0xff is followed by 0 (a data byte), by a restart marker, or by the marker that ends the scan;
+before any marker there may be fill bytes 0xff."""
+WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (*WRITABLE, ".mpo")
+"""The last is a stereo format that OpenCV reads and does not write."""
 JPEG = b"\xff\xd8\xff"
 SIGNATURES = (JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
 """First bytes of JPEG (and MPO), PNG, BMP, TIFF, WebP. No other decoder of OpenCV is ever tried."""
@@ -61,17 +64,11 @@ def reaches_its_end(jpeg: bytes) -> bool:
 
     Walks the markers, because a thumbnail before the picture and a video behind it have end markers too.
     """
-    position, end = 2, len(jpeg)
-    while position + 4 <= end:
-        marker, length = jpeg[position + 1], int.from_bytes(jpeg[position + 2 : position + 4], "big")
-        position += 2 + length
-        if marker == START_OF_SCAN:
-            found = NEXT_MARKER.search(jpeg, position)
-            if found is None:
-                return False
-            position = found.end() - 2
-            if jpeg[position + 1] == END_OF_IMAGE:
-                return True
+    position = 2
+    while found := NEXT_MARKER.search(jpeg, position):
+        if found[0] == END_OF_IMAGE:
+            return True
+        position = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
     return False
 
 

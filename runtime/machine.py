@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,9 @@ GPU_FIELDS = {
 }
 JETSON_MODEL = Path("/proc/device-tree/model")
 JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3"}
-"""nvidia-smi of a Jetson does not tell the compute capability. Orin Nano is found as Orin: the order matters."""
+"""nvidia-smi of a Jetson, where there is one, does not tell the compute capability. Orin Nano is found as Orin: the
+order matters."""
+NVIDIA_BOARD = re.compile("NVIDIA|Jetson")
 
 
 @lru_cache(maxsize=1)
@@ -111,14 +114,15 @@ def _output(command: list[str]) -> str:
 
 
 def parse_gpus(text: str) -> list[dict[str, str]]:
-    """One dictionary for each line of nvidia-smi's CSV."""
+    """One dictionary for each line of nvidia-smi's CSV that tells a compute capability."""
     rows = ([cell.strip() for cell in line.split(",")] for line in text.splitlines())
-    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
+    found = [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
+    return [gpu for gpu in found if gpu["compute_capability"].replace(".", "").isdecimal()]
 
 
 def jetson_gpu(board: str) -> list[dict[str, str]]:
     capability = next((value for key, value in JETSON_CAPABILITY.items() if key in board), None)
-    return [{"name": board, "compute_capability": capability}] if capability and "Jetson" in board else []
+    return [{"name": board, "compute_capability": capability}] if capability and NVIDIA_BOARD.search(board) else []
 
 
 def package_versions() -> dict[str, str]:

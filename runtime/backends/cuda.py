@@ -102,8 +102,11 @@ class PyCuda:
 
     def __init__(self) -> None:
         self._driver = import_module("pycuda.driver")
-        self._driver.init()
-        self._context = self._driver.Device(0).retain_primary_context()
+        try:
+            self._driver.init()
+            self._context = self._driver.Device(0).retain_primary_context()
+        except self._driver.Error as error:  # no RuntimeError, whatever its name says
+            raise EngineError(f"CUDA: {error}") from error
         self._memory: dict[int, Any] = {}
         self._handle = self._inside(self._driver.Stream)
         self.stream = int(self._handle.handle)

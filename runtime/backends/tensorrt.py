@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.backends import Array, Opening, Port
 from runtime.backends.cuda import Cuda, Host, open_cuda
-from runtime.errors import EngineError, InputError, UnavailableError, UsageError
+from runtime.errors import EngineError, InputError, UnavailableError, UsageError, one_line
 
 DTYPES = {
     "FLOAT": np.float32,
@@ -37,8 +37,8 @@ def import_tensorrt(name: str) -> Any:
     """The module `tensorrt` or `tensorrt_rtx`. Raises UnavailableError with the way to get it."""
     try:
         return import_module(name)
-    except ImportError as error:
-        raise UnavailableError(f"{name} cannot be loaded: {error}", INSTALL[name]) from error
+    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
+        raise UnavailableError(f"{name} cannot be loaded: {one_line(error)}", INSTALL[name]) from error
 
 
 def collecting_logger(trt: Any) -> Any:

@@ -165,3 +165,8 @@ def test_a_plan_may_not_lie_outside_its_bundle(folder):
 
 def test_remedies_are_runnable_commands():
     assert "python -m runtime build" in bundle.REBUILD
+
+
+def test_a_wrong_threshold_is_wrong_usage_and_no_reason_to_skip_a_file(folder):
+    with pytest.raises(UsageError, match="conf is 7"):
+        Detector.load(folder, conf=7)

@@ -114,6 +114,15 @@ def test_scores_that_are_not_finite_are_an_error_not_silence(toys, tmp_path, whi
         detector(white_frame)
 
 
+@pytest.mark.parametrize("value", [np.nan, 7.0])
+def test_an_output_that_is_no_detectors_is_one_line(toys, tmp_path, white_frame, value):
+    boxes = toys.BOXES.copy()
+    boxes[0, 0 if np.isnan(value) else 4] = value
+    detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx", boxes=boxes))
+    with pytest.raises(EngineError, match="not a detector's"):
+        detector(white_frame)
+
+
 def test_a_card_that_does_not_fit_its_file_is_refused(toys, tmp_path):
     path = toys.canvas_model(tmp_path / "toy.onnx", toys.card(input="frame", frame_hw=(48, 64)))
     import onnx
@@ -167,6 +176,18 @@ def test_names_that_are_no_names_are_refused_and_never_run(toys, tmp_path, names
         Detector.load(toys.rows_model(tmp_path / "a.onnx", ROWS, names=names))
 
 
+@pytest.mark.parametrize("stride", ["wide", "nan", "inf", "-32"])
+def test_a_stride_that_is_no_size_is_refused(toys, tmp_path, stride):
+    import onnx
+
+    path = toys.rows_model(tmp_path / "a.onnx", ROWS)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"stride": stride})
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="stride"):
+        Detector.load(path)
+
+
 def test_later_yolos_and_batches_are_refused_by_their_shapes(toys, tmp_path):
     with pytest.raises(InputError, match="YOLOv5"):
         Detector.load(toys.rows_model(tmp_path / "v8.onnx", np.zeros((6, 84), np.float32)))
@@ -197,6 +218,11 @@ def test_auto_takes_cuda_where_it_is_built_in():
 def test_an_unknown_device_is_wrong_usage(toys, tmp_path):
     with pytest.raises(UsageError, match="tpu"):
         Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), device="tpu")
+
+
+def test_less_than_one_thread_is_wrong_usage(toys, tmp_path):
+    with pytest.raises(UsageError, match="threads is 0"):
+        Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), threads=0)
 
 
 def test_a_broken_onnx_file_is_one_line(toys, tmp_path):

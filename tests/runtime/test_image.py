@@ -70,6 +70,14 @@ def test_exif_orientation_is_applied_as_imread_does(tmp_path, orientation):
     assert image.shape[:2] == ((60, 80) if orientation < 5 else (80, 60))
 
 
+def test_fill_bytes_before_a_marker_are_no_damage(tmp_path):
+    """The standard allows any number of 0xff before a marker, and some cameras write them."""
+    data = encoded("JPEG")
+    for marker in (b"\xff\xdb", b"\xff\xda", b"\xff\xd9"):
+        (tmp_path / "a.jpg").write_bytes(data.replace(marker, b"\xff\xff" + marker))
+        assert read_image(tmp_path / "a.jpg").shape == (60, 80, 3)
+
+
 BAD = {
     "empty": (b"", "empty"),
     "text": (b"not a picture", "not a picture"),

@@ -73,6 +73,15 @@ def test_nvidia_smi_lines_become_gpus():
     assert machine.parse_gpus("No devices were found\n") == []
 
 
+def test_a_jetsons_nvidia_smi_does_not_hide_what_its_board_tells(monkeypatch, tmp_path):
+    board = tmp_path / "model"
+    board.write_bytes(b"NVIDIA Orin Nano Developer Kit\0")
+    monkeypatch.setattr(machine, "JETSON_MODEL", board)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine, "_output", lambda command: "Orin (nvgpu), [N/A], 540.4.0, [N/A]\n")
+    assert machine.gpus() == [{"name": "NVIDIA Orin Nano Developer Kit", "compute_capability": "8.7"}]
+
+
 @pytest.mark.parametrize(
     ("board", "capability"),
     [
@@ -86,4 +95,4 @@ def test_a_jetson_is_known_by_its_board(board, capability):
 
 
 def test_other_boards_have_no_jetson_gpu():
-    assert machine.jetson_gpu("Raspberry Pi 5") == machine.jetson_gpu("") == []
+    assert not any(machine.jetson_gpu(board) for board in ("Raspberry Pi 5", "FriendlyElec NanoPi", ""))

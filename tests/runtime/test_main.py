@@ -50,6 +50,13 @@ def test_detect_prints_json_and_saves_pictures(model, pictures, tmp_path, capsys
     assert (drawn != 255).any()
 
 
+def test_a_picture_of_a_name_that_cannot_be_written_is_saved_as_jpeg(model, pictures, tmp_path):
+    for name in ("plain", "photo.jfif"):
+        (tmp_path / name).write_bytes((pictures / "b.jpg").read_bytes())
+        assert main(["detect", str(tmp_path / name), "--model", model, "--save", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["photo.jpg", "plain.jpg"]
+
+
 def test_detect_reads_every_frame_of_a_video(model, tmp_path, capsys):
     path = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
@@ -73,6 +80,7 @@ def test_detect_reads_every_frame_of_a_video(model, tmp_path, capsys):
         (["build", "none.onnx"], 1, "none.onnx"),
         (["build", "{model}", "--backend", "tvm"], 2, "tvm"),
         (["info", "none"], 1, "none"),
+        (["info", "x" * 5000], 1, "too long"),
     ],
 )
 def test_every_failure_is_one_line_and_its_exit_code(model, tmp_path, capsys, arguments, code, word):

@@ -338,7 +338,7 @@ def test_a_machine_without_a_driver_is_unavailable(bindings):
 class Driver(ModuleType):
     """pycuda.driver, with a context stack that must be empty between calls."""
 
-    Error = RuntimeError
+    Error = type("Error", (Exception,), {})  # pycuda's own inherits from nothing nearer
 
     def __init__(self):
         super().__init__("pycuda.driver")
@@ -363,7 +363,7 @@ class Driver(ModuleType):
     def mem_alloc(self, nbytes):
         self._inside()
         if nbytes > 1000:
-            raise RuntimeError("cuMemAlloc failed: out of memory")
+            raise self.Error("cuMemAlloc failed: out of memory")
         block = SimpleNamespace(free=self._inside)
         return type("Allocation", (), {"__int__": lambda _: 64, "free": lambda _: block.free()})()
 
@@ -395,3 +395,24 @@ def test_pycuda_enters_its_context_for_each_call_and_leaves_it(monkeypatch):
     cuda.close()
     assert driver.detached
     assert driver.stack == []
+
+
+def test_pycuda_without_a_device_is_one_line(monkeypatch):
+    def init():
+        raise Driver.Error("cuInit failed: no CUDA-capable device is detected")
+
+    driver = Driver()
+    driver.init = init
+    monkeypatch.setattr(cuda_module, "_exists", lambda name: name == "pycuda.driver")
+    monkeypatch.setattr(cuda_module, "import_module", lambda name: driver)
+    with pytest.raises(UnavailableError, match="no CUDA-capable device"):
+        cuda_module.open_cuda()
+
+
+def test_a_library_that_tensorrt_misses_is_one_line(monkeypatch):
+    def load(name):
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(backend_module, "import_module", load)
+    with pytest.raises(UnavailableError, match="libnvinfer"):
+        backend_module.import_tensorrt("tensorrt")
