@@ -135,7 +135,7 @@ class Architecture:
     activation: str = "SiLU"
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
+        if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
             raise UsageError(f"layout {self.layout!r} is not known", f"choose among {', '.join(LAYOUTS)}")
         if self.activation not in ACTIVATIONS:
             raise UsageError(f"activation {self.activation!r} is not known", f"choose among {', '.join(ACTIVATIONS)}")
@@ -225,7 +225,7 @@ class Architecture:
             made = cls(**fields)
         except UsageError as error:
             raise InputError(error.message, error.hint) from error
-        if list(raw["strides"]) != list(made.strides):
+        if raw["strides"] != list(made.strides):
             raise InputError(
                 f"layout {made.layout} has strides {made.strides}, not {raw['strides']}", "write the file anew"
             )
@@ -242,7 +242,7 @@ def _brief(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _names(given: Any) -> tuple[str, ...]:
@@ -257,7 +257,7 @@ def _anchors(given: Any, levels: int) -> Anchors:
     expected = f"{levels} levels of as many (width, height) pairs, 1 to {MAX_ANCHORS_PER_LEVEL}, in pixels above 0"
     try:
         made = tuple(tuple((float(w), float(h)) for w, h in level) for level in nested)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         made = ()
     counts = {len(level) for level in made}
     sides = [side for level in made for wh in level for side in wh]

@@ -100,7 +100,9 @@ _INERT = {
     **{Global(module, name): "" for module in _NUMPY_CORE for name in ("_reconstruct", "scalar")},
     **{Global("numpy", name): "" for name in ("dtype", "ndarray", "float32", "float64", "int64")},
     **{
-        Global("pathlib", name): "" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+        Global(module, name): ""
+        for module in ("pathlib", "pathlib._local")  # the second since Python 3.13
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     Global("argparse", "Namespace"): "",
 }

@@ -58,7 +58,7 @@ def _tensor(ref: TensorRef, read: Read) -> Any:
 
 
 def _object(stub: Stub, read: Read, budget: list[int], depth: int) -> Any:
-    if stub.type.module == "pathlib":
+    if stub.type.module.startswith("pathlib"):
         return "/".join(part.rstrip("/\\") for part in stub.args[:MAX_DEPTH] if isinstance(part, str))[:MAX_TEXT]
     if stub.type.name == "scalar" and len(stub.args) == 2:
         return _first(_numbers(*stub.args))

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from compress.models import LAYOUTS, Architecture, YOLOv5, describe, load, load_model, save_model, transfer
 from compress.models.checkpoint import RELEASES
+from compress.models.pickled import Stub, find_name
+from compress.models.plain import plain
 from runtime.errors import EdgestillError, InputError
 
 SILU_OF = {"v2": "LeakyReLU"}
@@ -132,6 +134,12 @@ def test_of_a_training_file_the_average_is_read_and_the_optimizer_is_not(tmp_pat
     assert checkpoint.meta["opt"]["save_dir"].endswith("runs/exp")
     assert checkpoint.meta["opt"]["lr"] == 0.5
     json.dumps(checkpoint.meta)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # the second since Python 3.13
+def test_paths_of_every_python_become_text(module):
+    path = Stub(find_name(module, "PosixPath"), ("/", "runs", "exp"))
+    assert plain(path, torch.zeros) == "/runs/exp"
 
 
 @pytest.mark.parametrize("names", [["bolt", "nut"], {0: "bolt", 1: "nut"}, {1: "nut", 0: "bolt"}])
@@ -288,6 +296,13 @@ HEADERS = {
     "a code string": (lambda h: h | {"architecture": h["architecture"] | {"activation": "exit()"}}, "activation"),
     "endless names": (lambda h: h | {"architecture": h["architecture"] | {"names": ["a"] * 20_000}}, "names"),
     "another stride": (lambda h: h | {"architecture": h["architecture"] | {"strides": [8]}}, "strides"),
+    "one stride": (lambda h: h | {"architecture": h["architecture"] | {"strides": 8}}, "strides"),
+    "a layout in a list": (lambda h: h | {"architecture": h["architecture"] | {"layout": ["v6"]}}, "layout"),
+    "a depth beyond float": (lambda h: h | {"architecture": h["architecture"] | {"depth": 10**400}}, "depth"),
+    "anchors beyond float": (
+        lambda h: h | {"architecture": h["architecture"] | {"anchors": [[[10**400, 1]]] * 3}},
+        "anchors",
+    ),
 }
 
 
