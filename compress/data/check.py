@@ -73,7 +73,7 @@ def check(config: DataConfig) -> CheckReport:
     """Read every label and every pixel of every split."""
     nc = len(config.names)
     indices = {split: index_images(images, nc, decode=True) for split, images in config.splits.items()}
-    leaks, duplicates = _identical_files(config)
+    leaks, duplicates = _identical_files(config, indices)
     return CheckReport(
         data=str(config.path),
         names=config.names,
@@ -119,16 +119,17 @@ def _sides_px(samples: Sequence[Sample]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros((0, 2)), *rows])
 
 
-def _identical_files(config: DataConfig) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """Groups of files with equal bytes: across splits, and within one. Only files of equal size are read."""
+def _identical_files(
+    config: DataConfig, indices: Mapping[str, Index]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """Groups of usable files with equal bytes: across splits, and within one. Only files of equal size are read."""
     places: dict[Path, set[str]] = defaultdict(set)
-    for split, images in config.splits.items():
-        for image in images:
-            places[image].add(split)
+    for split, index in indices.items():
+        for sample in index.samples:
+            places[sample.image].add(split)
     by_size: dict[int, list[Path]] = defaultdict(list)
     for image in places:
-        if image.is_file():
-            by_size[image.stat().st_size].append(image)
+        by_size[image.stat().st_size].append(image)
     groups = [group for images in by_size.values() for group in _equal(images)]
     shared = [group for group in groups if len(set.union(*(places[image] for image in group))) > 1]
     repeated = [group for group in groups if len(group) > 1 and group not in shared]

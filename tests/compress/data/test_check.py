@@ -54,6 +54,14 @@ def test_an_image_in_train_and_val_is_a_leak(dataset: Path) -> None:
     assert not report.ok
 
 
+def test_images_that_cannot_be_used_are_problems_and_no_twins(dataset: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (dataset.parent / "images/train" / name).write_bytes(b"")
+    report = check(load_data(dataset))
+    assert len(report.splits["train"].problems) == 2
+    assert report.duplicates == ()
+
+
 def test_one_folder_for_both_splits_is_a_leak(dataset: Path) -> None:
     dataset.write_text("train: images/train\nval: images/train\nnames: [cat, dog]\n")
     assert len(check(load_data(dataset)).leaks) == 4
