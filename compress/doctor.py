@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import one_line
-from runtime.machine import installed_version
+from runtime.machine import gpus, installed_version
 
 LOW_DISK_GIB = 5.0
 
@@ -47,6 +47,7 @@ def examine() -> list[Finding]:
         _torch_device(),
         _providers(),
         *_engines(),
+        _plan_runner(),
     ]
 
 
@@ -87,7 +88,7 @@ def _probe(name: str, module: str, look: Callable[[Any], Finding], remedy: str) 
     """What `look` finds in an optional module; its absence or a failing import is a finding too."""
     try:
         return look(importlib.import_module(module))
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
         return Finding(name, None, one_line(error), remedy)
 
 
@@ -116,3 +117,12 @@ def _engines() -> list[Finding]:
         _probe("TensorRT", "tensorrt", look("TensorRT"), "pip install 'edgestill[gpu]' (NVIDIA GPU, or JetPack's own)"),
         _probe("TensorRT-RTX", "tensorrt_rtx", look("TensorRT-RTX"), "pip install 'edgestill[rtx]'"),
     ]
+
+
+def _plan_runner() -> Finding:
+    """Building a plan ahead of time needs no GPU; running one needs a GPU and access to its memory."""
+    here, access = gpus(), {name: installed_version(name) for name in ("cuda-bindings", "pycuda")}
+    if not here:
+        return Finding("run plans", None, "no NVIDIA GPU here; plans run on the machine they are built for")
+    detail = ", ".join([here[0]["name"], *(f"{name} {version or 'absent'}" for name, version in access.items())])
+    return Finding("run plans", any(access.values()), detail, "pip install cuda-bindings")

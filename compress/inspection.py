@@ -90,6 +90,7 @@ READERS: Mapping[str, Callable[[Path], Facts]] = {
     ".onnx": _onnx,
     ".plan": _plan,
     ".engine": _plan,
+    ".trt": _plan,
     ".json": _bundle,
     "folder": _bundle,
 }
