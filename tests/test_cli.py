@@ -57,6 +57,26 @@ def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     assert done.stdout.startswith("Usage: ")
 
 
+@pytest.mark.parametrize("arguments", [[], ["data"]])
+def test_a_group_alone_shows_its_help_in_lines(arguments: list[str], tmp_path: Path) -> None:
+    done = edgestill(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == edgestill(*arguments, "--help", cwd=tmp_path).stdout
+
+
+def test_the_help_keeps_its_three_lines(tmp_path: Path) -> None:
+    lines = [line.split() for line in edgestill("--help", cwd=tmp_path).stdout.splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["edgestill"]] == ["demo", "init", "run"]
+
+
+def test_a_package_that_the_device_lacks_is_one_line(dataset: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from compress.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "--data", str(dataset), "--scale", "p"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=dataset.parent)
+    assert done.returncode == 1
+    assert done.stderr == "edgestill: torch is not installed. pip install 'edgestill[compress]'\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [

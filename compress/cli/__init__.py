@@ -58,20 +58,30 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="edgestill")
 def cli() -> None:
-    r"""Distil a YOLOv5 teacher into an edge-ready engine, and prove it.
+    """Distil a YOLOv5 teacher into an edge-ready engine, and prove it.
 
     \b
     edgestill demo                the whole pipeline on a generated data set, no GPU, minutes
     edgestill init recipe.yaml    write a commented recipe for your own data
     edgestill run recipe.yaml     checkpoint in, measured engine and bundle out
-    """
+    """  # noqa: D301  click's sign for lines that it must not wrap is a real backspace
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 wrong usage. An error is one line."""
     try:
         status = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
-    except (EdgestillError, click.ClickException, OSError, KeyboardInterrupt, click.Abort) as error:
+    except click.exceptions.NoArgsIsHelpError as error:
+        status = error.exit_code
+        click.echo(error.format_message(), err=True)
+    except (
+        EdgestillError,
+        click.ClickException,
+        OSError,
+        ModuleNotFoundError,
+        KeyboardInterrupt,
+        click.Abort,
+    ) as error:
         text, status = _in_one_line(error)
         click.echo(f"edgestill: {text}", err=True)
     sys.stdout.flush()
@@ -86,6 +96,10 @@ def _in_one_line(error: Any) -> tuple[str, int]:
     elif isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         text, status = "the reader of the output is gone", 1
+    elif isinstance(error, ModuleNotFoundError):
+        if str(error.name).startswith(("runtime", "benchmarks", "compress")):
+            raise error
+        text, status = f"{error.name} is not installed. pip install 'edgestill[compress]'", 1
     elif isinstance(error, OSError):
         text, status = f"{error.filename or 'file'}: {error.strerror or error}", 1
     else:
