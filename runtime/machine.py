@@ -50,6 +50,8 @@ JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2
 """nvidia-smi of a Jetson, where there is one, does not tell the compute capability. Orin Nano is found as Orin: the
 order matters."""
 NVIDIA_BOARD = re.compile("NVIDIA|Jetson")
+SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+"""Logical CPUs that share the core of this one."""
 
 
 @lru_cache(maxsize=1)
@@ -60,7 +62,7 @@ def facts() -> dict[str, Any]:
     """
     return {
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(usable_cpus()),
         "ram_bytes": _ram_bytes(),
         "os": f"{platform.system()} {platform.release()}",
         "platform": platform_tag(),
@@ -70,6 +72,16 @@ def facts() -> dict[str, Any]:
         "packages": package_versions(),
         "providers": onnx_providers(),
     }
+
+
+def usable_cpus() -> list[int]:
+    """Numbers of the logical CPUs that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def compute_threads() -> int:
+    """How many threads an inference should have: one a core that this process may use, hyper-threads not counted."""
+    return len({_read_text(Path(SIBLINGS.format(cpu))) or str(cpu) for cpu in usable_cpus()})
 
 
 def platform_tag() -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import onnx
 import onnxruntime
 
+from runtime.machine import compute_threads
+
 _ERRORS_ONLY = 3
 
 
@@ -15,7 +17,7 @@ def open_session(model: onnx.ModelProto, *, threads: int = 0, optimise: bool = T
     """An `onnxruntime.InferenceSession`. Without `optimise` the graph runs as written (see `qdq`)."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or compute_threads()  # see runtime.backends.onnx
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

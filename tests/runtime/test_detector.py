@@ -13,6 +13,7 @@ from onnx import TensorProto
 from runtime import Detector
 from runtime.backends import onnx as onnx_backend
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError
+from runtime.machine import compute_threads
 
 ROWS = np.array(
     [[32, 32, 10, 10, 0.9, 0.1, 0.8], [33, 32, 10, 10, 0.8, 0.1, 0.8], [10, 40, 8, 8, 0.5, 0.9, 0.1]] + 9 * [7 * [0]],
@@ -251,6 +252,13 @@ def test_threads_share_a_detector_without_mixing_frames(detector):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("asked", [None, 1, 3])
+def test_the_number_of_threads_is_always_told_so_that_none_is_nailed_to_a_core(toys, tmp_path, asked):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), threads=asked) as detector:
+        chosen = detector._backend._session.get_session_options().intra_op_num_threads
+    assert chosen == (asked or compute_threads())
 
 
 def test_closing_twice_is_harmless(toys, tmp_path):

@@ -34,6 +34,13 @@ def test_facts_are_json_and_say_nothing_of_host_or_user():
     assert not {"host", "hostname", "node", "user"} & set(found)
 
 
+def test_an_inference_takes_a_thread_a_core_and_counts_hyper_threads_once(monkeypatch):
+    siblings = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5", 6: ""}
+    monkeypatch.setattr(machine, "usable_cpus", lambda: list(siblings))
+    monkeypatch.setattr(machine, "_read_text", lambda path: siblings[int(path.parts[-3].removeprefix("cpu"))])
+    assert machine.compute_threads() == 3
+
+
 def test_a_plan_on_the_machine_it_was_built_for_fits():
     assert machine.mismatches(plan(), orin()) == []
     assert machine.mismatches(plan(targets=()), orin(packages={"tensorrt": machine.UNKNOWN})) == []
