@@ -160,6 +160,9 @@ def test_bad_rows_and_images_are_reported_one_by_one_and_nothing_is_changed(data
     (folder / "images/train/cut.png").write_bytes((folder / "images/train/0.png").read_bytes()[:60])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     done = edgestill("data", "check", dataset, "--json", cwd=folder)
+    assert done.returncode == 1
+    assert "6 bad images or label rows" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     problems = json.loads(done.stdout)["splits"]["train"]["problems"]
     assert [line for line in (2, 3, 4, 5) if any(f"0.txt:{line}:" in problem for problem in problems)] == [2, 3, 4, 5]
     assert any("empty.png" in problem for problem in problems)
@@ -212,6 +215,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_torn(dataset: Path, tmp_path
         line = refused("data", "make", small / "belt", "--images", 20, "--size", 320, cwd=tmp_path, code=1)
         assert "No space left" in line
         assert not (small / "belt").exists()
+        training = (
+            "train",
+            "--data",
+            dataset,
+            "--scale",
+            "p",
+            "--imgsz",
+            64,
+            "--epochs",
+            1,
+            "--set",
+            "tensorboard=false",
+        )
+        assert "No space left" in refused(*training, "--project", small, cwd=tmp_path, code=1)
+        assert not list(small.rglob("*.safetensors"))
     finally:
         subprocess.run(["umount", small], check=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from compress.cli.options import FILE, as_json, print_json, say
-from runtime.errors import UsageError
+from runtime.errors import EdgestillError, UsageError
 
 
 @click.group()
@@ -31,7 +31,10 @@ def make(out: Path, images: int, size: int, seed: int) -> None:
 @click.argument("file", type=FILE, metavar="DATA_YAML")
 @as_json
 def check(file: Path, as_json: bool) -> None:
-    """List bad images and label rows, class counts, and images shared by train and val. Nothing is changed."""
+    """List bad images and label rows, class counts, and images shared by train and val. Nothing is changed.
+
+    Exit code 1 where an image or row would be left out of a training, or an image is in two splits.
+    """
     from compress.data import check as checks
     from compress.data import load_data
 
@@ -40,6 +43,8 @@ def check(file: Path, as_json: bool) -> None:
         print_json(result.to_json())
     else:
         click.echo(result.to_text())
+    if not result.ok:
+        raise EdgestillError(f"{file}: {result.verdict}")
 
 
 @data.command()

@@ -55,6 +55,12 @@ class CheckReport:
         """True where nothing had to be skipped and no image is in two splits."""
         return not self.leaks and not any(split.problems for split in self.splits.values())
 
+    @property
+    def verdict(self) -> str:
+        """How much there is to mend, in one line."""
+        problems = sum(len(split.problems) for split in self.splits.values())
+        return f"{problems} bad images or label rows, {len(self.leaks)} images in more than one split"
+
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": 1, "ok": self.ok, **asdict(self)}
 

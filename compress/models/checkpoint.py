@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from compress.models.architecture import Architecture
@@ -84,7 +84,7 @@ def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None =
     # one key only: safetensors writes several in an order that changes from run to run
     metadata = {HEADER_KEY: json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))  # its own writer hides a full disk in an error of another kind
 
 
 @torch.no_grad()
