@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test kernels check format clean
 
 demo: $(READY)  ## distil, export, quantise, build and measure on a generated data set
 	$(BIN)/edgestill demo
 
 test: $(READY)  ## every test
 	$(BIN)/python -m pytest -q
+
+kernels: $(READY)  ## the CUDA kernels: registers on every architecture, every test on the CPU, every planted fault
+	$(BIN)/python -m compress.kernels.toolchain
+	$(BIN)/python -m pytest -q -m 'mutation or not mutation' tests/compress/kernels
 
 check: $(READY)  ## style, types and floors
 	$(BIN)/ruff check .

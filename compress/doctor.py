@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import one_line
+from compress.kernels import toolchain
+from runtime.errors import EdgestillError, one_line
 from runtime.machine import gpus, installed_version
 
 LOW_DISK_GIB = 5.0
@@ -45,6 +46,7 @@ def examine() -> list[Finding]:
         _disk(Path.cwd()),
         *(_extra(extra, names, use) for extra, (names, use) in PACKAGES.items()),
         _torch_device(),
+        _fused_kernels(),
         _providers(),
         *_engines(),
         _plan_runner(),
@@ -99,6 +101,20 @@ def _torch_device() -> Finding:
         return Finding("training GPU", None, f"none; torch {torch.__version__} trains on the CPU")
 
     return _probe("training GPU", "torch", look, "pip install 'edgestill[compress]'")
+
+
+def _fused_kernels() -> Finding:
+    """Whether distillation losses run as CUDA kernels: needs a GPU, NVRTC and CUDA's headers."""
+    here = gpus()
+    try:
+        compiler = f"NVRTC {toolchain.compiler_version()}, headers in {toolchain.header_folders()[0]}"
+        if not here:
+            return Finding("fused kernels", None, f"{compiler}; no NVIDIA GPU here, plain torch is used")
+        architecture = "sm_" + here[0]["compute_capability"].replace(".", "")
+        toolchain.cubin("rescale.cu", architecture)
+    except EdgestillError as error:
+        return Finding("fused kernels", False if here else None, one_line(error), toolchain.REMEDY)
+    return Finding("fused kernels", True, f"{compiler}; for {architecture}, kept in {toolchain.cache_folder()}")
 
 
 def _providers() -> Finding:

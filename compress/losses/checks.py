@@ -70,12 +70,13 @@ def doctor(
         outputs = Outputs(*probe.forward_features(images))
     with torch.no_grad():
         guide = Outputs(*teacher.forward_features(images))
+    targets = batch.targets.to(images.device)
     checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", guide.raw)]
-    terms = {name: loss(outputs, guide) for name, loss in losses.items()}
+    terms = {name: loss(outputs, guide, targets) for name, loss in losses.items()}
     for name, loss in losses.items():
         checks += _of_one_loss(name, loss, terms[name], probe, guide)
     if task is not None:
-        total, _ = task(outputs.raw, batch.targets.to(images.device))
+        total, _ = task(outputs.raw, targets)
         terms = {"detection": total / len(images), **terms}
     return [*checks, _shares(terms, weights or {}, outputs.features)]
 

@@ -5,18 +5,21 @@ Every loss is a mean (neither batch nor image size changes its scale), accumulat
 equals teacher, and takes *logits*: YOLOv5's head is one sigmoid per class, so nothing here is a softmax over classes.
 A softmax would not see a shift common to all classes, which is exactly how a student loses its confidence.
 
-The caller multiplies by the batch size, as the detection loss does, and by the recipe's weight.
+The caller multiplies by the batch size, as the detection loss does, and by the recipe's weight. It may say beforehand
+what gradient it will send back (`upstream`): the fused kernels of the feature losses then write theirs multiplied by
+it, which keeps float16 gradients from vanishing.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.config import DistillConfig
+from compress.kernels import functional as kernels
 from compress.losses.boxes import decode_in_cell, paired_giou_exact
 from compress.losses.detection import Gains, level_balance, scaled_gains
 from runtime.errors import UsageError
@@ -80,7 +83,7 @@ def _refuse_other_maps(student: list[Tensor], teacher: list[Tensor], spatial: sl
 
 
 class DistillLoss(nn.Module):
-    """Base of every distillation loss: `forward` is `compare(adapt(student), teacher)`.
+    """Base of every distillation loss.
 
     Args:
         student, teacher: what the two networks produce.
@@ -98,21 +101,27 @@ class DistillLoss(nn.Module):
         _refuse_other_strides(student, teacher)
         self.config = config or DistillConfig()
 
-    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def forward(
+        self, student: Outputs, teacher: Outputs, targets: Tensor | None = None, upstream: Tensor | None = None
+    ) -> Tensor:
         """Scalar float32 for one batch. No gradient reaches the teacher.
+
+        Args:
+            targets: (n, 6) image, class, x, y, w, h as fractions, for a loss that looks at labels.
+            upstream: () float32, the gradient of the final loss by this one, where it is known; it changes no result.
 
         Raises:
             UsageError: the maps belong to different images or image sizes.
         """
         constant = Outputs([t.detach() for t in teacher.raw], [t.detach() for t in teacher.features])
-        return self.compare(self.adapt(student), constant)
+        return self.distance(student, constant, targets, upstream)
 
-    def adapt(self, student: Outputs) -> Outputs:
-        """The student's outputs in the teacher's channels."""
-        return student
+    def distance(self, student: Outputs, teacher: Outputs, targets: Tensor | None, upstream: Tensor | None) -> Tensor:
+        """What `forward` gives for a teacher without gradient."""
+        return self.compare(student, teacher)
 
     def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """Distance of adapted outputs; exactly 0 for equal ones."""
+        """Distance of outputs in equal channels; exactly 0 for equal ones."""
         raise NotImplementedError
 
 
@@ -254,12 +263,22 @@ class KD(_HeadLoss):
 class Pointwise(nn.Conv2d):
     """1x1 convolution that computes in its input's dtype, whatever the dtype of its weights."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, 1)
+    def __init__(self, channels_in: int, channels_out: int, *, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, self.weight.to(x.dtype), bias)
+
+
+def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
+    """Brings features into the teacher's channels; starts as the identity where there are equally many."""
+    conv = Pointwise(channels_in, channels_out, bias=bias)
+    if channels_in == channels_out:
+        nn.init.dirac_(conv.weight)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+    return conv
 
 
 def teacher_score(raw: Tensor) -> Tensor:
@@ -272,36 +291,66 @@ def teacher_score(raw: Tensor) -> Tensor:
     return (raw[..., 4].float().sigmoid() * best_class).amax(1)
 
 
-class FeatMSE(DistillLoss):
-    """Mean squared difference of features: sum over levels of mean (A(s) - t)^2, A a 1x1 convolution.
+class _FeatureLoss(DistillLoss):
+    """A loss of the features, which an adapter a level brings into the teacher's channels."""
 
-    A starts as the identity where student and teacher have equally many channels.
-    """
+    sees_offsets = True
+    """Whether the loss changes when a constant is added to a channel; where not, an adapter has no bias to learn."""
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
         super().__init__(student, teacher, config)
-        self.adapters = nn.ModuleList(map(self.adapter, student.channels, teacher.channels))
+        pairs = zip(student.channels, teacher.channels, strict=True)
+        self.adapters = nn.ModuleList(adapter(*pair, bias=self.sees_offsets) for pair in pairs)
 
-    @staticmethod
-    def adapter(channels_in: int, channels_out: int) -> nn.Module:
-        conv = Pointwise(channels_in, channels_out)
-        if channels_in == channels_out:
-            nn.init.dirac_(conv.weight)
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-        return conv
-
-    def adapt(self, student: Outputs) -> Outputs:
+    def distance(self, student: Outputs, teacher: Outputs, targets: Tensor | None, upstream: Tensor | None) -> Tensor:
         pairs = zip(self.adapters, student.features, strict=True)
-        return Outputs(student.raw, [adapter(feature) for adapter, feature in pairs])
+        adapted = [adapter(feature) for adapter, feature in pairs]
+        return self.kernel(self._alike(adapted, teacher), teacher, targets, upstream)
 
     def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
-        _refuse_other_maps(student.features, teacher.features, slice(2, None), "feature")
-        pairs = zip(student.features, teacher.features, teacher.raw, strict=True)
-        return torch.stack([self.level(s, t, raw) for s, t, raw in pairs]).sum()
+        return self.kernel(self._alike(student.features, teacher), teacher, None, None)
 
-    def level(self, adapted: Tensor, feature: Tensor, raw: Tensor) -> Tensor:
-        """Scalar, of (B, C, H, W) twice and the teacher's head map."""
-        return F.mse_loss(adapted.float(), feature.float())
+    def kernel(
+        self, features: list[Tensor], teacher: Outputs, targets: Tensor | None, upstream: Tensor | None
+    ) -> Tensor:
+        """Distance of features in the teacher's channels."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _alike(features: list[Tensor], teacher: Outputs) -> list[Tensor]:
+        _refuse_other_maps(features, teacher.features, slice(2, None), "feature")
+        return features
+
+
+class FeatMSE(_FeatureLoss):
+    """Mean squared difference of features: sum over levels of mean (A(s) - t)^2, A the 1x1 convolution.
+
+    Adapter and comparison are one kernel: what A gives is not written to memory where channels allow it.
+    """
+
+    def distance(self, student: Outputs, teacher: Outputs, targets: Tensor | None, upstream: Tensor | None) -> Tensor:
+        adapters = cast("list[nn.Conv2d]", list(self.adapters))
+        return kernels.adapter_mse(
+            self._alike(self.hidden(student.features), teacher),
+            teacher.features,
+            [adapter.weight.flatten(1) for adapter in adapters],
+            [cast(Tensor, adapter.bias) for adapter in adapters],
+            self.weights(teacher),
+            scale=upstream,
+        )
+
+    def kernel(
+        self, features: list[Tensor], teacher: Outputs, targets: Tensor | None, upstream: Tensor | None
+    ) -> Tensor:
+        return kernels.weighted_mse(features, teacher.features, self.weights(teacher), scale=upstream)
+
+    def hidden(self, features: list[Tensor]) -> list[Tensor]:
+        """What the adapters read."""
+        return features
+
+    def weights(self, teacher: Outputs) -> list[Tensor]:
+        """(B, H, W) float32 a level, or none."""
+        return []
 
 
 class FeatSL2(FeatMSE):
@@ -313,17 +362,121 @@ class FeatSL2(FeatMSE):
     2026, as its documentation states the formula.
     """
 
-    @staticmethod
-    def adapter(channels_in: int, channels_out: int) -> nn.Module:
-        return nn.Sequential(
-            Pointwise(channels_in, channels_out), nn.ReLU(inplace=True), Pointwise(channels_out, channels_out)
-        )
+    def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
+        super().__init__(student._replace(channels=teacher.channels), teacher, config)
+        self.first = nn.ModuleList(map(Pointwise, student.channels, teacher.channels))
 
-    def level(self, adapted: Tensor, feature: Tensor, raw: Tensor) -> Tensor:
-        weight = teacher_score(raw)
-        squared = (adapted.float() - feature.float()).square().sum(1)
-        return (weight * squared).sum() / (feature.shape[1] * weight.sum() + 1e-9)
+    def hidden(self, features: list[Tensor]) -> list[Tensor]:
+        return [first(feature).relu_() for first, feature in zip(self.first, features, strict=True)]
+
+    def weights(self, teacher: Outputs) -> list[Tensor]:
+        return [teacher_score(raw) for raw in teacher.raw]
 
 
-LOSSES: dict[str, type[DistillLoss]] = {"obj_kd": ObjKD, "feat_mse": FeatMSE, "feat_sl2": FeatSL2, "kd": KD}
+class CWD(_FeatureLoss):
+    """Channel-wise distillation: where in the image each channel fires, as a distribution over its pixels.
+
+        sum over levels of tau^2 / (B C) * sum over images and channels KL(softmax(t / tau) || softmax(A(s) / tau))
+
+    The usual weight is 10. Source: Shu et al., ICCV 2021.
+    """
+
+    sees_offsets = False
+
+    def __init__(
+        self, student: Shape, teacher: Shape, config: DistillConfig | None = None, *, tau: float = 1.0
+    ) -> None:
+        super().__init__(student, teacher, config)
+        self.tau = tau
+
+    def kernel(
+        self, features: list[Tensor], teacher: Outputs, targets: Tensor | None, upstream: Tensor | None
+    ) -> Tensor:
+        return kernels.cwd(features, teacher.features, self.tau, scale=upstream)
+
+
+class PKD(_FeatureLoss):
+    """Pearson distance of each channel over the batch: 1 - r, averaged over channels, summed over levels.
+
+    Blind to each channel's scale and offset, so that it needs least tuning. The usual weight is 6. Source: Cao et al.,
+    NeurIPS 2022.
+    """
+
+    sees_offsets = False
+
+    def kernel(
+        self, features: list[Tensor], teacher: Outputs, targets: Tensor | None, upstream: Tensor | None
+    ) -> Tensor:
+        return kernels.pkd(features, teacher.features, scale=upstream)
+
+
+class FGD(_FeatureLoss):
+    """Focal distillation: differences weighted by the teacher's attention, inside and outside the labelled boxes apart.
+
+    `compress.kernels.reference.fgd` has the formula. A pixel inside boxes weighs alpha / area of the smallest of them,
+    any other beta / number of such pixels in its image; without targets every pixel is background. The authors' global
+    term is left out. Source: Yang et al., CVPR 2022.
+    """
+
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        config: DistillConfig | None = None,
+        *,
+        alpha: float = 1.0,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__(student, teacher, config)
+        self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
+
+    def kernel(
+        self, features: list[Tensor], teacher: Outputs, targets: Tensor | None, upstream: Tensor | None
+    ) -> Tensor:
+        masks = [self.mask(feature, targets) for feature in teacher.features]
+        return kernels.fgd(features, teacher.features, masks, self.gamma, self.temperature, scale=upstream)
+
+    def mask(self, feature: Tensor, targets: Tensor | None) -> Tensor:
+        """(B, H, W) float32: the weight of each pixel of a (B, C, H, W) map."""
+        inside = box_density(feature, targets)
+        outside = inside == 0
+        pixels = outside.sum((1, 2), keepdim=True).clamp_min(1)
+        return self.alpha * inside + self.beta * outside / pixels
+
+
+def box_density(feature: Tensor, targets: Tensor | None) -> Tensor:
+    """(B, H, W) float32: 1 / pixels of the smallest box over each pixel of a (B, C, H, W) map, 0 where there is none.
+
+    A box covers the pixels that it touches. `targets` (n, 6) are image, class, x, y, w, h as fractions.
+    """
+    batch, _, height, width = feature.shape
+    density = feature.new_zeros((batch, height, width), dtype=torch.float32)
+    if targets is None:
+        return density
+    image, centre, size = targets[:, 0].long(), targets[:, 2:4].float(), targets[:, 4:6].float()
+    rows = _touched(centre[:, 1], size[:, 1], height)
+    columns = _touched(centre[:, 0], size[:, 0], width)
+    area = (rows.sum(1) * columns.sum(1)).clamp_min(1)
+    boxes = rows[:, :, None] * columns[:, None] / area[:, None, None]
+    return density.scatter_reduce(0, image[:, None, None].expand_as(boxes), boxes, "amax")
+
+
+def _touched(centre: Tensor, size: Tensor, cells: int) -> Tensor:
+    """(n, cells) float32, 1 where the interval reaches into the cell. `centre` and `size` (n,) are fractions."""
+    low, high = ((centre + side * size / 2)[:, None] * cells for side in (-1, 1))
+    cell = torch.arange(cells, device=centre.device)
+    return ((cell < high) & (cell + 1 > low)).float()
+
+
+LOSSES: dict[str, type[DistillLoss]] = {
+    "obj_kd": ObjKD,
+    "feat_mse": FeatMSE,
+    "feat_sl2": FeatSL2,
+    "cwd": CWD,
+    "pkd": PKD,
+    "fgd": FGD,
+    "kd": KD,
+}
 """The distillation losses by the names that recipes use."""

@@ -182,7 +182,7 @@ class Trainer:
         with self._sync(due or last):
             with self.span("teacher"):
                 guide = self.job.guide(images) if self.job.guide else None
-            total, terms = self.objective(images, batch.targets.to(self.device), guide, factor)
+            total, terms = self.objective(images, batch.targets.to(self.device), guide, factor, self._upstream())
             with self.span("backward"):
                 # the processes' gradients are averaged; times their number they add up, as one process would have it
                 self.accelerator.backward(total * self.world)
@@ -190,6 +190,13 @@ class Trainer:
             with self.span("step"):
                 self._step(iteration)
         return terms
+
+    def _upstream(self) -> torch.Tensor | None:
+        """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
+        scaler, where gradients are float32 and need no such care.
+        """
+        scaler = self.accelerator.scaler
+        return scaler.scale(torch.ones((), device=self.device)) * self.world if scaler else None
 
     def _sync(self, wanted: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients only where a step, or a saved state, needs them."""

@@ -54,8 +54,9 @@ class Objective(nn.Module):
         targets: Tensor,
         guide: Outputs | None = None,
         factor: float = 1.0,
+        upstream: Tensor | None = None,
     ) -> Loss:
-        """Loss of float images (B, 3, H, W) against targets (n, 6); a plain training ignores `guide` and `factor`."""
+        """Loss of float images (B, 3, H, W) against targets (n, 6); a plain training ignores the rest."""
         with self.span("forward"):
             raw = self.model(images)
         with self.span("loss"):
@@ -77,15 +78,37 @@ class DistillObjective(Objective):
     def terms(self) -> tuple[str, ...]:
         return (*DETECTION_TERMS, *self.losses)
 
-    def forward(self, images: Tensor, targets: Tensor, guide: Outputs | None = None, factor: float = 1.0) -> Loss:
-        """Loss against labels and against the teacher's outputs `guide`; `factor` scales all of the latter."""
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        guide: Outputs | None = None,
+        factor: float = 1.0,
+        upstream: Tensor | None = None,
+    ) -> Loss:
+        """Loss against labels and against the teacher's outputs `guide`; `factor` scales all of the latter.
+
+        `upstream` () float32 is the gradient that `total` will get, where the caller knows it.
+        """
         if guide is None:
             raise ValueError("a distillation needs the teacher's outputs")
         with self.span("forward"):
             student = Outputs(*self.model.forward_features(images))
         with self.span("loss"):
             hard, parts = self.detection(student.raw, targets)
-            soft = torch.stack(
-                [factor * self.weights[name] * loss(student, guide) for name, loss in self.by_name.items()]
-            )
+            expected = None if upstream is None else upstream * images.shape[0]
+            soft = torch.stack([self._soft(name, student, guide, targets, factor, expected) for name in self.by_name])
             return Loss(hard + soft.sum() * images.shape[0], torch.cat([parts, soft.detach()]))
+
+    def _soft(
+        self,
+        name: str,
+        student: Outputs,
+        guide: Outputs,
+        targets: Tensor,
+        factor: float,
+        upstream: Tensor | None,
+    ) -> Tensor:
+        """One weighted distillation loss. `upstream` is multiplied just as autograd will do it, to the same bits."""
+        weight = factor * self.weights[name]
+        return weight * self.by_name[name](student, guide, targets, None if upstream is None else upstream * weight)

@@ -137,8 +137,8 @@ def test_an_unknown_loss_is_refused_with_the_known_ones(
 
 
 class Dead(losses.FeatMSE):
-    def compare(self, student: losses.Outputs, teacher: losses.Outputs) -> torch.Tensor:
-        return 0 * super().compare(student, teacher)
+    def distance(self, *arguments: object) -> torch.Tensor:
+        return 0 * super().distance(*arguments)
 
 
 def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
@@ -152,3 +152,34 @@ def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
         )  # fmt: skip
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+class Watched(torch.nn.Module):
+    """A loss that notes which gradient it was told to expect, and which one came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: torch.Tensor | None = None
+        self.came: list[torch.Tensor] = []
+
+    def forward(
+        self, student: losses.Outputs, teacher: losses.Outputs, targets: object, upstream: object
+    ) -> torch.Tensor:
+        self.expected = upstream
+        value = student.features[0].mean()
+        value.register_hook(self.came.append)
+        return value
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 24576.7])
+def test_the_gradient_that_a_loss_is_told_to_expect_is_the_one_that_comes(
+    trainer: tuple[Trainer, Teacher], scale: float
+) -> None:
+    """To the bit: one ulp between them would cost the kernels another pass over every gradient."""
+    loop, teacher = trainer
+    objective, watched = loop.job.objective, Watched()
+    objective.by_name = {"feat_mse": watched}
+    batch = next(train_batches(loop.job.train, batch=3, epoch=0))
+    images, upstream = batch.images.float() / 255, torch.tensor(scale)
+    objective(images, batch.targets, teacher(images), 0.37, upstream).total.backward(upstream)
+    assert torch.equal(watched.came[0], watched.expected)

@@ -7,13 +7,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.config import DistillConfig, LossConfig
-from compress.losses.distill import KD, LOSSES, FeatMSE, FeatSL2, ObjKD, Outputs, Shape, teacher_score
+from compress.losses.distill import (
+    CWD,
+    FGD,
+    KD,
+    LOSSES,
+    PKD,
+    FeatMSE,
+    FeatSL2,
+    ObjKD,
+    Outputs,
+    Shape,
+    box_density,
+    teacher_score,
+)
 from runtime.errors import UsageError
 
 STRIDES = (8, 16, 32)
 BOX, CLS = 0.05, 0.5 / 80  # the detection loss's gains at 640 pixels, per box and per class; objectness has 1
 HEADS = ("obj_kd", "kd")
-FEATURES = ("feat_mse", "feat_sl2")
+FEATURES = ("feat_mse", "feat_sl2", "cwd", "pkd", "fgd")
 
 
 @pytest.fixture
@@ -190,7 +203,7 @@ def test_autocast_gives_a_finite_float32_loss(shape, teacher_shape, name):
     assert value.isfinite()
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", ["feat_mse", "feat_sl2"])
 def test_a_large_float16_map_does_not_overflow(anchors_grid, name):
     """256 x 80 x 80 unit errors sum to 1.6e6, beyond float16: trap T12."""
     shape = Shape((256,), 3, 3, anchors_grid[:1], (8,))
@@ -306,6 +319,74 @@ def test_sl2_counts_only_where_the_teacher_scores(shape):
     student = teacher._replace(features=[torch.full_like(feature, 5.0) for feature in zeros])
     student.features[1][0, :, 1, 2] = 3.0
     assert FeatSL2(shape, shape).compare(student, teacher) == pytest.approx(9.0)
+
+
+def _one_level(shape: Shape, *features: Tensor) -> tuple[Shape, list[Outputs]]:
+    """The shape of one level with these features' channels, and their outputs."""
+    batch, channels, height, width = features[0].shape
+    raw = [torch.zeros(batch, 3, height, width, 8)]
+    one = shape._replace(channels=(channels,), anchors=shape.anchors[:1], strides=(8,))
+    return one, [Outputs(raw, [feature]) for feature in features]
+
+
+def test_cwd_is_the_divergence_of_student_from_teacher_over_pixels(shape):
+    """KL(teacher || student), not the reverse: trap T8. Two channels of one image are averaged."""
+    t = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
+    s = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    one, (student, teacher) = _one_level(shape, s.view(1, 2, 2, 2), t.view(1, 2, 2, 2))
+    p, q = ((row / 2).softmax(0) for row in (t[0], s[0]))
+    expected = 2.0**2 * (p * (p / q).log()).sum() / 2
+    assert CWD(one, one, tau=2.0).compare(student, teacher) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_pkd_is_one_minus_pearsons_r(shape):
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    one, (student, teacher) = _one_level(shape, s, t)
+    rows = [torch.stack((s[:, c].flatten(), t[:, c].flatten())) for c in range(2)]
+    expected = sum(1 - torch.corrcoef(pair)[0, 1] for pair in rows) / 2
+    assert PKD(one, one).compare(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_pkd_of_a_constant_channel_is_finite_with_a_finite_gradient(shape):
+    """Standardisation divides by the deviation: trap T17."""
+    s = torch.full((2, 3, 4, 4), 7.0, requires_grad=True)
+    one, (student, teacher) = _one_level(shape, s, torch.randn(2, 3, 4, 4))
+    value = PKD(one, one).compare(student, teacher)
+    value.backward()
+    assert value.isfinite()
+    assert s.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["cwd", "pkd"])
+def test_an_adapter_has_no_bias_where_the_loss_is_blind_to_offsets(shape, teacher_shape, name):
+    assert all(len(parameter.shape) > 1 for parameter in LOSSES[name](shape, teacher_shape).parameters())
+
+
+def test_fgd_of_uniform_attention_is_the_weighted_squared_difference(shape):
+    """Maps of +-1 have attention 1 everywhere, so the value follows by hand."""
+    t = torch.ones(1, 2, 4, 4)
+    s = t.clone()
+    s[0, :, 1, 2] = -1.0
+    one, (student, teacher) = _one_level(shape, s, t)
+    loss = FGD(one, one, alpha=1.0, beta=0.5)
+    assert loss(student, teacher).item() == pytest.approx(0.5 / 16 * 4.0)
+    box = torch.tensor([[0, 0, 0.625, 0.375, 0.5, 0.25]])  # pixels x 1.5..3.5, y 1..2: three of them
+    assert loss(student, teacher, box).item() == pytest.approx(1 / 3 * 4.0)
+
+
+def test_the_foreground_lies_where_the_box_lies():
+    """On a map that is wider than high, an exchange of axes would show: trap T5."""
+    feature = torch.zeros(2, 3, 4, 8)
+    boxes = torch.tensor([[1, 0, 5.5 / 8, 0.5 / 4, 1 / 8, 1 / 4], [1, 2, 0.5, 0.5, 1.0, 1.0]])
+    density = box_density(feature, boxes)
+    assert not density[0].any()
+    assert density[1, 0, 5] == 1  # of two boxes the smaller counts
+    assert (density[1] == 1 / 32).sum() == 31
+
+
+def test_a_box_smaller_than_a_pixel_still_counts():
+    assert box_density(torch.zeros(1, 1, 4, 4), torch.tensor([[0, 0, 0.6, 0.6, 0.01, 0.01]])).sum() == 1
 
 
 def test_the_teacher_score_is_the_best_probability_of_a_cell(shape):

@@ -1,0 +1,176 @@
+"""How fast the fused losses are on this GPU: `python -m compress.kernels.bench [--out FILE.json] [--quick]`.
+
+Out: a table, and every number as JSON, the lost comparisons included, with what the machine is. What is compared and
+how: see `bench_case.py`. Each loss has a process of its own and a share of the time: a kernel that faults or a compiler
+that hangs costs one loss, and what was measured until then is already published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.kernels.bench_case import L2_TIMES, SAMPLES, UPSTREAM, plan
+from compress.kernels.fused import FUSED
+from runtime import machine
+from runtime.errors import EdgestillError, UnavailableError
+from runtime.files import write_json
+
+SECONDS = 225.0
+GRACE_SECONDS = 10.0
+"""Beyond its share, after which a process is ended."""
+CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
+METHOD = {
+    "call": f"forward and backward, upstream gradient {UPSTREAM:.0f} as a new gradient scaler sends it",
+    "time": f"a CUDA graph over input sets of {L2_TIMES} x L2, by events; {SAMPLES} samples in random turns",
+    "gb_s": "3 maps (2 for copy) over the median, whatever the variant really moves",
+    "stream": "torch.add(s, t, out=g) over as many elements in one launch: reads two maps and writes one",
+    "ours_again": "the same kernels under another name: the difference is noise",
+    "cuda_graph": "in a graph our kernels also clear their tickets each time: a small launch that eager code has once",
+    "peak_extra_bytes": "of one call without a graph, beside its inputs, its gradients included",
+    "host_us": "the host's time to queue one call without a graph; wall_us: the same until the GPU has done it",
+}
+COLUMNS = (
+    "loss         dtype size  stream   ours noise    GB/s    of   eager/ autocast/ compile/ chan.last/   extra  host\n"
+    "                             us     us     %        stream    ours      ours     ours       ours     MiB    us"
+)
+"""`extra`: peak memory of a call beyond its gradients."""
+
+
+def run(seconds: float, out: Path | None, *, quick: bool) -> dict[str, Any]:
+    """Measure every loss, publishing the document after each. Errors: UnavailableError without a GPU."""
+    if not torch.cuda.is_available():
+        raise UnavailableError("torch sees no NVIDIA GPU here", "Run the benchmark on a machine that has one")
+    started = time.monotonic()
+    document = {"measured": "compress.kernels.bench", **facts(), "method": METHOD, "cases": [], "missing": []}
+    document["clocks"] = {"before": clocks()}
+    print(f"{document['gpu']['name']}, torch {document['torch']}\n{COLUMNS}", flush=True)
+    for index, loss in enumerate(FUSED):
+        share = (seconds - (time.monotonic() - started)) / (len(FUSED) - index)
+        found, why = measure_loss(loss, share, quick=quick)
+        document["cases"] += found
+        document["missing"] += missing(loss, found, why, quick=quick)
+        document["clocks"]["after"] = clocks()
+        document["seconds"] = time.monotonic() - started
+        print("".join(f"{row(case)}\n" for case in found), end="", flush=True)
+        if out:
+            write_json(out, document)
+    print(remarks(document))
+    return document
+
+
+def measure_loss(loss: str, seconds: float, *, quick: bool) -> tuple[list[dict[str, Any]], str]:
+    """The cases that a process of its own could measure, and why there are no more."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "cases.jsonl"
+        command = [sys.executable, "-m", "compress.kernels.bench_case", loss, "--lines", str(lines)]
+        command += ["--seconds", str(seconds), *(["--quick"] if quick else [])]
+        try:
+            status = subprocess.run(command, timeout=seconds + GRACE_SECONDS, check=False).returncode  # noqa: S603
+            why = f"its process ended with status {status}" if status else "no time was left"
+        except subprocess.TimeoutExpired:
+            why = "it took too long"
+        return read_lines(lines), why
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a process may have left in the middle of one; none without a file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def missing(loss: str, found: Sequence[Mapping[str, Any]], why: str, *, quick: bool) -> list[dict[str, str]]:
+    """The cases that were not measured."""
+    done = {(case["size"], case["dtype"]) for case in found}
+    left = [case for case in plan(loss, quick=quick) if (case.size, case.dtype) not in done]
+    return [{**case._asdict(), "why": why} for case in left]
+
+
+def facts() -> dict[str, Any]:
+    """What the numbers belong to."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "machine": machine.facts(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "gpu": {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        },
+    }
+
+
+def clocks() -> dict[str, str]:
+    """Clocks, power and temperature of the first GPU as they are; empty where nvidia-smi does not tell."""
+    program = shutil.which("nvidia-smi")
+    command = [str(program), f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", "--id=0"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True) if program else None  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(CLOCKS, map(str.strip, told.stdout.split(",")), strict=False)) if told else {}
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def row(case: Mapping[str, Any]) -> str:
+    """One line under `COLUMNS`; `-` for what was not measured."""
+    variants, ratios = case["variants"], case["ratios"]
+    ours, stream = variants.get("ours", {}), variants.get("stream", {})
+    extra = (ours["peak_extra_bytes"] - case["map_bytes"]) / 2**20 if "peak_extra_bytes" in ours else None
+    cells = (
+        (median_us(stream), 7, 1, 1), (median_us(ours), 7, 1, 1), (ratios["noise"], 6, 100, 1),
+        (ours.get("gb_s"), 8, 1, 0), (ratios["of_stream"], 8, 1, 2), (ratios["eager_over_ours"], 8, 1, 2),
+        (ratios["autocast_over_ours"], 10, 1, 2), (ratios["compile_over_ours"], 9, 1, 2),
+        (ratios["ours_channels_last_over_ours"], 11, 1, 2), (extra, 8, 1, 2), (ours.get("host_us"), 6, 1, 0),
+    )  # fmt: skip
+    numbers = "".join("-".rjust(width) if x is None else f"{k * x:{width}.{p}f}" for x, width, k, p in cells)
+    return f"{case['loss']:12} {case['dtype']:5} {case['size']:4}{numbers}"
+
+
+def median_us(variant: Mapping[str, Any]) -> float | None:
+    return variant["us"]["p50"] if "us" in variant else None
+
+
+def remarks(document: Mapping[str, Any]) -> str:
+    """What the table does not show: variants that failed, and cases that were not reached."""
+    lines = [
+        f"{case['loss']} {case['dtype']} {case['size']}: {name} failed: {variant['error']}"
+        for case in document["cases"]
+        for name, variant in case["variants"].items()
+        if "error" in variant
+    ]
+    lines += [f"{m['loss']} {m['dtype']} {m['size']}: not measured: {m['why']}" for m in document["missing"]]
+    return "\n".join([*lines, f"{len(document['cases'])} cases in {document['seconds']:.0f} s"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="every number as JSON")
+    parser.add_argument("--quick", action="store_true", help="one case a loss, in half a minute")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
+    asked = parser.parse_args(arguments)
+    try:
+        document = run(asked.seconds, asked.out, quick=asked.quick)
+    except EdgestillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0 if document["cases"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The fused losses against their rivals on a GPU, one loss in this process; `bench.py` starts it for each.
+
+A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each rival does forward and backward over
+several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still cached
+when its turn comes; that pass is captured as one CUDA graph, so that gaps between launches do not count. Then all
+rivals of the case take turns in random order. Two of them are ceilings of the same run: `copy` reads one map and writes
+one; `stream`, torch.add(s, t, out=g), reads two and writes one, which is what a fused loss does at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compress.kernels import functional
+from compress.kernels.fused import FUSED
+from compress.kernels.gpu import gpu
+from runtime.errors import EdgestillError, one_line
+
+LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
+"""Feature maps of a detector at 640 pixels, by stride."""
+SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s32",)}
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+SAMPLES, QUICK_SAMPLES = 30, 10
+SAMPLE_MS = 3.0
+"""Of one sample at least: an event's clock ticks in half microseconds."""
+L2_TIMES = 4
+HOST_CALLS, HOST_REPEATS = 20, 5
+"""Calls that are queued at once: few enough that no queue is full, which would make the host wait for the GPU."""
+UPSTREAM = 65536.0
+"""Of a new gradient scaler."""
+MAPS_MOVED = {"copy": 2}
+"""Maps that a variant reads and writes at least; any other 3."""
+QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+
+Call = Callable[[int], Sequence[Tensor]]
+"""Forward and backward of one set of inputs, by its number -> the gradients."""
+
+
+class Case(NamedTuple):
+    """What all variants of one comparison do."""
+
+    loss: str
+    size: str
+    dtype: str
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [LEVELS[level] for level in SIZES[self.size]]
+
+    @property
+    def elements(self) -> int:
+        """Of one map, over all levels."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def map_bytes(self) -> int:
+        return self.elements * DTYPES[self.dtype].itemsize
+
+
+# ---- plan and figures ---------------------------------------------------------------------------------------------
+
+
+def plan(loss: str, *, quick: bool = False) -> list[Case]:
+    """The cases of a loss, what matters most first."""
+    cases = [Case(loss, size, dtype) for dtype in DTYPES for size in SIZES]
+    return cases[:1] if quick else cases
+
+
+def input_sets(map_bytes: int, l2_bytes: int) -> int:
+    """How many sets of two maps and a gradient are `L2_TIMES` the cache; at least 2."""
+    return max(2, math.ceil(L2_TIMES * l2_bytes / (3 * map_bytes)))
+
+
+def turns(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
+    """Every name once a round, in an order of its own each round."""
+    for _ in range(rounds):
+        yield from rng.sample(names, len(names))
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """20, 50 and 80 %, between the two nearest samples."""
+    ordered = sorted(samples)
+    return {name: _quantile(ordered, share) for name, share in QUANTILES.items()}
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def timing(samples_us: Sequence[float], moved_bytes: int) -> dict[str, Any]:
+    """Microseconds of one forward and backward, and what they mean for `moved_bytes`."""
+    found = quantiles(samples_us)
+    return {"us": found, "samples": len(samples_us), "gb_s": moved_bytes / found["p50"] / 1e3}
+
+
+def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """How `ours` compares, by medians; None where one of the two could not be measured.
+
+    `of_stream` is the share of the ceiling that it reaches, `noise` how far apart two copies of it came out.
+    """
+    times = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
+    ours = times.get("ours")
+
+    def over_ours(name: str) -> float | None:
+        return times[name] / ours if ours and name in times else None
+
+    again = over_ours("ours_again")
+    return {
+        "of_stream": over_ours("stream"),
+        "noise": None if again is None else abs(again - 1),
+        **{f"{name}_over_ours": over_ours(name) for name in ("eager", "autocast", "compile", "ours_channels_last")},
+    }
+
+
+# ---- inputs and variants ------------------------------------------------------------------------------------------
+
+
+def arguments(case: Case, device: torch.device, seed: int, *, channels_last: bool = False) -> list[Any]:
+    """What the loss takes, the upstream gradient last; what learns asks for a gradient."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    students = [normal(*shape, dtype=DTYPES[case.dtype]).contiguous(memory_format=layout) for shape in case.shapes]
+    teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
+    channels = [shape[1] for shape in case.shapes]
+    masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w in case.shapes]
+    others: dict[str, list[Any]] = {
+        "weighted_mse": [[]],
+        "adapter_mse": [[normal(c, c) / c**0.5 for c in channels], [normal(c) for c in channels], []],
+        "cwd": [1.0],
+        "pkd": [],
+        "fgd": [masks, 1.0, 0.5],
+    }
+    made = [students, teachers, *others[case.loss], torch.tensor(UPSTREAM, device=device)]
+    for learner in learners_of(case.loss, made):
+        learner.requires_grad_()
+    return made
+
+
+def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:
+    return [tensor for place in FUSED[loss].learns for tensor in made[place]]
+
+
+def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
+    """Everything that is compared, by name, over the same `count` sets of inputs."""
+    plain, ours = FUSED[case.loss].reference, getattr(functional, case.loss)
+    compiled = torch.compile(plain, dynamic=False, fullgraph=True)
+    sets = [arguments(case, device, seed) for seed in range(count)]
+    last = [arguments(case, device, seed, channels_last=True) for seed in range(count)]
+    half = torch.autocast(device.type, dtype=torch.float16, cache_enabled=False)
+
+    def backward(loss: Callable[..., Tensor], inputs: list[list[Any]], within: AbstractContextManager[Any]) -> Call:
+        def call(index: int) -> Sequence[Tensor]:
+            *given, upstream = inputs[index]
+            with within:
+                value = loss(*given)
+            return torch.autograd.grad(value, learners_of(case.loss, given), upstream)
+
+        return call
+
+    def fused(inputs: list[list[Any]]) -> Call:
+        scale = inputs[0][-1]
+        return backward(lambda *given: ours(*given, scale=scale), inputs, nullcontext())
+
+    return {
+        **ceilings(case, device, count),
+        "eager": backward(plain, sets, nullcontext()),
+        "autocast": backward(plain, sets, half),
+        "compile": backward(compiled, sets, nullcontext()),
+        "ours": fused(sets),
+        "ours_again": fused(sets),
+        "ours_channels_last": fused(last),
+    }
+
+
+def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
+    """What memory allows: over maps as large as the case's levels together, in one launch."""
+    buffers = torch.empty(count, 3, case.elements, dtype=DTYPES[case.dtype], device=device).normal_()
+
+    def copy(index: int) -> Sequence[Tensor]:
+        s, _, g = buffers[index].unbind()
+        return [g.copy_(s)]
+
+    def stream(index: int) -> Sequence[Tensor]:
+        s, t, g = buffers[index].unbind()
+        return [torch.add(s, t, out=g)]
+
+    return {"copy": copy, "stream": stream}
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------
+
+
+class Ready(NamedTuple):
+    """A variant that can be timed."""
+
+    run: Callable[[], Any]
+    """Forward and backward over all sets of inputs."""
+    notes: dict[str, Any]
+    """What is known of it before it is timed."""
+
+
+def prepare(call: Call, count: int) -> Ready:
+    """Memory and host time of a variant, and its pass over `count` sets of inputs."""
+    started = time.perf_counter()
+    first = peak_extra_bytes(call)
+    notes: dict[str, Any] = {"first_call_s": time.perf_counter() - started, "first_peak_extra_bytes": first}
+    notes["peak_extra_bytes"] = peak_extra_bytes(call)
+    notes |= host_times(call, count)
+    try:
+        return Ready(captured(call, count), {**notes, "cuda_graph": True})
+    except RuntimeError as error:
+        torch.cuda.synchronize()  # raises where the GPU itself has failed
+        notes |= {"cuda_graph": False, "why_no_graph": one_line(error)}
+        return Ready(lambda: [call(index) for index in range(count)], notes)
+
+
+def peak_extra_bytes(call: Call) -> int:
+    """What one call asks of torch's allocator beside its inputs, its gradients included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
+def host_times(call: Call, count: int) -> dict[str, float]:
+    """Microseconds of a call without a CUDA graph: that the host is busy queueing it, and until the GPU has done it."""
+    queueing, whole = [], []
+    for _ in range(HOST_REPEATS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for index in range(HOST_CALLS):
+            call(index % count)
+        queueing.append(time.perf_counter() - started)
+        torch.cuda.synchronize()
+        whole.append(time.perf_counter() - started)
+    return {
+        "host_us": 1e6 * statistics.median(queueing) / HOST_CALLS,
+        "wall_us": 1e6 * statistics.median(whole) / HOST_CALLS,
+    }
+
+
+def captured(call: Call, count: int) -> Callable[[], None]:
+    """One pass over the sets as a CUDA graph. Every set's gradients have memory of their own, as its inputs have."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what torch and the kernels prepare at first use may not happen in a capture
+        for index in range(count):
+            call(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(index) for index in range(count)]
+    del kept
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def elapsed_ms(run: Callable[[], Any], repeats: int) -> float:
+    """Of `repeats` runs on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def times_in_turns(runs: Mapping[str, Callable[[], Any]], samples: int) -> dict[str, list[float]]:
+    """Milliseconds of a run, `samples` of each, in random turns."""
+    repeats = {name: max(1, math.ceil(SAMPLE_MS / max(elapsed_ms(run, 1), 1e-3))) for name, run in runs.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for name in turns(list(runs), samples, random.Random(0)):
+        found[name].append(elapsed_ms(runs[name], repeats[name]) / repeats[name])
+    return found
+
+
+def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
+    """One case as a JSON object. A variant that fails is there with its error."""
+    torch.compiler.reset()  # past 8 shapes of one function torch would run it uncompiled
+    count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
+    found: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Ready] = {}
+    for name, call in variants(case, device, count).items():
+        try:
+            ready[name] = prepare(call, count)
+        except Exception as error:  # whatever it is, the other variants are still worth their time
+            found[name] = {"error": f"{type(error).__name__}: {one_line(error)}"}
+    times = times_in_turns({name: variant.run for name, variant in ready.items()}, samples)
+    for name, variant in ready.items():
+        moved = MAPS_MOVED.get(name, 3) * case.map_bytes
+        found[name] = timing([1e3 * ms / count for ms in times[name]], moved) | variant.notes
+    return {
+        **case._asdict(),
+        "shapes": case.shapes,
+        "map_bytes": case.map_bytes,
+        "input_sets": count,
+        "variants": found,
+        "ratios": ratios(found),
+    }
+
+
+# ---- the process --------------------------------------------------------------------------------------------------
+
+
+def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until: float, lines: Path) -> None:
+    """Add a line to `lines` for each case that there is time for before `until`, on the monotonic clock."""
+    longest = 0.0
+    for case in cases:
+        started = time.monotonic()
+        if started + longest > until:
+            continue
+        row = measure(case, device, samples)
+        longest = max(longest, time.monotonic() - started)
+        with lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"seconds": time.monotonic() - started}, allow_nan=False) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench_case", description="A part of bench.py.")
+    parser.add_argument("loss", choices=FUSED)
+    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one a case, are added to it")
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--quick", action="store_true")
+    asked = parser.parse_args(arguments)
+    until = time.monotonic() + asked.seconds
+    os.environ.pop(functional.SWITCH, None)
+    try:
+        gpu(0)  # where the kernels cannot run, `ours` would be the reference
+    except EdgestillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    gc.freeze()  # each capture collects garbage, and torch's own objects are many
+    samples = QUICK_SAMPLES if asked.quick else SAMPLES
+    measure_all(plan(asked.loss, quick=asked.quick), torch.device("cuda:0"), samples, until, asked.lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The `Device` of the product: kernels on an NVIDIA GPU, through the CUDA driver, on torch's current stream.
+
+Modules are loaded as driver libraries, which belong to no context; a launch makes the device's primary context, which
+is torch's, current for its own duration where it is not (autograd's threads may have none).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels import toolchain
+from compress.kernels.device import Facts
+from runtime.errors import EdgestillError, UnavailableError, one_line
+
+STATIC_SHARED_BYTES = 48 << 10
+"""Dynamic shared memory that a kernel may have without asking."""
+PORTABLE_CLUSTER = 8
+"""Blocks of a cluster that every GPU with clusters can run together."""
+
+
+class Gpu:
+    """One NVIDIA GPU. Errors: UnavailableError where the bindings or the compiler are missing."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._driver = load_driver()
+        toolchain.load_nvrtc()
+        toolchain.header_folders()
+        torch.cuda.init()
+        _, device = self._call("cuDeviceGet", index), self._call("cuDeviceGet", index)
+        self._context = int(self._call("cuDevicePrimaryCtxRetain", device))
+        self.facts = self._facts(device)
+        self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
+        self._libraries: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._tickets: dict[int, Tensor] = {}
+
+    def _facts(self, device: Any) -> Facts:
+        def ask(name: str) -> int:
+            what = getattr(self._driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return int(self._call("cuDeviceGetAttribute", what, device))
+
+        return Facts(
+            (ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")),
+            ask("MULTIPROCESSOR_COUNT"),
+            ask("L2_CACHE_SIZE"),
+            ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        )
+
+    @property
+    def architecture(self) -> str:
+        return "sm_{}{}".format(*self.facts.capability)
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        args: ctypes.Structure,
+        *,
+        grid: int,
+        block: int,
+        shared: int = 0,
+        cluster: int = 1,
+        defines: tuple[str, ...] = (),
+    ) -> None:
+        """See `Device.launch`."""
+        stream = torch.cuda.current_stream(self.index).cuda_stream
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        with self._current():
+            function = self._kernel(source, kernel, defines, shared, cluster)
+            if cluster == 1:
+                self._call(
+                    "cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0
+                )
+            else:
+                config = self._clustered(grid, block, shared, cluster, stream)
+                self._call("cuLaunchKernelEx", config, function, ctypes.addressof(parameters), 0)
+
+    def tickets(self, count: int) -> Tensor:
+        """See `Device.tickets`. A stream has its own, kept from call to call; a captured graph gets new ones, since it
+        may be replayed on any stream beside others.
+        """
+        new = lambda size: torch.zeros(size, dtype=torch.int32, device=f"cuda:{self.index}")  # noqa: E731
+        if torch.cuda.is_current_stream_capturing():
+            return new(count)
+        stream = torch.cuda.current_stream(self.index).cuda_stream
+        kept = self._tickets.get(stream)
+        if kept is None or len(kept) < count:
+            kept = self._tickets[stream] = new(max(count, 64))
+        return kept
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Our context on this thread."""
+        if int(self._call("cuCtxGetCurrent")) == self._context:
+            yield
+            return
+        self._call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
+
+    def _kernel(self, source: str, kernel: str, defines: tuple[str, ...], shared: int, cluster: int) -> Any:
+        """The function, its limits raised to what this launch asks for."""
+        key = (source, kernel, defines)
+        if key not in self._kernels:
+            handle = self._call("cuLibraryGetKernel", self._library(source, defines), kernel.encode())
+            self._kernels[key] = self._call("cuKernelGetFunction", handle)
+        function = self._kernels[key]
+        attributes = self._driver.CUfunction_attribute
+        if shared > STATIC_SHARED_BYTES:
+            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._call("cuFuncSetAttribute", function, most, shared)
+        if cluster > PORTABLE_CLUSTER:
+            allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            self._call("cuFuncSetAttribute", function, allowed, 1)
+        return function
+
+    def _library(self, source: str, defines: tuple[str, ...]) -> Any:
+        key = (source, defines)
+        if key not in self._libraries:
+            code = toolchain.cubin(source, self.architecture, defines)
+            self._libraries[key] = self._call("cuLibraryLoadData", code, [], [], 0, [], [], 0)
+        return self._libraries[key]
+
+    def _clustered(self, grid: int, block: int, shared: int, cluster: int, stream: int) -> Any:
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes, config.hStream = shared, stream
+        attribute = self._driver.CUlaunchAttribute()
+        attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        code, *values = getattr(self._driver, name)(*arguments)
+        if int(code) != 0:
+            raise EdgestillError(f"CUDA {name}: {self._driver.cuGetErrorString(code)[1].decode()} ({int(code)})")
+        return values[0] if values else None
+
+
+def load_driver() -> Any:
+    """The bindings to the CUDA driver. Errors: UnavailableError."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise UnavailableError(f"cuda-bindings is not here: {one_line(error)}", toolchain.REMEDY) from error
+    return driver
+
+
+@cache
+def gpu(index: int) -> Gpu:
+    """The GPU that torch calls cuda:`index`."""
+    return Gpu(index)

@@ -1,0 +1,66 @@
+"""Host half of cuda/rescale.cu: gradients made right for the upstream gradient that really came."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from compress.kernels.device import SUFFIX, Device, is_aligned, pointer, share_blocks, vector
+
+THREADS = 256
+BLOCKS = 1024
+MAX_TENSORS = 8
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
+        ("elements", ctypes.c_uint64),
+        ("first_block", ctypes.c_uint32),
+        ("blocks", ctypes.c_uint32),
+        ("vectorised", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+    )
+
+
+class Args(ctypes.Structure):
+    _fields_ = (
+        ("tensors", _Entry * MAX_TENSORS),
+        ("upstream", ctypes.c_void_p),
+        ("assumed", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+    )
+
+
+def rescale(
+    device: Device, gradients: Sequence[Tensor], upstream: Tensor, assumed: Tensor | None, *, in_place: bool
+) -> list[Tensor]:
+    """Each gradient times upstream / assumed; the very tensors where `in_place`, else new ones.
+
+    Args:
+        gradients: dense, each in a dtype of its own.
+        upstream, assumed: () float32 on the device; no `assumed` is 1, and so is 0 (see `assumed_scale`).
+    """
+    results = [g if in_place else torch.empty_like(g) for g in gradients]
+    pairs = list(zip(gradients, results, strict=True))
+    for dtype in {g.dtype for g in gradients}:
+        alike = [pair for pair in pairs if pair[0].dtype == dtype]
+        for start in range(0, len(alike), MAX_TENSORS):
+            _launch(device, alike[start : start + MAX_TENSORS], upstream, assumed)
+    return results
+
+
+def _launch(device: Device, pairs: Sequence[tuple[Tensor, Tensor]], upstream: Tensor, assumed: Tensor | None) -> None:
+    shares = share_blocks([source.numel() for source, _ in pairs], BLOCKS, THREADS * vector(pairs[0][0].dtype))
+    args = Args(upstream=pointer(upstream), assumed=pointer(assumed), count=len(pairs))
+    firsts = accumulate(shares, initial=0)
+    for entry, (source, target), first, blocks in zip(args.tensors, pairs, firsts, shares, strict=False):
+        entry.source, entry.target, entry.elements = pointer(source), pointer(target), source.numel()
+        entry.first_block, entry.blocks = first, blocks
+        entry.vectorised = source.numel() % vector(source.dtype) == 0 and is_aligned(source, target)
+    device.launch("rescale.cu", f"rescale{SUFFIX[pairs[0][0].dtype]}", args, grid=sum(shares), block=THREADS)

@@ -1,0 +1,187 @@
+"""CUDA C++ sources to machine code, by NVRTC: no compiler, no torch headers, no GPU and no network are needed.
+
+A cubin is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; from then
+on it costs a file's reading. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.errors import EdgestillError, UnavailableError, one_line
+from runtime.files import atomic_write
+
+SOURCES = Path(__file__).parent / "cuda"
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
+"""What the tests compile for: Turing to Blackwell, Jetson Orin (sm_87) included."""
+OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+REMEDY = "pip install 'edgestill[kernels]'"
+_DIGEST_BYTES = 32
+_REPORTED = re.compile(r"(\d+) (registers|bytes spill stores|bytes smem)")
+
+
+def source_names() -> list[str]:
+    """Every source that holds kernels."""
+    return sorted(path.name for path in SOURCES.glob("*.cu"))
+
+
+def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
+    """Machine code of cuda/`source` for `architecture` (as "sm_90"), from the cache or compiled now.
+
+    Errors: UnavailableError where NVRTC or the CUDA headers are not installed; EdgestillError with the compiler's
+    first error.
+    """
+    path = cache_folder() / f"{Path(source).stem}-{architecture}-{_key(source, architecture, defines)[:24]}.cubin"
+    return _read(path) or _keep(path, compile_cubin(source, architecture, defines)[0])
+
+
+class Resources(NamedTuple):
+    """What one kernel takes of a multiprocessor."""
+
+    registers: int
+    """Per thread."""
+    spill_bytes: int
+    """Stored to local memory per thread for want of registers."""
+    shared_bytes: int
+    """Static, per block."""
+
+
+def compile_cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> tuple[bytes, dict[str, Resources]]:
+    """Machine code, and by kernel what it takes."""
+    nvrtc = load_nvrtc()
+    options = [*OPTIONS, f"--gpu-architecture={architecture}", f"--include-path={SOURCES}"]
+    options += [f"--include-path={folder}" for folder in header_folders()] + [f"--define-macro={d}" for d in defines]
+    program = _checked(nvrtc, "nvrtcCreateProgram", (SOURCES / source).read_bytes(), source.encode(), 0, [], [])
+    try:
+        encoded = [option.encode() for option in options]
+        (code,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if int(code) != 0:
+            raise EdgestillError(f"{source} does not compile for {architecture}: {_first_error(_log(nvrtc, program))}")
+        return _output(nvrtc, program, "CUBIN"), _resources(_log(nvrtc, program))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def compiler_version() -> str:
+    """As "13.0". Errors: UnavailableError where NVRTC is not installed."""
+    return ".".join(map(str, _checked(load_nvrtc(), "nvrtcVersion")))
+
+
+@lru_cache(maxsize=1)
+def load_nvrtc() -> Any:
+    """The bindings to NVRTC, their library found. Errors: UnavailableError."""
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # opens the library
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UnavailableError(f"the CUDA compiler NVRTC is not here: {one_line(error)}", REMEDY) from error
+    return nvrtc
+
+
+@lru_cache(maxsize=1)
+def header_folders() -> tuple[str, ...]:
+    """Where cuda_fp16.h lies: NVIDIA's package, else an installed toolkit. Errors: UnavailableError."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    found = find_nvidia_header_directory("cudart") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/include"
+    if not (Path(found) / "cuda_fp16.h").is_file():
+        raise UnavailableError("CUDA's headers (cuda_fp16.h) are not here", REMEDY)
+    return (found,)
+
+
+def cache_folder() -> Path:
+    if named := os.environ.get("EDGESTILL_CACHE"):
+        return Path(named) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgestill" / "kernels"
+
+
+def _key(source: str, architecture: str, defines: tuple[str, ...]) -> str:
+    """Changes with everything that the machine code depends on."""
+    digest = hashlib.sha256()
+    for path in [SOURCES / source, *sorted(SOURCES.glob("*.cuh"))]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update(repr((architecture, defines, OPTIONS, compiler_version(), header_folders())).encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    """A kept cubin; None where there is none, or its digest disagrees."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    digest, binary = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+    return binary if hashlib.sha256(binary).digest() == digest else None
+
+
+def _keep(path: Path, binary: bytes) -> bytes:
+    """`binary`, kept for the next start where the folder can be written."""
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
+    except EdgestillError:
+        return binary  # a read-only home costs a compilation at each start, and the doctor says so
+    return binary
+
+
+def _checked(nvrtc: Any, name: str, *arguments: Any) -> Any:
+    code, *values = getattr(nvrtc, name)(*arguments)
+    if int(code) != 0:
+        raise EdgestillError(f"NVRTC {name}: {nvrtc.nvrtcGetErrorString(code)[1].decode()}")
+    return values[0] if len(values) == 1 else values
+
+
+def _output(nvrtc: Any, program: Any, what: str) -> bytes:
+    """The program's CUBIN or ProgramLog."""
+    text = b" " * _checked(nvrtc, f"nvrtcGet{what}Size", program)
+    _checked(nvrtc, f"nvrtcGet{what}", program, text)
+    return text
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    return _output(nvrtc, program, "ProgramLog").decode(errors="replace").strip("\0 \n")
+
+
+def _first_error(log: str) -> str:
+    lines = [line for line in log.splitlines() if "error" in line]
+    return (lines or log.splitlines() or ["the compiler gave no reason"])[0]
+
+
+def _resources(log: str) -> dict[str, Resources]:
+    """From the assembler's report, a paragraph a kernel."""
+    found = {}
+    for paragraph in log.split("Compiling entry function ")[1:]:
+        numbers = {name: int(value) for value, name in _REPORTED.findall(paragraph)}
+        found[paragraph.split("'")[1]] = Resources(
+            numbers["registers"], numbers.get("bytes spill stores", 0), numbers.get("bytes smem", 0)
+        )
+    return found
+
+
+def resource_table() -> str:
+    """Registers a thread of every kernel on every architecture, with the bytes that it spills where it does."""
+    found: dict[str, dict[str, Resources]] = {architecture: {} for architecture in ARCHITECTURES}
+    for architecture, source in product(ARCHITECTURES, source_names()):
+        found[architecture] |= compile_cubin(source, architecture)[1]
+    names = sorted(set().union(*found.values()))
+    lines = [f"{'registers':24}" + "".join(f"{architecture:>8}" for architecture in ARCHITECTURES)]
+    lines += [f"{name:24}" + "".join(_cell(found[a].get(name)) for a in ARCHITECTURES) for name in names]
+    return "\n".join(lines)
+
+
+def _cell(resources: Resources | None) -> str:
+    if resources is None:
+        return f"{'-':>8}"
+    spills = f"+{resources.spill_bytes}" if resources.spill_bytes else ""
+    return f"{resources.registers}{spills}".rjust(8)
+
+
+if __name__ == "__main__":
+    print(resource_table())

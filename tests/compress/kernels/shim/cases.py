@@ -1,0 +1,45 @@
+"""Small arguments for every loss with kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from oracle import pair
+
+Shape = tuple[int, int, int, int]
+SHAPES: Sequence[Shape] = ((2, 16, 8, 8), (2, 32, 4, 4))
+
+
+def arguments(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[Shape] = SHAPES,
+    layout: str = "nchw",
+    scale: float | None = None,
+    device: str = "cpu",
+) -> list[Any]:
+    """What the loss `name` takes, one level a shape, the expected upstream gradient last."""
+    generator = torch.Generator().manual_seed(5)
+    wide = dtype if dtype == torch.float64 else torch.float32
+
+    def to_device(maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [m.to(device) for m in maps]
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=wide)
+
+    pairs = [pair(shape, dtype, seed=i, layout=layout) for i, shape in enumerate(shapes)]
+    students, teachers = (to_device(list(maps)) for maps in zip(*pairs, strict=True))
+    maps = to_device([torch.rand(n, h, w, generator=generator).to(wide) for n, _, h, w in shapes])
+    channels = [c for _, c, _, _ in shapes]
+    adapters = [to_device([noise(c, c) / c**0.5 for c in channels]), to_device([noise(c) for c in channels])]
+    others = {
+        "weighted_mse": [maps],
+        "adapter_mse": [*adapters, maps],
+        "cwd": [1.0],
+        "pkd": [],
+        "fgd": [maps, 1.0, 0.5],
+    }
+    return [students, teachers, *others[name], None if scale is None else torch.tensor(float(scale), device=device)]

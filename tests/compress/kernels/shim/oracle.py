@@ -1,0 +1,116 @@
+"""What a kernel must give: the reference in float64 on the same rounded inputs, and the gates against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import figures
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GRADIENT_GATE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+"""Relative L2 error; in half precision it is the rounding of the stored gradient."""
+LOSS_GATE = 2e-5
+"""Relative."""
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    gradients: list[Tensor]
+
+
+def pair(
+    shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0, mean: float = 0.7, layout: str = "nchw", skip: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher maps that differ and correlate; `skip` elements off the alignment of 16 bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    s = 2 * torch.randn(*shape, generator=generator) + mean
+    t = 1.5 * torch.randn(*shape, generator=generator) - 0.3 + 0.4 * s
+    return laid(s.to(dtype), layout, skip), laid(t.to(dtype), layout, skip)
+
+
+def laid(x: Tensor, layout: str = "nchw", skip: int = 0) -> Tensor:
+    """A copy in `layout` that starts `skip` elements behind an aligned address."""
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    room = torch.empty(x.numel() + skip, dtype=x.dtype, device=x.device)
+    y = room[skip:].as_strided(x.shape, x.stride(), storage_offset=skip)
+    return y.copy_(x)
+
+
+def upstream(students: Sequence[Tensor]) -> Tensor:
+    """An expected upstream gradient that gives float16 gradients normal sizes, as a gradient scaler does."""
+    return torch.tensor(8.0 * max(s.numel() for s in students), device=students[0].device)
+
+
+def truth(reference: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int] = (0,)) -> Result:
+    """Loss and gradients by autograd of the reference in float64; `arguments` end with the upstream gradient."""
+    return by_autograd(reference, arguments, learns, torch.float64)
+
+
+def by_autograd(
+    reference: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int], dtype: torch.dtype | None
+) -> Result:
+    """In `dtype`, or as the arguments are: then it is what eager torch gives."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [tensor.to(dtype or tensor.dtype) for tensor in value]
+        return value
+
+    *inputs, scale = map(wide, arguments)
+    learners: list[Tensor] = []
+    for place in learns:
+        inputs[place] = [tensor.detach().clone().requires_grad_() for tensor in inputs[place]]
+        learners += inputs[place]
+    loss = reference(*inputs)
+    factor = torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
+    return Result(loss.detach(), list(torch.autograd.grad(loss, learners, factor)))
+
+
+def by_kernels(kernels: Callable[..., tuple[Any, ...]], device: Any, arguments: Sequence[Any]) -> Result:
+    loss, *groups = kernels(device, *arguments)
+    return Result(loss, [gradient for group in groups for gradient in group])
+
+
+def gradient_error(found: Tensor, true: Tensor) -> float:
+    """Relative L2 error; absolute where the truth is 0."""
+    norm = true.norm().item()
+    return ((found.double() - true).norm() / (norm or 1.0)).item()
+
+
+def errors(found: Result, true: Result) -> tuple[float, float]:
+    """Relative error of the loss, and the largest of a gradient."""
+    loss = abs(found.loss.item() - true.loss.item()) / (abs(true.loss.item()) or 1.0)
+    pairs = zip(found.gradients, true.gradients, strict=True)
+    return loss, max(gradient_error(f, t) for f, t in pairs)
+
+
+def same_bits(a: Result, b: Result) -> bool:
+    return all(torch.equal(x, y) for x, y in zip([a.loss, *a.gradients], [b.loss, *b.gradients], strict=True))
+
+
+def check(
+    kernels: Callable[..., tuple[Any, ...]],
+    reference: Callable[..., Tensor],
+    device: Any,
+    arguments: Sequence[Any],
+    learns: Sequence[int] = (0,),
+) -> tuple[float, float]:
+    """Assert that kernels agree with the truth within the gates, and are no worse than twice eager torch."""
+    found, true = by_kernels(kernels, device, arguments), truth(reference, arguments, learns)
+    learners = [tensor for place in learns for tensor in arguments[place]]
+    assert found.loss.dtype == torch.float32
+    loss, gradient = errors(found, true)
+    gate = GRADIENT_GATE[arguments[0][0].dtype]
+    assert loss <= LOSS_GATE, f"loss off by {loss:.1e}: {found.loss.item()} instead of {true.loss.item()}"
+    eager = by_autograd(reference, arguments, learns, None)
+    for f, t, e, learner in zip(found.gradients, true.gradients, eager.gradients, learners, strict=True):
+        assert f.shape == learner.shape
+        error = gradient_error(f, t)
+        assert error <= gate, f"gradient {tuple(f.shape)} off by {error:.1e}"
+        assert error <= max(2 * gradient_error(e, t), gate / 4), f"worse than twice eager: {error:.1e}"
+    figures.compared(arguments[0][0].dtype, gradient)
+    return loss, gradient

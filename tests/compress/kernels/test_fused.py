@@ -1,0 +1,255 @@
+"""The torch side of every loss with kernels: the registered ops, and the eager path over kernels on the host shim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import SHAPES, arguments
+from oracle import by_autograd, gradient_error
+from torch import Tensor
+
+from compress.kernels import functional, fused, reference
+from compress.kernels.fused import FUSED, _Eager
+from compress.kernels.rescale import rescale
+from runtime.errors import UnavailableError, UsageError
+
+LAYOUTS = ["nchw", "channels_last"]
+
+
+def learners_of(name: str, given: list) -> list[Tensor]:
+    return [tensor.requires_grad_() for place in FUSED[name].learns for tensor in given[place]]
+
+
+def eager(name: str, device, given: list) -> tuple[Tensor, list[Tensor]]:
+    learners = learners_of(name, given)
+    return _Eager.apply(FUSED[name], device, given, *learners), learners
+
+
+def true_gradients(name: str, given: list, upstream: float) -> list[Tensor]:
+    found = by_autograd(FUSED[name].reference, [*given[:-1], torch.tensor(upstream)], FUSED[name].learns, torch.float64)
+    return found.gradients
+
+
+def agree(found, true, gate=4e-6) -> bool:
+    return all(gradient_error(f, t) <= gate for f, t in zip(found, true, strict=True))
+
+
+# ---- the eager path -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autograd_gets_the_gradient_in_the_layout_of_the_map(shim_device, name, layout, dtype):
+    """Channels last is never read as NCHW: trap K13."""
+    given = arguments(name, dtype, layout=layout, scale=1024)
+    loss, learners = eager(name, shim_device(), given)
+    loss.backward(torch.tensor(1024.0))
+    assert agree(
+        [x.grad for x in learners], true_gradients(name, given, 1024.0), 4e-6 if dtype == torch.float32 else 1e-3
+    )
+    assert all(x.grad.stride() == x.stride() for x in given[0])
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("upstream", [1.0, 65536.0, 0.0, -3.0])
+@pytest.mark.parametrize("scale", [None, 0.0, 1.0, 65536.0])
+def test_any_upstream_gradient_is_right_whatever_was_expected(shim_device, name, upstream, scale):
+    given = arguments(name, scale=scale, shapes=SHAPES[1:])
+    loss, learners = eager(name, shim_device(), given)
+    loss.backward(torch.tensor(upstream))
+    assert agree([x.grad for x in learners], true_gradients(name, given, upstream))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_graph_that_is_kept_gives_the_right_gradient_each_time(shim_device, name):
+    """Trap K4: a gradient that was rescaled in place would be wrong the second time, and the first one spoilt."""
+    given = arguments(name, scale=2)
+    loss, learners = eager(name, shim_device(), given)
+    upstreams = (1.0, 3.0, 0.0, 2.0)
+    found = [torch.autograd.grad(u * loss, learners, retain_graph=True) for u in upstreams]
+    assert all(agree(f, true_gradients(name, given, u)) for f, u in zip(found, upstreams, strict=True))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_second_backward_through_a_freed_graph_is_refused(shim_device, name):
+    loss, learners = eager(name, shim_device(), arguments(name))
+    torch.autograd.grad(loss, learners)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(loss, learners)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_gradient_that_came_as_expected_costs_no_further_byte(shim_device, name):
+    given, device = arguments(name, torch.float16, scale=512), shim_device()
+    loss, learners = eager(name, device, given)
+    device.launches.clear()
+    torch.autograd.grad(loss, learners, torch.tensor(512.0))
+    assert {kernel.split("_")[0] for kernel, _ in device.launches} == {"rescale"}
+    assert device.moved_bytes()[1] == 0
+
+
+def lost(name: str, device, *, folded: bool) -> float:
+    """Share of float16 gradient entries that became 0, under a gradient scaler's usual factor."""
+    given, scale = arguments(name, torch.float16, shapes=[(4, 16, 40, 40)]), torch.tensor(65536.0)
+    for maps in given[:2]:
+        maps[0].mul_(0.01)  # small differences, as late in a training
+    given[-1] = scale if folded else None
+    loss, learners = eager(name, device, given)
+    (gradient,), (true,) = torch.autograd.grad(loss, learners, scale), true_gradients(name, given, 65536.0)
+    return ((gradient == 0) & (true.abs() > 2**-24)).double().mean().item()
+
+
+@pytest.mark.parametrize("name", ["weighted_mse", "cwd", "pkd", "fgd"])
+def test_a_folded_scale_keeps_float16_gradients_from_vanishing(shim_device, name):
+    """Trap K1: at stride 8 up to 60 % of the entries are lost where the scale is multiplied after the rounding."""
+    assert lost(name, shim_device(), folded=True) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["weighted_mse", "cwd"])
+def test_a_scale_that_is_multiplied_afterwards_loses_gradients(shim_device, name):
+    assert lost(name, shim_device(), folded=False) > 0.01
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_mixed_precision_changes_nothing(shim_device, name):
+    given = arguments(name, torch.float16)
+    loss, _ = eager(name, shim_device(), given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = eager(name, shim_device(), given)
+    assert torch.equal(loss, inside)
+
+
+def test_rescaling_in_place_or_anew_gives_the_same_for_odd_lengths(shim_device):
+    gradients = [torch.randn(37), torch.randn(64).half(), torch.randn(1001).bfloat16(), torch.randn(5).half()]
+    anew = rescale(shim_device(), gradients, torch.tensor(3.0), torch.tensor(2.0), in_place=False)
+    assert all(torch.equal(a, (g.float() * 1.5).to(g.dtype)) for a, g in zip(anew, gradients, strict=True))
+    kept = rescale(shim_device(), gradients, torch.tensor(3.0), torch.tensor(2.0), in_place=True)
+    assert all(k is g and torch.equal(k, a) for k, g, a in zip(kept, gradients, anew, strict=True))
+
+
+# ---- the registered ops -------------------------------------------------------------------------------------------
+
+
+def op_arguments(name: str, **kwargs) -> tuple:
+    given = arguments(name, **kwargs)
+    learners_of(name, given)
+    return tuple(given)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_the_registered_op_is_sound(name, scale):
+    torch.library.opcheck(getattr(torch.ops.edgestill, name).default, op_arguments(name, scale=scale))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_registered_op_has_the_gradient_that_differences_show(name):
+    given = arguments(name, torch.float64, shapes=[(2, 3, 2, 3)], scale=1)
+    learners = learners_of(name, given)
+    counts = [len(given[place]) for place in FUSED[name].learns]
+
+    def loss(*tensors):
+        rest, inputs = iter(tensors), list(given)
+        for place, count in zip(FUSED[name].learns, counts, strict=True):
+            inputs[place] = [next(rest) for _ in range(count)]
+        return getattr(torch.ops.edgestill, name)(*inputs)[0]
+
+    assert torch.autograd.gradcheck(loss, learners)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_registered_op_may_be_differentiated_twice_with_a_kept_graph(name):
+    given = arguments(name, scale=2)
+    learners = learners_of(name, given)
+    loss, _ = getattr(torch.ops.edgestill, name)(*given)
+    for upstream in (1.0, 3.0):
+        found = torch.autograd.grad(upstream * loss, learners, retain_graph=True)
+        assert agree(found, true_gradients(name, given, upstream))
+
+
+def test_compiled_code_takes_the_registered_op(monkeypatch):
+    """Traced whole, without a break; on the CPU the op's plain form runs inside."""
+    monkeypatch.setattr(functional, "runs_fused", lambda students: True)
+    given = arguments("weighted_mse")
+    learners = learners_of("weighted_mse", given)
+    step = torch.compile(lambda s, t, w: functional.weighted_mse(s, t, w) * 2, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(step(*given[:3]), learners)
+    assert agree(found, true_gradients("weighted_mse", given, 2.0))
+
+
+# ---- the choice ---------------------------------------------------------------------------------------------------
+
+
+def test_maps_on_a_cpu_go_to_the_reference():
+    given = arguments("cwd")
+    assert torch.equal(functional.cwd(*given[:3]), reference.cwd(*given[:3]))
+
+
+class OnGpu:
+    """What the choice looks at."""
+
+    def __init__(self, dtype=torch.float16):
+        self.is_cuda, self.dtype, self.device = True, dtype, torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("maps", "switch", "reason", "expected"),
+    [
+        ([OnGpu()], None, "", True),
+        ([OnGpu()], "off", "", False),
+        ([OnGpu()], None, "no compiler", False),
+        ([OnGpu(torch.float64)], None, "", False),
+        ([OnGpu(), OnGpu(torch.float32)], None, "", False),
+        ([OnGpu()] * 5, None, "", False),
+    ],
+)
+def test_kernels_run_where_they_can_and_are_wanted(monkeypatch, maps, switch, reason, expected):
+    monkeypatch.delenv("EDGESTILL_KERNELS", raising=False)
+    if switch:
+        monkeypatch.setenv("EDGESTILL_KERNELS", switch)
+    monkeypatch.setattr(functional, "why_not", lambda index: reason)
+    assert functional.runs_fused(maps) is expected
+
+
+def test_a_gpu_without_what_the_kernels_need_is_told_once(monkeypatch):
+    def refuse(index):
+        raise UnavailableError("NVRTC is not here", "pip install it")
+
+    monkeypatch.setattr(functional, "gpu", refuse)
+    functional._looked_up.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch is used") as caught:
+        reasons = {functional.why_not(0) for _ in range(2)}
+    assert reasons == {"NVRTC is not here. pip install it"}
+    assert len(caught) == 1
+    functional._looked_up.cache_clear()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_an_empty_batch_gives_zero_with_a_gradient(name):
+    given = arguments(name, shapes=[(0, 16, 8, 8)])
+    learners = learners_of(name, given)
+    loss = getattr(functional, name)(*given[:-1])
+    assert loss == 0
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, learners, allow_unused=True) if g is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda given: given[1].pop(), "2 student maps, 1 teacher maps"),
+        (lambda given: given[1].__setitem__(0, given[1][0][:, :, :4]), r"level 0 .*\(2, 16, 8, 8\), \(2, 16, 4, 8\)"),
+        (lambda given: given[2].__setitem__(1, given[2][1][:, :2]), r"level 1 .*\(2, 2, 4\)"),
+        (lambda given: given[2].pop(), "give one of each a level"),
+    ],
+)
+def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(change, says):
+    given = arguments("weighted_mse")
+    change(given)
+    with pytest.raises(UsageError, match=says):
+        functional.weighted_mse(*given[:-1])
+
+
+def test_every_loss_of_the_table_is_offered():
+    assert all(callable(getattr(functional, name)) and callable(getattr(reference, name)) for name in FUSED)
+    assert fused.NAMESPACE == "edgestill"

@@ -1,0 +1,180 @@
+"""The launcher against a driver that only takes notes; the real one is tested by tests/gpu/ on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from compress.kernels import gpu as module
+from compress.kernels.gpu import Gpu
+from runtime.errors import EdgestillError, UnavailableError
+
+CONTEXT, OTHER = 77, 88
+
+
+ATTRIBUTES = {
+    "COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0, "MULTIPROCESSOR_COUNT": 132,
+    "L2_CACHE_SIZE": 50 << 20, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 227 << 10,
+}  # fmt: skip
+
+
+class Driver:
+    """Notes every call; `current` is the calling thread's context."""
+
+    CUdevice_attribute = SimpleNamespace(**{f"CU_DEVICE_ATTRIBUTE_{name}": name for name in ATTRIBUTES})
+
+    class CUfunction_attribute:
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = "shared"
+        CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = "non-portable"
+
+    class CUlaunchAttributeID:
+        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = "cluster"
+
+    def __init__(self):
+        self.current, self.calls, self.fails = CONTEXT, [], {}
+        self.answers = {
+            "cuDevicePrimaryCtxRetain": CONTEXT, "cuLibraryGetKernel": "kernel", "cuKernelGetFunction": "function",
+            "cuLibraryLoadData": "library", "cuDeviceGet": 0,
+        }  # fmt: skip
+
+    def CUlaunchConfig(self):
+        return SimpleNamespace()
+
+    def CUlaunchAttribute(self):
+        return SimpleNamespace(id=None, value=SimpleNamespace(clusterDim=SimpleNamespace()))
+
+    def cuDeviceGetAttribute(self, name, device):
+        return 0, ATTRIBUTES[name]
+
+    def cuCtxGetCurrent(self):
+        return 0, self.current
+
+    def cuCtxPushCurrent(self, context):
+        self.calls.append(("push", context))
+        self.current = context
+        return (0,)
+
+    def cuCtxPopCurrent(self):
+        self.calls.append(("pop",))
+        self.current = OTHER
+        return 0, CONTEXT
+
+    def cuGetErrorString(self, code):
+        return 0, b"invalid argument"
+
+    def __getattr__(self, name):
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            return (self.fails.get(name, 0), self.answers[name]) if name in self.answers else (self.fails.get(name, 0),)
+
+        return call
+
+    def named(self, name):
+        return [call for call in self.calls if call[0] == name]
+
+
+class Args(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_uint32),)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(module, "load_driver", lambda: driver)
+    monkeypatch.setattr(module.toolchain, "load_nvrtc", lambda: None)
+    monkeypatch.setattr(module.toolchain, "header_folders", lambda: ())
+    monkeypatch.setattr(module.toolchain, "cubin", lambda source, target, defines: f"{source} {target}".encode())
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return driver
+
+
+def test_what_planning_needs_is_asked_of_the_driver(driver):
+    assert Gpu(0).facts == ((9, 0), 132, 50 << 20, 227 << 10)
+
+
+def test_a_kernel_is_compiled_for_the_gpu_and_launched_on_torchs_stream(driver):
+    Gpu(0).launch("cwd.cu", "cwd_f16", Args(7), grid=10, block=256, shared=64)
+    assert driver.named("cuLibraryLoadData")[0][1] == b"cwd.cu sm_90"
+    (launch,) = driver.named("cuLaunchKernel")
+    assert launch[1:10] == ("function", 10, 1, 1, 256, 1, 1, 64, 5)
+
+
+def test_the_argument_struct_is_handed_over_by_address(driver):
+    seen = []
+
+    def launch(*arguments):
+        array = (ctypes.c_void_p * 1).from_address(arguments[9])
+        seen.append(Args.from_address(array[0]).value)
+        return (0,)
+
+    driver.cuLaunchKernel = launch
+    Gpu(0).launch("cwd.cu", "cwd_f16", Args(7), grid=1, block=32)
+    assert seen == [7]
+
+
+def test_a_source_is_loaded_once(driver):
+    gpu = Gpu(0)
+    for kernel in ("cwd_f16", "cwd_f32", "cwd_f16"):
+        gpu.launch("cwd.cu", kernel, Args(), grid=1, block=32)
+    assert len(driver.named("cuLibraryLoadData")) == 1
+    assert len(driver.named("cuKernelGetFunction")) == 2
+
+
+def test_each_set_of_defines_is_a_library_of_its_own(driver):
+    gpu = Gpu(0)
+    for channels in (64, 128):
+        gpu.launch("adapter_mse.cu", "k", Args(), grid=1, block=32, defines=(f"C={channels}",))
+    assert len(driver.named("cuLibraryLoadData")) == 2
+
+
+def test_a_thread_without_a_context_gets_ours_for_the_launch(driver):
+    """The backward pass runs on a thread of its own: trap K20."""
+    gpu = Gpu(0)
+    driver.current = 0
+    gpu.launch("cwd.cu", "cwd_f16", Args(), grid=1, block=32)
+    names = [call[0] for call in driver.calls]
+    assert names.index("push") < names.index("cuLaunchKernel") < names.index("pop")
+
+
+def test_a_failed_launch_leaves_the_context_as_it_was_and_says_what_failed(driver):
+    gpu = Gpu(0)
+    driver.current, driver.fails["cuLaunchKernel"] = OTHER, 1
+    with pytest.raises(EdgestillError, match=r"CUDA cuLaunchKernel: invalid argument \(1\)"):
+        gpu.launch("cwd.cu", "cwd_f16", Args(), grid=1, block=32)
+    assert driver.calls[-1] == ("pop",)
+
+
+def test_much_shared_memory_and_large_clusters_are_asked_for(driver):
+    Gpu(0).launch("pkd.cu", "k", Args(), grid=32, block=512, shared=100 << 10, cluster=16)
+    assert {call[2:] for call in driver.named("cuFuncSetAttribute")} == {("shared", 100 << 10), ("non-portable", 1)}
+    ((_, config, function, _, _),) = driver.named("cuLaunchKernelEx")
+    assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream) == (32, 512, 100 << 10, 5)
+    assert config.attrs[0].value.clusterDim.x == 16
+    assert function == "function"
+
+
+def test_tickets_are_kept_for_each_stream_and_new_in_a_captured_graph(driver, monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+    gpu = Gpu(0)
+    first = gpu.tickets(3)
+    assert gpu.tickets(3) is first
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=6))
+    assert gpu.tickets(3) is not first
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert gpu.tickets(3) is not gpu.tickets(3)
+    assert len(gpu.tickets(1000)) == 1000
+
+
+def test_without_the_bindings_the_remedy_is_told(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    with pytest.raises(UnavailableError, match=r"cuda-bindings is not here.*edgestill\[kernels\]"):
+        module.load_driver()

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import figures
+import pytest
+
+from compress.kernels import toolchain
+from compress.kernels.toolchain import ARCHITECTURES, SOURCES, Resources, compile_cubin, cubin, source_names
+from runtime.errors import EdgestillError, UnavailableError
+
+REGISTERS = {
+    "adapter_mse": 192,
+    "cwd": 80,
+    "pkd": 80,
+}
+"""Most registers a thread, by source; 64 where nothing is said, which keep four blocks of 256 on a multiprocessor."""
+
+
+compiled = functools.cache(compile_cubin)
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    try:
+        toolchain.header_folders()
+        return toolchain.load_nvrtc()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", source_names())
+def test_every_kernel_compiles_for_every_architecture_without_spills(nvrtc, source, architecture):
+    code, kernels = compiled(source, architecture)
+    assert code[:4] == b"\x7fELF"
+    assert kernels
+    most = REGISTERS.get(source.removesuffix(".cu"), 64)
+    figures.compiled.setdefault(architecture, set()).update(kernels)
+    for name, resources in kernels.items():
+        assert resources.spill_bytes == 0, name
+        assert resources.registers <= most, (name, resources)
+
+
+@pytest.mark.parametrize("source", source_names())
+def test_every_kernel_is_there_on_every_architecture(nvrtc, source):
+    """A `__global__` under an architecture's condition would be missing on another."""
+    first, *others = (set(compiled(source, architecture)[1]) for architecture in ARCHITECTURES)
+    assert all(names == first for names in others)
+
+
+@pytest.mark.parametrize("source", source_names())
+def test_nvcc_compiles_the_same_source(source, tmp_path):
+    """A whole-program compiler refuses what NVRTC lets through."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    options = ["-std=c++17", "-cubin", "-arch=sm_90", "-Werror", "all-warnings", "-o", str(tmp_path / "k.cubin")]
+    done = subprocess.run([nvcc, *options, str(SOURCES / source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_start_compiles_nothing(nvrtc, cache, monkeypatch):
+    first = cubin("rescale.cu", "sm_90")
+    monkeypatch.setattr(toolchain, "compile_cubin", None)
+    assert cubin("rescale.cu", "sm_90") == first
+
+
+@pytest.mark.parametrize("change", ["architecture", "defines", "source", "header", "compiler"])
+def test_whatever_machine_code_depends_on_is_in_the_key(nvrtc, monkeypatch, tmp_path, change):
+    copy = tmp_path / "cuda"
+    shutil.copytree(SOURCES, copy)
+    monkeypatch.setattr(toolchain, "SOURCES", copy)
+    before = toolchain._key("rescale.cu", "sm_90", ())
+    if change == "architecture":
+        assert toolchain._key("rescale.cu", "sm_80", ()) != before
+        return
+    if change == "defines":
+        assert toolchain._key("rescale.cu", "sm_90", ("A=1",)) != before
+        return
+    if change == "compiler":
+        monkeypatch.setattr(toolchain, "compiler_version", lambda: "99.0")
+    else:
+        file = copy / ("rescale.cu" if change == "source" else "common.cuh")
+        file.write_text(file.read_text() + "\n// another\n")
+    assert toolchain._key("rescale.cu", "sm_90", ()) != before
+
+
+def test_a_damaged_cubin_is_compiled_anew(nvrtc, cache):
+    whole = cubin("rescale.cu", "sm_90")
+    (kept,) = (cache / "kernels").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert cubin("rescale.cu", "sm_90") == whole
+    assert len(kept.read_bytes()) > len(whole)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(nvrtc, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path / "file"))
+    assert cubin("rescale.cu", "sm_90")
+
+
+def test_a_source_that_does_not_compile_is_told_with_its_first_error(nvrtc, monkeypatch, tmp_path):
+    (tmp_path / "broken.cu").write_text('extern "C" __global__ void k(int x) { y = x; }')
+    monkeypatch.setattr(toolchain, "SOURCES", tmp_path)
+    with pytest.raises(EdgestillError, match=r'broken.cu does not compile for sm_90: .*"y" is undefined'):
+        compile_cubin("broken.cu", "sm_90")
+
+
+def test_without_the_compiler_the_remedy_is_told(monkeypatch):
+    toolchain.load_nvrtc.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    try:
+        with pytest.raises(UnavailableError, match=r"NVRTC is not here.*edgestill\[kernels\]"):
+            toolchain.load_nvrtc()
+    finally:
+        toolchain.load_nvrtc.cache_clear()
+
+
+def test_the_assemblers_report_is_read():
+    log = (
+        "ptxas info    : Compiling entry function 'a_f16' for 'sm_90'\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 128 bytes smem\n"
+        "ptxas info    : Compiling entry function 'b' for 'sm_90'\n"
+        "ptxas info    : Used 16 registers, used 0 barriers\n"
+    )
+    assert toolchain._resources(log) == {"a_f16": Resources(40, 12, 128), "b": Resources(16, 0, 0)}
+
+
+def test_the_package_brings_its_sources():
+    assert {path.suffix for path in Path(SOURCES).iterdir()} == {".cu", ".cuh"}

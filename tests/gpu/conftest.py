@@ -1,0 +1,41 @@
+"""What the tests on a GPU share with those on the host shim, and the errors they found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+SHIM = Path(__file__).resolve().parent.parent / "compress" / "kernels" / "shim"
+sys.path.insert(0, str(SHIM))  # for `oracle`; tests are no package under --import-mode=importlib
+
+LARGEST: dict[tuple[str, str], tuple[float, float]] = {}
+"""(loss, dtype) -> largest relative error of the loss and of a gradient."""
+
+
+@pytest.fixture
+def note() -> Callable[[str, torch.dtype, tuple[float, float]], None]:
+    """Keeps the largest errors for the end of the log."""
+
+    def keep(name: str, dtype: torch.dtype, errors: tuple[float, float]) -> None:
+        known = LARGEST.get((name, str(dtype)), (0.0, 0.0))
+        LARGEST[name, str(dtype)] = (max(known[0], errors[0]), max(known[1], errors[1]))
+
+    return keep
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, so that what a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for (name, dtype), (loss, gradient) in sorted(LARGEST.items()):
+        terminalreporter.write_line(f"largest error {name:12} {dtype:14} loss {loss:.1e}  gradient {gradient:.1e}")

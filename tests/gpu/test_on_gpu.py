@@ -1,0 +1,529 @@
+"""Every kernel on the GPU itself. `run.sh` runs this first; without a GPU all of it is skipped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from oracle import (
+    DTYPES,
+    GRADIENT_GATE,
+    LAYOUTS,
+    LOSS_GATE,
+    by_autograd,
+    by_kernels,
+    check,
+    errors,
+    gradient_error,
+    laid,
+    pair,
+    same_bits,
+    truth,
+    upstream,
+)
+from torch import Tensor
+
+from compress.kernels import functional
+from compress.kernels.fused import FUSED, with_gradients
+from compress.kernels.gpu import gpu
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no NVIDIA GPU", allow_module_level=True)
+
+SHAPES = [(2, 8, 20, 20), (3, 5, 7, 9), (1, 4, 16, 16), (2, 13, 11, 5), (2, 72, 12, 10)]
+"""Round, odd, square, prime, and wide: several tiles of whatever a kernel tiles."""
+LEVELS = [(2, 8, 20, 20), (2, 13, 10, 10), (2, 32, 7, 5)]
+DETECTOR = [(32, 128, 80, 80), (32, 256, 40, 40), (32, 512, 20, 20)]
+"""A detector's maps at 640 pixels."""
+MEDIUM = [(8, 64, 40, 40), (8, 128, 20, 20)]
+EXTREME = [(64, 1024, 4, 4), (1, 8, 160, 160), (1, 3, 157, 163)]
+"""More than 65 535 rows; rows longer than what registers hold, round and prime."""
+WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20}
+"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB a level; a copy of dW for each block."""
+MEBIBYTE = 1 << 20
+TORCH = torch.device("cuda:0")
+HALF = torch.float16
+
+every_loss = pytest.mark.parametrize("name", FUSED)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+# ---- inputs -------------------------------------------------------------------------------------------------------
+
+
+def arguments(
+    name: str,
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype = HALF,
+    *,
+    layout: str = "nchw",
+    skip: int = 0,
+    seed: int = 0,
+    weighted: bool = False,
+    scale: float | None = None,
+    device: torch.device = TORCH,
+) -> list[Any]:
+    """What `name` takes; `scale` is the upstream gradient to expect, else one that gives gradients normal sizes."""
+    generator = torch.Generator().manual_seed(9 + seed)
+    if name == "adapter_mse" and dtype != torch.float32:  # others go the general way, which rounds as eager code does
+        shapes = [(n, -(-c // 8) * 8, h, w) for n, c, h, w in shapes]
+    large = sum(map(torch.Size.numel, map(torch.Size, shapes))) > 1 << 22
+    make = pair_on_gpu if large else pair
+    pairs = [make(shape, dtype, seed=seed + i, layout=layout, skip=skip) for i, shape in enumerate(shapes)]
+    students, teachers = ([laid(x.to(device), layout, skip) for x in maps] for maps in zip(*pairs, strict=True))
+    weights = [torch.rand(n, h, w, generator=generator).to(device) for n, _, h, w in shapes]
+    channels = [shape[1] for shape in shapes]
+    matrices = [(torch.randn(c, c, generator=generator) / c**0.5).to(dtype).float().to(device) for c in channels]
+    biases = [torch.randn(c, generator=generator).to(dtype).float().to(device) for c in channels]
+    maps = weights if weighted else []
+    others = {
+        "weighted_mse": [maps],
+        "adapter_mse": [matrices, biases, maps],
+        "cwd": [1.0],
+        "pkd": [],
+        "fgd": [[w / w[0].numel() for w in weights], 1.0, 0.5],
+    }
+    if scale is not None:
+        expected = torch.tensor(float(scale), device=device)
+    elif name == "adapter_mse":  # the gradient of a matrix adds up all pixels, which eager code does in float16
+        expected = upstream(students) / 32
+    else:
+        expected = upstream(students)
+    return [students, teachers, *others[name], expected]
+
+
+def pair_on_gpu(
+    shape: tuple[int, ...], dtype: torch.dtype, *, seed: int, layout: str, skip: int
+) -> tuple[Tensor, Tensor]:
+    """As `oracle.pair`, made where it is needed: a detector's maps take a CPU seconds."""
+    generator = torch.Generator(TORCH).manual_seed(seed)
+    s, t = (torch.randn(shape, generator=generator, device=TORCH) for _ in range(2))
+    s = 2 * s + 0.7
+    return s.to(dtype), (1.5 * t - 0.3 + 0.4 * s).to(dtype)
+
+
+def learners_of(name: str, given: list[Any]) -> list[Tensor]:
+    """The tensors that get a gradient, asking for one."""
+    return [tensor.detach().requires_grad_() for tensor in _learning(name, given)]
+
+
+def _learning(name: str, given: list[Any]) -> list[Tensor]:
+    return [tensor for place in FUSED[name].learns for tensor in given[place]]
+
+
+def with_learners(name: str, given: list[Any], learners: list[Tensor]) -> list[Any]:
+    """The arguments with `learners` in their places."""
+    rest, made = iter(learners), list(given)
+    for place in FUSED[name].learns:
+        made[place] = [next(rest) for _ in given[place]]
+    return made
+
+
+def loss_of(name: str, given: list[Any]) -> Tensor:
+    """By the function that the product calls."""
+    return getattr(functional, name)(*given[:-1], scale=given[-1])
+
+
+def differentiated(name: str, given: list[Any], *upstreams: float, retain: bool = False) -> list[list[Tensor]]:
+    """Gradients of the loss by autograd, for each upstream gradient in turn."""
+    learners = learners_of(name, given)
+    loss = loss_of(name, with_learners(name, given, learners))
+    return [
+        list(torch.autograd.grad(loss, learners, torch.tensor(u, device=TORCH), retain_graph=retain)) for u in upstreams
+    ]
+
+
+def true_gradients(name: str, given: list[Any], wanted: float) -> list[Tensor]:
+    replaced = [*given[:-1], torch.tensor(wanted, device=TORCH)]
+    return truth(FUSED[name].reference, replaced, FUSED[name].learns).gradients
+
+
+def kernels_of(name: str, given: list[Any]) -> Any:
+    return by_kernels(FUSED[name].kernels, gpu(0), given)
+
+
+def checked(name: str, given: list[Any]) -> tuple[float, float]:
+    """See `oracle.check`."""
+    return check(FUSED[name].kernels, FUSED[name].reference, gpu(0), given, FUSED[name].learns)
+
+
+# ---- loss and gradient --------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_are_what_is_tested() -> None:
+    assert functional.runs_fused([torch.ones(1, 1, 1, 1, device=TORCH)])
+    assert torch.empty(5, device=TORCH).isnan().all(), "nothing is poisoned"
+
+
+@every_loss
+@every_dtype
+@every_layout
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradient_are_those_of_the_reference(name, dtype, layout, shape, note):
+    note(name, dtype, checked(name, arguments(name, [shape], dtype, layout=layout)))
+
+
+@every_loss
+@every_dtype
+@every_layout
+def test_several_levels_are_added_up(name, dtype, layout, note):
+    note(name, dtype, checked(name, arguments(name, LEVELS, dtype, layout=layout)))
+
+
+@every_loss
+@every_dtype
+def test_maps_off_the_alignment_are_read_right(name, dtype):
+    checked(name, arguments(name, [(2, 8, 8, 8)], dtype, skip=1))
+
+
+@pytest.mark.parametrize("name", ["weighted_mse", "adapter_mse"])
+@every_dtype
+@every_layout
+def test_pixels_may_have_weights(name, dtype, layout):
+    checked(name, arguments(name, LEVELS, dtype, layout=layout, weighted=True))
+
+
+@every_loss
+@every_layout
+def test_a_detectors_maps_are_compared_right(name, layout, note):
+    note(f"{name} at 640", HALF, checked(name, arguments(name, DETECTOR, layout=layout, scale=65536.0)))
+
+
+@every_loss
+@pytest.mark.parametrize("shape", EXTREME, ids=str)
+def test_extreme_shapes_are_compared_right(name, shape):
+    checked(name, arguments(name, [shape], scale=1024.0))
+
+
+@every_loss
+@every_dtype
+@every_layout
+def test_equal_maps_give_exactly_zero(name, dtype, layout):
+    given = arguments(name, [(2, 8, 9, 7)], dtype, layout=layout)
+    given[1] = [s.clone(memory_format=torch.preserve_format) for s in given[0]]
+    if name == "adapter_mse":
+        given[2], given[3] = [torch.eye(8, device=TORCH)], [torch.zeros(8, device=TORCH)]
+    loss, gradients = kernels_of(name, given)
+    assert loss == 0
+    assert not any(g.any() for g in gradients)
+
+
+@every_loss
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_loss(name, bad):
+    given = arguments(name, [(2, 8, 4, 4)])
+    given[0][0][1, 2, 3, 0] = bad
+    loss, gradients = kernels_of(name, given)
+    assert not loss.isfinite()
+    assert not gradients[0].isfinite().all()
+
+
+# ---- the same bits ------------------------------------------------------------------------------------------------
+
+
+@every_loss
+@every_dtype
+@every_layout
+def test_every_run_gives_the_same_bits(name, dtype, layout):
+    given = arguments(name, MEDIUM, dtype, layout=layout)
+    assert all(same_bits(a, b) for a, b in pairwise(kernels_of(name, given) for _ in range(5)))
+
+
+@every_loss
+def test_two_streams_at_once_give_what_one_gives(name):
+    """Trap K7: a ticket or a partial sum that both use."""
+    givens = [arguments(name, MEDIUM, seed=seed) for seed in (0, 100)]
+    alone = [kernels_of(name, given) for given in givens]
+    streams = [torch.cuda.Stream() for _ in givens]
+    torch.cuda.synchronize()
+    found: list[list[Any]] = [[], []]
+    for _ in range(20):
+        for stream, given, results in zip(streams, givens, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(kernels_of(name, given))
+    torch.cuda.synchronize()
+    assert all(
+        same_bits(result, expected) for results, expected in zip(found, alone, strict=True) for result in results
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [2.0, 65536.0])
+def test_a_captured_graph_gives_what_eager_code_gives(name, scale):
+    """Trap K3: with an upstream gradient other than the assumed one, and with other inputs at each replay."""
+    given, other = (arguments(name, MEDIUM[:1], scale=scale, seed=seed) for seed in (0, 50))
+    expected = [differentiated(name, inputs, 3.0)[0] for inputs in (given, other)]
+    contents = [[x.clone() for x in tensors_of(inputs)] for inputs in (given, other)]
+    learners = learners_of(name, given)
+    inputs = with_learners(name, given, learners)
+    wanted = torch.tensor(3.0, device=TORCH)
+    gradients = captured(lambda: torch.autograd.grad(loss_of(name, inputs), learners, wanted))
+    for turn in (0, 1, 0):
+        with torch.no_grad():
+            for tensor, content in zip(tensors_of(inputs), contents[turn], strict=True):
+                tensor.copy_(content)
+        for gradient in gradients.tensors:
+            gradient.fill_(float("nan"))
+        gradients.graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, gradients.tensors, expected[turn]))
+
+
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    tensors: Sequence[Tensor]
+
+
+def captured(step: Callable[[], Sequence[Tensor]]) -> Captured:
+    """What `step` does, as a CUDA graph, and the tensors that its replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tensors = step()
+    return Captured(graph, tensors)
+
+
+def tensors_of(given: list[Any]) -> list[Tensor]:
+    """All but the expected upstream gradient."""
+    return [tensor for value in given[:-1] if isinstance(value, list) for tensor in value]
+
+
+def test_a_call_after_a_refused_launch_is_right() -> None:
+    """Trap K8."""
+    given = arguments("cwd", LEVELS)
+    expected = kernels_of("cwd", given)
+    with pytest.raises(Exception, match="cuLaunchKernel"):
+        gpu(0).launch("rescale.cu", "rescale_f16", _no_arguments(), grid=1, block=4096)
+    assert same_bits(kernels_of("cwd", given), expected)
+
+
+def _no_arguments() -> Any:
+    from compress.kernels.rescale import Args
+
+    return Args()
+
+
+# ---- the upstream gradient ----------------------------------------------------------------------------------------
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [0.0, 1.0, 65536.0])
+@pytest.mark.parametrize("wanted", [1.0, 65536.0, 0.0, -3.0])
+def test_any_upstream_gradient_is_right_whatever_was_expected(name, scale, wanted):
+    """Trap K5."""
+    given = arguments(name, LEVELS[2:], torch.float32, scale=scale)
+    (found,) = differentiated(name, given, wanted)
+    for f, t in zip(found, true_gradients(name, given, wanted), strict=True):
+        assert gradient_error(f, t) < 4e-6
+
+
+@every_loss
+def test_a_graph_that_is_kept_gives_the_right_gradient_each_time(name):
+    """Trap K4."""
+    given, upstreams = arguments(name, LEVELS[2:], torch.float32, scale=2.0), (1.0, 3.0, 0.0, 2.0)
+    for found, wanted in zip(differentiated(name, given, *upstreams, retain=True), upstreams, strict=True):
+        for f, t in zip(found, true_gradients(name, given, wanted), strict=True):
+            assert gradient_error(f, t) < 4e-6
+
+
+@every_loss
+def test_a_second_backward_through_a_freed_graph_is_refused(name):
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        differentiated(name, arguments(name, LEVELS[2:]), 1.0, 1.0)
+
+
+@every_loss
+def test_float16_gradients_do_not_vanish(name):
+    """Trap K1, at the size where it bites: the scale of a new gradient scaler, folded in."""
+    given = arguments(name, DETECTOR[:1], scale=65536.0)
+    ((found, *_),) = differentiated(name, given, 65536.0)
+    true = true_gradients(name, given, 65536.0)[0]
+    lost = ((found == 0) & (true != 0)).double().mean().item()
+    assert lost < 1e-3
+    assert gradient_error(found, true) < 1e-3
+
+
+@every_loss
+def test_a_gradient_scaler_gets_the_gradient_of_float32(name):
+    """A step of mixed precision: maps in float16, the loss scaled by a real gradient scaler, unscaled again."""
+    scaler = torch.amp.GradScaler("cuda")
+    given = arguments(name, MEDIUM[1:])
+    given[-1] = scaler.scale(torch.ones((), device=TORCH))
+    given[0] = [s.float() for s in given[0]]
+    learners = learners_of(name, given)
+    optimizer = torch.optim.SGD(learners, lr=1.0)
+    with torch.autocast("cuda", dtype=HALF):
+        inside = with_learners(name, given, learners)
+        inside[0] = [s.half() for s in inside[0]]
+        loss = loss_of(name, inside)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for learner, true in zip(learners, true_gradients(name, given, 1.0), strict=True):
+        assert gradient_error(learner.grad, true) < 2e-3
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+@every_loss
+def test_a_call_takes_one_gradient_and_little_more(name):
+    shapes = DETECTOR[:1] if name == "adapter_mse" else DETECTOR  # wider adapters are matrix products with copies
+    given = arguments(name, shapes, scale=65536.0)
+    for _ in range(2):  # the first call also makes what stays
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        gradients = differentiated(name, given, 65536.0)[0]
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+        own = sum(g.nbytes for g in gradients)
+        del gradients
+    assert peak <= own + WORKSPACE_BYTES.get(name, MEBIBYTE)
+
+
+# ---- threads, compilers, ops --------------------------------------------------------------------------------------
+
+
+BACKWARD_FIRST = """
+import threading, torch
+from compress.kernels import functional
+
+def compare(found):
+    x = torch.full((4, 8, 8, 8), 3.0, device="cuda")
+    found.append(functional.weighted_mse([x], [torch.zeros_like(x)]).item())
+
+class Late(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, found):
+        ctx.found = found
+        return x.sum()
+    @staticmethod
+    def backward(ctx, upstream):
+        compare(ctx.found)
+        return upstream.expand(4), None
+
+found = []
+x = torch.ones(4, device="cuda", requires_grad=True)
+Late.apply(x, found).backward()
+thread = threading.Thread(target=compare, args=(found,))
+thread.start()
+thread.join()
+assert found == [9.0, 9.0], found
+"""
+
+
+def test_the_first_launch_may_come_from_the_backward_thread() -> None:
+    """Trap K20, in a process where nothing was launched before; then from a thread that torch does not know."""
+    done = subprocess.run([sys.executable, "-c", BACKWARD_FIRST], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+@every_loss
+def test_compiled_code_gives_what_eager_code_gives(name):
+    given = arguments(name, LEVELS, scale=2.0)
+    expected = differentiated(name, given, 2.0)[0]
+    learners = learners_of(name, given)
+    inputs = with_learners(name, given, learners)
+    compiled = torch.compile(lambda *values: loss_of(name, list(values)) * 2, fullgraph=True, dynamic=False)
+    found = torch.autograd.grad(compiled(*inputs), learners)
+    for f, e in zip(found, expected, strict=True):
+        assert gradient_error(f, e.double()) < 1e-3
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_the_registered_op_is_sound(name, scale):
+    given = arguments(name, [(2, 16, 8, 8), (2, 32, 4, 4)], torch.float32, scale=3.0)
+    given[-1] = None if scale is None else given[-1]
+    inputs = with_learners(name, given, learners_of(name, given))
+    torch.library.opcheck(getattr(torch.ops.edgestill, name).default, tuple(inputs))
+
+
+@every_loss
+def test_the_registered_op_and_the_eager_path_give_the_same_bits(name):
+    given = arguments(name, MEDIUM)
+    loss, gradients = getattr(torch.ops.edgestill, name)(*given)
+    again, others = with_gradients(FUSED[name], gpu(0), given)
+    assert torch.equal(loss, again)
+    assert all(map(torch.equal, gradients, others))
+
+
+@every_loss
+def test_mixed_precision_changes_nothing(name):
+    given = arguments(name, LEVELS)
+    with torch.autocast("cuda", dtype=HALF):
+        inside = loss_of(name, given)
+    assert torch.equal(inside, loss_of(name, given))
+
+
+def test_the_reference_can_be_forced(monkeypatch) -> None:
+    maps = [torch.ones(1, 1, 1, 1, device=TORCH)]
+    monkeypatch.setenv(functional.SWITCH, "off")
+    assert not functional.runs_fused(maps)
+
+
+# ---- the matrix instructions --------------------------------------------------------------------------------------
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [(128, 128), (64, 64), (64, 128), (96, 48), (16, 80)], ids=str)
+def test_adapter_mse_multiplies_the_elements_that_the_shim_says(channels, dtype, layout):
+    """The layouts of ldmatrix and mma.sync: with a selection as matrix, every product is one element, exactly."""
+    into, out = channels
+    generator = torch.Generator().manual_seed(3)
+    chosen = torch.randint(into, (out,), generator=generator)
+    matrix = torch.zeros(out, into)
+    matrix[torch.arange(out), chosen] = 1
+    s = laid(torch.randn(3, into, 9, 8, generator=generator).to(dtype).to(TORCH), layout)
+    t = laid(s[:, chosen.to(TORCH)], layout)
+    given = [[s], [t], [matrix.to(TORCH)], [torch.zeros(out, device=TORCH)], [], torch.tensor(64.0, device=TORCH)]
+    loss, gradients = kernels_of("adapter_mse", given)
+    assert loss == 0
+    assert not any(g.any() for g in gradients)
+    t[2, 5, 7, 3] -= 4  # one element differs: so must one of each gradient's rows, and nothing else
+    found = kernels_of("adapter_mse", given)
+    dx, dw, db = found.gradients
+    assert dx.nonzero().tolist() == [[2, int(chosen[5]), 7, 3]]
+    assert set(dw.nonzero()[:, 0].tolist()) == {5}
+    assert db.nonzero().tolist() == [[5]]
+    true = truth(FUSED["adapter_mse"].reference, given, FUSED["adapter_mse"].learns)
+    assert max(errors(found, true)) <= 2 * GRADIENT_GATE[dtype]  # of one element, which is rounded twice
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("channels", [(64, 128), (128, 64), (96, 48), (128, 256), (40, 24)], ids=str)
+def test_adapter_mse_brings_other_numbers_of_channels_into_the_teachers(channels, dtype, layout, note):
+    given = arguments("adapter_mse", [(2, channels[0], 12, 10)], dtype, layout=layout)
+    _, teachers = pair((2, channels[1], 12, 10), dtype, seed=7, layout=layout)
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(channels[1], channels[0], generator=generator) / channels[0] ** 0.5
+    given[1] = [laid(teachers.to(TORCH), layout)]
+    given[2] = [matrix.to(dtype).float().to(TORCH)]
+    given[3] = [torch.randn(channels[1], generator=generator).to(dtype).float().to(TORCH)]
+    note("adapter_mse", dtype, checked("adapter_mse", given))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((32, 128, 80, 80), 65536.0), ((3, 257, 7, 9), 512.0), ((8, 200, 20, 20), 512.0)], ids=str
+)
+def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
+    """On tensor cores, and in the general way."""
+    given, fused = arguments("adapter_mse", [shape], scale=scale), FUSED["adapter_mse"]
+    true = truth(fused.reference, given, fused.learns)
+    eager = by_autograd(fused.reference, given, fused.learns, None)
+    found = kernels_of("adapter_mse", given)
+    assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_GATE
+    for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
+        assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6
