@@ -19,6 +19,7 @@ def arguments(
     layout: str = "nchw",
     scale: float | None = None,
     device: str = "cpu",
+    mean: float = 0.7,
 ) -> list[Any]:
     """What the loss `name` takes, one level a shape, the expected upstream gradient last."""
     generator = torch.Generator().manual_seed(5)
@@ -30,7 +31,7 @@ def arguments(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=wide)
 
-    pairs = [pair(shape, dtype, seed=i, layout=layout) for i, shape in enumerate(shapes)]
+    pairs = [pair(shape, dtype, seed=i, layout=layout, mean=mean) for i, shape in enumerate(shapes)]
     students, teachers = (to_device(list(maps)) for maps in zip(*pairs, strict=True))
     maps = to_device([torch.rand(n, h, w, generator=generator).to(wide) for n, _, h, w in shapes])
     channels = [c for _, c, _, _ in shapes]
