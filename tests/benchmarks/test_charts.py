@@ -63,6 +63,7 @@ def test_text_in_a_picture_is_escaped() -> None:
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0.0, 1.0, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert log_ticks(3, 120) == [5, 10, 20, 50, 100]
+    assert log_ticks(6, 34) == [10, 15, 20, 25, 30]
 
 
 def test_scales_map_their_ends() -> None:
