@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from itertools import pairwise
 
@@ -329,3 +330,23 @@ def test_the_structs_are_those_of_the_source(shim):
     library = shim.build(shim.KERNELS / "pkd.cu")
     assert library.size_of("pkd_statistics_f32") == len(bytes(Args()))
     assert f"kHeadFloats = {module.CLUSTER_HEAD_BYTES // 4};" in (shim.KERNELS / "pkd.cu").read_text()
+
+
+def test_tickets_are_not_given_away_before_the_last_launch(shim_device, monkeypatch):
+    """Each captured graph gets new ones, whose memory another tensor would take: with tests' poison, it is then NaN."""
+    device, given = shim_device(), []
+
+    def tickets(count):
+        fresh = torch.zeros(count, dtype=torch.int32)
+        given.append(weakref.ref(fresh))
+        return fresh
+
+    def launch(*arguments, **options):
+        assert all(ticket() is not None for ticket in given)
+        queue(*arguments, **options)
+
+    queue = device.launch
+    monkeypatch.setattr(device, "tickets", tickets)
+    monkeypatch.setattr(device, "launch", launch)
+    pkd(device, *arguments(LEVELS, torch.float32))
+    assert given
