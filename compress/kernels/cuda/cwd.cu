@@ -104,7 +104,7 @@ __device__ __forceinline__ void merge_row(Softmaxes& x, int warps, float4* scrat
     if (lane == 0) scratch[warp] = make_float4(x.top[0], x.top[1], x.sum[0], x.sum[1]);
     __syncthreads();
     x = Softmaxes();
-    if (lane < warps) {
+    if (lane < warps && first + lane < static_cast<int>(blockDim.x) / kWarp) {  // warps left over have no whole row
         const float4 other = scratch[first + lane];
         x.top[0] = other.x, x.top[1] = other.y, x.sum[0] = other.z, x.sum[1] = other.w;
     }
