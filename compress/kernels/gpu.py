@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ class Gpu:
         toolchain.load_nvrtc()
         toolchain.header_folders()
         torch.cuda.init()
-        _, device = self._call("cuDeviceGet", index), self._call("cuDeviceGet", index)
+        self._call("cuInit", 0)
+        device = self._call("cuDeviceGet", index)
         self._context = int(self._call("cuDevicePrimaryCtxRetain", device))
         self.facts = self._facts(device)
         self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
         self._libraries: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._shared: dict[tuple[str, str, tuple[str, ...]], int] = {}
+        self._raising = Lock()
         self._tickets: dict[int, Tensor] = {}
 
     def _facts(self, device: Any) -> Facts:
@@ -115,9 +119,11 @@ class Gpu:
             self._kernels[key] = self._call("cuKernelGetFunction", handle)
         function = self._kernels[key]
         attributes = self._driver.CUfunction_attribute
-        if shared > STATIC_SHARED_BYTES:
-            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._call("cuFuncSetAttribute", function, most, shared)
+        with self._raising:  # and never lowered, or what another thread or a captured graph launches would be refused
+            if shared > self._shared.get(key, STATIC_SHARED_BYTES):
+                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._call("cuFuncSetAttribute", function, most, shared)
+                self._shared[key] = shared
         if cluster > PORTABLE_CLUSTER:
             allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             self._call("cuFuncSetAttribute", function, allowed, 1)

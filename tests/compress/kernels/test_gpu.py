@@ -161,6 +161,13 @@ def test_much_shared_memory_and_large_clusters_are_asked_for(driver):
     assert function == "function"
 
 
+def test_the_limit_of_shared_memory_is_raised_and_never_lowered(driver):
+    gpu = Gpu(0)
+    for kibibytes in (100, 60, 100, 120):
+        gpu.launch("pkd.cu", "k", Args(), grid=32, block=512, shared=kibibytes << 10)
+    assert [call[3] >> 10 for call in driver.named("cuFuncSetAttribute")] == [100, 120]
+
+
 def test_tickets_are_kept_for_each_stream_and_new_in_a_captured_graph(driver, monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
