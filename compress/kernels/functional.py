@@ -72,6 +72,7 @@ def _loss(name: str, students: Maps, teachers: Maps, *others: Any) -> Tensor:
     lists = ([*other] if isinstance(other, Sequence) else other for other in others)
     arguments = ([*students], [*teachers], *lists)
     if runs_fused(students):
+        _refuse_elsewhere(arguments)
         return fused.apply(name, arguments)
     return fused.FUSED[name].reference(*arguments[:-1])
 
@@ -88,6 +89,17 @@ def _refuse_unlike(students: Maps, teachers: Maps, others: Sequence[Any], *, sam
         if ours != theirs or any(shape != _pixels(s) for shape in pixels):
             told = ", ".join(str(tuple(shape)) for shape in (s.shape, t.shape, *pixels))
             raise UsageError(f"level {level} has maps of unlike shapes: {told}", "compare maps of the same images")
+
+
+def _refuse_elsewhere(arguments: Sequence[Any]) -> None:
+    """Raise a UsageError unless all tensors are on one GPU and the scale is float32: a kernel would read past them."""
+    *others, scale = arguments
+    tensors = [tensor for other in others if isinstance(other, list) for tensor in other]
+    devices = {tensor.device for tensor in (tensors if scale is None else [*tensors, scale])}
+    if len(devices) != 1:
+        raise UsageError(f"tensors on {', '.join(sorted(map(str, devices)))}", "give all of them on one GPU")
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+        raise UsageError(f"scale is {tuple(scale.shape)} {scale.dtype}", "give one float32")
 
 
 def _pixels(tensor: Tensor) -> tuple[int, ...]:

@@ -250,6 +250,22 @@ def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(chan
         functional.weighted_mse(*given[:-1])
 
 
+@pytest.mark.parametrize(
+    ("place", "other", "says"),
+    [
+        (1, [torch.ones(2, 4, 3, 3, device="meta")], "tensors on cpu, meta"),
+        (-1, torch.ones((), device="meta"), "tensors on cpu, meta"),
+        (-1, torch.ones((), dtype=torch.float64), "scale is .* torch.float64"),
+    ],
+)
+def test_what_a_kernel_would_read_past_is_refused(monkeypatch, place, other, says):
+    monkeypatch.setattr(functional, "runs_fused", lambda students: True)
+    given = [[torch.ones(2, 4, 3, 3)], [torch.ones(2, 4, 3, 3)], None]
+    given[place] = other
+    with pytest.raises(UsageError, match=says):
+        functional.pkd(*given[:2], scale=given[2])
+
+
 def test_every_loss_of_the_table_is_offered():
     assert all(callable(getattr(functional, name)) and callable(getattr(reference, name)) for name in FUSED)
     assert fused.NAMESPACE == "edgestill"
