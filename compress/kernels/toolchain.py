@@ -88,8 +88,10 @@ def load_nvrtc() -> Any:
 @lru_cache(maxsize=1)
 def header_folders() -> tuple[str, ...]:
     """Where cuda_fp16.h lies: NVIDIA's package, else an installed toolkit. Errors: UnavailableError."""
-    from cuda.pathfinder import find_nvidia_header_directory
-
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError as error:  # cuda-bindings 13.0 is content with one that is too old
+        raise UnavailableError(f"CUDA's headers cannot be looked for: {one_line(error)}", REMEDY) from error
     found = find_nvidia_header_directory("cudart") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/include"
     if not (Path(found) / "cuda_fp16.h").is_file():
         raise UnavailableError("CUDA's headers (cuda_fp16.h) are not here", REMEDY)

@@ -126,6 +126,16 @@ def test_without_the_compiler_the_remedy_is_told(monkeypatch):
         toolchain.load_nvrtc.cache_clear()
 
 
+def test_where_nothing_finds_the_headers_the_remedy_is_told(monkeypatch):
+    toolchain.header_folders.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cuda.pathfinder", None)
+    try:
+        with pytest.raises(UnavailableError, match=r"cannot be looked for.*edgestill\[kernels\]"):
+            toolchain.header_folders()
+    finally:
+        toolchain.header_folders.cache_clear()
+
+
 def test_the_assemblers_report_is_read():
     log = (
         "ptxas info    : Compiling entry function 'a_f16' for 'sm_90'\n"
