@@ -284,7 +284,7 @@ class _Workspace:
         self.losses = pointer(self._tensor)
         self.coefficients = self.losses + 4 * self.channels
         self.records = [self.coefficients + 4 * (self.channels * COEFFICIENTS + at) for at in records]
-        self._counters = device.tickets(self.channels + 1)  # kept: in a captured graph it is ours alone, and `loss` comes next
+        self._counters = device.tickets(self.channels + 1)  # kept: a captured graph's are ours alone
         self.tickets = pointer(self._counters)
         self.ticket = self.tickets + 4 * self.channels
 
