@@ -148,8 +148,17 @@ def _register(name: str, fused: Fused) -> None:
     _library.define(f"{name}({fused.arguments}, Tensor? scale) -> (Tensor, Tensor[])")
     op = f"{NAMESPACE}::{name}"
 
+    def as_declared(loss: Tensor, gradients: list[Tensor], arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
+        """Strides of `shapes`: a part of a channels-last map has another gradient than compiled code expects."""
+        learners = [tensor for place in fused.learns for tensor in arguments[place]]
+        pairs = zip(gradients, learners, strict=True)
+        return loss, [g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for g, x in pairs]
+
     def on_gpu(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-        return with_gradients(fused, gpu(arguments[0][0].device.index), arguments)
+        return as_declared(*with_gradients(fused, gpu(arguments[0][0].device.index), arguments), arguments)
+
+    def on_cpu(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        return as_declared(*by_reference(fused, arguments), arguments)
 
     def shapes(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
         learners = [tensor for place in fused.learns for tensor in arguments[place]]
@@ -169,7 +178,7 @@ def _register(name: str, fused: Fused) -> None:
         return tuple(results)
 
     _library.impl(name, on_gpu, "CUDA")
-    _library.impl(name, lambda *arguments: by_reference(fused, arguments), "CPU")
+    _library.impl(name, on_cpu, "CPU")
     torch.library.register_fake(op, shapes, lib=_library)
     torch.library.register_autograd(op, backward, setup_context=keep, lib=_library)
 

@@ -144,6 +144,16 @@ def test_the_registered_op_is_sound(name, scale):
 
 
 @pytest.mark.parametrize("name", FUSED)
+def test_the_registered_op_is_sound_for_a_part_of_a_map(name):
+    """Of its channels, channels last: neither NCHW nor channels last is dense."""
+    given = arguments(name, scale=3.0)
+    whole = [torch.cat([s, s], 1).contiguous(memory_format=torch.channels_last) for s in given[0]]
+    given[0] = [w[:, : w.shape[1] // 2] for w in whole]
+    learners_of(name, given)
+    torch.library.opcheck(getattr(torch.ops.edgestill, name).default, tuple(given))
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_the_registered_op_has_the_gradient_that_differences_show(name):
     given = arguments(name, torch.float64, shapes=[(2, 3, 2, 3)], scale=1)
     learners = learners_of(name, given)
