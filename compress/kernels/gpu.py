@@ -27,13 +27,11 @@ PORTABLE_CLUSTER = 8
 
 
 class Gpu:
-    """One NVIDIA GPU. Errors: UnavailableError where the bindings or the compiler are missing."""
+    """One NVIDIA GPU. Errors: EdgestillError where bindings or compiler are missing, or cannot serve it."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self._driver = load_driver()
-        toolchain.load_nvrtc()
-        toolchain.header_folders()
         torch.cuda.init()
         self._call("cuInit", 0)
         device = self._call("cuDeviceGet", index)
@@ -44,6 +42,7 @@ class Gpu:
         self._shared: dict[tuple[str, str, tuple[str, ...]], int] = {}
         self._raising = Lock()
         self._tickets: dict[int, Tensor] = {}
+        self._library("rescale.cu", ())  # every loss needs it; a GPU that the compiler or driver cannot serve shows now
 
     def _facts(self, device: Any) -> Facts:
         def ask(name: str) -> int:

@@ -87,8 +87,6 @@ class Args(ctypes.Structure):
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(module, "load_driver", lambda: driver)
-    monkeypatch.setattr(module.toolchain, "load_nvrtc", lambda: None)
-    monkeypatch.setattr(module.toolchain, "header_folders", lambda: ())
     monkeypatch.setattr(module.toolchain, "cubin", lambda source, target, defines: f"{source} {target}".encode())
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=5))
@@ -102,7 +100,7 @@ def test_what_planning_needs_is_asked_of_the_driver(driver):
 
 def test_a_kernel_is_compiled_for_the_gpu_and_launched_on_torchs_stream(driver):
     Gpu(0).launch("cwd.cu", "cwd_f16", Args(7), grid=10, block=256, shared=64)
-    assert driver.named("cuLibraryLoadData")[0][1] == b"cwd.cu sm_90"
+    assert [call[1] for call in driver.named("cuLibraryLoadData")] == [b"rescale.cu sm_90", b"cwd.cu sm_90"]
     (launch,) = driver.named("cuLaunchKernel")
     assert launch[1:10] == ("function", 10, 1, 1, 256, 1, 1, 64, 5)
 
@@ -124,7 +122,7 @@ def test_a_source_is_loaded_once(driver):
     gpu = Gpu(0)
     for kernel in ("cwd_f16", "cwd_f32", "cwd_f16"):
         gpu.launch("cwd.cu", kernel, Args(), grid=1, block=32)
-    assert len(driver.named("cuLibraryLoadData")) == 1
+    assert [call[1] for call in driver.named("cuLibraryLoadData")].count(b"cwd.cu sm_90") == 1
     assert len(driver.named("cuKernelGetFunction")) == 2
 
 
@@ -132,7 +130,7 @@ def test_each_set_of_defines_is_a_library_of_its_own(driver):
     gpu = Gpu(0)
     for channels in (64, 128):
         gpu.launch("adapter_mse.cu", "k", Args(), grid=1, block=32, defines=(f"C={channels}",))
-    assert len(driver.named("cuLibraryLoadData")) == 2
+    assert [call[1] for call in driver.named("cuLibraryLoadData")].count(b"adapter_mse.cu sm_90") == 2
 
 
 def test_a_thread_without_a_context_gets_ours_for_the_launch(driver):
@@ -179,6 +177,12 @@ def test_tickets_are_kept_for_each_stream_and_new_in_a_captured_graph(driver, mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert gpu.tickets(3) is not gpu.tickets(3)
     assert len(gpu.tickets(1000)) == 1000
+
+
+def test_a_gpu_that_the_driver_cannot_serve_shows_at_once(driver):
+    driver.fails["cuLibraryLoadData"] = 209
+    with pytest.raises(EdgestillError, match="cuLibraryLoadData"):
+        Gpu(0)
 
 
 def test_without_the_bindings_the_remedy_is_told(monkeypatch):

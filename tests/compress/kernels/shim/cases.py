@@ -31,11 +31,16 @@ def arguments(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=wide)
 
+    def rounded(channels: int, *inputs: int) -> torch.Tensor:
+        """An adapter's parameter, as the maps' dtype can hold it: that is how it is used."""
+        return (noise(channels, *inputs) / channels**0.5).to(dtype).to(wide)
+
     pairs = [pair(shape, dtype, seed=i, layout=layout, mean=mean) for i, shape in enumerate(shapes)]
     students, teachers = (to_device(list(maps)) for maps in zip(*pairs, strict=True))
     maps = to_device([torch.rand(n, h, w, generator=generator).to(wide) for n, _, h, w in shapes])
     channels = [c for _, c, _, _ in shapes]
-    adapters = [to_device([noise(c, c) / c**0.5 for c in channels]), to_device([noise(c) for c in channels])]
+    shapes_of_adapters = ([(c, c) for c in channels], [(c,) for c in channels])
+    adapters = [to_device([rounded(*shape) for shape in shapes]) for shapes in shapes_of_adapters]
     others = {
         "weighted_mse": [maps],
         "adapter_mse": [*adapters, maps],
