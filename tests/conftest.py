@@ -11,6 +11,10 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# before torch is imported, here and in the commands that tests start: tiny networks gain nothing from a second thread,
+# and where other work runs beside, two threads that wait for each other took a 40-second pipeline over 500 seconds
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def denormals_kept() -> Iterator[None]:

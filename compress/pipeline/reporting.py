@@ -94,9 +94,9 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _point(row: Mapping[str, str]) -> dict[str, Any]:
-    """One epoch; a cell is empty where the epoch was not validated."""
+    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty where it was not validated."""
     values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
-    return {"epoch": int(float(row["epoch"])), **values}
+    return {"epoch": int(float(row["epoch"])) + 1, **values}
 
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:

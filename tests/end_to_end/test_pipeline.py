@@ -96,6 +96,7 @@ def test_the_report_holds_every_file_and_its_renderings(folder: Path, first: lis
     student = {row["precision"] for row in report["models"] if row["role"] == "student"}
     assert student == {"fp32", "fp16", "int8-trt", "int8-cpu"}
     assert {row["role"] for row in report["torch"]} == {"teacher", "student"}
+    assert [[point["epoch"] for point in training["curves"]] for training in report["training"]] == [[1, 2], [1, 2]]
     assert {loss["name"] for loss in report["distillation"]["losses"]} == {"obj_kd", "feat_mse"}
     assert all(row["latency"]["end_to_end"]["n"] == 11 for row in report["models"])
     assert {path.suffix for path in (folder / "runs/tiny/report").glob("report.*")} == {".json", ".html", ".md", ".csv"}
