@@ -20,11 +20,11 @@ from compress.kernels.device import (
     SUFFIX,
     Device,
     dense_pairs,
-    is_aligned,
+    fields,
+    fits_vectors,
     is_channels_last,
     pointer,
     share_blocks,
-    vector,
 )
 from compress.kernels.weighted_mse import weight_sums, weighted_mse
 from runtime.errors import UsageError
@@ -42,32 +42,16 @@ SUM_THREADS = 256
 
 class _Level(ctypes.Structure):
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("matrix", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("weight_partials", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("matrix_gradient", ctypes.c_void_p),
-        ("bias_gradient", ctypes.c_void_p),
-        ("images", ctypes.c_uint32),
-        ("pixels", ctypes.c_uint32),
-        ("first_block", ctypes.c_uint32),
-        ("blocks", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+        *fields(ctypes.c_void_p, "student teacher gradient matrix bias weights weight_partials"),
+        *fields(ctypes.c_void_p, "sums matrix_gradient bias_gradient"),
+        *fields(ctypes.c_uint32, "images pixels first_block blocks vectorised unused"),
     )
 
 
 class Args(ctypes.Structure):
     _fields_ = (
         ("levels", _Level * MAX_LEVELS),
-        ("scale", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p),
-        ("ticket", ctypes.c_void_p),
-        ("loss", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "scale partials ticket loss"),
         ("count", ctypes.c_int32),
     )
 
@@ -152,7 +136,7 @@ def adapter_mse(
 
 def _problem(student: Tensor, teacher: Tensor, matrix: Tensor, bias: Tensor, weights: Tensor | None) -> _Problem:
     channels = (teacher.shape[1], student.shape[1])
-    if matrix.shape != channels or bias.shape != channels[:1] or teacher.shape[2:] != student.shape[2:]:
+    if matrix.shape != channels or bias.shape != channels[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (student, teacher, matrix, bias))
         raise UsageError(
             f"student, teacher, matrix and bias have shapes {shapes}",
@@ -230,8 +214,8 @@ def _fill(level: _Level, problem: _Problem, gradients: _Gradients, kind: _Kind) 
     level.matrix, level.bias, level.weights = map(pointer, problem[2:])
     level.matrix_gradient, level.bias_gradient = map(pointer, gradients[1:])
     level.images, level.pixels = _images(problem.student, kind)
-    whole = kind.channels_last or level.pixels % vector(problem.student.dtype) == 0
-    level.vectorised = whole and is_aligned(*problem[:2], gradients.student)
+    run = problem.student.shape[1] if kind.channels_last else level.pixels
+    level.vectorised = fits_vectors(run, *problem[:2], gradients.student)
 
 
 # ---- the general way ----------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from compress.kernels.device import (
     SUFFIX,
     Device,
     dense_pairs,
-    is_aligned,
+    fields,
+    fits_vectors,
     is_channels_last,
     pointer,
     share_blocks,
@@ -41,46 +42,21 @@ PIXELS = 16
 
 class _RowsLevel(ctypes.Structure):
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("rows", ctypes.c_uint32),
-        ("pixels", ctypes.c_uint32),
-        ("first_block", ctypes.c_uint32),
-        ("blocks", ctypes.c_uint32),
-        ("warps", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
+        *fields(ctypes.c_void_p, "student teacher gradient"),
+        *fields(ctypes.c_uint32, "rows pixels first_block blocks warps vectorised"),
     )
 
 
 class _ColumnsLevel(ctypes.Structure):
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p),
-        ("wholes", ctypes.c_void_p),
-        ("tickets", ctypes.c_void_p),
-        ("images", ctypes.c_uint32),
-        ("channels", ctypes.c_uint32),
-        ("pixels", ctypes.c_uint32),
-        ("first_block", ctypes.c_uint32),
-        ("stretches", ctypes.c_uint32),
-        ("stretch", ctypes.c_uint32),
-        ("tiles", ctypes.c_uint32),
-        ("lanes", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+        *fields(ctypes.c_void_p, "student teacher gradient parts wholes tickets"),
+        *fields(ctypes.c_uint32, "images channels pixels first_block stretches stretch tiles lanes vectorised unused"),
     )
 
 
 _COMMON = (
-    ("scale", ctypes.c_void_p),
-    ("partials", ctypes.c_void_p),
-    ("ticket", ctypes.c_void_p),
-    ("loss", ctypes.c_void_p),
-    ("tau", ctypes.c_float),
-    ("kappa", ctypes.c_float),
+    *fields(ctypes.c_void_p, "scale partials ticket loss"),
+    *fields(ctypes.c_float, "tau kappa"),
     ("count", ctypes.c_int32),
 )
 
@@ -142,7 +118,7 @@ def _laid_like(gradient: Tensor, student: Tensor) -> Tensor:
 def _point(level: _RowsLevel | _ColumnsLevel, maps: _Map, run: int) -> None:
     """Set the pointers; `run` is how many elements lie together."""
     level.student, level.teacher, level.gradient = map(pointer, maps)
-    level.vectorised = run % vector(maps.student.dtype) == 0 and is_aligned(*maps)
+    level.vectorised = fits_vectors(run, *maps)
 
 
 def _rows(device: Device, maps: Sequence[_Map], common: dict[str, Any], loss: Tensor) -> None:

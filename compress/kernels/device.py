@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,19 +63,25 @@ class Device(Protocol):
         """`count` uint32 that are 0; each kernel leaves them 0. Valid for kernels queued on the current stream."""
 
 
+def fields(kind: Any, names: str) -> tuple[tuple[str, Any], ...]:
+    """Of a `ctypes.Structure`: one of each name, all of one kind."""
+    return tuple((name, kind) for name in names.split())
+
+
 def pointer(tensor: Tensor | None) -> int:
     """Device address for a `c_void_p` field; 0, the null pointer, for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def is_aligned(*tensors: Tensor) -> bool:
-    """Whether 16-byte access may start at the first element of each."""
-    return all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
-
-
 def vector(dtype: torch.dtype) -> int:
     """Elements in 16 bytes."""
     return VECTOR_BYTES // dtype.itemsize
+
+
+def fits_vectors(run: int, *tensors: Tensor) -> bool:
+    """Whether 16-byte accesses cut every `run` elements of the first one evenly, and may start where each starts."""
+    aligned = all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
+    return aligned and run % vector(tensors[0].dtype) == 0
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -15,7 +15,8 @@ from compress.kernels.device import (
     SUFFIX,
     Device,
     dense_pairs,
-    is_aligned,
+    fields,
+    fits_vectors,
     is_channels_last,
     pointer,
     vector,
@@ -33,39 +34,25 @@ FEWEST_LANES, MOST_LANES = 8, 32
 
 class _Axis(ctypes.Structure):
     _fields_ = (
-        ("sums", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("slopes", ctypes.c_void_p),
-        ("mask", ctypes.c_void_p),
-        ("length", ctypes.c_uint32),
-        ("parts", ctypes.c_uint32),
+        *fields(ctypes.c_void_p, "sums weights slopes mask"),
+        *fields(ctypes.c_uint32, "length parts"),
     )
 
 
 class _Level(ctypes.Structure):
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("distances", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "student teacher gradient distances"),
         ("columns", _Axis),
         ("rows", _Axis),
-        ("images", ctypes.c_uint32),
-        ("first_block", ctypes.c_uint32),
-        ("lanes", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
+        *fields(ctypes.c_uint32, "images first_block lanes vectorised"),
     )
 
 
 class Args(ctypes.Structure):
     _fields_ = (
         ("levels", _Level * MAX_LEVELS),
-        ("scale", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p),
-        ("ticket", ctypes.c_void_p),
-        ("loss", ctypes.c_void_p),
-        ("gamma", ctypes.c_float),
-        ("inv_temperature", ctypes.c_float),
+        *fields(ctypes.c_void_p, "scale partials ticket loss"),
+        *fields(ctypes.c_float, "gamma inv_temperature"),
         ("maps", ctypes.c_uint32),
         ("count", ctypes.c_int32),
     )
@@ -141,7 +128,7 @@ def fgd(
 def _tile(student: Tensor, teacher: Tensor, gradient: Tensor) -> _Tiling:
     images, channels, height, width = student.shape
     rows, columns = (height * width, channels) if is_channels_last(student) else (channels, height * width)
-    vectorised = columns % vector(student.dtype) == 0 and is_aligned(student, teacher, gradient)
+    vectorised = fits_vectors(columns, student, teacher, gradient)
     columns_per_thread = vector(student.dtype) if vectorised else SCALAR_COLUMNS
     wanted = 1 << (-(-columns // columns_per_thread) - 1).bit_length()
     lanes = min(max(wanted, FEWEST_LANES), MOST_LANES)

@@ -18,7 +18,8 @@ from compress.kernels.device import (
     Device,
     Facts,
     dense_pairs,
-    is_aligned,
+    fields,
+    fits_vectors,
     is_channels_last,
     pointer,
     share_blocks,
@@ -58,30 +59,15 @@ Form = Literal["auto", "plain", "grouped", "cluster"]
 
 class _LevelArgs(ctypes.Structure):
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("records", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
-        ("losses", ctypes.c_void_p),
-        ("tickets", ctypes.c_void_p),
-        ("images", ctypes.c_uint32),
-        ("channels", ctypes.c_uint32),
-        ("pixels", ctypes.c_uint32),
-        ("first_block", ctypes.c_uint32),
-        ("splits", ctypes.c_uint32),
-        ("width", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
+        *fields(ctypes.c_void_p, "student teacher gradient records coefficients losses tickets"),
+        *fields(ctypes.c_uint32, "images channels pixels first_block splits width vectorised"),
     )
 
 
 class Args(ctypes.Structure):
     _fields_ = (
         ("levels", _LevelArgs * MAX_LEVELS),
-        ("scale", ctypes.c_void_p),
-        ("losses", ctypes.c_void_p),
-        ("loss", ctypes.c_void_p),
-        ("ticket", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "scale losses loss ticket"),
         ("channels", ctypes.c_uint32),
         ("count", ctypes.c_int32),
     )
@@ -185,7 +171,7 @@ def describe(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Level]:
     for (s, t), share in zip(pairs, shares, strict=True):
         gradient, last = torch.empty_like(s), is_channels_last(s)
         row = s.shape[1] if last else s.shape[2] * s.shape[3]
-        level = Level(s, t, gradient, last, row % vector(s.dtype) == 0 and is_aligned(s, t, gradient), 1)
+        level = Level(s, t, gradient, last, fits_vectors(row, s, t, gradient), 1)
         splits = share // level.tiles if last else min(MAX_SPLITS, -(-level.samples // SPLIT_SAMPLES))
         levels.append(level._replace(splits=max(1, splits)))
     return levels

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from compress.kernels.device import SUFFIX, Device, is_aligned, pointer, share_blocks, vector
+from compress.kernels.device import SUFFIX, Device, fields, fits_vectors, pointer, share_blocks, vector
 
 THREADS = 256
 BLOCKS = 1024
@@ -18,21 +18,16 @@ MAX_TENSORS = 8
 
 class _Entry(ctypes.Structure):
     _fields_ = (
-        ("source", ctypes.c_void_p),
-        ("target", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "source target"),
         ("elements", ctypes.c_uint64),
-        ("first_block", ctypes.c_uint32),
-        ("blocks", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+        *fields(ctypes.c_uint32, "first_block blocks vectorised unused"),
     )
 
 
 class Args(ctypes.Structure):
     _fields_ = (
         ("tensors", _Entry * MAX_TENSORS),
-        ("upstream", ctypes.c_void_p),
-        ("assumed", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "upstream assumed"),
         ("count", ctypes.c_int32),
     )
 
@@ -62,5 +57,5 @@ def _launch(device: Device, pairs: Sequence[tuple[Tensor, Tensor]], upstream: Te
     for entry, (source, target), first, blocks in zip(args.tensors, pairs, firsts, shares, strict=False):
         entry.source, entry.target, entry.elements = pointer(source), pointer(target), source.numel()
         entry.first_block, entry.blocks = first, blocks
-        entry.vectorised = source.numel() % vector(source.dtype) == 0 and is_aligned(source, target)
+        entry.vectorised = fits_vectors(source.numel(), source, target)
     device.launch("rescale.cu", f"rescale{SUFFIX[pairs[0][0].dtype]}", args, grid=sum(shares), block=THREADS)

@@ -14,7 +14,8 @@ from compress.kernels.device import (
     SUFFIX,
     Device,
     dense_pairs,
-    is_aligned,
+    fields,
+    fits_vectors,
     is_channels_last,
     pointer,
     share_blocks,
@@ -30,28 +31,16 @@ WEIGHT_BLOCKS = 64
 
 class _Level(ctypes.Structure):
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("teacher", ctypes.c_void_p),
-        ("gradient", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "student teacher gradient weights"),
         ("elements", ctypes.c_uint64),
-        ("channels", ctypes.c_uint32),
-        ("pixels", ctypes.c_uint32),
-        ("first_block", ctypes.c_uint32),
-        ("blocks", ctypes.c_uint32),
-        ("channels_last", ctypes.c_uint32),
-        ("vectorised", ctypes.c_uint32),
+        *fields(ctypes.c_uint32, "channels pixels first_block blocks channels_last vectorised"),
     )
 
 
 class Args(ctypes.Structure):
     _fields_ = (
         ("levels", _Level * MAX_LEVELS),
-        ("scale", ctypes.c_void_p),
-        ("weight_partials", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p),
-        ("ticket", ctypes.c_void_p),
-        ("loss", ctypes.c_void_p),
+        *fields(ctypes.c_void_p, "scale weight_partials partials ticket loss"),
         ("count", ctypes.c_int32),
     )
 
@@ -109,8 +98,7 @@ def _fill(level: _Level, student: Tensor, teacher: Tensor, gradient: Tensor, wei
     level.weights = pointer(weights)
     level.elements, level.channels, level.pixels = student.numel(), channels, height * width
     level.channels_last = last
-    maps = (student, teacher, gradient) if weights is None else (student, teacher, gradient, weights)
-    level.vectorised = row % vector(student.dtype) == 0 and is_aligned(*maps)
+    level.vectorised = fits_vectors(row, student, teacher, gradient, *([] if weights is None else [weights]))
 
 
 def weight_sums(device: Device, weights: Sequence[Tensor]) -> Tensor:
