@@ -19,6 +19,7 @@ from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
     Device,
+    ceil_div,
     dense_pairs,
     fields,
     fits_vectors,
@@ -155,7 +156,7 @@ def _kind(device: Device, problem: _Problem) -> _Kind | None:
 
 
 def _padded(channels: int) -> int:
-    return -(-channels // 16) * 16
+    return 16 * ceil_div(channels, 16)
 
 
 def _pitch(columns: int) -> int:
@@ -172,7 +173,7 @@ def _tiled(
     problems = [p._replace(matrix=p.matrix.float().contiguous(), bias=p.bias.float().contiguous()) for p in problems]
     gradients = [_Gradients(*map(torch.empty_like, (p.student, p.matrix, p.bias))) for p in problems]
     shapes = [_images(p.student, kind) for p in problems]
-    shares = _share([images * -(-pixels // PIXELS) for images, pixels in shapes], WARPS // kind.warps)
+    shares = _share([images * ceil_div(pixels, PIXELS) for images, pixels in shapes], WARPS // kind.warps)
     grid, count = sum(shares), kind.teacher * kind.student + kind.teacher
     like = problems[0].matrix
     sums, partials, loss = like.new_empty(grid, count), like.new_empty(grid), like.new_empty(())
@@ -193,7 +194,7 @@ def _tiled(
     launch = partial(device.launch, SOURCE, defines=kind.defines)
     name = f"adapter_mse{SUFFIX[problems[0].student.dtype]}"
     launch(name, args, grid=grid, block=32 * kind.warps, shared=kind.shared_bytes)
-    launch("adapter_sums", args, grid=len(problems) * -(-count // SUM_THREADS), block=SUM_THREADS)
+    launch("adapter_sums", args, grid=len(problems) * ceil_div(count, SUM_THREADS), block=SUM_THREADS)
     return loss, gradients
 
 
@@ -206,7 +207,7 @@ def _images(student: Tensor, kind: _Kind) -> tuple[int, int]:
 def _share(tiles: Sequence[int], blocks: int) -> list[int]:
     """Blocks of each level: no more than keep the longest walk as short as it is."""
     shares = share_blocks(tiles, blocks, TILES)
-    return [-(-count // -(-count // share)) for count, share in zip(tiles, shares, strict=True)]
+    return [ceil_div(count, ceil_div(count, share)) for count, share in zip(tiles, shares, strict=True)]
 
 
 def _fill(level: _Level, problem: _Problem, gradients: _Gradients, kind: _Kind) -> None:

@@ -15,6 +15,7 @@ from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
     Device,
+    ceil_div,
     dense_pairs,
     fields,
     fits_vectors,
@@ -139,7 +140,7 @@ def _rows(device: Device, maps: Sequence[_Map], common: dict[str, Any], loss: Te
 
 def _warps(pixels: int) -> int:
     """That share a row: as many as hold it in registers, if a block can."""
-    return min(MAX_WARPS, max(1, math.ceil(pixels / (WARP * VALUES))))
+    return min(MAX_WARPS, ceil_div(pixels, WARP * VALUES))
 
 
 def _columns(device: Device, maps: Sequence[_Map], common: dict[str, Any], loss: Tensor) -> None:
@@ -155,13 +156,9 @@ def _columns(device: Device, maps: Sequence[_Map], common: dict[str, Any], loss:
     ticket, *tickets = device.tickets(sum(counts))[: sum(counts)].split(counts)
     args.partials, args.ticket = pointer(floats[-1]), pointer(ticket)
     places = zip(levels, floats, floats[len(maps) :], tickets, accumulate(blocks, initial=0), strict=False)
-    for level, part, whole, tick, first in places:
-        level.parts, level.wholes, level.tickets, level.first_block = (
-            pointer(part),
-            pointer(whole),
-            pointer(tick),
-            first,
-        )
+    for level, *areas, first in places:
+        level.parts, level.wholes, level.tickets = map(pointer, areas)
+        level.first_block = first
     suffix = SUFFIX[maps[0].student.dtype]
     device.launch(SOURCE, f"cwd_column_sums{suffix}", args, grid=sum(blocks), block=COLUMN_THREADS)
     device.launch(SOURCE, f"cwd_columns{suffix}", args, grid=sum(blocks), block=COLUMN_THREADS)
@@ -173,7 +170,7 @@ def _tile(level: _ColumnsLevel, maps: _Map) -> None:
     level.images, level.channels, level.pixels = n, channels, height * width
     _point(level, maps, channels)
     units = channels // vector(maps.student.dtype) if level.vectorised else channels
-    level.tiles = math.ceil(units / MAX_LANES)
-    level.lanes = math.ceil(units / level.tiles)
-    level.stretches = math.ceil(level.pixels / (COLUMN_THREADS // level.lanes * PIXELS))
-    level.stretch = math.ceil(level.pixels / level.stretches)
+    level.tiles = ceil_div(units, MAX_LANES)
+    level.lanes = ceil_div(units, level.tiles)
+    level.stretches = ceil_div(level.pixels, COLUMN_THREADS // level.lanes * PIXELS)
+    level.stretch = ceil_div(level.pixels, level.stretches)

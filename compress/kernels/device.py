@@ -24,11 +24,10 @@ VECTOR_BYTES = 16
 
 
 class Facts(NamedTuple):
-    """What planning may depend on."""
+    """What the choice of kernels and launches may depend on."""
 
     capability: tuple[int, int]
     """Of the GPU, as (9, 0)."""
-    multiprocessors: int
     l2_bytes: int
     shared_bytes: int
     """Dynamic shared memory that one block can ask for."""
@@ -78,6 +77,16 @@ def vector(dtype: torch.dtype) -> int:
     return VECTOR_BYTES // dtype.itemsize
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many pieces of `size` hold `count`."""
+    return -(-count // size)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of 2 that is at least `least`."""
+    return 1 << (least - 1).bit_length()
+
+
 def fits_vectors(run: int, *tensors: Tensor) -> bool:
     """Whether 16-byte accesses cut every `run` elements of the first one evenly, and may start where each starts."""
     aligned = all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
@@ -90,7 +99,8 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def dense_pairs(students: Sequence[Tensor], teachers: Sequence[Tensor], *, nchw: bool) -> list[tuple[Tensor, Tensor]]:
-    """Each level's maps in one dtype and one dense layout: the student's, or NCHW where a kernel needs it.
+    """Each level's maps in the student's dtype and one dense layout: channels last where the student is and a kernel may
+    have it, else NCHW.
 
     What is already so is not copied. Errors: UsageError for no level, more than MAX_LEVELS, levels of several dtypes,
     or a pair of unlike images.
@@ -118,5 +128,5 @@ def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[in
     """Deal blocks out in proportion to `sizes`: `most` in all, fewer where `size_of_block` needs no more, one each at
     least. Depends on nothing else: equal shapes give equal bits on every GPU.
     """
-    blocks = min(most, -(-sum(sizes) // size_of_block))
+    blocks = min(most, ceil_div(sum(sizes), size_of_block))
     return [max(1, blocks * size // sum(sizes)) for size in sizes]

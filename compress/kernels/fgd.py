@@ -14,11 +14,13 @@ from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
     Device,
+    ceil_div,
     dense_pairs,
     fields,
     fits_vectors,
     is_channels_last,
     pointer,
+    power_of_2,
     vector,
 )
 
@@ -130,10 +132,9 @@ def _tile(student: Tensor, teacher: Tensor, gradient: Tensor) -> _Tiling:
     rows, columns = (height * width, channels) if is_channels_last(student) else (channels, height * width)
     vectorised = fits_vectors(columns, student, teacher, gradient)
     columns_per_thread = vector(student.dtype) if vectorised else SCALAR_COLUMNS
-    wanted = 1 << (-(-columns // columns_per_thread) - 1).bit_length()
-    lanes = min(max(wanted, FEWEST_LANES), MOST_LANES)
-    row_tiles = -(-rows // (ROWS_PER_THREAD * THREADS // lanes))
-    column_tiles = -(-columns // (lanes * columns_per_thread))
+    lanes = min(max(power_of_2(ceil_div(columns, columns_per_thread)), FEWEST_LANES), MOST_LANES)
+    row_tiles = ceil_div(rows, ROWS_PER_THREAD * THREADS // lanes)
+    column_tiles = ceil_div(columns, lanes * columns_per_thread)
     return _Tiling(images, rows, columns, lanes, vectorised, row_tiles, column_tiles)
 
 

@@ -51,7 +51,6 @@ class Gpu:
 
         return Facts(
             (ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")),
-            ask("MULTIPROCESSOR_COUNT"),
             ask("L2_CACHE_SIZE"),
             ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         )

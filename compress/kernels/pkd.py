@@ -17,11 +17,13 @@ from compress.kernels.device import (
     VECTOR_BYTES,
     Device,
     Facts,
+    ceil_div,
     dense_pairs,
     fields,
     fits_vectors,
     is_channels_last,
     pointer,
+    power_of_2,
     share_blocks,
     vector,
 )
@@ -101,7 +103,7 @@ class Level(NamedTuple):
     def width(self) -> int:
         """Channels last: steps that a block takes side by side, 128 bytes or as few as there are; a power of 2."""
         most = VECTOR_COLUMNS if self.vectorised else SCALAR_COLUMNS
-        return min(most, 1 << (-(-self.channels // self.step) - 1).bit_length())
+        return min(most, power_of_2(ceil_div(self.channels, self.step)))
 
     @property
     def tile(self) -> int:
@@ -110,7 +112,7 @@ class Level(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return -(-self.channels // self.tile)
+        return ceil_div(self.channels, self.tile)
 
 
 class Part(NamedTuple):
@@ -172,7 +174,7 @@ def describe(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Level]:
         gradient, last = torch.empty_like(s), is_channels_last(s)
         row = s.shape[1] if last else s.shape[2] * s.shape[3]
         level = Level(s, t, gradient, last, fits_vectors(row, s, t, gradient), 1)
-        splits = share // level.tiles if last else min(MAX_SPLITS, -(-level.samples // SPLIT_SAMPLES))
+        splits = share // level.tiles if last else min(MAX_SPLITS, ceil_div(level.samples, SPLIT_SAMPLES))
         levels.append(level._replace(splits=max(1, splits)))
     return levels
 
@@ -212,7 +214,7 @@ def _cut(part: Part, budget: float) -> Iterator[Part]:
     """Even runs of channels within `budget`; the whole where not even one channel fits."""
     channels, channel_bytes = part.end, part.nbytes // part.end
     most = int(min(channels, budget / channel_bytes)) or channels
-    runs = -(-channels // most)
+    runs = ceil_div(channels, most)
     for i in range(runs):
         begin, end = channels * i // runs, channels * (i + 1) // runs
         yield Part(part.level, begin, end, channel_bytes * (end - begin))
@@ -236,7 +238,7 @@ def _cluster(facts: Facts, level: Level) -> int:
 
 def _cluster_shared_bytes(level: Level, cluster: int) -> int:
     vectors = level.samples // level.step
-    return CLUSTER_HEAD_BYTES + 2 * VECTOR_BYTES * -(-vectors // cluster)
+    return CLUSTER_HEAD_BYTES + 2 * VECTOR_BYTES * ceil_div(vectors, cluster)
 
 
 def _check_clusters(facts: Facts, levels: Sequence[Level], clusters: Sequence[int]) -> None:

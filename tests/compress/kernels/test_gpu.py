@@ -16,7 +16,7 @@ CONTEXT, OTHER = 77, 88
 
 
 ATTRIBUTES = {
-    "COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0, "MULTIPROCESSOR_COUNT": 132,
+    "COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0,
     "L2_CACHE_SIZE": 50 << 20, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 227 << 10,
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ def driver(monkeypatch):
 
 
 def test_what_planning_needs_is_asked_of_the_driver(driver):
-    assert Gpu(0).facts == ((9, 0), 132, 50 << 20, 227 << 10)
+    assert Gpu(0).facts == ((9, 0), 50 << 20, 227 << 10)
 
 
 def test_a_kernel_is_compiled_for_the_gpu_and_launched_on_torchs_stream(driver):

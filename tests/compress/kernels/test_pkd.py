@@ -39,7 +39,7 @@ def cluster_facts(shape, dtype, cluster):
     n, _, h, w = shape
     vectors = n * h * w // vector(dtype)
     shared = module.CLUSTER_HEAD_BYTES + 32 * -(-vectors // cluster)
-    return Facts((9, 0), 132, 50 << 20, shared)
+    return Facts((9, 0), 50 << 20, shared)
 
 
 # ---- loss and gradient --------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_every_schedule_of_a_cluster_gives_the_same_bits(shim_device, shim, dtyp
 def test_groups_of_channels_give_the_bits_of_all_at_once(shim_device, monkeypatch):
     monkeypatch.setattr(module, "MIN_GROUP_BYTES", 0)
     given = arguments(LEVELS, torch.float16)
-    small = shim_device(facts=Facts((8, 0), 108, 50_000, 160 << 10))
+    small = shim_device(facts=Facts((8, 0), 50_000, 160 << 10))
     grouped, plain = by_kernels(pkd, small, given), by_kernels(partial(pkd, form="plain"), shim_device(), given)
     assert len(small.launches) > 6
     assert same_bits(grouped, plain)
@@ -323,7 +323,7 @@ def test_clusters_are_refused_where_there_are_none(shim_device):
 def test_clusters_are_refused_for_maps_that_do_not_fit(shim_device, layout):
     given = arguments([(2, 8, 20, 20) if layout == "nchw" else (2, 8, 8, 8)], torch.float16, layout=layout)
     with pytest.raises(UsageError, match="NCHW"):
-        pkd(shim_device(facts=Facts((9, 0), 132, 50 << 20, 1024)), *given, form="cluster")
+        pkd(shim_device(facts=Facts((9, 0), 50 << 20, 1024)), *given, form="cluster")
 
 
 def test_the_structs_are_those_of_the_source(shim):

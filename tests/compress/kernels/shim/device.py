@@ -11,9 +11,9 @@ from torch import Tensor
 
 from compress.kernels.device import Facts
 
-H100 = Facts(capability=(9, 0), multiprocessors=132, l2_bytes=50 << 20, shared_bytes=227 << 10)
-A100 = Facts(capability=(8, 0), multiprocessors=108, l2_bytes=40 << 20, shared_bytes=163 << 10)
-ORIN = Facts(capability=(8, 7), multiprocessors=16, l2_bytes=4 << 20, shared_bytes=163 << 10)
+H100 = Facts(capability=(9, 0), l2_bytes=50 << 20, shared_bytes=227 << 10)
+A100 = Facts(capability=(8, 0), l2_bytes=40 << 20, shared_bytes=163 << 10)
+ORIN = Facts(capability=(8, 7), l2_bytes=4 << 20, shared_bytes=163 << 10)
 
 
 @dataclass
