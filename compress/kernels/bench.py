@@ -116,12 +116,14 @@ def facts() -> dict[str, Any]:
 def clocks() -> dict[str, str]:
     """Clocks, power and temperature of the first GPU as they are; empty where nvidia-smi does not tell."""
     program = shutil.which("nvidia-smi")
-    command = [str(program), f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", "--id=0"]
+    if program is None:
+        return {}
+    command = [program, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", "--id=0"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True) if program else None  # noqa: S603
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(CLOCKS, map(str.strip, told.stdout.split(",")), strict=False)) if told else {}
+    return dict(zip(CLOCKS, map(str.strip, told.split(",")), strict=False))
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------

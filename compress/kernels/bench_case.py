@@ -159,7 +159,7 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
 
 
 def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:
-    return [tensor for place in FUSED[loss].learns for tensor in made[place]]
+    return FUSED[loss].learners(made)
 
 
 def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:

@@ -46,6 +46,10 @@ class Fused(NamedTuple):
     reference: Callable[..., Tensor]
     """The same loss in plain torch, of the arguments without scale."""
 
+    def learners(self, arguments: Arguments) -> list[Tensor]:
+        """The tensors that get a gradient, in turn."""
+        return [tensor for place in self.learns for tensor in arguments[place]]
+
 
 FUSED = {
     "weighted_mse": Fused(
@@ -72,33 +76,30 @@ FUSED = {
 def apply(name: str, arguments: Arguments) -> Tensor:
     """The loss of CUDA maps, differentiable once."""
     if torch.compiler.is_compiling():
-        loss, _ = getattr(getattr(torch.ops, NAMESPACE), name)(*arguments)
+        loss, _ = getattr(torch.ops.edgestill, name)(*arguments)
         return loss
     fused = FUSED[name]
-    learners = [tensor for place in fused.learns for tensor in arguments[place]]
+    learners = fused.learners(arguments)
     return _Eager.apply(fused, gpu(learners[0].device.index), arguments, *learners)  # type: ignore[no-untyped-call]
 
 
 def with_gradients(fused: Fused, device: Device, arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the gradient of every tensor of `learns` in turn, by the kernels."""
+    """The loss, and the gradient of each learner in the learner's dtype, by the kernels."""
     with torch.autocast(arguments[0][0].device.type, enabled=False):
         loss, *groups = fused.kernels(device, *arguments)
-    learners = (tensor for place in fused.learns for tensor in arguments[place])
     gradients = (gradient for group in groups for gradient in group)
-    return loss, [gradient.to(learner.dtype) for gradient, learner in zip(gradients, learners, strict=True)]
+    return loss, [g.to(learner.dtype) for g, learner in zip(gradients, fused.learners(arguments), strict=True)]
 
 
 def by_reference(fused: Fused, arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
     """What `with_gradients` returns, by autograd of the reference: the definition, and the op's CPU form."""
     *inputs, scale = arguments
-    learners = []
     for place in fused.learns:
         inputs[place] = [tensor.detach().requires_grad_() for tensor in inputs[place]]
-        learners += inputs[place]
     with _autograd_inside_an_op(), torch.enable_grad():
         loss = fused.reference(*inputs)
         upstream = torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
-        return loss.detach(), list(torch.autograd.grad(loss, learners, upstream))
+        return loss.detach(), list(torch.autograd.grad(loss, fused.learners(inputs), upstream))
 
 
 @contextmanager
@@ -150,8 +151,7 @@ def _register(name: str, fused: Fused) -> None:
 
     def as_declared(loss: Tensor, gradients: list[Tensor], arguments: Arguments) -> tuple[Tensor, list[Tensor]]:
         """Strides of `shapes`: a part of a channels-last map has another gradient than compiled code expects."""
-        learners = [tensor for place in fused.learns for tensor in arguments[place]]
-        pairs = zip(gradients, learners, strict=True)
+        pairs = zip(gradients, fused.learners(arguments), strict=True)
         return loss, [g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for g, x in pairs]
 
     def on_gpu(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -161,7 +161,7 @@ def _register(name: str, fused: Fused) -> None:
         return as_declared(*by_reference(fused, arguments), arguments)
 
     def shapes(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-        learners = [tensor for place in fused.learns for tensor in arguments[place]]
+        learners = fused.learners(arguments)
         wide = torch.float64 if learners[0].dtype == torch.float64 else torch.float32
         return learners[0].new_empty((), dtype=wide), [torch.empty_like(tensor) for tensor in learners]
 
