@@ -99,8 +99,8 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def dense_pairs(students: Sequence[Tensor], teachers: Sequence[Tensor], *, nchw: bool) -> list[tuple[Tensor, Tensor]]:
-    """Each level's maps in the student's dtype and one dense layout: channels last where the student is and a kernel may
-    have it, else NCHW.
+    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last where the student is so and
+    `nchw` does not forbid it.
 
     What is already so is not copied. Errors: UsageError for no level, more than MAX_LEVELS, levels of several dtypes,
     or a pair of unlike images.

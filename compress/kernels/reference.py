@@ -1,14 +1,14 @@
 """The feature-matching losses in plain torch: the definition that every kernel must equal, and the path of a CPU.
 
 Each function takes one entry per pyramid level and returns one float32 scalar (float64 for float64 maps), the sum over
-levels. Student and teacher maps are (N, C, H, W) of any float dtype; all arithmetic is float32 or wider. Each value is
-a mean that neither batch nor image size changes, and is exactly 0, with a gradient of exactly 0, where student equals
-teacher.
+levels. Student and teacher maps are (N, C, H, W) of any float dtype; all arithmetic but an adapter's is float32 or
+wider. Each value is a mean that neither batch nor image size changes, and is exactly 0 where student equals teacher. So
+is its gradient, but for CWD's, which plain torch rounds to about 1e-9; the kernels give 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +79,16 @@ def fgd(
         S = HW softmax_hw(u / T),  Q = C softmax_c(v / T)
         level = 1/N sum_n ( sum mask S_t mean_c Q_t (s - t)^2 + gamma (mean_hw |S_s - S_t| + mean_c |Q_s - Q_t|) )
 
-    `masks` (N, H, W) float32 weigh the pixels (alpha on foreground, beta on background, each divided by its area); they
-    get no gradient, nor does the teacher's attention. The authors sum where this takes means over channels and, in the
-    last two terms, pixels: so that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
+    `masks` (N, H, W) float32 weigh the pixels, as `compress.losses.distill.FGD` says; they get no gradient, nor does
+    the teacher's attention. The authors sum where this takes means over channels and, in the last two terms, pixels: so
+    that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
     """
     levels = zip(students, teachers, masks, strict=True)
     return _total(_fgd_level(_wide(s), _wide(t), mask, gamma, temperature) for s, t, mask in levels)
 
 
-def _total(levels: object) -> Tensor:
-    return torch.stack(list(levels)).sum()  # type: ignore[call-overload]
+def _total(levels: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(levels)).sum()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -125,11 +126,8 @@ def _read(path: Path) -> bytes | None:
 
 def _keep(path: Path, binary: bytes) -> bytes:
     """`binary`, kept for the next start where the folder can be written."""
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
-    except EdgestillError:
-        return binary  # a read-only home costs a compilation at each start, and the doctor says so
+    with suppress(EdgestillError), atomic_write(path) as temporary:  # a read-only home costs time at each start
+        temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
     return binary
 
 

@@ -356,10 +356,10 @@ class FeatMSE(_FeatureLoss):
 class FeatSL2(FeatMSE):
     """Squared difference of features where the teacher sees something.
 
-        sum over levels of sum_hw w (P(s) - t)^2 / (C * sum_hw w + 1e-9)
+        sum over levels of sum w (P(s) - t)^2 / (C * sum w + 1e-9)
 
-    w is `teacher_score`, P is 1x1 convolution - ReLU - 1x1 convolution. The usual weight is 6. Source: Ultralytics
-    2026, as its documentation states the formula.
+    where the inner sums run over the whole batch, w is `teacher_score` and P is 1x1 convolution - ReLU - 1x1
+    convolution. The usual weight is 6. Source: Ultralytics 2026, as its documentation states the formula.
     """
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None) -> None:
