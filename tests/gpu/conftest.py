@@ -10,7 +10,7 @@ import pytest
 import torch
 
 SHIM = Path(__file__).resolve().parent.parent / "compress" / "kernels" / "shim"
-sys.path.insert(0, str(SHIM))  # for `oracle`; tests are no package under --import-mode=importlib
+sys.path.insert(0, str(SHIM))  # for `cases` and `oracle`; tests are no package under --import-mode=importlib
 
 LARGEST: dict[tuple[str, str], tuple[float, float]] = {}
 """(loss, dtype) -> largest relative error of the loss and of a gradient."""

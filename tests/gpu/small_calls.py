@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "compress" / "kernels" / "shim"))
-from oracle import LAYOUTS, laid, pair
+from cases import arguments
+from oracle import LAYOUTS
 
 from compress.kernels.fused import FUSED
 from compress.kernels.gpu import gpu
@@ -21,25 +21,10 @@ SHAPES = {"round": [(2, 16, 8, 8), (2, 64, 4, 6), (5, 2, 80, 80)], "odd": [(3, 5
 DTYPES = (torch.float16, torch.float32)
 
 
-def arguments(name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str) -> list[Any]:
-    pairs = [pair(shape, dtype, seed=i) for i, shape in enumerate(shapes)]
-    students, teachers = ([laid(x.cuda(), layout) for x in maps] for maps in zip(*pairs, strict=True))
-    maps = [torch.rand(n, h, w).cuda() for n, _, h, w in shapes]
-    channels = [shape[1] for shape in shapes]
-    others = {
-        "weighted_mse": [maps],
-        "adapter_mse": [[torch.eye(c).cuda() for c in channels], [torch.ones(c).cuda() for c in channels], maps],
-        "cwd": [1.0],
-        "pkd": [],
-        "fgd": [maps, 1.0, 0.5],
-    }
-    return [students, teachers, *others[name], torch.tensor(8.0).cuda()]
-
-
 def main() -> None:
     device = gpu(0)
     for name, shapes, dtype, layout in product(FUSED, SHAPES.values(), DTYPES, LAYOUTS):
-        given = arguments(name, shapes, dtype, layout)
+        given = arguments(name, dtype, shapes, layout, scale=8.0, device="cuda")
         loss, *groups = FUSED[name].kernels(device, *given)
         gradients = [gradient for group in groups for gradient in group]
         made = rescale(device, gradients, torch.tensor(3.0).cuda(), given[-1], in_place=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import with_learners
 from oracle import (
     DTYPES,
     GRADIENT_GATE,
@@ -110,19 +110,7 @@ def pair_on_gpu(
 
 def learners_of(name: str, given: list[Any]) -> list[Tensor]:
     """The tensors that get a gradient, asking for one."""
-    return [tensor.detach().requires_grad_() for tensor in _learning(name, given)]
-
-
-def _learning(name: str, given: list[Any]) -> list[Tensor]:
-    return [tensor for place in FUSED[name].learns for tensor in given[place]]
-
-
-def with_learners(name: str, given: list[Any], learners: list[Tensor]) -> list[Any]:
-    """The arguments with `learners` in their places."""
-    rest, made = iter(learners), list(given)
-    for place in FUSED[name].learns:
-        made[place] = [next(rest) for _ in given[place]]
-    return made
+    return [tensor.detach().requires_grad_() for tensor in FUSED[name].learners(given)]
 
 
 def loss_of(name: str, given: list[Any]) -> Tensor:
@@ -232,7 +220,7 @@ def test_what_is_not_finite_reaches_the_loss(name, bad):
 @every_layout
 def test_every_run_gives_the_same_bits(name, dtype, layout):
     given = arguments(name, MEDIUM, dtype, layout=layout)
-    assert all(same_bits(a, b) for a, b in pairwise(kernels_of(name, given) for _ in range(5)))
+    assert same_bits(*(kernels_of(name, given) for _ in range(5)))
 
 
 @every_loss
@@ -248,9 +236,7 @@ def test_two_streams_at_once_give_what_one_gives(name):
             with torch.cuda.stream(stream):
                 results.append(kernels_of(name, given))
     torch.cuda.synchronize()
-    assert all(
-        same_bits(result, expected) for results, expected in zip(found, alone, strict=True) for result in results
-    )
+    assert all(same_bits(expected, *results) for results, expected in zip(found, alone, strict=True))
 
 
 @every_loss

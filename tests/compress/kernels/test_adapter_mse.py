@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from oracle import (
     DTYPES,
     GRADIENT_GATE,
+    LAYOUTS,
     LOSS_GATE,
     by_autograd,
     by_kernels,
@@ -25,7 +24,6 @@ from compress.kernels.adapter_mse import Args, _Kind, adapter_mse
 from runtime.errors import UsageError
 
 HALVES = [torch.float16, torch.bfloat16]
-LAYOUTS = ["nchw", "channels_last"]
 LEARNS = (0, 2, 3)
 ODD, REAL, NARROW, WIDE = (24, 40), (64, 128), (128, 16), (8, 64)
 """Channels of student and teacher: both padded; v5n's and v5s's at stride 8; a warp with many pieces of dx, or few."""
@@ -128,7 +126,7 @@ def test_maps_off_the_alignment_are_read_right(make, layout, skip):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_maps_of_two_layouts_or_dtypes_are_compared_right(make, layout):
     given = arguments([(2, *ODD, 8, 10)], torch.bfloat16, layout=layout)
-    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+    (other,) = LAYOUTS.keys() - {layout}
     given[1] = [laid(t.float(), other) for t in given[1]]
     check(adapter_mse, reference.adapter_mse, make(), given, LEARNS)
 
@@ -138,7 +136,7 @@ def test_maps_of_two_layouts_or_dtypes_are_compared_right(make, layout):
 def test_every_schedule_gives_the_same_bits(make, shim, dtype, layout):
     given = arguments([LEVELS[0], (1, *ODD, 12, 24)], dtype, weighted=True, layout=layout)
     results = [by_kernels(adapter_mse, make(seed=seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
 
 
 def test_no_partition_depends_on_the_gpu(make):

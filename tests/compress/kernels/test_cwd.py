@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, by_kernels, check, errors, laid, pair, same_bits, truth, upstream
+from oracle import DTYPES, LAYOUTS, by_kernels, check, errors, laid, pairs, same_bits, truth, upstream
 
 from compress.kernels import reference
 from compress.kernels.cwd import ColumnsArgs, RowsArgs, cwd
@@ -24,9 +22,8 @@ LONG = [(1, 2, 80, 80), (1, 2, 64, 128), (1, 2, 100, 100), (1, 1, 97, 101)]  # 8
 NAN, INF = float("nan"), float("inf")
 
 
-def arguments(shapes, dtype, *, layout="nchw", skip=0, mean=0.7, tau=1.0):
-    pairs = [pair(shape, dtype, seed=i, layout=layout, skip=skip, mean=mean) for i, shape in enumerate(shapes)]
-    students, teachers = map(list, zip(*pairs, strict=True))
+def arguments(shapes, dtype, *, tau=1.0, **options):
+    students, teachers = pairs(shapes, dtype, **options)
     return [students, teachers, tau, upstream(students)]
 
 
@@ -68,7 +65,7 @@ def test_maps_off_the_alignment_are_read_right(shim_device, dtype, layout):
 def test_every_schedule_gives_the_same_bits(shim_device, shim, dtype, layout):
     given = arguments([SHAPES[0], SHAPES[4], SHAPES[6]], dtype, layout=layout)
     results = [by_kernels(cwd, shim_device(seed=seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 24, 24), (1, 7, 100, 100)], ids=["held", "streamed"])
@@ -76,7 +73,7 @@ def test_a_block_that_takes_many_rows_keeps_them_apart(shim_device, shim, monkey
     monkeypatch.setattr("compress.kernels.cwd.BLOCKS", 1)
     given = arguments([shape], torch.float32)
     results = [by_kernels(cwd, shim_device(seed=seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
     check(cwd, reference.cwd, shim_device(), given)
 
 
@@ -147,7 +144,7 @@ def test_the_gradient_is_scaled_and_the_loss_is_not(shim_device, layout, scale):
 def test_no_scale_and_a_scale_of_zero_are_one(shim_device, layout):
     given = arguments([SHAPES[0]], torch.float32, layout=layout)[:-1]
     results = [by_kernels(cwd, shim_device(), [*given, scale]) for scale in (None, torch.zeros(()), torch.ones(()))]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

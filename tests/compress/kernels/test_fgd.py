@@ -1,10 +1,22 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-from oracle import DTYPES, LOSS_GATE, by_autograd, by_kernels, check, errors, laid, pair, same_bits, truth, upstream
+from oracle import (
+    DTYPES,
+    LAYOUTS,
+    LOSS_GATE,
+    by_autograd,
+    by_kernels,
+    check,
+    errors,
+    laid,
+    pairs,
+    pixel_weights,
+    same_bits,
+    truth,
+    upstream,
+)
 
 from compress.kernels import reference
 from compress.kernels.fgd import Args, fgd
@@ -20,14 +32,12 @@ SHAPES = [
     (1, 130, 18, 16),  # both
 ]
 LEVELS = [(2, 8, 20, 20), (3, 13, 10, 10), (1, 136, 7, 5)]
-LAYOUTS = ["nchw", "channels_last"]
 
 
-def arguments(shapes, dtype, *, gamma=1.0, temperature=0.5, layout="nchw", skip=0, mean=0.7):
+def arguments(shapes, dtype, *, gamma=1.0, temperature=0.5, **options):
     """Masks are of mean 1 / (2 HW), so that all terms of the loss and of the gradient have about the same size."""
-    pairs = [pair(shape, dtype, seed=i, layout=layout, skip=skip, mean=mean) for i, shape in enumerate(shapes)]
-    masks = [torch.rand(n, h, w, generator=torch.Generator().manual_seed(9)) / (h * w) for n, _, h, w in shapes]
-    students, teachers = map(list, zip(*pairs, strict=True))
+    students, teachers = pairs(shapes, dtype, **options)
+    masks = [weights / weights[0].numel() for weights in pixel_weights(shapes)]
     return [students, teachers, masks, gamma, temperature, upstream(students)]
 
 
@@ -86,7 +96,7 @@ def test_maps_off_the_alignment_are_read_right(shim_device, dtype, layout):
 def test_every_schedule_gives_the_same_bits(shim_device, shim, dtype, layout):
     given = arguments(LEVELS, dtype, layout=layout)
     results = [by_kernels(fgd, shim_device(seed=seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
 
 
 def test_no_partition_depends_on_the_gpu(shim_device):

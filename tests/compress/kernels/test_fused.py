@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SHAPES, arguments
-from oracle import by_autograd, gradient_error
+from cases import SHAPES, arguments, with_learners
+from oracle import LAYOUTS, by_autograd, gradient_error
 from torch import Tensor
 
 from compress.kernels import functional, fused, reference
@@ -13,11 +13,9 @@ from compress.kernels.fused import FUSED, _Eager
 from compress.kernels.rescale import rescale
 from runtime.errors import UnavailableError, UsageError
 
-LAYOUTS = ["nchw", "channels_last"]
-
 
 def learners_of(name: str, given: list) -> list[Tensor]:
-    return [tensor.requires_grad_() for place in FUSED[name].learns for tensor in given[place]]
+    return [tensor.requires_grad_() for tensor in FUSED[name].learners(given)]
 
 
 def eager(name: str, device, given: list) -> tuple[Tensor, list[Tensor]]:
@@ -156,16 +154,11 @@ def test_the_registered_op_is_sound_for_a_part_of_a_map(name):
 @pytest.mark.parametrize("name", FUSED)
 def test_the_registered_op_has_the_gradient_that_differences_show(name):
     given = arguments(name, torch.float64, shapes=[(2, 3, 2, 3)], scale=1)
-    learners = learners_of(name, given)
-    counts = [len(given[place]) for place in FUSED[name].learns]
 
-    def loss(*tensors):
-        rest, inputs = iter(tensors), list(given)
-        for place, count in zip(FUSED[name].learns, counts, strict=True):
-            inputs[place] = [next(rest) for _ in range(count)]
-        return getattr(torch.ops.edgestill, name)(*inputs)[0]
+    def loss(*learners):
+        return getattr(torch.ops.edgestill, name)(*with_learners(name, given, learners))[0]
 
-    assert torch.autograd.gradcheck(loss, learners)
+    assert torch.autograd.gradcheck(loss, learners_of(name, given))
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, LOSS_GATE, by_kernels, check, errors, laid, pair, same_bits, truth, upstream
+from oracle import DTYPES, LAYOUTS, LOSS_GATE, by_kernels, check, errors, laid, pairs, same_bits, truth, upstream
 
 from compress.kernels import pkd as module
 from compress.kernels import reference
@@ -21,9 +20,8 @@ WHOLE = [(2, 2, 20, 20), (2, 5, 8, 8), (3, 6, 4, 4)]
 DETECTOR = [(32, 128, 80, 80), (32, 256, 40, 40), (32, 512, 20, 20)]
 
 
-def arguments(shapes, dtype, *, layout="nchw", skip=0, mean=0.7):
-    pairs = [pair(shape, dtype, seed=i, layout=layout, skip=skip, mean=mean) for i, shape in enumerate(shapes)]
-    students, teachers = map(list, zip(*pairs, strict=True))
+def arguments(shapes, dtype, **options):
+    students, teachers = pairs(shapes, dtype, **options)
     return [students, teachers, upstream(students)]
 
 
@@ -114,14 +112,14 @@ def test_a_dense_layout_is_read_without_copies_and_the_gradient_keeps_it(shim_de
 def test_every_schedule_gives_the_same_bits(shim_device, shim, small_pieces, dtype, layout):
     given = arguments(LEVELS, dtype, layout=layout)
     results = [by_kernels(partial(pkd, form="plain"), shim_device(seed=seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_schedule_of_a_cluster_gives_the_same_bits(shim_device, shim, dtype):
     given, facts = arguments(WHOLE, dtype), cluster_facts(WHOLE[0], dtype, 8)
     results = [by_kernels(partial(pkd, form="cluster"), shim_device(facts, seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
     assert errors(results[0], truth(reference.pkd, given))[0] < 1e-5
 
 

@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-from oracle import DTYPES, by_kernels, check, laid, pair, same_bits, upstream
+from oracle import DTYPES, LAYOUTS, by_kernels, check, laid, pairs, pixel_weights, same_bits, upstream
 
 from compress.kernels import reference
 from compress.kernels.weighted_mse import Args, WeightSumArgs, weighted_mse
 
 SHAPES = [(2, 8, 20, 20), (3, 5, 7, 9), (1, 1, 1, 1), (2, 3, 1, 1), (1, 4, 16, 16), (2, 13, 11, 5)]
 LEVELS = [(2, 8, 20, 20), (2, 13, 10, 10), (2, 32, 7, 5)]
-LAYOUTS = ["nchw", "channels_last"]
 
 
-def arguments(shapes, dtype, *, weighted=True, layout="nchw", skip=0, mean=0.7):
-    pairs = [pair(shape, dtype, seed=i, layout=layout, skip=skip, mean=mean) for i, shape in enumerate(shapes)]
-    weights = [torch.rand(n, h, w, generator=torch.Generator().manual_seed(9)) for n, _, h, w in shapes]
-    students, teachers = map(list, zip(*pairs, strict=True))
-    return [students, teachers, weights if weighted else [], upstream(students)]
+def arguments(shapes, dtype, *, weighted=True, **options):
+    students, teachers = pairs(shapes, dtype, **options)
+    return [students, teachers, pixel_weights(shapes) if weighted else [], upstream(students)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,7 +43,7 @@ def test_maps_off_the_alignment_are_read_right(shim_device, dtype):
 def test_every_schedule_gives_the_same_bits(shim_device, shim, dtype):
     given = arguments(LEVELS, dtype)
     results = [by_kernels(weighted_mse, shim_device(seed=seed), given) for seed in shim.SEEDS]
-    assert all(same_bits(a, b) for a, b in pairwise(results))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

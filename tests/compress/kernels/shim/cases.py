@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from oracle import pair
+from oracle import pairs
+
+from compress.kernels.fused import FUSED
 
 Shape = tuple[int, int, int, int]
 SHAPES: Sequence[Shape] = ((2, 16, 8, 8), (2, 32, 4, 4))
@@ -35,8 +37,7 @@ def arguments(
         """An adapter's parameter, as the maps' dtype can hold it: that is how it is used."""
         return (noise(channels, *inputs) / channels**0.5).to(dtype).to(wide)
 
-    pairs = [pair(shape, dtype, seed=i, layout=layout, mean=mean) for i, shape in enumerate(shapes)]
-    students, teachers = (to_device(list(maps)) for maps in zip(*pairs, strict=True))
+    students, teachers = map(to_device, pairs(shapes, dtype, layout=layout, mean=mean))
     maps = to_device([torch.rand(n, h, w, generator=generator).to(wide) for n, _, h, w in shapes])
     channels = [c for _, c, _, _ in shapes]
     shapes_of_adapters = ([(c, c) for c in channels], [(c,) for c in channels])
@@ -49,3 +50,11 @@ def arguments(
         "fgd": [maps, 1.0, 0.5],
     }
     return [students, teachers, *others[name], None if scale is None else torch.tensor(float(scale), device=device)]
+
+
+def with_learners(name: str, given: Sequence[Any], learners: Iterable[torch.Tensor]) -> list[Any]:
+    """The arguments of the loss `name` with `learners`, in turn, in the places of what gets a gradient."""
+    rest, made = iter(learners), list(given)
+    for place in FUSED[name].learns:
+        made[place] = [next(rest) for _ in given[place]]
+    return made

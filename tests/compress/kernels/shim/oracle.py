@@ -32,6 +32,17 @@ def pair(
     return laid(s.to(dtype), layout, skip), laid(t.to(dtype), layout, skip)
 
 
+def pairs(shapes: Sequence[Sequence[int]], dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Student and teacher maps of several levels, each a `pair` of its own."""
+    made = [pair(shape, dtype, seed=level, **options) for level, shape in enumerate(shapes)]
+    return [s for s, _ in made], [t for _, t in made]
+
+
+def pixel_weights(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(N, H, W) in [0, 1) for each (N, C, H, W)."""
+    return [torch.rand(n, h, w, generator=torch.Generator().manual_seed(9)) for n, _, h, w in shapes]
+
+
 def laid(x: Tensor, layout: str = "nchw", skip: int = 0) -> Tensor:
     """A copy in `layout` that starts `skip` elements behind an aligned address."""
     x = x.contiguous(memory_format=LAYOUTS[layout])
@@ -88,8 +99,11 @@ def errors(found: Result, true: Result) -> tuple[float, float]:
     return loss, max(gradient_error(f, t) for f, t in pairs)
 
 
-def same_bits(a: Result, b: Result) -> bool:
-    return all(torch.equal(x, y) for x, y in zip([a.loss, *a.gradients], [b.loss, *b.gradients], strict=True))
+def same_bits(first: Result, *others: Result) -> bool:
+    """Whether all have the bits of the first."""
+    expected = [first.loss, *first.gradients]
+    found = ([other.loss, *other.gradients] for other in others)
+    return all(torch.equal(x, y) for tensors in found for x, y in zip(tensors, expected, strict=True))
 
 
 def check(
