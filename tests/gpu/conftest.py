@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 SHIM = Path(__file__).resolve().parent.parent / "compress" / "kernels" / "shim"
 sys.path.insert(0, str(SHIM))  # for `cases` and `oracle`; tests are no package under --import-mode=importlib
+from poison import poisoned  # noqa: E402, F401
 
 LARGEST: dict[tuple[str, str], tuple[float, float]] = {}
 """(loss, dtype) -> largest relative error of the loss and of a gradient."""
@@ -25,15 +26,6 @@ def note() -> Callable[[str, torch.dtype, tuple[float, float]], None]:
         LARGEST[name, str(dtype)] = (max(known[0], errors[0]), max(known[1], errors[1]))
 
     return keep
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Uninitialised tensors hold NaN, so that what a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 # Tests are no package under --import-mode=importlib; `host`, `oracle`, `mutations` ... are this folder's helpers.
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "shim"), str(HERE)]
+from poison import poisoned  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")
@@ -31,15 +31,6 @@ def shim_device(shim: Any) -> Callable[..., Any]:
     from device import ShimDevice
 
     return ShimDevice
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Uninitialised tensors hold NaN, so that what a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +187,6 @@ def test_a_gpu_that_the_driver_cannot_serve_shows_at_once(driver):
 
 
 def test_without_the_bindings_the_remedy_is_told(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(UnavailableError, match=r"cuda-bindings is not here.*edgestill\[kernels\]"):
         module.load_driver()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import figures
@@ -80,19 +81,17 @@ def test_whatever_machine_code_depends_on_is_in_the_key(nvrtc, monkeypatch, tmp_
     copy = tmp_path / "cuda"
     shutil.copytree(SOURCES, copy)
     monkeypatch.setattr(toolchain, "SOURCES", copy)
-    before = toolchain._key("rescale.cu", "sm_90", ())
+    before, architecture, defines = toolchain._key("rescale.cu", "sm_90", ()), "sm_90", ()
     if change == "architecture":
-        assert toolchain._key("rescale.cu", "sm_80", ()) != before
-        return
-    if change == "defines":
-        assert toolchain._key("rescale.cu", "sm_90", ("A=1",)) != before
-        return
-    if change == "compiler":
+        architecture = "sm_80"
+    elif change == "defines":
+        defines = ("A=1",)
+    elif change == "compiler":
         monkeypatch.setattr(toolchain, "compiler_version", lambda: "99.0")
     else:
         file = copy / ("rescale.cu" if change == "source" else "common.cuh")
         file.write_text(file.read_text() + "\n// another\n")
-    assert toolchain._key("rescale.cu", "sm_90", ()) != before
+    assert toolchain._key("rescale.cu", architecture, defines) != before
 
 
 def test_a_damaged_cubin_is_compiled_anew(nvrtc, cache):
@@ -116,24 +115,22 @@ def test_a_source_that_does_not_compile_is_told_with_its_first_error(nvrtc, monk
         compile_cubin("broken.cu", "sm_90")
 
 
-def test_without_the_compiler_the_remedy_is_told(monkeypatch):
-    toolchain.load_nvrtc.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+@pytest.mark.parametrize(
+    ("look", "package", "says"),
+    [
+        (toolchain.load_nvrtc, "cuda.bindings", "NVRTC is not here"),
+        (toolchain.header_folders, "cuda.pathfinder", "cannot be looked for"),
+    ],
+    ids=["compiler", "headers"],
+)
+def test_without_the_compiler_or_what_finds_its_headers_the_remedy_is_told(monkeypatch, look, package, says):
+    look.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
     try:
-        with pytest.raises(UnavailableError, match=r"NVRTC is not here.*edgestill\[kernels\]"):
-            toolchain.load_nvrtc()
+        with pytest.raises(UnavailableError, match=rf"{says}.*edgestill\[kernels\]"):
+            look()
     finally:
-        toolchain.load_nvrtc.cache_clear()
-
-
-def test_where_nothing_finds_the_headers_the_remedy_is_told(monkeypatch):
-    toolchain.header_folders.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "cuda.pathfinder", None)
-    try:
-        with pytest.raises(UnavailableError, match=r"cannot be looked for.*edgestill\[kernels\]"):
-            toolchain.header_folders()
-    finally:
-        toolchain.header_folders.cache_clear()
+        look.cache_clear()
 
 
 def test_the_assemblers_report_is_read():
