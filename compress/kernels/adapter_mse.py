@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from compress.kernels.device import (
     fits_vectors,
     is_channels_last,
     pointer,
+    set_blocks,
     share_blocks,
 )
 from compress.kernels.weighted_mse import weight_sums, weighted_mse
@@ -186,11 +186,11 @@ def _tiled(
         loss=pointer(loss),
         count=len(problems),
     )
+    set_blocks(args.levels, shares)
     levels = zip(args.levels, problems, gradients, weighed, strict=False)  # fewer than MAX_LEVELS
-    for (level, p, g, w), first, blocks in zip(levels, accumulate(shares, initial=0), shares, strict=False):
+    for level, p, g, w in levels:
         _fill(level, p, g, kind)
-        level.weight_partials, level.sums = pointer(w), pointer(sums[first])
-        level.first_block, level.blocks = first, blocks
+        level.weight_partials, level.sums = pointer(w), pointer(sums[level.first_block])
     launch = partial(device.launch, SOURCE, defines=kind.defines)
     name = f"adapter_mse{SUFFIX[problems[0].student.dtype]}"
     launch(name, args, grid=grid, block=32 * kind.warps, shared=kind.shared_bytes)

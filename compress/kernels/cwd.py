@@ -21,6 +21,7 @@ from compress.kernels.device import (
     fits_vectors,
     is_channels_last,
     pointer,
+    set_blocks,
     share_blocks,
     vector,
 )
@@ -128,11 +129,10 @@ def _rows(device: Device, maps: Sequence[_Map], common: dict[str, Any], loss: Te
     shares = share_blocks([m.student.numel() for m in maps], BLOCKS, width * WARP * VALUES)
     partials = loss.new_empty(sum(shares))
     args = RowsArgs(partials=pointer(partials), ticket=pointer(device.tickets(1)), count=len(maps), **common)
-    firsts = accumulate(shares, initial=0)
-    for level, m, first, blocks, share in zip(args.levels, maps, firsts, shares, warps, strict=False):
+    set_blocks(args.levels, shares)
+    for level, m, share in zip(args.levels, maps, warps, strict=False):
         n, channels, height, w = m.student.shape
-        level.rows, level.pixels = n * channels, height * w
-        level.first_block, level.blocks, level.warps = first, blocks, share
+        level.rows, level.pixels, level.warps = n * channels, height * w, share
         _point(level, m, level.pixels)
     suffix = SUFFIX[maps[0].student.dtype]
     device.launch(SOURCE, f"cwd_rows{suffix}", args, grid=sum(shares), block=width * WARP)

@@ -7,7 +7,8 @@ arguments and call `launch`. They never ask which device it is, so the tests run
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -130,3 +131,9 @@ def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[in
     """
     blocks = min(most, ceil_div(sum(sizes), size_of_block))
     return [max(1, blocks * size // sum(sizes)) for size in sizes]
+
+
+def set_blocks(levels: Iterable[Any], shares: Sequence[int]) -> None:
+    """Write each level's share of a launch's blocks into its struct; they follow one another."""
+    for level, first, blocks in zip(levels, accumulate(shares, initial=0), shares, strict=False):
+        level.first_block, level.blocks = first, blocks

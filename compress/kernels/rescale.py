@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from compress.kernels.device import SUFFIX, Device, fields, fits_vectors, pointer, share_blocks, vector
+from compress.kernels.device import SUFFIX, Device, fields, fits_vectors, pointer, set_blocks, share_blocks, vector
 
 THREADS = 256
 BLOCKS = 1024
@@ -53,9 +52,8 @@ def rescale(
 def _launch(device: Device, pairs: Sequence[tuple[Tensor, Tensor]], upstream: Tensor, assumed: Tensor | None) -> None:
     shares = share_blocks([source.numel() for source, _ in pairs], BLOCKS, THREADS * vector(pairs[0][0].dtype))
     args = Args(upstream=pointer(upstream), assumed=pointer(assumed), count=len(pairs))
-    firsts = accumulate(shares, initial=0)
-    for entry, (source, target), first, blocks in zip(args.tensors, pairs, firsts, shares, strict=False):
+    set_blocks(args.tensors, shares)
+    for entry, (source, target) in zip(args.tensors, pairs, strict=False):
         entry.source, entry.target, entry.elements = pointer(source), pointer(target), source.numel()
-        entry.first_block, entry.blocks = first, blocks
         entry.vectorised = fits_vectors(source.numel(), source, target)
     device.launch("rescale.cu", f"rescale{SUFFIX[pairs[0][0].dtype]}", args, grid=sum(shares), block=THREADS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from itertools import accumulate, repeat
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from compress.kernels.device import (
     fits_vectors,
     is_channels_last,
     pointer,
+    set_blocks,
     share_blocks,
     vector,
 )
@@ -82,10 +83,10 @@ def weighted_mse(
         loss=pointer(loss),
         count=len(pairs),
     )
+    set_blocks(args.levels, shares)
     levels = zip(args.levels, pairs, gradients, maps or repeat(None), strict=False)  # fewer than MAX_LEVELS
-    for (level, (s, t), g, w), first, blocks in zip(levels, accumulate(shares, initial=0), shares, strict=False):
+    for level, (s, t), g, w in levels:
         _fill(level, s, t, g, w)
-        level.first_block, level.blocks = first, blocks
     device.launch(SOURCE, f"weighted_mse{SUFFIX[like.dtype]}", args, grid=grid, block=THREADS)
     return loss, gradients
 

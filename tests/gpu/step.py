@@ -81,9 +81,11 @@ class Steps:
     """Takes steps and keeps what they cost."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        import torch
+
         from compress.compute.device import settle
 
-        torch_seed(0)
+        torch.manual_seed(0)
         self.trainers = trainers_of(options, folder)
         self.device = self.trainers["kernels"].device
         self.batch, self.settle = batch_of(options, self.device), settle(self.device)
@@ -116,12 +118,6 @@ class Steps:
         self.taken += 1
         self.terms[name] = [float(term) for term in terms]
         return spent
-
-
-def torch_seed(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
 
 
 def switch(value: str | None) -> None:
