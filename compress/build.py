@@ -7,7 +7,7 @@ one file; plain TensorRT builds for the GPU that is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 from compress.config import BuildConfig
 from compress.graph.metadata import read_card
 from compress.graph.safe_load import read_model
+from compress.log import Log
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.engine import build_engine
 from runtime.errors import InputError, UnavailableError
 
-Report = Callable[[str], None]
 PREFERENCE = ("fp16", "int8-trt", "fp32")
 """Of plans, best first until a benchmark on the device says otherwise: FP16 is safe in accuracy, and INT8 through
 explicit Q/DQ is often no faster."""
@@ -53,7 +53,7 @@ def build(
     models: Mapping[str, Path],
     out: Path,
     card: ModelCard,
-    report: Report = print,
+    log: Log = print,
 ) -> tuple[Plan, ...]:
     """Build a plan for each precision of `config` that `models` has, into the folder `out`, and write `model.json`.
 
@@ -67,7 +67,7 @@ def build(
     else:
         plans = [_plan(config, precision, models[precision], card, out) for precision in wanted]
     for plan in plans:
-        report(describe(plan))
+        log(describe(plan))
     artifacts = (*(plan.artifact for plan in plans if plan.artifact), *card.artifacts)
     replace(card, artifacts=artifacts).save(out / CARD_FILE)
     return tuple(plans)

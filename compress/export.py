@@ -28,6 +28,7 @@ from compress.graph.study import CHOICES, CandidateStudy, Validation, canvas_of,
 from compress.graph.tails import HeadShape, NmsShape
 from compress.graph.trunk import Trunk, trace
 from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
+from compress.log import Log
 from compress.models import YOLOv5, load_model
 from runtime.card import ModelCard
 from runtime.errors import EdgestillError, UsageError
@@ -37,8 +38,6 @@ from runtime.image import read_image
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
 CHECKED_IMAGES = 4
 UNMEASURED_CANDIDATES = 300
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def export(
     out: Path,
     imgsz: int,
     data: Validation | None = None,
-    report: Report = print,
+    log: Log = print,
 ) -> ExportResult:
     """Write both graphs into the folder `out`.
 
@@ -95,13 +94,13 @@ def export(
     conventional = yolov5_graph(trunk, head, opset=config.opset, metadata=metadata_of(rows_card))
     canvases = _canvases(data, size_hw)
     rows = check_rows(conventional, canvases, torch_rows)
-    _judge(config, CONVENTIONAL, rows, report)
+    _judge(config, CONVENTIONAL, rows, log)
 
-    measured = _measure(config, conventional, data, card, report)
+    measured = _measure(config, conventional, data, card, log)
     card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
     card = replace(card, candidates=min(card.candidates, head.rows))
     shipped, boxes = _shipped(config, trunk, head, card, data, canvases, torch_rows)
-    _judge(config, SHIPPED, boxes, report)
+    _judge(config, SHIPPED, boxes, log)
     files = [publish(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
 
@@ -163,10 +162,10 @@ def _noise(shape: Sequence[int]) -> np.ndarray:
 
 
 def _measure(
-    config: ExportConfig, rows_model: onnx.ModelProto, data: Validation | None, card: ModelCard, report: Report
+    config: ExportConfig, rows_model: onnx.ModelProto, data: Validation | None, card: ModelCard, log: Log
 ) -> CandidateStudy | None:
     if data is None or not data.images:
-        report(f"no validation images: {config.candidates or UNMEASURED_CANDIDATES} NMS candidates, not measured")
+        log(f"no validation images: {config.candidates or UNMEASURED_CANDIDATES} NMS candidates, not measured")
         return None
     session, source = open_session(rows_model), rows_model.graph.input[0].name
     found = pools(
@@ -186,8 +185,8 @@ def _measure(
         fixed=config.candidates,
     )
     figures = ", ".join(f"{k}: {value:.4f}" for k, value in result.map50_95.items())
-    report(f"mAP50-95 by NMS candidates on {result.images} images: {figures}; chosen {result.chosen}")
-    report(
+    log(f"mAP50-95 by NMS candidates on {result.images} images: {figures}; chosen {result.chosen}")
+    log(
         f"{config.nms_iterations} NMS iterations: one more changes {result.images_changed_by_one_more_iteration} "
         f"images, greedy NMS {result.images_changed_by_greedy}"
     )
@@ -218,8 +217,8 @@ def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarr
     return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
 
 
-def _judge(config: ExportConfig, name: str, found: Agreement, report: Report) -> None:
-    report(
+def _judge(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
+    log(
         f"{name} against torch on {found.images} images: boxes within {found.max_box_error_px:.5f} px, "
         f"scores within {found.max_score_error:.2e}"
     )

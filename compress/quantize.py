@@ -25,12 +25,12 @@ from compress.graph.metadata import read_card, write_card
 from compress.graph.qdq import SCHEMES, calibrate, quantised
 from compress.graph.safe_load import read_model
 from compress.graph.session import open_session
+from compress.log import Log
 from runtime.card import ModelCard
 from runtime.errors import InputError
 from runtime.files import sha256
 from runtime.image import letterbox, read_image
 
-Report = Callable[[str], None]
 REFERENCE = "fp32"
 FOR_THIS_CPU = ("int8-cpu",)
 """Flavours whose latency here is their latency in use; the others are made for TensorRT."""
@@ -79,7 +79,7 @@ def quantize(
     images: Sequence[Path],
     out: Path,
     evaluate: Callable[[Path], Measured],
-    report: Report = print,
+    log: Log = print,
 ) -> tuple[Flavour, ...]:
     """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
 
@@ -92,7 +92,7 @@ def quantize(
     calibration = {**_digest(chosen), "method": config.method}
     makers = _makers(config, source, card, chosen)
     reference = evaluate(model)
-    report(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}, p50 {reference.p50_ms:.2f} ms")
+    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}, p50 {reference.p50_ms:.2f} ms")
     flavours = [Flavour(REFERENCE, model, reference, 0.0, True, "the reference", {})]
     for name in config.flavours:
         path = _publish(makers[name](), replace(card, precision=name), out / f"model.{name}.onnx")
@@ -101,7 +101,7 @@ def quantize(
             config, name, path, evaluate(path), reference, _collapse(name, source, path, chosen, card), used
         )
         flavours.append(flavour)
-        report(describe(flavour, reference))
+        log(describe(flavour, reference))
     return tuple(flavours)
 
 

@@ -16,20 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.log import Log
 from runtime.errors import EdgestillError, UsageError
 from runtime.files import sha256, write_json
 
 MANIFEST = "stage.json"
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a running stage sees: `inputs` to read, `out` the only folder it may write, `report` to say a line."""
+    """What a running stage sees: `inputs` to read, `out` the only folder it may write, `log` to say a line."""
 
     inputs: Mapping[str, Path]
     out: Path
-    report: Report
+    log: Log
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def content_digest(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def execute(stage: Stage, run_folder: Path, *, report: Report, force: bool = False) -> Outcome:
+def execute(stage: Stage, run_folder: Path, *, log: Log, force: bool = False) -> Outcome:
     """Bring `<run_folder>/<stage.name>` up to date and say what happened."""
     goal = run_folder / stage.name
     mark = fingerprint(stage)
@@ -95,13 +95,13 @@ def execute(stage: Stage, run_folder: Path, *, report: Report, force: bool = Fal
     work = run_folder / ".work" / f"{stage.name}-{mark[:16]}"
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    manifest = _finished(work, mark) or _work(stage, work, mark, report)
+    manifest = _finished(work, mark) or _work(stage, work, mark, log)
     _publish(work, goal)
     _drop_stale_work(run_folder / ".work", stage.name)
     return _outcome(stage.name, goal, manifest, skipped=False)
 
 
-def _work(stage: Stage, work: Path, mark: str, report: Report) -> dict[str, Any]:
+def _work(stage: Stage, work: Path, mark: str, log: Log) -> dict[str, Any]:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,7 +110,7 @@ def _work(stage: Stage, work: Path, mark: str, report: Report) -> dict[str, Any]
         ) from None
     _drop_torn(work)
     start = time.monotonic()
-    figures = dict(stage.run(Work(stage.inputs, work, report)))
+    figures = dict(stage.run(Work(stage.inputs, work, log)))
     manifest = {
         "stage": stage.name,
         "fingerprint": mark,

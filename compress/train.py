@@ -11,11 +11,11 @@ from pathlib import Path
 from compress.compute.numerics import flush_denormals
 from compress.config import TrainConfig
 from compress.data.dataset_yaml import DataConfig
+from compress.log import Log
 from compress.models import YOLOv5
 from compress.training.loop import Job, TrainResult, fit, read_resume
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
-from compress.training.progress import Report
 
 __all__ = ["TrainResult", "train"]
 
@@ -29,7 +29,7 @@ def train(
     scale: str | None = None,
     device: str = "auto",
     resume: bool = False,
-    report: Report = print,
+    log: Log = print,
 ) -> TrainResult:
     """Train a model of `scale` (else of the checkpoint's size) for the classes of `data`.
 
@@ -37,15 +37,15 @@ def train(
     `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Errors: InputError
     for unusable files, UsageError for contradictory requests, EdgestillError for a loss that is not finite.
     """
-    flush_denormals(report)  # before anything makes torch start its threads
+    flush_denormals(log)  # before anything makes torch start its threads
     state = read_resume(out, config) if resume else None
-    splits = open_splits(data, config, report)
+    splits = open_splits(data, config, log)
     model: YOLOv5
     if state:
         model = model_of_state(state, data.names)
     else:
-        model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, report=report)
+        model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, log=log)
         if config.autoanchor:
-            model = fit_anchors(model, splits.train.samples, config, report)
+            model = fit_anchors(model, splits.train.samples, config, log)
     objective = Objective(model, detection_loss(model, config))
-    return fit(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, report=report)
+    return fit(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)

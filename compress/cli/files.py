@@ -37,7 +37,7 @@ def export(
 
     config = settings(ExportConfig, {"frame": frame and _frame(frame)}, changes, "export")
     validation = validation_of(load_data(data)) if data else None
-    result = run(config, model=weights, out=out, imgsz=imgsz or 640, data=validation, report=say)
+    result = run(config, model=weights, out=out, imgsz=imgsz or 640, data=validation, log=say)
     if as_json:
         print_json(result.to_json())
     else:
@@ -73,7 +73,7 @@ def quantize(model: Path, data: Path, out: Path | None, changes: tuple[str, ...]
         images=training_images(given),
         out=out or model.parent,
         evaluate=gate(validation_of(given), BenchConfig()),
-        report=say,
+        log=say,
     )
     if as_json:
         print_json([flavour.to_json() for flavour in flavours])
@@ -101,7 +101,7 @@ def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, 
         raise UsageError(
             f"{min(unbuildable)} is no precision that TensorRT plans are built from", "Known: fp32, fp16, int8-trt"
         )
-    plans = run(config, models=by_precision, out=out, card=next(iter(cards.values())), report=say)
+    plans = run(config, models=by_precision, out=out, card=next(iter(cards.values())), log=say)
     if as_json:
         print_json([plan.to_json() for plan in plans])
     else:

@@ -114,7 +114,7 @@ def _write_comparison(found: Any, out: Path) -> None:
 def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_json: bool) -> None:
     from compress.pipeline import STAGES, run_recipe
 
-    outcomes = run_recipe(recipe, out, until=until or STAGES[-1], force=force, report=say)
+    outcomes = run_recipe(recipe, out, until=until or STAGES[-1], force=force, log=say)
     if as_json:
         print_json([dataclasses.asdict(outcome) for outcome in outcomes])
     elif outcomes[-1].stage == "bundle":

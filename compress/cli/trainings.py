@@ -99,7 +99,7 @@ def _fit(
         scale=options["scale"],
         device=options["device"],
         resume=options["resume"],
-        report=say,
+        log=say,
         **(extra or {}),
     )
     if is_first_process():

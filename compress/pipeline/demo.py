@@ -9,8 +9,8 @@ from pathlib import Path
 
 from compress.config import Recipe
 from compress.data.generate import generate
+from compress.log import Log
 from compress.recipe import load_recipe
-from compress.store import Report
 from runtime.files import atomic_write
 
 IMAGES, SIZE, SEED = 200, 256, 0
@@ -26,12 +26,12 @@ quantize: {{calibration_images: 64, max_map_drop: 0.03}}
 """
 
 
-def prepare(out: Path, report: Report) -> Recipe:
+def prepare(out: Path, log: Log) -> Recipe:
     """The demo's data and recipe in the folder `out`; what is there already is used as it is."""
     data, file = out / "belt", out / "recipe.yaml"
     if not (data / "data.yaml").is_file():
         generate(data, images=IMAGES, size=(SIZE, SIZE), seed=SEED)
-        report(f"generated {IMAGES} images of metal parts on a conveyor belt in {data}")
+        log(f"generated {IMAGES} images of metal parts on a conveyor belt in {data}")
     if not file.is_file():
         with atomic_write(file) as temporary:
             temporary.write_text(RECIPE.format(file=file, out=out))

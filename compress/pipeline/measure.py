@@ -14,10 +14,10 @@ from compress.config import BenchConfig
 from compress.data import DataConfig, load_data
 from compress.data.index import index_split
 from compress.graph.study import Validation
+from compress.log import Log
 from compress.models import complexity, load_model
 from compress.pipeline.inputs import Candidate, validation_of
 from compress.quantize import Measured
-from compress.store import Report
 from compress.validate import validate
 from runtime.detector import Detector
 from runtime.image import read_image
@@ -65,7 +65,7 @@ def gate(data: Validation, config: BenchConfig) -> Callable[[Path], Measured]:
 
 
 def measure_rows(
-    files: Sequence[Candidate], data: Validation, config: BenchConfig, report: Report, device: str = "cpu"
+    files: Sequence[Candidate], data: Validation, config: BenchConfig, log: Log, device: str = "cpu"
 ) -> list[Row]:
     """Rows of the report, one for each file, all measured in this run."""
     rows = []
@@ -85,7 +85,7 @@ def measure_rows(
                 reason=file.reason,
             )
         )
-        report(_line(rows[-1]))
+        log(_line(rows[-1]))
     return rows
 
 
@@ -97,12 +97,12 @@ def _line(row: Row) -> str:
     )
 
 
-def torch_row(role: str, file: Path, data: DataConfig, imgsz: int, report: Report) -> Row:
+def torch_row(role: str, file: Path, data: DataConfig, imgsz: int, log: Log) -> Row:
     """The network before export, by YOLOv5's way of validating: rectangular batches, several labels a box."""
     model = load_model(file)
     found = validate(model, index_split(data, "val").samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None
-    report(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
+    log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
     cost = complexity(model.arch, (imgsz, imgsz))
     return {
         "name": role,
@@ -116,11 +116,11 @@ def torch_row(role: str, file: Path, data: DataConfig, imgsz: int, report: Repor
     }
 
 
-def bench_files(paths: Sequence[Path], data_yaml: Path, config: BenchConfig, out: Path, report: Report) -> Document:
+def bench_files(paths: Sequence[Path], data_yaml: Path, config: BenchConfig, out: Path, log: Log) -> Document:
     """Measure files and bundles on the val split of `data_yaml`; writes the report into `out` and returns its JSON."""
     data = load_data(data_yaml)
     validation = validation_of(data)
-    rows = measure_rows([_candidate(path) for path in paths], validation, config, report, device="auto")
+    rows = measure_rows([_candidate(path) for path in paths], validation, config, log, device="auto")
     with Detector.load(paths[0]) as first:
         card = first.card
     settings = {

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.config import Recipe, Settings
-from compress.store import Outcome, Report, Stage, Work, execute
+from compress.log import Log
+from compress.store import Outcome, Stage, Work, execute
 from runtime.errors import UsageError
 
 STAGES = ("data", "teacher", "distill", "export", "quantize", "build", "bench", "report", "bundle")
@@ -48,7 +49,7 @@ def run_recipe(
     *,
     until: str = STAGES[-1],
     force: Collection[str] = (),
-    report: Report,
+    log: Log,
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done."""
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
@@ -60,8 +61,8 @@ def run_recipe(
         require_stage(name)
     outcomes = []
     for name in STAGES[: STAGES.index(until) + 1]:
-        outcomes.append(execute(_stage(name, recipe, out), out, report=report, force=name in force))
-        report(_line(outcomes[-1]))
+        outcomes.append(execute(_stage(name, recipe, out), out, log=log, force=name in force))
+        log(_line(outcomes[-1]))
     return outcomes
 
 

@@ -1,6 +1,6 @@
 """What each stage does, told in terms of the rooms that do it.
 
-Every function takes the recipe and its `Work` (inputs to read, `out` to write, `report` for a line) and returns the
+Every function takes the recipe and its `Work` (inputs to read, `out` to write, `log` for a line) and returns the
 figures that its manifest keeps.
 """
 
@@ -55,7 +55,7 @@ def run_data(recipe: Recipe, work: Work) -> Figures:
     splits = {split: index_split(config, split) for split in ("train", "val")}
     for split, index in splits.items():
         for problem in index.problems:
-            work.report(f"{split}: skipped {problem}")
+            work.log(f"{split}: skipped {problem}")
     counts = {split: _counts(index) for split, index in splits.items()}
     write_json(work.out / "data.json", {"names": config.names, "digest": data_digest(recipe), "splits": counts})
     write_json(work.out / "val.json", to_coco(splits["val"].samples, config.names))
@@ -99,7 +99,7 @@ def run_teacher(recipe: Recipe, work: Work) -> Figures:
     config, data = recipe.teacher, load_data(recipe.data)
     goal = work.out / "teacher.safetensors"
     if config.weights and _usable_as_it_is(config, data):
-        work.report(f"teacher: {config.weights.name} knows these classes and is used as it is")
+        work.log(f"teacher: {config.weights.name} knows these classes and is used as it is")
         checkpoint.save_model(checkpoint.load_model(config.weights), goal, {"origin": config.weights.name})
         return {"trained": "no"}
     result = train(
@@ -110,7 +110,7 @@ def run_teacher(recipe: Recipe, work: Work) -> Figures:
         scale=None if config.weights else config.scale,
         device=recipe.device,
         resume=_is_begun(work.out / "training"),
-        report=work.report,
+        log=work.log,
     )
     return _keep_best(result, goal)
 
@@ -139,7 +139,7 @@ def run_distill(recipe: Recipe, work: Work) -> Figures:
         scale=recipe.student.scale,
         device=recipe.device,
         resume=_is_begun(work.out / "training"),
-        report=work.report,
+        log=work.log,
     )
     return _keep_best(result, work.out / "student.safetensors")
 
@@ -168,11 +168,11 @@ def run_export(recipe: Recipe, work: Work) -> Figures:
     if recipe.export.frame:
         require_frames(validation, recipe.export.frame)
     student = work.inputs["distill"] / "student.safetensors"
-    result = export(recipe.export, model=student, out=work.out, imgsz=recipe.imgsz, data=validation, report=work.report)
+    result = export(recipe.export, model=student, out=work.out, imgsz=recipe.imgsz, data=validation, log=work.log)
     alike = recipe.export.model_copy(update={"candidates": result.card.candidates})
     teacher = work.inputs["teacher"] / "teacher.safetensors"
-    work.report("the teacher, exported alike for comparison:")
-    measured = export(alike, model=teacher, out=work.out / "teacher", imgsz=recipe.imgsz, report=work.report)
+    work.log("the teacher, exported alike for comparison:")
+    measured = export(alike, model=teacher, out=work.out / "teacher", imgsz=recipe.imgsz, log=work.log)
     measured.model_onnx.rename(work.out / TEACHER)
     shutil.rmtree(work.out / "teacher")
     write_json(work.out / "export.json", result.to_json())
@@ -192,7 +192,7 @@ def run_quantize(recipe: Recipe, work: Work) -> Figures:
         images=training_images(data),
         out=work.out,
         evaluate=gate(validation_of(data), recipe.bench),
-        report=work.report,
+        log=work.log,
     )
     write_json(work.out / "quantize.json", [flavour.to_json() for flavour in flavours])
     return {"kept": ", ".join(flavour.name for flavour in flavours if flavour.kept)}
@@ -202,7 +202,7 @@ def run_build(recipe: Recipe, work: Work) -> Figures:
     """Out: the plans, `model.json` for them, and `build.json`."""
     models = kept_files(work.inputs)
     card = card_of(models[REFERENCE])
-    plans = build(recipe.build, models=models, out=work.out, card=card, report=work.report)
+    plans = build(recipe.build, models=models, out=work.out, card=card, log=work.log)
     write_json(work.out / "build.json", [plan.to_json() for plan in plans])
     return {"plans": sum(plan.artifact is not None for plan in plans)}
 
@@ -213,10 +213,10 @@ def run_build(recipe: Recipe, work: Work) -> Figures:
 def run_bench(recipe: Recipe, work: Work) -> Figures:
     """Out: `bench.json`, the rows of the report: each file's latency and mAP, taken in this one run."""
     data = load_data(recipe.data)
-    rows = measure_rows(measured_files(work.inputs), validation_of(data), recipe.bench, work.report)
+    rows = measure_rows(measured_files(work.inputs), validation_of(data), recipe.bench, work.log)
     networks = {"teacher": work.inputs["teacher"], "student": work.inputs["distill"]}
     torch = [
-        torch_row(role, folder / f"{role}.safetensors", data, recipe.imgsz, work.report)
+        torch_row(role, folder / f"{role}.safetensors", data, recipe.imgsz, work.log)
         for role, folder in networks.items()
     ]
     write_json(work.out / "bench.json", {"models": rows, "torch": torch, "machine": facts()})
@@ -236,7 +236,7 @@ def run_bundle(_: Recipe, work: Work) -> Figures:
     card = bundle(work.inputs, work.out)
     with Detector.load(work.out, device="cpu") as detector:
         runs = detector.artifact.file if detector.artifact else ""
-        work.report(f"bundle: {len(card.artifacts)} files; this machine runs {runs}")
+        work.log(f"bundle: {len(card.artifacts)} files; this machine runs {runs}")
     return {"files": len(card.artifacts)}
 
 

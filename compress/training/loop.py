@@ -28,13 +28,14 @@ from compress.config import TrainConfig
 from compress.data.dataset import TrainDataset
 from compress.data.index import Sample
 from compress.data.loader import Batch, batch_count, train_batches
+from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, write_csv
 from compress.training.ema import Ema
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
-from compress.training.progress import Progress, Report, epoch_line, open_progress
+from compress.training.progress import Progress, epoch_line, open_progress
 from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
 from compress.training.state import load_state, random_state, restore_random_state, save_state
 from compress.validate import ValResult, as_network_input, validate
@@ -88,13 +89,13 @@ class Course:
     history: list[Record] = field(default_factory=list)
 
 
-def fit(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, report: Report = print) -> TrainResult:
+def fit(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, log: Log = print) -> TrainResult:
     """Train until the last epoch or an early stop. `resume` is what `read_resume` returned.
 
     Errors: EdgestillError where a loss is not finite, the GPU's memory is full or a file cannot be written; the files
     then hold the last good epoch.
     """
-    trainer = Trainer(job, device, report)
+    trainer = Trainer(job, device, log)
     if resume:
         trainer.restore(resume)
     try:
@@ -120,12 +121,12 @@ def read_resume(out: Path, config: TrainConfig) -> dict[str, Any]:
 class Trainer:
     """One training in the making; `run` is the loop, everything else serves it."""
 
-    def __init__(self, job: Job, device: str, report: Report, span: Span = unwatched) -> None:
+    def __init__(self, job: Job, device: str, log: Log, span: Span = unwatched) -> None:
         where, config = pick_device(device), job.config
         self.accelerator = _accelerator(where, half=config.amp)
         self.job, self.config, self.course, self.span = job, config, Course(), span
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
-        self.report: Report = report if self.accelerator.is_main_process else lambda _: None
+        self.log: Log = log if self.accelerator.is_main_process else lambda _: None
         self.batches = batch_count(len(job.train), config.batch)
         self.schedule = Schedule(config.optimizer, config.epochs, self.batches, config.batch)
         freeze(job.objective.model.model, config.freeze)
@@ -150,7 +151,7 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 self._close_epoch(record)
                 scalars.add(record)
-                self.report(epoch_line(record, self.config.epochs, seconds, len(self.job.train)))
+                self.log(epoch_line(record, self.config.epochs, seconds, len(self.job.train)))
         return self._result()
 
     def train_epoch(self, progress: Progress) -> Record:
@@ -259,7 +260,7 @@ class Trainer:
 
     def _result(self) -> TrainResult:
         best, last = (self.job.out / name for name in ("best.safetensors", "last.safetensors"))
-        self.report(f"best epoch {self.course.best_epoch + 1}, fitness {self.course.best_fitness:.4f}: {best}")
+        self.log(f"best epoch {self.course.best_epoch + 1}, fitness {self.course.best_fitness:.4f}: {best}")
         return TrainResult(best, last, self.course.history[self.course.best_epoch], self.course.epoch)
 
     # -- kill and resume --------------------------------------------------------------------------

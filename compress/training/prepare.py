@@ -15,10 +15,10 @@ from compress.data.class_names import class_conflict
 from compress.data.dataset import TrainDataset
 from compress.data.dataset_yaml import DataConfig
 from compress.data.index import Sample, index_split
+from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
 from compress.models.checkpoint import load, transfer
-from compress.training.progress import Report
 from runtime.errors import UsageError
 
 SHOWN_PROBLEMS = 5
@@ -29,20 +29,20 @@ class Splits(NamedTuple):
     val: Sequence[Sample]
 
 
-def open_splits(data: DataConfig, config: TrainConfig, report: Report) -> Splits:
+def open_splits(data: DataConfig, config: TrainConfig, log: Log) -> Splits:
     """Index both splits; rows and images that cannot be used are left out and told."""
-    train, val = (_samples(data, split, report) for split in ("train", "val"))
+    train, val = (_samples(data, split, log) for split in ("train", "val"))
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
 
 
-def _samples(data: DataConfig, split: str, report: Report) -> Sequence[Sample]:
+def _samples(data: DataConfig, split: str, log: Log) -> Sequence[Sample]:
     index = index_split(data, split)
     boxes = sum(len(sample.labels) for sample in index.samples)
-    report(f"{split}: {len(index.samples)} images, {boxes} boxes")
+    log(f"{split}: {len(index.samples)} images, {boxes} boxes")
     for problem in index.problems[:SHOWN_PROBLEMS]:
-        report(f"{split}: skipped {problem}")
+        log(f"{split}: skipped {problem}")
     if len(index.problems) > SHOWN_PROBLEMS:
-        report(f"{split}: {len(index.problems) - SHOWN_PROBLEMS} more problems; see `edgestill data check`")
+        log(f"{split}: {len(index.problems) - SHOWN_PROBLEMS} more problems; see `edgestill data check`")
     return index.samples
 
 
@@ -53,7 +53,7 @@ def new_model(
     weights: Path | None,
     anchors: Any = None,
     seed: int = 0,
-    report: Report = print,
+    log: Log = print,
 ) -> YOLOv5:
     """A model for the classes `names`, started from `weights` wherever name and shape agree.
 
@@ -71,7 +71,7 @@ def new_model(
     model.init_detect_bias()
     if checkpoint:
         copied, skipped = transfer(checkpoint.state_dict, model)
-        report(f"{weights}: {len(copied)} tensors copied, {len(skipped)} start afresh{_why(skipped)}")
+        log(f"{weights}: {len(copied)} tensors copied, {len(skipped)} start afresh{_why(skipped)}")
     return model
 
 
@@ -102,7 +102,7 @@ def _why(skipped: Sequence[str]) -> str:
     return f" (first: {skipped[0]})" if skipped else ""
 
 
-def fit_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, report: Report) -> YOLOv5:
+def fit_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, log: Log) -> YOLOv5:
     """The model with anchors that suit the labels: the same object where its own already do."""
     sizes = scaled_sizes(
         [sample.labels[:, 3:5] for sample in samples],
@@ -112,7 +112,7 @@ def fit_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, r
     )
     rng = np.random.default_rng([config.seed, 1])
     choice = choose_anchors(sizes, np.array(model.arch.anchors), rng=rng, anchor_t=config.loss.anchor_t)
-    report(
+    log(
         f"anchors: {'replaced' if choice.replaced else 'kept'}, best possible recall {choice.after.recall:.4f}, "
         f"{choice.after.matches:.2f} matches a label"
     )

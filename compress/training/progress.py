@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-
-Report = Callable[[str], None]
-"""Takes one line for the person who waits."""
+from collections.abc import Mapping
 
 
 class Progress:

@@ -13,12 +13,12 @@ from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.dataset import TrainDataset
 from compress.data.loader import Batch, train_batches
+from compress.log import Log
 from compress.losses.checks import Check, doctor
 from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
 from compress.training.objective import DistillObjective
-from compress.training.progress import Report
 from compress.validate import as_network_input
 from runtime.errors import EdgestillError, InputError, UsageError
 
@@ -75,7 +75,7 @@ def build_losses(student: YOLOv5, teacher: YOLOv5, config: DistillConfig) -> dic
 
 
 def examine(
-    objective: DistillObjective, teacher: Teacher, train: TrainDataset, config: DistillConfig, report: Report
+    objective: DistillObjective, teacher: Teacher, train: TrainDataset, config: DistillConfig, log: Log
 ) -> list[Check]:
     """Refuse a distillation that would silently do nothing, and tell what the teacher costs.
 
@@ -89,8 +89,8 @@ def examine(
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")
-    report(f"distillation: {len(checks)} checks passed; {checks[-1].name}: {checks[-1].detail}")
-    report(cost_line(probe, teacher, on_device))
+    log(f"distillation: {len(checks)} checks passed; {checks[-1].name}: {checks[-1].detail}")
+    log(cost_line(probe, teacher, on_device))
     return checks
 
 

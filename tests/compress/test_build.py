@@ -57,7 +57,7 @@ def test_plans_are_built_ahead_of_time_and_described_by_model_json(models, tmp_p
     lines: list[str] = []
     out = tmp_path / "plans"
     plans = build(
-        config, models=models, out=out, card=ModelCard("part", NAMES, (32, 32), artifacts=(first,)), report=lines.append
+        config, models=models, out=out, card=ModelCard("part", NAMES, (32, 32), artifacts=(first,)), log=lines.append
     )
     card = ModelCard.load(out)
     assert [artifact.precision for artifact in card.artifacts] == ["fp16", "fp32", "fp32"]
@@ -75,7 +75,7 @@ def test_plans_are_built_ahead_of_time_and_described_by_model_json(models, tmp_p
 def test_a_target_that_does_not_exist_is_one_line_and_leaves_no_plan(models, tmp_path):
     config = BuildConfig(backend="tensorrt_rtx", targets=("sm86", "sm11"))
     with pytest.raises(EdgestillError, match="sm11"):
-        build(config, models=models, out=tmp_path / "plans", card=CARD, report=lambda _: None)
+        build(config, models=models, out=tmp_path / "plans", card=CARD, log=lambda _: None)
     assert not list((tmp_path / "plans").glob("*"))
 
 
@@ -86,7 +86,7 @@ def no_tensorrt(*_: Any, **__: Any) -> Any:
 def test_without_tensorrt_auto_skips_and_says_what_to_install(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", no_tensorrt)
     lines: list[str] = []
-    plans = build(BuildConfig(), models=models, out=tmp_path / "plans", card=CARD, report=lines.append)
+    plans = build(BuildConfig(), models=models, out=tmp_path / "plans", card=CARD, log=lines.append)
     assert [plan.artifact for plan in plans] == [None, None]
     assert all("skipped: no TensorRT is installed. pip install edgestill[rtx]" in line for line in lines)
     assert ModelCard.load(tmp_path / "plans") == CARD
@@ -100,14 +100,14 @@ def test_without_tensorrt_a_named_backend_fails(models, tmp_path, monkeypatch):
 
 def test_backend_none_builds_nothing(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", lambda *_, **__: pytest.fail("built"))
-    plans = build(BuildConfig(backend="none"), models=models, out=tmp_path, card=CARD, report=lambda _: None)
+    plans = build(BuildConfig(backend="none"), models=models, out=tmp_path, card=CARD, log=lambda _: None)
     assert {plan.skipped for plan in plans} == {"skipped: the backend is none"}
 
 
 def test_only_precisions_that_passed_their_gate_are_built(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", no_tensorrt)
     config = BuildConfig(precisions=("fp32", "int8-trt"))
-    plans = build(config, models=models, out=tmp_path, card=CARD, report=lambda _: None)
+    plans = build(config, models=models, out=tmp_path, card=CARD, log=lambda _: None)
     assert [plan.precision for plan in plans] == ["fp32"]
 
 

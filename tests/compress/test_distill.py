@@ -38,14 +38,14 @@ def quiet(_line: str) -> None: ...
 def teacher_file(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher")
     settings = TrainConfig(epochs=3, batch=4, imgsz=64, val_interval=3, workers=0, tensorboard=False, seed=7)
-    return train(settings, data=tiny_data, out=out, scale="n", device="cpu", report=quiet).best
+    return train(settings, data=tiny_data, out=out, scale="n", device="cpu", log=quiet).best
 
 
 @pytest.fixture
 def trainer(tiny_data: DataConfig, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
     """A distillation that is about to train its first batch."""
     settings, master = config(), load_model(teacher_file)
-    student = new_model(tiny_data.names, scale="p", weights=None, anchors=master.arch.anchors, report=quiet)
+    student = new_model(tiny_data.names, scale="p", weights=None, anchors=master.arch.anchors, log=quiet)
     objective = DistillObjective(
         student, detection_loss(student, settings), build_losses(student, master, settings), settings.losses
     )
@@ -92,9 +92,9 @@ def test_files_hold_the_student_alone_and_the_table_its_terms(
 ) -> None:
     lines: list[str] = []
     result = distill(
-        config(), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p", device="cpu", report=lines.append
+        config(), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p", device="cpu", log=lines.append
     )
-    plain = new_model(tiny_data.names, scale="p", weights=None, report=quiet)
+    plain = new_model(tiny_data.names, scale="p", weights=None, log=quiet)
     assert load(result.best).state_dict.keys() == plain.state_dict().keys()
     assert load_model(result.best).arch.anchors == load_model(teacher_file).arch.anchors
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
@@ -111,10 +111,10 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
             raise KeyboardInterrupt
 
     arguments = {"data": tiny_data, "teacher": teacher_file, "scale": "p", "device": "cpu"}
-    distill(config(), out=tmp_path / "straight", report=quiet, **arguments)
+    distill(config(), out=tmp_path / "straight", log=quiet, **arguments)
     with pytest.raises(KeyboardInterrupt):
-        distill(config(), out=tmp_path / "cut", report=stop, **arguments)
-    distill(config(), out=tmp_path / "cut", resume=True, report=quiet, **arguments)
+        distill(config(), out=tmp_path / "cut", log=stop, **arguments)
+    distill(config(), out=tmp_path / "cut", resume=True, log=quiet, **arguments)
     straight, cut = (load_state(tmp_path / name / "state.pt") for name in ("straight", "cut"))
     for part in ("objective", "ema"):
         assert all(torch.equal(value, cut[part][key]) for key, value in straight[part].items())
@@ -122,7 +122,7 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
 
 def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"knows 80 classes, the data has 2") as caught:
-        distill(config(), data=tiny_data, out=tmp_path, teacher=weights, scale="p", device="cpu", report=quiet)
+        distill(config(), data=tiny_data, out=tmp_path, teacher=weights, scale="p", device="cpu", log=quiet)
     assert "\n" not in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def test_an_unknown_loss_is_refused_with_the_known_ones(
     with pytest.raises(UsageError, match=r"'objkd' is not known.*obj_kd"):
         distill(
             config(losses={"objkd": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
-            device="cpu", report=quiet,
+            device="cpu", log=quiet,
         )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
     with pytest.raises(EdgestillError, match=r"would not work: dead is finite and not zero") as caught:
         distill(
             config(losses={"dead": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
-            device="cpu", report=quiet,
+            device="cpu", log=quiet,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -86,7 +86,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
 def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Any:
     lines: list[str] = []
     out = tmp_path_factory.mktemp("export")
-    result = export(ExportConfig(), model=student.path, out=out, imgsz=SIZE, data=student.data, report=lines.append)
+    result = export(ExportConfig(), model=student.path, out=out, imgsz=SIZE, data=student.data, log=lines.append)
     return result, lines
 
 
@@ -144,9 +144,7 @@ def test_boxes_are_the_host_nms_of_torch_rows(student, exported):
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(student, exported, tmp_path):
-    again = export(
-        ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, report=lambda _: None
-    )
+    again = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lambda _: None)
     assert again.model_onnx.read_bytes() == exported[0].model_onnx.read_bytes()
     assert again.yolov5_onnx.read_bytes() == exported[0].yolov5_onnx.read_bytes()
 
@@ -155,7 +153,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(student, exported, tmp_path):
 def test_a_difference_beyond_the_tolerance_publishes_nothing(student, tmp_path, limit):
     config = ExportConfig(**{limit: 1e-12})
     with pytest.raises(EdgestillError, match="against torch") as caught:
-        export(config, model=student.path, out=tmp_path / "out", imgsz=SIZE, report=lambda _: None)
+        export(config, model=student.path, out=tmp_path / "out", imgsz=SIZE, log=lambda _: None)
     assert f"export.{limit}" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -167,7 +165,7 @@ def test_an_image_size_off_the_stride_names_the_next_one(student, tmp_path):
 
 def test_a_frame_graph_takes_the_camera_frame(student, tmp_path):
     config = ExportConfig(frame=(108, 192), candidates=100)
-    result = export(config, model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, report=lambda _: None)
+    result = export(config, model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lambda _: None)
     assert (result.card.input, result.card.frame_hw, result.card.candidates) == ("frame", (108, 192), 100)
     session = onnxruntime.InferenceSession(result.model_onnx)
     assert session.get_inputs()[0].shape == [1, 108, 192, 3]
@@ -176,7 +174,7 @@ def test_a_frame_graph_takes_the_camera_frame(student, tmp_path):
 
 def test_without_images_the_check_runs_on_noise_and_says_that_candidates_are_unmeasured(student, tmp_path):
     lines: list[str] = []
-    result = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, report=lines.append)
+    result = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, log=lines.append)
     assert result.candidates is None
     assert (result.card.candidates, result.boxes.images) == (300, 1)
     assert any("not measured" in line for line in lines)
@@ -220,7 +218,7 @@ def test_the_official_checkpoint_keeps_its_map_on_coco128(shared: Path, weights:
     data = load_data(shared / "data" / "coco128" / "data.yaml")
     samples = index_split(data, "val", workers=0).samples
     validation = Validation([(i, s.image) for i, s in enumerate(samples, 1)], to_coco(samples, data.names))
-    result = export(ExportConfig(), model=weights, out=tmp_path, imgsz=640, data=validation, report=print)
+    result = export(ExportConfig(), model=weights, out=tmp_path, imgsz=640, data=validation, log=print)
     run = rows_of(load_model(weights))
     session = onnxruntime.InferenceSession(result.model_onnx)
 

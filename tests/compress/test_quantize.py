@@ -63,7 +63,7 @@ def run(config: QuantizeConfig, model: Path, images: list[Path], out: Path, maps
         precision = read_card(onnx.load(path), path.name).precision
         return Measured(maps.get(precision, 0.5), 10.0 if precision == "fp32" else 12.0)
 
-    made = quantize(config, model=model, images=images, out=out, evaluate=evaluate, report=lines.append)
+    made = quantize(config, model=model, images=images, out=out, evaluate=evaluate, log=lines.append)
     return {flavour.name: flavour for flavour in made}, lines
 
 

@@ -37,11 +37,11 @@ class Stop(BaseException):
 
 
 def stop_at(start: str):
-    def report(line: str) -> None:
+    def log(line: str) -> None:
         if line.startswith(start):
             raise Stop
 
-    return report
+    return log
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -61,11 +61,11 @@ def test_a_stopped_and_resumed_training_equals_a_straight_one(
     optimizer: OptimizerConfig, tiny_data: DataConfig, tmp_path: Path
 ) -> None:
     settings = config(optimizer=optimizer)
-    train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", report=quiet)
+    train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
     with pytest.raises(Stop):
-        train(settings, data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", report=stop_at("epoch 2/4"))
+        train(settings, data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
     assert load_state(tmp_path / "cut" / "state.pt")["course"]["epoch"] == 2
-    train(settings, data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, report=quiet)
+    train(settings, data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, log=quiet)
     assert_same_files(tmp_path / "straight", tmp_path / "cut")
 
 
@@ -93,15 +93,15 @@ def test_a_killed_process_leaves_files_that_resume_to_the_straight_result(
     child.kill()
     child.wait()
     load_model(out / "last.safetensors")
-    train(settings, data=tiny_data, out=out, device="cpu", resume=True, report=quiet)
-    train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", report=quiet)
+    train(settings, data=tiny_data, out=out, device="cpu", resume=True, log=quiet)
+    train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
     assert_same_files(tmp_path / "straight", out)
 
 
 def test_a_training_leaves_weights_a_table_and_a_picture(tiny_data: DataConfig, tmp_path: Path) -> None:
     lines: list[str] = []
     settings = config(epochs=2, tensorboard=True)
-    result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", report=lines.append)
+    result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=lines.append)
     assert {path.name for path in tmp_path.iterdir()} == {
         "best.safetensors", "last.safetensors", "state.pt", "results.csv", "curves.png", "tensorboard",
     }  # fmt: skip
@@ -116,7 +116,7 @@ def test_losses_fall(tiny_data: DataConfig, tmp_path: Path) -> None:
     calm = AugmentConfig(mosaic=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0)
     quick = OptimizerConfig(lr0=0.01, warmup_epochs=0)
     settings = config(epochs=15, val_interval=15, augment=calm, optimizer=quick, autoanchor=False)
-    train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", report=quiet)
+    train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     first, last = (sum(float(row[f"train/{t}_loss"]) for t in ("box", "obj", "cls")) for row in (rows[0], rows[-1]))
     assert last < 0.9 * first
@@ -127,31 +127,31 @@ def test_a_loss_that_is_not_finite_stops_in_one_line_and_spares_the_files(
 ) -> None:
     wild = OptimizerConfig(name="sgd", lr0=1e20, warmup_epochs=0, clip_norm=1e30)
     with pytest.raises(EdgestillError, match=r"not finite in epoch \d, batch \d+: .*(nan|inf)") as caught:
-        train(config(optimizer=wild), data=tiny_data, out=tmp_path, scale="p", device="cpu", report=quiet)
+        train(config(optimizer=wild), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_resuming_with_other_settings_names_the_setting(tiny_data: DataConfig, tmp_path: Path) -> None:
-    train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", report=quiet)
+    train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     with pytest.raises(UsageError, match="trained with epochs = 1, not 2"):
-        train(config(epochs=2), data=tiny_data, out=tmp_path, device="cpu", resume=True, report=quiet)
+        train(config(epochs=2), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
 
 
 def test_resuming_nothing_says_so(tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to resume"):
-        train(config(), data=tiny_data, out=tmp_path, device="cpu", resume=True, report=quiet)
+        train(config(), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
 
 
 def test_resuming_a_finished_training_returns_its_result(tiny_data: DataConfig, tmp_path: Path) -> None:
-    done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", report=quiet)
-    again = train(config(epochs=1), data=tiny_data, out=tmp_path, device="cpu", resume=True, report=quiet)
+    done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    again = train(config(epochs=1), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
     assert again == done
 
 
 def test_neither_scale_nor_weights_is_a_usage_error(tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a scale nor weights"):
-        train(config(), data=tiny_data, out=tmp_path, device="cpu", report=quiet)
+        train(config(), data=tiny_data, out=tmp_path, device="cpu", log=quiet)
 
 
 def test_another_number_of_classes_starts_only_the_head_afresh(
@@ -159,14 +159,14 @@ def test_another_number_of_classes_starts_only_the_head_afresh(
 ) -> None:
     still = OptimizerConfig(name="sgd", lr0=1e-9, warmup_epochs=0)
     settings = config(epochs=1, optimizer=still, autoanchor=False)
-    result = train(settings, data=tiny_data, out=tmp_path, weights=weights, device="cpu", report=quiet)
+    result = train(settings, data=tiny_data, out=tmp_path, weights=weights, device="cpu", log=quiet)
     before, after = tensors_of(weights), tensors_of(result.last)
     assert after["model.24.m.0.weight"].shape[0] == 3 * (5 + len(tiny_data.names))
     torch.testing.assert_close(after["model.0.conv.weight"], before["model.0.conv.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_layers_keep_their_weights(tiny_data: DataConfig, tmp_path: Path) -> None:
-    result = train(config(epochs=1, freeze=10), data=tiny_data, out=tmp_path, scale="p", device="cpu", report=quiet)
+    result = train(config(epochs=1, freeze=10), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     state = load_state(tmp_path / "state.pt")
     fresh = tensors_of(result.last)
     moved = {key.removeprefix("model.") for key in state["objective"] if key.startswith("model.")}
@@ -188,6 +188,6 @@ def test_training_stops_early_without_a_better_fitness(
 
     monkeypatch.setattr(loop, "validate", lambda *a, **k: Worse(real(*a, **k)))
     settings = config(epochs=9, val_interval=1, patience=2)
-    result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", report=quiet)
+    result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     assert result.epochs == 3
     assert result.metrics["epoch"] == 0

@@ -88,7 +88,7 @@ def test_unusable_annotations_are_refused_in_one_line(text: str, samples: tuple[
 def test_the_model_is_left_as_it_is_and_every_span_is_timed(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
     from compress.config import TrainConfig
 
-    model = new_model(tiny_data.names, scale="p", weights=None, report=lambda _: None).train()
+    model = new_model(tiny_data.names, scale="p", weights=None, log=lambda _: None).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     loss = detection_loss(model, TrainConfig(imgsz=64))
     result = validate(model, samples, imgsz=64, batch=3, device="cpu", loss=loss)
