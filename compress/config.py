@@ -6,7 +6,7 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_jsonable_python
@@ -14,9 +14,21 @@ from pydantic_core import to_jsonable_python
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-ScaleName = Literal["p", "n", "s", "m", "l", "x"]
 ImageSize = Annotated[int, Field(ge=32, multiple_of=32)]
 IMGSZ = 640
+
+SCALES: dict[str, tuple[float, float]] = {
+    "p": (0.33, 0.125),
+    "n": (0.33, 0.25),
+    "s": (0.33, 0.50),
+    "m": (0.67, 0.75),
+    "l": (1.00, 1.00),
+    "x": (1.33, 1.25),
+}
+"""Name -> (depth multiple, width multiple) of a network. All but `p`, half the width of `n`, are YOLOv5's."""
+ScaleName: TypeAlias = Literal[tuple(SCALES)]  # type: ignore[valid-type]
+"""One of `SCALES`."""
+
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
 training looks at it."""

@@ -10,20 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from compress.config import SCALES
 from runtime.errors import InputError, UsageError
 
 Anchors = tuple[tuple[tuple[float, float], ...], ...]
 """(width, height) in pixels, a group for each level, finest level first."""
-
-SCALES: dict[str, tuple[float, float]] = {
-    "p": (0.33, 0.125),
-    "n": (0.33, 0.25),
-    "s": (0.33, 0.50),
-    "m": (0.67, 0.75),
-    "l": (1.00, 1.00),
-    "x": (1.33, 1.25),
-}
-"""Depth and width multiples. All but `p`, half the width of `n`, are YOLOv5's."""
 
 DEFAULT_ANCHORS: Anchors = (
     ((10, 13), (16, 30), (33, 23)),

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.models.architecture import ACTIVATIONS, LAYOUTS, MAX_CLASSES, SCALES, Architecture
+from compress.config import SCALES
+from compress.models.architecture import ACTIVATIONS, LAYOUTS, MAX_CLASSES, Architecture
 from compress.models.blocks import Bottleneck
 from compress.models.pickled import PickleError, Stub, TensorRef, attributes, brief
 from compress.models.yolov5 import YOLOv5
