@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from compress.compute.device import pick_device, place
 from compress.compute.numerics import require_finite
 from compress.compute.timing import Span, timed_items, unwatched
-from compress.config import TrainConfig
+from compress.config import TrainConfig, result_settings
 from compress.data.dataset import TrainDataset
 from compress.data.index import Sample
 from compress.data.loader import Batch, batch_count, train_batches
@@ -45,8 +45,6 @@ Guide = Callable[[torch.Tensor], Outputs]
 """A teacher: float images (B, 3, H, W) -> its outputs, without gradient."""
 FINITE_CHECK_EVERY = 50
 """Batches between two looks at the losses on a GPU, where each look waits for the device."""
-FREE_SETTINGS = ("workers", "tensorboard", "checkpoint_interval")
-"""Settings that a resumed training may change: no number depends on them."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,9 @@ def fit(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None,
 def read_resume(out: Path, config: TrainConfig) -> dict[str, Any]:
     """The state in `out`. Errors: InputError where there is none, UsageError where it belongs to other settings."""
     state = load_state(out / "state.pt")
-    was, now = state["config"], config.model_dump(mode="json")
+    was, now = state["config"], result_settings(config)
     for key in sorted(was.keys() | now.keys()):
-        if key not in FREE_SETTINGS and was.get(key) != now.get(key):
+        if was.get(key) != now.get(key):
             raise UsageError(
                 f"{out} was trained with {key} = {was.get(key)}, not {now.get(key)}",
                 "resume with the same settings, or start anew in another folder",
@@ -268,7 +266,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that the next epoch depends on."""
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": result_settings(self.config),
             "architecture": self.job.objective.model.arch.to_json(),
             "objective": self.job.objective.state_dict(),
             "gradients": [parameter.grad for parameter in self.job.objective.parameters()],
