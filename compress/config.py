@@ -6,7 +6,7 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import to_jsonable_python
@@ -51,6 +51,9 @@ def result_settings(settings: Settings) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return result_settings(value) if isinstance(value, Settings) else to_jsonable_python(value)
+
+
+G = TypeVar("G", bound=Settings)
 
 
 class OptimizerConfig(Settings):
@@ -267,6 +270,10 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+
+    def part(self, group: type[G]) -> G:
+        """The settings that `group` has fields for, as they are here."""
+        return group.model_validate({name: getattr(self, name) for name in group.model_fields})
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,8 @@ from runtime.errors import EdgestillError, UsageError
 from runtime.files import sha256, write_json
 
 MANIFEST = "stage.json"
+Folders = Mapping[str, Path]
+"""Name of a stage -> the folder of its result."""
 
 
 @dataclass(frozen=True)

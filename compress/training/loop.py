@@ -37,7 +37,7 @@ from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
 from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
-from compress.training.state import load_state, random_state, restore_random_state, save_state
+from compress.training.state import STATE, load_state, random_state, restore_random_state, save_state
 from compress.validate import ValResult, as_network_input, validate
 from runtime.errors import EdgestillError, UsageError
 
@@ -72,6 +72,12 @@ class TrainResult:
     epochs: int
     """Epochs that were trained, fewer than asked after an early stop."""
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of the best epoch, as the manifest of a stage keeps them."""
+        map50, map50_95 = (self.metrics[f"metrics/mAP_{name}"] for name in ("0.5", "0.5:0.95"))
+        return {"epochs": self.epochs, "map50": map50, "map50_95": map50_95}
+
 
 @dataclass
 class Course:
@@ -105,7 +111,7 @@ def fit(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None,
 
 def read_resume(out: Path, config: TrainConfig) -> dict[str, Any]:
     """The state in `out`. Errors: InputError where there is none, UsageError where it belongs to other settings."""
-    state = load_state(out / "state.pt")
+    state = load_state(out / STATE)
     was, now = state["config"], result_settings(config)
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
@@ -249,7 +255,7 @@ class Trainer:
         finished = course.stopped or course.epoch == self.config.epochs
         if finished or course.epoch % self.config.checkpoint_interval == 0:
             self._save_weights("last.safetensors", course.history[-1])
-            save_state(self.state(), out / "state.pt")
+            save_state(self.state(), out / STATE)
         if finished:
             draw_curves(course.history, terms, out / "curves.png")
 

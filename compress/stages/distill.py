@@ -1,31 +1,63 @@
-"""Distillation: a small student learns from labels and from what a frozen teacher sees in the same batch.
+"""Distill: a small student learns from labels and from the outputs of a frozen teacher for the same batch.
 
-In: settings, a data set, a teacher's checkpoint, the student's scale. Out: the folder of a training; its files hold the
-student alone.
+In: settings, a data set, a teacher's checkpoint, the student's scale. Out: `student.safetensors`, the files of the
+training that led to it, and `checks.json`. All of them hold the student alone.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from compress.compute.device import is_first_process
 from compress.compute.numerics import flush_denormals
-from compress.config import DistillConfig
-from compress.data.dataset_yaml import DataConfig
+from compress.config import DistillConfig, Settings, StudentConfig
+from compress.data import Dataset
+from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
+from compress.stages import Figures, Stage, weights_digest
 from compress.training.loop import Job, TrainResult, fit, read_resume
 from compress.training.objective import DistillObjective, detection_loss
 from compress.training.prepare import model_of_state, new_model, open_splits
+from compress.training.state import STATE
 from compress.training.teacher import Teacher, build_losses, examine, load_teacher
 from runtime.files import write_json
 
-__all__ = ["TrainResult", "distill"]
+
+class Config(Settings):
+    distill: DistillConfig = DistillConfig()
+    student: StudentConfig = StudentConfig()
+    device: str = "auto"
+
+
+class Inputs(NamedTuple):
+    data: Dataset
+    teacher: Path
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write the student into `out`; a distillation that is begun there goes on. Raises the errors of `distill`."""
+    result = distill(
+        config.distill,
+        data=inputs.data,
+        out=out,
+        teacher=inputs.teacher,
+        weights=config.student.weights,
+        scale=config.student.scale,
+        device=config.device,
+        resume=(out / STATE).is_file(),
+        log=log,
+    )
+    if is_first_process():
+        shutil.copyfile(result.best, out / STUDENT)
+    return result.figures
 
 
 def distill(
     config: DistillConfig,
     *,
-    data: DataConfig,
+    data: Dataset,
     out: Path,
     teacher: Path,
     weights: Path | None = None,
@@ -38,7 +70,7 @@ def distill(
 
     The student takes the teacher's anchors. Before the first epoch the pair and every distillation loss are examined
     on one batch; what would make the distillation silently useless is an error of one line. Other arguments and errors
-    as for `compress.train.train`.
+    as for `compress.stages.teacher.train`.
     """
     flush_denormals(log)  # before anything makes torch start its threads
     state = read_resume(out, config) if resume else None
@@ -61,3 +93,13 @@ def distill(
             )
     job = Job(config, objective, splits.train, splits.val, out, guide=guide, decay_to=config.decay_to)
     return fit(job, device=device, resume=state, log=log)
+
+
+STAGE = Stage(
+    "distill",
+    settings=Config,
+    inputs=lambda recipe, folders: Inputs(dataset_of(recipe, folders), folders["teacher"] / TEACHER),
+    run=run,
+    after=("data", "teacher"),
+    digests={"student_weights": lambda recipe: weights_digest(recipe.student.weights)},
+)

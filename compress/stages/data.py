@@ -1,0 +1,70 @@
+"""Data: every image is decoded once, and what was found is kept for all later stages.
+
+In: data.yaml. Out: `index.json` (path, size, digest and labels of each usable image) and `data.json` (counts and
+problems of each split).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from compress.config import Recipe, Settings
+from compress.data import INDEX, DataConfig, index_dataset, load_data
+from compress.data.labels import label_path
+from compress.log import Log
+from compress.stages import Figures, Stage
+from runtime.files import write_json
+
+
+class NoSettings(Settings):
+    """The data stage has none: what it depends on are the user's files."""
+
+
+def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
+    """Index the train and val splits of `data`. Raises InputError when one of them has no usable image."""
+    dataset = index_dataset(data)
+    for split, index in dataset.splits.items():
+        for problem in index.problems:
+            log(f"{split}: skipped {problem}")
+    counts = {
+        split: {
+            "images": len(index.samples),
+            "boxes": index.boxes,
+            "problems": [str(problem) for problem in index.problems],
+        }
+        for split, index in dataset.splits.items()
+    }
+    head = {"name": data.path.parent.name, "names": data.names, "digest": dataset.sha256}
+    write_json(out / "data.json", head | {"splits": counts})
+    dataset.save(out / INDEX)
+    return {"classes": len(data.names)} | {f"{split}_images": counts[split]["images"] for split in counts}
+
+
+def files_digest(recipe: Recipe) -> str:
+    """sha256 over data.yaml's content, every label's content, and every image's path, size and time of change."""
+    config = load_data(recipe.data)
+    digest = hashlib.sha256(repr((config.names, config.notices)).encode())
+    for split, images in sorted(config.splits.items()):
+        for image in images:
+            digest.update(f"{split} {image} {_state(image)} ".encode())
+            label = label_path(image)
+            digest.update(label.read_bytes() if label.is_file() else b"background")
+    return digest.hexdigest()
+
+
+def _state(file: Path) -> str:
+    try:
+        status = file.stat()
+    except OSError:
+        return "absent"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+STAGE = Stage(
+    "data",
+    settings=NoSettings,
+    inputs=lambda recipe, _: load_data(recipe.data),
+    run=run,
+    digests={"data": files_digest},
+)
