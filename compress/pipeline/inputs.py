@@ -11,8 +11,8 @@ from compress.data import DataConfig
 from compress.data.coco import to_coco
 from compress.data.index import index_split
 from compress.export import SHIPPED
+from compress.flavours import REFERENCE
 from compress.graph.study import Validation
-from compress.quantize import REFERENCE
 from runtime.errors import InputError
 
 TEACHER = "teacher.onnx"

@@ -22,6 +22,7 @@ from compress.data.index import Index, index_split
 from compress.data.labels import label_path
 from compress.distill import distill
 from compress.export import SHIPPED, export
+from compress.flavours import REFERENCE
 from compress.models import checkpoint
 from compress.pipeline.bundle import bundle
 from compress.pipeline.inputs import (
@@ -34,7 +35,7 @@ from compress.pipeline.inputs import (
 )
 from compress.pipeline.measure import gate, measure_rows, torch_row
 from compress.pipeline.reporting import assemble
-from compress.quantize import REFERENCE, quantize
+from compress.quantize import quantize
 from compress.store import Work
 from compress.train import TrainResult, train
 from runtime.bundle import card_of
