@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import BuildConfig
+from compress.flavours import PLAN_PRECISIONS
 from compress.graph.metadata import read_card
 from compress.graph.safe_load import read_model
 from compress.log import Log
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.engine import build_engine
 from runtime.errors import InputError, UnavailableError
-
-PREFERENCE = ("fp16", "int8-trt", "fp32")
-"""Of plans, best first until a benchmark on the device says otherwise: FP16 is safe in accuracy, and INT8 through
-explicit Q/DQ is often no faster."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def build(
     plan is skipped with the reason; a named backend that is missing raises `UnavailableError`. Raises
     `EngineError` when TensorRT logs any error, `InputError` when a model is not one that edgestill wrote.
     """
-    wanted = [precision for precision in PREFERENCE if precision in config.precisions and precision in models]
+    wanted = [precision for precision in PLAN_PRECISIONS if precision in config.precisions and precision in models]
     if config.backend == "none":
         plans = [Plan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
     else:

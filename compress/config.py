@@ -5,11 +5,14 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import to_jsonable_python
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, to_jsonable_python
+
+from compress.flavours import FLAVOURS, PLAN_PRECISIONS
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -32,6 +35,22 @@ ScaleName: TypeAlias = Literal[tuple(SCALES)]  # type: ignore[valid-type]
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
 training looks at it."""
+
+
+def _one_of(known: Iterable[str]) -> AfterValidator:
+    """Accepts the names of a table. Raises one line that lists them for any other."""
+    names = tuple(known)
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise PydanticCustomError("unknown_name", "expected one of {names}", {"names": ", ".join(names)})
+        return name
+
+    return AfterValidator(check)
+
+
+FlavourName = Annotated[str, _one_of(FLAVOURS)]
+PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
 
 
 class Settings(BaseModel):
@@ -209,13 +228,13 @@ class ExportConfig(Settings):
 class QuantizeConfig(Settings):
     """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
 
-    flavours: tuple[Literal["fp16", "int8-trt", "int8-cpu"], ...] = ("fp16", "int8-trt", "int8-cpu")
+    flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
     calibration_images: Annotated[int, Field(ge=1)] = 128
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     max_map_drop: NonNegative = 0.02
     """mAP50-95 that a flavour may lose against FP32, measured on the file."""
     max_latency_ratio: Positive = 1.0
-    """Median latency against FP32 that `int8-cpu` may have on this CPU; the others are made for other hardware."""
+    """Latency against FP32 that a flavour for this CPU may have; the others are made for other hardware."""
 
 
 class BuildConfig(Settings):
@@ -224,7 +243,7 @@ class BuildConfig(Settings):
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = "auto"
     targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
-    precisions: tuple[Literal["fp32", "fp16", "int8-trt"], ...] = ("fp32", "fp16", "int8-trt")
+    precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
     workspace_mib: Annotated[int, Field(ge=1)] = 2048
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ import numpy as np
 import onnx
 
 from compress.config import QuantizeConfig
+from compress.flavours import FLAVOURS, REFERENCE
 from compress.graph.builder import publish
-from compress.graph.fp16 import FP16_MAX, body_to_fp16
+from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
-from compress.graph.qdq import SCHEMES, calibrate, quantised
 from compress.graph.safe_load import read_model
 from compress.graph.session import open_session
 from compress.log import Log
@@ -31,9 +31,6 @@ from runtime.errors import InputError
 from runtime.files import sha256
 from runtime.image import letterbox, read_image
 
-REFERENCE = "fp32"
-FOR_THIS_CPU = ("int8-cpu",)
-"""Flavours whose latency here is their latency in use; the others are made for TensorRT."""
 SANITY_IMAGES = 8
 SANITY_SHARE = 0.1
 """A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
@@ -47,8 +44,11 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Flavour:
-    """One precision. `drop` is the mAP50-95 lost against FP32; `calibration` names the images by number and digest."""
+class JudgedFile:
+    """A file of one precision, and whether its gate keeps it.
+
+    `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest.
+    """
 
     name: str
     path: Path
@@ -80,7 +80,7 @@ def quantize(
     out: Path,
     evaluate: Callable[[Path], Measured],
     log: Log = print,
-) -> tuple[Flavour, ...]:
+) -> tuple[JudgedFile, ...]:
     """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
 
     `images` come from the training split; `config.calibration_images` of them are used, spread evenly. Raises
@@ -90,13 +90,15 @@ def quantize(
     card = _boxes_card(source, model.name)
     chosen = spread(images, config.calibration_images)
     calibration = {**_digest(chosen), "method": config.method}
-    makers = _makers(config, source, card, chosen)
+    ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
     reference = evaluate(model)
     log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}, p50 {reference.p50_ms:.2f} ms")
-    flavours = [Flavour(REFERENCE, model, reference, 0.0, True, "the reference", {})]
+    flavours = [JudgedFile(REFERENCE, model, reference, 0.0, True, "the reference", {})]
     for name in config.flavours:
-        path = _publish(makers[name](), replace(card, precision=name), out / f"model.{name}.onnx")
-        used = calibration if name in SCHEMES else {}
+        row = FLAVOURS[name]
+        made = row.make(source, ranges()) if row.calibrated else row.make(source)
+        path = _publish(made, replace(card, precision=name), out / f"model.{name}.onnx")
+        used = calibration if row.calibrated else {}
         flavour = _judge(
             config, name, path, evaluate(path), reference, _collapse(name, source, path, chosen, card), used
         )
@@ -112,7 +114,7 @@ def spread(images: Sequence[Path], count: int) -> list[Path]:
     return [images[index * len(images) // count] for index in range(count)]
 
 
-def describe(flavour: Flavour, reference: Measured) -> str:
+def describe(flavour: JudgedFile, reference: Measured) -> str:
     """One line: accuracy, drop, latency against FP32 in the same run, and the verdict."""
     ratio = flavour.measured.p50_ms / reference.p50_ms if reference.p50_ms else float("nan")
     speed = "not faster than FP32 here" if ratio >= 1 else "faster than FP32 here"
@@ -132,20 +134,6 @@ def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
             "give the model.onnx that `edgestill export` wrote",
         )
     return card
-
-
-def _makers(
-    config: QuantizeConfig, source: onnx.ModelProto, card: ModelCard, chosen: Sequence[Path]
-) -> dict[str, Callable[[], onnx.ModelProto]]:
-    """How each flavour is made; the calibration runs once, when the first INT8 flavour asks for it."""
-    ranges: list[Any] = []
-
-    def integers(name: str) -> onnx.ModelProto:
-        if not ranges:
-            ranges.append(calibrate(source, (_input(path, card) for path in chosen), config.method))
-        return quantised(source, ranges[0], SCHEMES[name])
-
-    return {"fp16": partial(body_to_fp16, source), **{name: partial(integers, name) for name in SCHEMES}}
 
 
 def _input(path: Path, card: ModelCard) -> np.ndarray:
@@ -176,17 +164,7 @@ def _collapse(name: str, source: onnx.ModelProto, path: Path, chosen: Sequence[P
         return "its outputs are not finite"
     if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
         return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
-    return _fp16_overflow(source, probes) if name == "fp16" else ""
-
-
-def _fp16_overflow(source: onnx.ModelProto, probes: Sequence[np.ndarray]) -> str:
-    """Read off the FP32 activations: ONNX Runtime's CPU computes FP16 graphs in FP32, where nothing overflows."""
-    ranges = calibrate(source, probes, "minmax")
-    peaks = {name: float(np.abs(data.range_value).max()) for name, data in ranges.items()}
-    worst = max(peaks, key=lambda name: peaks[name])
-    if peaks[worst] <= FP16_MAX:
-        return ""
-    return f"{worst!r} reaches {peaks[worst]:.3g}, and FP16 overflows above {FP16_MAX:g}"
+    return FLAVOURS[name].fault(source, probes)
 
 
 def _outputs(model: onnx.ModelProto, probes: Sequence[np.ndarray]) -> np.ndarray:
@@ -203,13 +181,13 @@ def _judge(
     reference: Measured,
     collapse: str,
     calibration: Mapping[str, Any],
-) -> Flavour:
+) -> JudgedFile:
     drop = reference.map50_95 - measured.map50_95
     within = drop <= config.max_map_drop  # False for NaN
     verdict = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
-    slow = _slowness(config, measured, reference) if name in FOR_THIS_CPU else ""
+    slow = _slowness(config, measured, reference) if FLAVOURS[name].for_this_cpu else ""
     reason = collapse or (f"{verdict}; {slow}" if slow else verdict)
-    return Flavour(name, path, measured, drop, within and not collapse and not slow, reason, calibration)
+    return JudgedFile(name, path, measured, drop, within and not collapse and not slow, reason, calibration)
 
 
 def _slowness(config: QuantizeConfig, measured: Measured, reference: Measured) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from compress.config import Recipe
+from compress.config import QuantizeConfig, Recipe
 from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
@@ -140,7 +140,7 @@ export:
   # frame: [1080, 1920] # bake the letterbox in: camera frame in, boxes in frame pixels out
 
 quantize:
-  flavours: [fp16, int8-trt, int8-cpu]
+  flavours: [{flavours}]
   calibration_images: 128
   max_map_drop: 0.02    # a flavour that loses more mAP50-95 stays out of the bundle
 
@@ -171,6 +171,7 @@ def recipe_text(
         imgsz=imgsz,
         teacher_epochs=teacher_epochs,
         student_epochs=student_epochs,
+        flavours=", ".join(QuantizeConfig().flavours),
         **quoted,
     )
 

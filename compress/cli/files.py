@@ -91,6 +91,7 @@ def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, 
     """ONNX to TensorRT plans with the model.json that they need on the device."""
     from compress.build import build as run
     from compress.config import BuildConfig
+    from compress.flavours import PLAN_PRECISIONS
     from runtime.bundle import card_of
 
     given = {"targets": target.split(",") if target else None}
@@ -99,7 +100,8 @@ def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, 
     by_precision = {card.precision: model for model, card in cards.items()}
     if unbuildable := by_precision.keys() - set(config.precisions):
         raise UsageError(
-            f"{min(unbuildable)} is no precision that TensorRT plans are built from", "Known: fp32, fp16, int8-trt"
+            f"{min(unbuildable)} is no precision that TensorRT plans are built from",
+            f"Known: {', '.join(PLAN_PRECISIONS)}",
         )
     plans = run(config, models=by_precision, out=out, card=next(iter(cards.values())), log=say)
     if as_json:

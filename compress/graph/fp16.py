@@ -6,10 +6,13 @@ body and one leaves each detect convolution.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.calibration import calibrate
 from compress.graph.walk import Walk, sort_topologically
 from runtime.errors import EdgestillError
 
@@ -27,7 +30,7 @@ def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     _raise_opset_for_quantised(result)
     walk = Walk(result.graph)
     if not walk.convs:
-        raise EdgestillError("the graph has no convolution to convert to FP16", "give an exported YOLOv5 graph")
+        raise EdgestillError("the graph has no convolution to convert to FP16", "Give an exported YOLOv5 graph")
     body = walk.body
     _convert_constants(result.graph, walk, body)
     casts = [*_casts_in(walk, body), *_casts_out(result.graph, walk, body)]
@@ -36,6 +39,20 @@ def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     del result.graph.value_info[:]
     onnx.checker.check_model(result, full_check=True)
     return result
+
+
+def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
+    """Which activation of the FP32 `model` is beyond FP16 on these canvases, or nothing.
+
+    Measured in FP32: ONNX Runtime's CPU computes FP16 graphs in FP32, where nothing overflows. `canvases` are uint8
+    (1,H,W,3), what the graph's input takes.
+    """
+    ranges = calibrate(model, canvases, "minmax")
+    peaks = {name: float(np.abs(data.range_value).max()) for name, data in ranges.items()}
+    worst = max(peaks, key=lambda name: peaks[name])
+    if peaks[worst] <= FP16_MAX:
+        return ""
+    return f"{worst!r} reaches {peaks[worst]:.3g}, and FP16 overflows above {FP16_MAX:g}"
 
 
 def _raise_opset_for_quantised(model: onnx.ModelProto) -> None:
@@ -86,7 +103,7 @@ def _to_half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     if values.size and np.abs(values).max() > FP16_MAX:
         raise EdgestillError(
             f"{tensor.name!r} holds {np.abs(values).max():.3g}, beyond FP16's {FP16_MAX:g}",
-            "leave fp16 out of the flavours",
+            "Leave fp16 out of the flavours",
         )
     return numpy_helper.from_array(values.astype(np.float16), name)
 

@@ -13,6 +13,7 @@ from benchmarks.report import Row, make_report, model_row, plain
 from compress.config import BenchConfig
 from compress.data import DataConfig, load_data
 from compress.data.index import index_split
+from compress.flavours import FLAVOURS
 from compress.graph.study import Validation
 from compress.log import Log
 from compress.models import complexity, load_model
@@ -30,7 +31,7 @@ LATENCY_FRAMES = 32
 
 GATE_SAMPLES = 100
 """A median needs no more."""
-NOTES = dict.fromkeys(("fp16", "int8-trt"), "made for TensorRT; its latency on a CPU says nothing about a GPU")
+NOTES = {name: flavour.note for name, flavour in FLAVOURS.items()}
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from compress.flavours import FLAVOURS, REFERENCE
 from compress.pipeline.inputs import kept_files, read_json
-from compress.quantize import REFERENCE
 from runtime.bundle import card_of
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.files import sha256
 
-FOR_OTHER_HARDWARE = ("fp16", "int8-trt")
-"""Flavours whose use is to build engines on the device; they come last, since a CPU runs them slowly."""
 README = """\
 edgestill bundle "{name}": {classes} classes, {size} pixels, mAP and latency in report.html.
 
@@ -59,4 +57,5 @@ def _by_latency(models: Mapping[str, Path], bench: Path) -> list[str]:
     """Fastest first, as measured on the CPU that ran the benchmark; flavours for other hardware last."""
     rows = read_json(bench / "bench.json")["models"]
     p50 = {row["precision"]: row["latency"]["end_to_end"]["p50"] for row in rows if row["role"] == "student"}
-    return sorted(models, key=lambda precision: (precision in FOR_OTHER_HARDWARE, p50[precision]))
+    elsewhere = {flavour.name for flavour in FLAVOURS.values() if not flavour.for_this_cpu}
+    return sorted(models, key=lambda precision: (precision in elsewhere, p50[precision]))

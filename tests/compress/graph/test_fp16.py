@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.calibration import calibrate
 from compress.graph.fp16 import body_to_fp16
-from compress.graph.qdq import SCHEMES, calibrate, quantised
+from compress.graph.int8_trt import SCHEME
+from compress.graph.qdq import quantised
 from compress.graph.session import open_session
 from compress.graph.walk import Walk, op_counts, sort_topologically
 from runtime.errors import EdgestillError
@@ -70,9 +74,8 @@ def test_a_constant_shared_with_the_tail_is_copied(case, canvas):
 def test_quantised_bodies_become_half_with_no_cast_on_the_weights(case, canvas, pairs_on_weights):
     model = case.boxes()
     ranges = calibrate(model, [canvas], "minmax")
-    scheme = SCHEMES["int8-trt"]
-    options = {**scheme.options, "AddQDQPairToWeight": pairs_on_weights}
-    integers = quantised(model, ranges, type(scheme)(scheme.activation, scheme.operators, options))
+    options = {**SCHEME.options, "AddQDQPairToWeight": pairs_on_weights}
+    integers = quantised(model, ranges, replace(SCHEME, options=options))
     half = body_to_fp16(integers)
     assert casts(half) - casts(integers) == 7
     entering = next(node for node in half.graph.node if node.name == "canvas.nchw.to_fp16")

@@ -5,12 +5,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from compress.graph.qdq import METHODS, SCHEMES, calibrate, quantised
+from compress.flavours import FLAVOURS
+from compress.graph.calibration import METHODS, calibrate
 from compress.graph.safe_load import problems
 from compress.graph.session import open_session
 from compress.graph.walk import Walk, op_counts, strip_unused_opsets
 from runtime.errors import EdgestillError
 
+INT8 = [name for name, flavour in FLAVOURS.items() if flavour.calibrated]
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -22,17 +24,17 @@ def canvases():
 @pytest.fixture(scope="module")
 def flavours(case, canvases):
     ranges = calibrate(case.boxes(), canvases, "minmax")
-    return {name: quantised(case.boxes(), ranges, scheme) for name, scheme in SCHEMES.items()}
+    return {name: FLAVOURS[name].make(case.boxes(), ranges) for name in INT8}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_scores_survive_quantisation(case, canvases, flavours, name):
     full, integers = (open_session(m).run(None, {"canvas": canvases[0]})[0] for m in (case.boxes(), flavours[name]))
     assert integers[0, 0, 4] > 0.5
     assert abs(full[0, 0, 4] - integers[0, 0, 4]) < 0.1
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_detect_decode_nms_and_preprocessing_hold_no_quantised_tensor(flavours, name):
     walk = Walk(flavours[name].graph)
     assert not [walk.nodes[i].name for i in walk.tail if walk.nodes[i].op_type in QDQ]
@@ -41,7 +43,7 @@ def test_detect_decode_nms_and_preprocessing_hold_no_quantised_tensor(flavours, 
     assert flavours[name].graph.node[0].op_type == "Cast"
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_every_other_convolution_reads_quantised_weights(flavours, name):
     walk = Walk(flavours[name].graph)
     for conv in set(walk.convs) - set(walk.detect_convs):
@@ -66,7 +68,7 @@ def test_cpu_flavour_has_unsigned_activations(flavours):
     assert {str(arrays[node.input[2]].dtype) for node in graph.node if node.op_type == "QuantizeLinear"} == {"uint8"}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_only_the_default_domain_is_imported_and_every_operator_is_allowed(flavours, name):
     assert [entry.domain for entry in flavours[name].opset_import] == [""]
     assert not list(problems(flavours[name]))
