@@ -72,6 +72,10 @@ def _plain(value: Any) -> Any:
     return result_settings(value) if isinstance(value, Settings) else to_jsonable_python(value)
 
 
+class NoSettings(Settings):
+    """For a stage that reads none."""
+
+
 G = TypeVar("G", bound=Settings)
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress.config import Recipe
+from benchmarks.bench import Plan
+from compress.config import BenchConfig, Recipe
 from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
 from compress.flavours import REFERENCE
@@ -31,12 +32,28 @@ def validation_of(dataset: Dataset) -> Validation:
     return Validation(images, to_coco(samples, dataset.names))
 
 
+def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
+    """How files are measured, on the val split; accuracy and latency alike."""
+    data = validation_of(dataset)
+    return Plan(
+        data.images[: config.max_images or None],
+        data.ground_truth,
+        samples=config.latency_samples,
+        warmup_ms=config.warmup_ms,
+        accuracy_conf=config.accuracy_conf,
+        device=device,
+    )
+
+
 class MeasuredFile(NamedTuple):
-    """A file to measure, whose it is, and what its gate said; `kept` is None where there was no gate."""
+    """A file to measure, and what its gate said: `kept` is None where there was no gate.
+
+    `role` is teacher or student; `precision` None is that of the file's card.
+    """
 
     path: Path
-    role: str
-    precision: str
+    role: str = "student"
+    precision: str | None = None
     kept: bool | None = None
     reason: str = ""
 

@@ -1,107 +1,87 @@
-"""Latency and mAP of a file, taken in one run on one machine, so that they may stand in one row."""
+"""Bench: latency and mAP of every file, taken in one run on one machine, so that they may stand in one row.
+
+In: files, and the data set whose val split they are measured on. Out: `bench.json`, the rows of the report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from benchmarks.accuracy import Accuracy, detector_accuracy
-from benchmarks.latency import Latency, measure
-from benchmarks.report import Row, make_report, model_row, plain
-from compress.config import BenchConfig
-from compress.data import DataConfig, load_data
-from compress.data.index import index_split
+from benchmarks.bench import Plan, measure_file
+from benchmarks.report import Report, Row, make_report, plain
+from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
+from compress.data import Dataset
 from compress.flavours import FLAVOURS
-from compress.graph.study import Validation
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
 from compress.log import Log
 from compress.models import complexity, load_model
-from compress.pipeline.inputs import Candidate, validation_of
-from compress.quantize import Measured
+from compress.stages import Figures, Stage, cpu_and_runtime
+from compress.store import Folders
 from compress.validate import validate
-from runtime.detector import Detector
-from runtime.image import read_image
+from runtime.files import write_json
 from runtime.machine import facts
 
-Document = dict[str, Any]
 
-LATENCY_FRAMES = 32
-"""Distinct frames that the latency run cycles through: real pictures, so that NMS has its real load."""
-
-GATE_SAMPLES = 100
-"""A median needs no more."""
-NOTES = {name: flavour.note for name, flavour in FLAVOURS.items()}
+class Config(Settings):
+    bench: BenchConfig = BenchConfig()
+    imgsz: ImageSize = IMGSZ
+    """Side of the images on which the torch networks are measured."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Both figures of one file."""
+class Inputs(NamedTuple):
+    """`networks` are checkpoints by role, measured in torch beside the files."""
 
-    accuracy: Accuracy
-    latency: Latency
-
-
-def measure_file(path: Path, data: Validation, config: BenchConfig, *, device: str = "cpu") -> Measurement:
-    """Load `path` once; take mAP over the validation images, then the latency of decoded frames."""
-    images = list(data.images)[: config.max_images or None]
-    with Detector.load(path, device=device) as detector:
-        accuracy = detector_accuracy(detector, images, data.ground_truth, conf=config.accuracy_conf)
-        frames = [read_image(image) for _, image in images[:LATENCY_FRAMES]]
-        latency = measure(detector, frames, samples=config.latency_samples, warmup_ms=config.warmup_ms)
-    return Measurement(accuracy, latency)
+    files: Sequence[MeasuredFile]
+    data: Dataset
+    networks: Mapping[str, Path] = {}
+    device: str = "cpu"
+    """A run measures on the CPU, where its gates have measured; a command may name another device."""
 
 
-def gate(data: Validation, config: BenchConfig) -> Callable[[Path], Measured]:
-    """What a flavour is judged by: its own mAP, and its own median latency end to end."""
-    brief = config.model_copy(update={"latency_samples": min(config.latency_samples, GATE_SAMPLES)})
-
-    def evaluate(path: Path) -> Measured:
-        found = measure_file(path, data, brief)
-        p50 = found.latency.end_to_end.p50
-        assert p50 is not None, "BenchConfig takes enough samples for a median"
-        return Measured(found.accuracy.map50_95, p50)
-
-    return evaluate
-
-
-def measure_rows(
-    files: Sequence[Candidate], data: Validation, config: BenchConfig, log: Log, device: str = "cpu"
-) -> list[Row]:
-    """Rows of the report, one for each file, all measured in this run."""
-    rows = []
-    for file in files:
-        found = measure_file(file.path, data, config, device=device)
-        rows.append(
-            model_row(
-                file.path,
-                precision=file.precision,
-                backend="onnx",
-                role=file.role,
-                device=device,
-                note=NOTES.get(file.precision, "") if device == "cpu" else "",
-                latency=found.latency,
-                accuracy=found.accuracy,
-                kept=file.kept,
-                reason=file.reason,
-            )
-        )
-        log(_line(rows[-1]))
-    return rows
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Measure every file and write `bench.json` into `out`. Raises the errors of `measure_file`."""
+    plan, data = plan_of(config.bench, inputs.data, inputs.device), inputs.data
+    rows = [_row(file, plan, log) for file in inputs.files]
+    torch = [torch_row(role, file, data, config.imgsz, log) for role, file in inputs.networks.items()]
+    dataset = {
+        "name": data.path.parent.name,
+        "split": "val",
+        "images": len(data.splits["val"].samples),
+        "instances": data.splits["val"].boxes,
+        "sha256": data.sha256,
+        "names": data.names,
+    }
+    document = {"models": rows, "torch": torch, "dataset": dataset, "machine": facts()}
+    write_json(out / "bench.json", document)
+    return {"files": len(rows)}
 
 
-def _line(row: Row) -> str:
-    span = row["latency"]["end_to_end"]
-    return (
-        f"{row['role']} {row['precision']}: mAP50-95 {row['accuracy']['map50_95']:.4f}, "
-        f"p50 {span['p50']:.2f} ms end to end (n {span['n']})"
+def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
+    note = FLAVOURS[file.precision].note if file.precision in FLAVOURS and plan.device == "cpu" else ""
+    row = measure_file(
+        file.path,
+        plan,
+        role=file.role,
+        precision=file.precision,
+        kept=file.kept,
+        reason=file.reason,
+        note=note,
     )
+    latency = row["latency"]["end_to_end"]
+    log(
+        f"{row['role']} {row['precision']}: mAP50-95 {row['accuracy']['map50_95']:.4f}, "
+        f"p50 {latency['p50']:.2f} ms end to end (n {latency['n']})"
+    )
+    return row
 
 
-def torch_row(role: str, file: Path, data: DataConfig, imgsz: int, log: Log) -> Row:
+def torch_row(role: str, file: Path, data: Dataset, imgsz: int, log: Log) -> Row:
     """The network before export, by YOLOv5's way of validating: rectangular batches, several labels a box."""
     model = load_model(file)
-    found = validate(model, index_split(data, "val").samples, imgsz=imgsz, batch=32, rect=True)
+    found = validate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None
     log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
     cost = complexity(model.arch, (imgsz, imgsz))
@@ -117,38 +97,24 @@ def torch_row(role: str, file: Path, data: DataConfig, imgsz: int, log: Log) -> 
     }
 
 
-def bench_files(paths: Sequence[Path], data_yaml: Path, config: BenchConfig, out: Path, log: Log) -> Document:
-    """Measure files and bundles on the val split of `data_yaml`; writes the report into `out` and returns its JSON."""
-    data = load_data(data_yaml)
-    validation = validation_of(data)
-    rows = measure_rows([_candidate(path) for path in paths], validation, config, log, device="auto")
-    with Detector.load(paths[0]) as first:
-        card = first.card
-    settings = {
-        "conf": card.conf,
-        "iou": card.iou,
-        "max_det": card.max_det,
-        "imgsz": max(card.size_hw),
-        "batch": 1,
-        "accuracy_conf": config.accuracy_conf,
-        "latency_samples": config.latency_samples,
-        "warmup_ms": config.warmup_ms,
-    }
-    dataset = {
-        "name": data.path.parent.name,
-        "split": "val",
-        "images": len(validation.images),
-        "instances": len(validation.ground_truth["annotations"]),
-        "sha256": None,
-        "names": data.names,
-    }
-    result = make_report(out.name, machine=facts(), settings=settings, dataset=dataset, models=rows)
-    result.write(out)
-    return dict(result.data)
+def write_report(out: Path) -> Report:
+    """The report of one measurement alone: `report.json` and its renderings beside the `bench.json` in `out`."""
+    argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    report = make_report(out.name, argv=argv, **read_json(out / "bench.json"))
+    report.write(out)
+    return report
 
 
-def _candidate(path: Path) -> Candidate:
-    """A file or bundle named by the user. What it is, its card knows; a conventional ONNX has none."""
-    with Detector.load(path) as detector:
-        file = path / detector.artifact.file if path.is_dir() and detector.artifact else path
-        return Candidate(file, "student", detector.card.precision)
+def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
+    networks = {"teacher": folders["teacher"] / TEACHER, "student": folders["distill"] / STUDENT}
+    return Inputs(measured_files(folders), dataset_of(recipe, folders), networks)
+
+
+STAGE = Stage(
+    "bench",
+    settings=Config,
+    inputs=inputs_of,
+    run=run,
+    after=("data", "teacher", "distill", "export", "quantize"),
+    facts={"machine": cpu_and_runtime},
+)

@@ -9,16 +9,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from compress.config import Recipe, Settings
+from compress.config import NoSettings, Recipe
 from compress.data import INDEX, DataConfig, index_dataset, load_data
 from compress.data.labels import label_path
 from compress.log import Log
 from compress.stages import Figures, Stage
 from runtime.files import write_json
-
-
-class NoSettings(Settings):
-    """The data stage has none: what it depends on are the user's files."""
 
 
 def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
@@ -35,8 +31,7 @@ def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
         }
         for split, index in dataset.splits.items()
     }
-    head = {"name": data.path.parent.name, "names": data.names, "digest": dataset.sha256}
-    write_json(out / "data.json", head | {"splits": counts})
+    write_json(out / "data.json", {"names": data.names, "sha256": dataset.sha256, "splits": counts})
     dataset.save(out / INDEX)
     return {"classes": len(data.names)} | {f"{split}_images": counts[split]["images"] for split in counts}
 

@@ -1,4 +1,7 @@
-"""The report of a run, put together from what its stages left; nothing is measured here."""
+"""Report: what the earlier stages left, put together on one page; nothing is measured here.
+
+In: the folders of earlier stages. Out: `report.json` and its renderings `.html`, `.md`, `.csv`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Report, make_report
-from compress.config import DistillConfig, Recipe
-from compress.pipeline.inputs import read_json
-from compress.store import MANIFEST
+from compress.config import DistillConfig, ExportConfig, Settings
+from compress.inputs import SHIPPED, read_json
+from compress.log import Log
+from compress.stages import Figures, Stage
+from compress.store import MANIFEST, Folders
 from compress.validate import fitness
+
+ROLES = {"teacher": "teacher", "student": "distill"}
 
 CURVES = {
     "train/box_loss": "box",
@@ -24,59 +31,39 @@ CURVES = {
 """Columns of results.csv -> names in the report."""
 
 
-def assemble(recipe: Recipe, inputs: Mapping[str, Path]) -> Report:
-    """A checked report from the stage folders `inputs`."""
-    bench, exported = read_json(inputs["bench"] / "bench.json"), read_json(inputs["export"] / "export.json")
+class Config(Settings):
+    name: str = "run"
+    export: ExportConfig = ExportConfig()
+    distill: DistillConfig = DistillConfig()
+
+
+def run(config: Config, folders: Folders, out: Path, log: Log) -> Figures:
+    """Write the report into `out`."""
+    report = assemble(config, folders)
+    report.write(out)
+    headline = report.data["headline"] or {}
+    return {key: headline[key] for key in ("file", "map50_95", "p50_ms", "speedup") if headline.get(key) is not None}
+
+
+def assemble(config: Config, folders: Folders) -> Report:
+    """A checked report from the folders of the stages."""
+    bench, exported = read_json(folders["bench"] / "bench.json"), read_json(folders["export"] / "export.json")
     return make_report(
-        recipe.name,
-        machine=bench["machine"],
-        settings=_settings(recipe),
-        dataset=_dataset(recipe, inputs["data"]),
-        models=bench["models"],
-        torch=bench["torch"],
-        training=[row for role, stage in ROLES.items() if (row := _training(role, inputs[stage]))],
-        distillation=_distillation(recipe.distill, inputs["distill"]),
-        export=_export(recipe, exported),
-        calibration=_calibration(inputs["quantize"]),
-        engines=[_engine(plan) for plan in read_json(inputs["build"] / "build.json")],
-        stages=[_stage(name, folder) for name, folder in inputs.items()],
+        config.name,
+        argv=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        **bench,
+        training=[row for role, stage in ROLES.items() if (row := _training(role, folders[stage]))],
+        distillation=_distillation(config.distill, folders["distill"]),
+        export=_export(config.export, exported),
+        calibration=_calibration(folders["quantize"]),
+        engines=[_engine(plan) for plan in read_json(folders["build"] / "build.json")],
+        stages=[_stage(name, folder) for name, folder in folders.items()],
     )
-
-
-ROLES = {"teacher": "teacher", "student": "distill"}
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "conf": recipe.export.conf,
-        "iou": recipe.export.iou,
-        "max_det": recipe.export.max_det,
-        "imgsz": recipe.imgsz,
-        "batch": 1,
-        "accuracy_conf": recipe.bench.accuracy_conf,
-        "latency_samples": recipe.bench.latency_samples,
-        "warmup_ms": recipe.bench.warmup_ms,
-        "interval_ms": None,
-        "device": "cpu",
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def _dataset(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    data = read_json(folder / "data.json")
-    return {
-        "name": recipe.data.parent.name,
-        "split": "val",
-        "images": data["splits"]["val"]["images"],
-        "instances": data["splits"]["val"]["boxes"],
-        "sha256": data["digest"],
-        "names": data["names"],
-    }
 
 
 def _training(role: str, folder: Path) -> dict[str, Any] | None:
     """The curves of a training; None where the teacher was used as it is."""
-    table = folder / "training" / "results.csv"
+    table = folder / "results.csv"
     if not table.is_file():
         return None
     with table.open(newline="") as file:
@@ -100,7 +87,7 @@ def _point(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
-    checks = read_json(folder / "training" / "checks.json")
+    checks = read_json(folder / "checks.json")
 
     def about(name: str) -> list[dict[str, Any]]:
         others = [f"{other} " for other in config.losses if other != name]
@@ -115,16 +102,16 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _export(recipe: Recipe, document: Mapping[str, Any]) -> dict[str, Any]:
-    agreement = document["agreement"]["model.onnx"]
+def _export(config: ExportConfig, document: Mapping[str, Any]) -> dict[str, Any]:
+    agreement = document["agreement"][SHIPPED]
     return {
         "max_box_error_px": agreement["max_box_error_px"],
         "max_score_error": agreement["max_score_error"],
-        "box_limit_px": recipe.export.max_box_error,
-        "score_limit": recipe.export.max_score_error,
+        "box_limit_px": config.max_box_error,
+        "score_limit": config.max_score_error,
         "images": agreement["images"],
         "candidates": document["candidates"],
-        "nms_iterations": recipe.export.nms_iterations,
+        "nms_iterations": config.nms_iterations,
     }
 
 
@@ -150,3 +137,12 @@ def _engine(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stage(name: str, folder: Path) -> dict[str, Any]:
     return {"name": name, "seconds": read_json(folder / MANIFEST)["seconds"], "skipped": False}
+
+
+STAGE = Stage(
+    "report",
+    settings=Config,
+    inputs=lambda _, folders: folders,
+    run=run,
+    after=("data", "teacher", "distill", "export", "quantize", "build", "bench"),
+)

@@ -1,6 +1,7 @@
 """Build: ONNX files that passed their gates become TensorRT plans, with one `model.json` that describes them all.
 
-In: the ONNX file of each precision, and the card they share. Out: `<name of card>.<precision>.plan` and `model.json`.
+In: the ONNX file of each precision. Out: `<name of the model>.<precision>.plan`, `model.json`, and `build.json` with what
+built each plan or why there is none.
 Precision lies in the ONNX file, never in a builder flag. Ahead-of-time plans of TensorRT-RTX serve every target in
 one file; plain TensorRT builds for the GPU that is there.
 """
@@ -10,16 +11,50 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from compress.config import BuildConfig
+from compress.config import BuildConfig, Settings
 from compress.flavours import PLAN_PRECISIONS
 from compress.graph.metadata import read_card
 from compress.graph.safe_load import read_model
+from compress.inputs import kept_files
 from compress.log import Log
+from compress.stages import Figures, Stage, packages
+from runtime.bundle import card_of
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.engine import build_engine
-from runtime.errors import InputError, UnavailableError
+from runtime.errors import InputError, UnavailableError, UsageError
+from runtime.files import write_json
+
+
+class Config(Settings):
+    build: BuildConfig = BuildConfig()
+
+
+class Inputs(NamedTuple):
+    models: Mapping[str, Path]
+    """Precision -> ONNX file; the first one has the card that all of them share."""
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write the plans, their `model.json` and `build.json` into `out`. Raises the errors of `build`."""
+    card = card_of(next(iter(inputs.models.values())))
+    plans = build(config.build, models=inputs.models, out=out, card=card, log=log)
+    write_json(out / "build.json", [plan.to_json() for plan in plans])
+    return {"plans": sum(plan.artifact is not None for plan in plans)}
+
+
+def by_precision(models: Sequence[Path]) -> Inputs:
+    """ONNX files by the precision that their cards name.
+
+    Raises UsageError when plans are not built from a precision, InputError when edgestill did not write a file.
+    """
+    found = {card_of(model).precision: model for model in models}
+    if odd := found.keys() - set(PLAN_PRECISIONS):
+        raise UsageError(
+            f"{min(odd)} is no precision that TensorRT plans are built from", f"Known: {', '.join(PLAN_PRECISIONS)}"
+        )
+    return Inputs(found)
 
 
 @dataclass(frozen=True)
@@ -110,3 +145,13 @@ def _check(model: Path, precision: str, card: ModelCard) -> None:
     for key, value, expected in same:
         if value != expected:
             raise InputError(f"{model.name} has {key} {value!r}, expected {expected!r}", "Export and quantise again")
+
+
+STAGE = Stage(
+    "build",
+    settings=Config,
+    inputs=lambda _, folders: Inputs(kept_files(folders)),
+    run=run,
+    after=("export", "quantize"),
+    facts={"tensorrt": lambda: packages("tensorrt", "tensorrt_rtx")},
+)

@@ -2,23 +2,24 @@
 
 In: the checkpoint, the image size, and validation images on which the number of NMS candidates is measured.
 Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
-threshold; and `model.yolov5.onnx`, `images` float32 [batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it.
-The same checkpoint and settings give the same bytes.
+threshold; `model.yolov5.onnx`, `images` float32 [batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it;
+`export.json`; and `teacher.onnx` where a teacher is given. The same checkpoint and settings give the same bytes.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from compress.config import ExportConfig
+from compress.config import IMGSZ, ExportConfig, ImageSize, Recipe, Settings
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.builder import publish
 from compress.graph.heads import LetterboxGeometry
@@ -28,16 +29,68 @@ from compress.graph.study import CHOICES, CandidateStudy, Validation, canvas_of,
 from compress.graph.tails import HeadShape, NmsShape
 from compress.graph.trunk import Trunk, trace
 from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
+from compress.inputs import CONVENTIONAL, SHIPPED, STUDENT, TEACHER, TEACHER_ONNX, dataset_of, validation_of
 from compress.log import Log
 from compress.models import YOLOv5, load_model
+from compress.stages import Figures, Stage
+from compress.store import Folders
 from runtime.card import ModelCard
-from runtime.errors import EdgestillError, UsageError
-from runtime.files import sha256
+from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.files import sha256, write_json
 from runtime.image import read_image
 
-SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
 CHECKED_IMAGES = 4
 UNMEASURED_CANDIDATES = 300
+
+
+class Config(Settings):
+    export: ExportConfig = ExportConfig()
+    imgsz: ImageSize = IMGSZ
+
+
+class Inputs(NamedTuple):
+    """`data` is the validation split, or None where nothing is measured on it."""
+
+    student: Path
+    data: Validation | None = None
+    teacher: Path | None = None
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write both graphs and `export.json` into `out`. Raises the errors of `export`."""
+    settings, imgsz = config.export, config.imgsz
+    result = export(settings, model=inputs.student, out=out, imgsz=imgsz, data=inputs.data, log=log)
+    write_json(out / "export.json", result.to_json())
+    if inputs.teacher:
+        log("the teacher, exported in the same way for comparison:")
+        same = settings.model_copy(update={"candidates": result.card.candidates})
+        found = export(same, model=inputs.teacher, out=out / "teacher", imgsz=imgsz, log=log)
+        found.model_onnx.rename(out / TEACHER_ONNX)
+        shutil.rmtree(out / "teacher")
+    return {
+        "candidates": result.card.candidates,
+        "max_box_error_px": result.boxes.max_box_error_px,
+        "max_score_error": result.boxes.max_score_error,
+    }
+
+
+def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
+    """Raises InputError when the files of this run could not be measured on its validation images."""
+    data = validation_of(dataset_of(recipe, folders))
+    if recipe.export.frame:
+        require_frames(data, recipe.export.frame)
+    return Inputs(folders["distill"] / STUDENT, data, folders["teacher"] / TEACHER)
+
+
+def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
+    """A graph with the letterbox baked in can only be measured on frames of its own size."""
+    odd = [image for image in data.ground_truth["images"] if (image["height"], image["width"]) != tuple(frame_hw)]
+    if odd:
+        raise InputError(
+            f"export.frame is {frame_hw[0]}x{frame_hw[1]}, but {len(odd)} of {len(data.images)} validation images have "
+            f"another size ({odd[0]['file_name']}: {odd[0]['height']}x{odd[0]['width']})",
+            "Give frames of the camera's size as val, or leave export.frame out",
+        )
 
 
 @dataclass(frozen=True)
@@ -231,3 +284,12 @@ def _judge(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
         if not value <= limit:
             hint = f"Nothing was published; the limit is the setting {setting}" if setting else "Nothing was published"
             raise EdgestillError(f"{name} against torch: {what} {value:.4g}{unit}, the limit is {limit:g}", hint)
+
+
+STAGE = Stage(
+    "export",
+    settings=Config,
+    inputs=inputs_of,
+    run=run,
+    after=("data", "teacher", "distill"),
+)
