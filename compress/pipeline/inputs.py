@@ -12,7 +12,7 @@ from compress.data.coco import to_coco
 from compress.data.index import index_split
 from compress.export import SHIPPED
 from compress.flavours import REFERENCE
-from compress.graph.study import Validation
+from compress.graph.candidates import Validation
 from runtime.errors import InputError
 
 TEACHER = "teacher.onnx"

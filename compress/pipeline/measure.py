@@ -14,7 +14,7 @@ from compress.config import BenchConfig
 from compress.data import DataConfig, load_data
 from compress.data.index import index_split
 from compress.flavours import FLAVOURS
-from compress.graph.study import Validation
+from compress.graph.candidates import Validation
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.pipeline.inputs import Candidate, validation_of
