@@ -1,15 +1,15 @@
-"""Latency and mAP of a file, taken in one run on one machine, so that they may stand in one row."""
+"""Files of a run, measured by `benchmarks.bench` on the validation images, and the gate that judges a flavour."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import Accuracy, detector_accuracy
-from benchmarks.latency import Latency, measure
-from benchmarks.report import Row, make_report, model_row, plain
+from benchmarks.bench import Plan, measure_file
+from benchmarks.report import Row, ap, make_report, p50, plain
 from compress.config import BenchConfig
 from compress.data import DataConfig, load_data
 from compress.data.index import index_split
@@ -20,81 +20,65 @@ from compress.models import complexity, load_model
 from compress.pipeline.inputs import Candidate, validation_of
 from compress.quantize import Measured
 from compress.validate import validate
-from runtime.detector import Detector
-from runtime.image import read_image
 from runtime.machine import facts
 
 Document = dict[str, Any]
-
-LATENCY_FRAMES = 32
-"""Distinct frames that the latency run cycles through: real pictures, so that NMS has its real load."""
 
 GATE_SAMPLES = 100
 """A median needs no more."""
 NOTES = {name: flavour.note for name, flavour in FLAVOURS.items()}
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Both figures of one file."""
-
-    accuracy: Accuracy
-    latency: Latency
-
-
-def measure_file(path: Path, data: Validation, config: BenchConfig, *, device: str = "cpu") -> Measurement:
-    """Load `path` once; take mAP over the validation images, then the latency of decoded frames."""
-    images = list(data.images)[: config.max_images or None]
-    with Detector.load(path, device=device) as detector:
-        accuracy = detector_accuracy(detector, images, data.ground_truth, conf=config.accuracy_conf)
-        frames = [read_image(image) for _, image in images[:LATENCY_FRAMES]]
-        latency = measure(detector, frames, samples=config.latency_samples, warmup_ms=config.warmup_ms)
-    return Measurement(accuracy, latency)
+def plan_of(data: Validation, config: BenchConfig, device: str = "cpu") -> Plan:
+    return Plan(
+        data.images[: config.max_images or None],
+        data.ground_truth,
+        samples=config.latency_samples,
+        warmup_ms=config.warmup_ms,
+        accuracy_conf=config.accuracy_conf,
+        device=device,
+    )
 
 
 def gate(data: Validation, config: BenchConfig) -> Callable[[Path], Measured]:
-    """What a flavour is judged by: its own mAP, and its own median latency end to end."""
-    brief = config.model_copy(update={"latency_samples": min(config.latency_samples, GATE_SAMPLES)})
+    """The figures by which a flavour is judged: its own mAP, and its own median latency end to end."""
+    plan = plan_of(data, config)
+    plan = replace(plan, samples=min(plan.samples, GATE_SAMPLES))
 
     def evaluate(path: Path) -> Measured:
-        found = measure_file(path, data, brief)
-        p50 = found.latency.end_to_end.p50
-        assert p50 is not None, "BenchConfig takes enough samples for a median"
-        return Measured(found.accuracy.map50_95, p50)
+        row = measure_file(path, plan)
+        accuracy, latency = ap(row), p50(row)
+        assert accuracy is not None, "the plan has a ground truth"
+        assert latency is not None, "BenchConfig takes enough samples for a median"
+        return Measured(accuracy, latency)
 
     return evaluate
 
 
-def measure_rows(
-    files: Sequence[Candidate], data: Validation, config: BenchConfig, log: Log, device: str = "cpu"
-) -> list[Row]:
-    """Rows of the report, one for each file, all measured in this run."""
-    rows = []
+def measure_rows(files: Sequence[Candidate], data: Validation, config: BenchConfig, log: Log) -> list[Row]:
+    """Rows of the report, one for each file, all measured in this run on the CPU."""
+    plan, rows = plan_of(data, config), []
     for file in files:
-        found = measure_file(file.path, data, config, device=device)
-        rows.append(
-            model_row(
-                file.path,
-                precision=file.precision,
-                backend="onnx",
-                role=file.role,
-                device=device,
-                note=NOTES.get(file.precision, "") if device == "cpu" else "",
-                latency=found.latency,
-                accuracy=found.accuracy,
-                kept=file.kept,
-                reason=file.reason,
-            )
+        note = NOTES.get(file.precision, "")
+        row = measure_file(
+            file.path,
+            plan,
+            role=file.role,
+            precision=file.precision,
+            kept=file.kept,
+            reason=file.reason,
+            note=note,
         )
-        log(_line(rows[-1]))
+        rows.append(row)
+        log(_line(row))
     return rows
 
 
 def _line(row: Row) -> str:
-    span = row["latency"]["end_to_end"]
+    latency = row["latency"]["end_to_end"]
     return (
         f"{row['role']} {row['precision']}: mAP50-95 {row['accuracy']['map50_95']:.4f}, "
-        f"p50 {span['p50']:.2f} ms end to end (n {span['n']})"
+        f"p50 {latency['p50']:.2f} ms end to end (n {latency['n']})"
     )
 
 
@@ -121,19 +105,10 @@ def bench_files(paths: Sequence[Path], data_yaml: Path, config: BenchConfig, out
     """Measure files and bundles on the val split of `data_yaml`; writes the report into `out` and returns its JSON."""
     data = load_data(data_yaml)
     validation = validation_of(data)
-    rows = measure_rows([_candidate(path) for path in paths], validation, config, log, device="auto")
-    with Detector.load(paths[0]) as first:
-        card = first.card
-    settings = {
-        "conf": card.conf,
-        "iou": card.iou,
-        "max_det": card.max_det,
-        "imgsz": max(card.size_hw),
-        "batch": 1,
-        "accuracy_conf": config.accuracy_conf,
-        "latency_samples": config.latency_samples,
-        "warmup_ms": config.warmup_ms,
-    }
+    plan, rows = plan_of(validation, config, device="auto"), []
+    for path in paths:
+        rows.append(measure_file(path, plan))
+        log(_line(rows[-1]))
     dataset = {
         "name": data.path.parent.name,
         "split": "val",
@@ -142,13 +117,8 @@ def bench_files(paths: Sequence[Path], data_yaml: Path, config: BenchConfig, out
         "sha256": None,
         "names": data.names,
     }
-    result = make_report(out.name, machine=facts(), settings=settings, dataset=dataset, models=rows)
+    result = make_report(
+        out.name, machine=facts(), argv=[Path(sys.argv[0]).name, *sys.argv[1:]], dataset=dataset, models=rows
+    )
     result.write(out)
     return dict(result.data)
-
-
-def _candidate(path: Path) -> Candidate:
-    """A file or bundle named by the user. What it is, its card knows; a conventional ONNX has none."""
-    with Detector.load(path) as detector:
-        file = path / detector.artifact.file if path.is_dir() and detector.artifact else path
-        return Candidate(file, "student", detector.card.precision)

@@ -30,7 +30,7 @@ def assemble(recipe: Recipe, inputs: Mapping[str, Path]) -> Report:
     return make_report(
         recipe.name,
         machine=bench["machine"],
-        settings=_settings(recipe),
+        argv=[Path(sys.argv[0]).name, *sys.argv[1:]],
         dataset=_dataset(recipe, inputs["data"]),
         models=bench["models"],
         torch=bench["torch"],
@@ -44,22 +44,6 @@ def assemble(recipe: Recipe, inputs: Mapping[str, Path]) -> Report:
 
 
 ROLES = {"teacher": "teacher", "student": "distill"}
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "conf": recipe.export.conf,
-        "iou": recipe.export.iou,
-        "max_det": recipe.export.max_det,
-        "imgsz": recipe.imgsz,
-        "batch": 1,
-        "accuracy_conf": recipe.bench.accuracy_conf,
-        "latency_samples": recipe.bench.latency_samples,
-        "warmup_ms": recipe.bench.warmup_ms,
-        "interval_ms": None,
-        "device": "cpu",
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
 
 
 def _dataset(recipe: Recipe, folder: Path) -> dict[str, Any]:
