@@ -15,7 +15,7 @@ import onnx
 from onnxruntime.quantization import CalibrationMethod, create_calibrator
 from onnxruntime.quantization.calibrate import TensorsData
 
-from compress.graph.walk import Walk
+from compress.graph.parts import GraphParts
 from runtime.errors import EdgestillError
 
 METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
@@ -67,8 +67,8 @@ def calibrate(model: onnx.ModelProto, canvases: Iterable[np.ndarray], method: st
 
 def _body_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model cut at the detect convolutions' inputs: calibration needs no decode and no NMS."""
-    walk = Walk(model.graph)
-    outputs = list(dict.fromkeys(walk.nodes[i].input[0] for i in walk.detect_convs))
+    parts = GraphParts(model.graph)
+    outputs = list(dict.fromkeys(parts.nodes[i].input[0] for i in parts.detect_convs))
     source = model.graph.input[0].name
     return onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model)).extract_model([source], outputs)
 

@@ -15,7 +15,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from compress.graph.calibration import BODY_OPERATORS, quiet
-from compress.graph.walk import Walk, sort_topologically, strip_unused_opsets
+from compress.graph.parts import GraphParts, sort_topologically, strip_unused_opsets
 from runtime.errors import EdgestillError
 
 
@@ -34,8 +34,10 @@ def quantised(model: onnx.ModelProto, ranges: TensorsData, scheme: Scheme) -> on
     Raises `EdgestillError` when a node outside that body came out quantised.
     """
     inferred = onnx.shape_inference.infer_shapes(model)
-    walk = Walk(inferred.graph)
-    outside = [walk.nodes[i].name for i in sorted(walk.tail | walk.preprocessing | set(walk.detect_convs))]
+    parts = GraphParts(inferred.graph)
+    outside = [
+        parts.nodes[i].name for i in sorted(parts.postprocessing | parts.preprocessing | set(parts.detect_convs))
+    ]
     with quiet():
         quantizer = QDQQuantizer(
             inferred,
@@ -67,9 +69,9 @@ def _restore_metadata(result: onnx.ModelProto, source: onnx.ModelProto) -> None:
 
 def _check_float_parts(model: onnx.ModelProto) -> None:
     """Detect convolutions read float weights, and nothing behind them is quantised."""
-    walk = Walk(model.graph)
-    behind = [walk.nodes[i] for i in sorted(walk.tail)]
-    weights = [walk.nodes[i] for conv in walk.detect_convs for i in walk.before(conv)[1:]]
+    parts = GraphParts(model.graph)
+    behind = [parts.nodes[i] for i in sorted(parts.postprocessing)]
+    weights = [parts.nodes[i] for conv in parts.detect_convs for i in parts.before(conv)[1:]]
     wrong = [node.name for node in (*behind, *weights) if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     if wrong:
         raise EdgestillError(

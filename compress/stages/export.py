@@ -22,12 +22,13 @@ from torch import nn
 from compress.config import IMGSZ, ExportConfig, ImageSize, Recipe, Settings
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.builder import publish
-from compress.graph.heads import LetterboxGeometry
+from compress.graph.candidates import CHOICES, CandidateStudy, Validation, canvas_of, ranked_rows, study_candidates
+from compress.graph.decode import HeadShape
 from compress.graph.metadata import metadata_of
+from compress.graph.network import NetworkGraph, trace
+from compress.graph.nms import NmsShape
+from compress.graph.preprocess import LetterboxGeometry
 from compress.graph.session import open_session
-from compress.graph.study import CHOICES, CandidateStudy, Validation, canvas_of, pools, study
-from compress.graph.tails import HeadShape, NmsShape
-from compress.graph.trunk import Trunk, trace
 from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
 from compress.inputs import CONVENTIONAL, SHIPPED, STUDENT, TEACHER, TEACHER_ONNX, dataset_of, validation_of
 from compress.log import Log
@@ -114,7 +115,7 @@ class ExportResult:
 
 
 class RawMaps(nn.Module):
-    """The network as far as its detect convolutions: what `trace` turns into a trunk."""
+    """The network as far as its detect convolutions: what `trace` turns into ONNX."""
 
     def __init__(self, network: YOLOv5) -> None:
         super().__init__()
@@ -141,10 +142,10 @@ def export(
     """
     network = load_model(model).eval()
     size_hw = _size(imgsz, network)
-    trunk, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
+    traced, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
     card = _card(config, model, network, size_hw)
     rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
-    conventional = yolov5_graph(trunk, head, opset=config.opset, metadata=metadata_of(rows_card))
+    conventional = yolov5_graph(traced, head, opset=config.opset, metadata=metadata_of(rows_card))
     canvases = _canvases(data, size_hw)
     rows = check_rows(conventional, canvases, torch_rows)
     _judge(config, CONVENTIONAL, rows, log)
@@ -152,7 +153,7 @@ def export(
     measured = _measure(config, conventional, data, card, log)
     card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
     card = replace(card, candidates=min(card.candidates, head.rows))
-    shipped, boxes = _shipped(config, trunk, head, card, data, canvases, torch_rows)
+    shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
     _judge(config, SHIPPED, boxes, log)
     files = [publish(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
@@ -221,13 +222,13 @@ def _measure(
         log(f"no validation images: {config.candidates or UNMEASURED_CANDIDATES} NMS candidates, not measured")
         return None
     session, source = open_session(rows_model), rows_model.graph.input[0].name
-    found = pools(
+    found = ranked_rows(
         lambda canvas: session.run(None, {source: unit_rgb(nchw(canvas))})[0][0],
         [path for _, path in data.images],
         card.size_hw,
         max(*CHOICES, config.candidates),
     )
-    result = study(
+    result = study_candidates(
         found,
         data,
         card.names,
@@ -248,7 +249,7 @@ def _measure(
 
 def _shipped(
     config: ExportConfig,
-    trunk: Trunk,
+    traced: NetworkGraph,
     head: HeadShape,
     card: ModelCard,
     data: Validation | None,
@@ -256,7 +257,7 @@ def _shipped(
     torch_rows: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[onnx.ModelProto, Agreement]:
     nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
-    graph = boxes_graph(trunk, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
+    graph = boxes_graph(traced, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
     geometry = LetterboxGeometry(config.frame, head.size_hw) if config.frame else None
     sources = _frames(data, config.frame) if config.frame else canvases
     return graph, check_boxes(graph, sources, torch_rows, nms, geometry)

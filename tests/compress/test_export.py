@@ -14,8 +14,8 @@ import torch
 
 from compress.config import ExportConfig
 from compress.export import CONVENTIONAL, SHIPPED, export, rows_of
+from compress.graph.candidates import Placement, RankedRows, Validation, canvas_of, study_candidates
 from compress.graph.metadata import read_card
-from compress.graph.study import Placed, Pool, Validation, canvas_of, study
 from compress.graph.verify import best_class, nchw, unit_rgb
 from compress.models import Architecture, YOLOv5, save_model
 from runtime.boxes import detections_from_rows, unletterbox
@@ -60,9 +60,9 @@ def own_truth(network: YOLOv5, paths: list[Path]) -> Validation:
     """Ground truth that the network finds: its own best boxes."""
     run, annotations = rows_of(network), []
     for image_id, path in enumerate(paths, 1):
-        canvas, placed = canvas_of(path, (SIZE, SIZE))
+        canvas, placement = canvas_of(path, (SIZE, SIZE))
         found = detections_from_rows(run(unit_rgb(nchw(canvas))), conf=0.3, iou=0.6, max_det=12)
-        boxes = unletterbox(found[:, :4], placed.gain, placed.pad_wh, placed.frame_hw).astype(float)
+        boxes = unletterbox(found[:, :4], placement.gain, placement.pad_wh, placement.frame_hw).astype(float)
         for (x1, y1, x2, y2), label in zip(boxes.tolist(), found[:, 5], strict=True):
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(label), "iscrowd": 0,
@@ -180,25 +180,25 @@ def test_without_images_the_check_runs_on_noise_and_says_that_candidates_are_unm
     assert any("not measured" in line for line in lines)
 
 
-def pool(good_at: int) -> Pool:
+def ranked(good_at: int) -> RankedRows:
     """600 rows of falling score: the right box is row `good_at`, the others lie apart and are wrong."""
     corner = np.stack([np.arange(600) % 30 * 20.0, np.arange(600) // 30 * 20.0], 1)
     boxes = np.concatenate([corner, corner + 4], 1).astype(np.float32)
     boxes[good_at] = [300, 500, 340, 560]
     scores = np.linspace(0.9, 0.01, 600, dtype=np.float32)
-    return Pool(boxes, scores, np.zeros(600, np.int64), Placed(1.0, (0.0, 0.0), (640, 640)))
+    return RankedRows(boxes, scores, np.zeros(600, np.int64), Placement(1.0, (0.0, 0.0), (640, 640)))
 
 
 @pytest.mark.parametrize(("tolerance", "expected"), [(0.0, 300), (0.9, 100)])
 def test_the_fewest_candidates_within_the_tolerance_are_chosen(tolerance, expected):
-    found = [pool(50), pool(250)]
+    found = [ranked(50), ranked(250)]
     box = {"category_id": 0, "bbox": [300, 500, 40, 60], "area": 2400, "iscrowd": 0}
     truth = {
         "images": [{"id": i, "file_name": "", "height": 640, "width": 640} for i in (1, 2)],
         "annotations": [{**box, "id": i, "image_id": i} for i in (1, 2)],
         "categories": [{"id": 0, "name": "part"}],
     }
-    result = study(
+    result = study_candidates(
         found, Validation([(1, Path()), (2, Path())], truth), ["part"],
         iou=0.6, max_det=600, iterations=8, tolerance=tolerance,
     )  # fmt: skip
@@ -225,10 +225,10 @@ def test_the_official_checkpoint_keeps_its_map_on_coco128(shared: Path, weights:
     def accuracy(infer: Any) -> float:
         found = []
         for image_id, path in validation.images:
-            canvas, placed = canvas_of(path, (640, 640))
+            canvas, placement = canvas_of(path, (640, 640))
             boxes = infer(canvas)
             boxes = boxes[boxes[:, 4] > 0.001]
-            places = unletterbox(boxes[:, :4], placed.gain, placed.pad_wh, placed.frame_hw).astype(float)
+            places = unletterbox(boxes[:, :4], placement.gain, placement.pad_wh, placement.frame_hw).astype(float)
             found += [
                 {"image_id": image_id, "category_id": int(c), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(s)}
                 for (x1, y1, x2, y2), s, c in zip(places.tolist(), boxes[:, 4], boxes[:, 5], strict=True)

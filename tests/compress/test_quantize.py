@@ -14,9 +14,9 @@ from compress.config import QuantizeConfig
 from compress.export import RawMaps, head_shape
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.metadata import metadata_of, read_card
+from compress.graph.network import trace
+from compress.graph.nms import NmsShape
 from compress.graph.session import open_session
-from compress.graph.tails import NmsShape
-from compress.graph.trunk import trace
 from compress.models import Architecture, YOLOv5
 from compress.quantize import Measured, quantize, spread
 from runtime.card import ModelCard
@@ -31,12 +31,12 @@ def graphs() -> tuple[onnx.ModelProto, onnx.ModelProto]:
     network = YOLOv5(Architecture.of_scale("p", ("bolt", "nut"))).eval()
     for conv in network.detect.m:
         torch.nn.init.normal_(conv.weight, 0, 2.0)
-    trunk, head = trace(RawMaps(network.fuse()), (SIZE, SIZE)), head_shape(network, (SIZE, SIZE))
+    traced, head = trace(RawMaps(network.fuse()), (SIZE, SIZE)), head_shape(network, (SIZE, SIZE))
     card = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), candidates=300, nms_iterations=8)
     rows = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), input="tensor", output="rows")
     return (
-        boxes_graph(trunk, head, NmsShape(0.6, 300, 300, 8), opset=19, metadata=metadata_of(card)),
-        yolov5_graph(trunk, head, opset=19, metadata=metadata_of(rows)),
+        boxes_graph(traced, head, NmsShape(0.6, 300, 300, 8), opset=19, metadata=metadata_of(card)),
+        yolov5_graph(traced, head, opset=19, metadata=metadata_of(rows)),
     )
 
 

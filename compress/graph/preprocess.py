@@ -1,4 +1,4 @@
-"""What comes before the trunk: camera bytes become the tensor that the stem convolution reads.
+"""Preprocessing inside the graph: camera bytes become the tensor that the stem convolution reads.
 
 `Cast` is always the first operator: TensorRT refuses `Transpose` on uint8.
 """
@@ -32,15 +32,15 @@ class LetterboxGeometry:
         return top, left, self.canvas_hw[0] - top - height, self.canvas_hw[1] - left - width
 
 
-def canvas_head(builder: GraphBuilder, source: str) -> str:
+def canvas_pixels(builder: GraphBuilder, source: str) -> str:
     """uint8 BGR (1,S,S,3) -> float32 BGR 0..255 (1,3,S,S)."""
     floats = builder.op("Cast", source, name="canvas.float", to=FLOAT)
     return builder.op("Transpose", floats, name="canvas.nchw", perm=[0, 3, 1, 2])
 
 
-def frame_head(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) -> str:
+def frame_pixels(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) -> str:
     """uint8 BGR (1,H,W,3) -> letterboxed float32 BGR 0..255 (1,3,S,S), within one level of cv2's bilinear letterbox."""
-    pixels = canvas_head(builder, source)
+    pixels = canvas_pixels(builder, source)
     if geometry.fit.resized_hw != geometry.frame_hw:
         sizes = builder.ints("letterbox.sizes", [1, 3, *geometry.fit.resized_hw])
         pixels = builder.op(
@@ -57,12 +57,12 @@ def frame_head(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) 
 
 
 def pixels_tensor(model: onnx.ModelProto) -> str:
-    """The tensor that holds the canvas as float32 BGR 0..255 (1,3,S,S), whichever head the graph has."""
+    """The tensor that holds the canvas as float32 BGR 0..255 (1,3,S,S), whichever preprocessing the graph has."""
     made = {name for node in model.graph.node for name in node.output}
     return next(name for name in ("letterbox.canvas", "letterbox.rounded", "canvas.nchw") if name in made)
 
 
-def rgb_unit(builder: GraphBuilder, pixels: str) -> str:
+def unit_rgb(builder: GraphBuilder, pixels: str) -> str:
     """BGR 0..255 -> RGB 0..1, for stems into whose weights it cannot be folded."""
     order = builder.ints("rgb.order", [2, 1, 0])
     rgb = builder.op("Gather", pixels, order, name="rgb.pixels", axis=1)

@@ -1,6 +1,6 @@
 """A torch network becomes ONNX nodes, through `torch.export` and a table of the operators that YOLOv5 uses.
 
-In: a fused network in eval mode and the layer that makes the raw maps. Out: `Trunk`, nodes and NumPy constants.
+In: a fused network in eval mode that returns the raw maps. Out: `NetworkGraph`, ONNX nodes and NumPy constants.
 torch's own ONNX exporters are not used: the legacy one is leaving, the new one renames and reorders with every
 release, and a graph whose bytes depend on the exporter's version cannot be fingerprinted.
 """
@@ -22,8 +22,11 @@ from runtime.errors import EdgestillError
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """From `input` float32 (B,3,H,W) to the raw maps, float32 (B, na·(5+nc), H/s, W/s) for each level."""
+class NetworkGraph:
+    """The network without preprocessing and decode.
+
+    `input` is float32 RGB 0..1 (B,3,H,W), `maps` are float32 (B, na·(5+nc), H/s, W/s), one for each level.
+    """
 
     nodes: tuple[onnx.NodeProto, ...]
     constants: Mapping[str, np.ndarray]
@@ -31,12 +34,12 @@ class Trunk:
     maps: tuple[str, ...]
 
 
-def trace(network: nn.Module, size_hw: tuple[int, int], input_name: str = "images") -> Trunk:
-    """Trace a network whose forward returns the list of raw maps.
+def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images") -> NetworkGraph:
+    """The graph of a torch network whose forward returns the list of raw maps.
 
     Raises `EdgestillError` naming the operator when the network uses one outside the table.
     """
-    program = torch.export.export(network.eval(), (torch.zeros(1, 3, *size_hw),), strict=False)
+    program = torch.export.export(module.eval(), (torch.zeros(1, 3, *size_hw),), strict=False)
     program.graph.eliminate_dead_code()
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -54,7 +57,7 @@ def trace(network: nn.Module, size_hw: tuple[int, int], input_name: str = "image
     for name in dict.fromkeys(used for node in builder.nodes for used in node.input if used in state):
         constants[name] = state[name].detach().to(torch.float32).cpu().numpy()
     made = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in builder.constants.items()}
-    return Trunk(tuple(builder.nodes), {**constants, **made}, input_name, maps)
+    return NetworkGraph(tuple(builder.nodes), {**constants, **made}, input_name, maps)
 
 
 def _emit(builder: GraphBuilder, node: Any, names: dict[Any, str]) -> None:
@@ -62,7 +65,7 @@ def _emit(builder: GraphBuilder, node: Any, names: dict[Any, str]) -> None:
     if kind not in OPERATORS:
         raise EdgestillError(
             f"the network uses torch operator {kind!r}, which the exporter does not know",
-            f"it knows {', '.join(sorted(OPERATORS))}",
+            f"Known: {', '.join(sorted(OPERATORS))}",
         )
     OPERATORS[kind](builder, node, names)
 
@@ -190,9 +193,9 @@ OPERATORS: dict[str, Callable[[GraphBuilder, Any, dict[Any, str]], None]] = {
 }
 
 
-def rename_input(trunk: Trunk, name: str) -> Trunk:
-    """The same trunk reading another tensor."""
-    return replace(trunk, nodes=tuple(_reading(node, {trunk.input: name}) for node in trunk.nodes), input=name)
+def rename_input(network: NetworkGraph, name: str) -> NetworkGraph:
+    """The same network reading another tensor."""
+    return replace(network, nodes=tuple(_reading(node, {network.input: name}) for node in network.nodes), input=name)
 
 
 def _reading(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
@@ -203,32 +206,32 @@ def _reading(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto
     return copy
 
 
-def fold_bgr_bytes(trunk: Trunk) -> Trunk | None:
+def fold_bgr_bytes(network: NetworkGraph) -> NetworkGraph | None:
     """Let the stem read BGR values 0..255 instead of RGB 0..1, at no cost; None when the stem is not one convolution.
 
     Exact up to rounding: a convolution is linear, and its zero padding is zero in either scale.
     """
-    readers = [node for node in trunk.nodes if trunk.input in node.input]
+    readers = [node for node in network.nodes if network.input in node.input]
     if len(readers) != 1 or readers[0].op_type != "Conv":
         return None
     name = readers[0].input[1]
-    if sum(name in node.input for node in trunk.nodes) != 1 or trunk.constants[name].shape[1] != 3:
+    if sum(name in node.input for node in network.nodes) != 1 or network.constants[name].shape[1] != 3:
         return None
-    folded = (trunk.constants[name][:, ::-1].astype(np.float64) / 255.0).astype(np.float32)
-    return replace(trunk, constants={**trunk.constants, name: folded})
+    folded = (network.constants[name][:, ::-1].astype(np.float64) / 255.0).astype(np.float32)
+    return replace(network, constants={**network.constants, name: folded})
 
 
-def split_detect(trunk: Trunk, anchors_per_level: int) -> tuple[Trunk, tuple[tuple[str, str], ...]]:
+def split_detect(network: NetworkGraph, anchors_per_level: int) -> tuple[NetworkGraph, tuple[tuple[str, str], ...]]:
     """Each detect convolution becomes two: boxes with objectness (na·5 channels), and classes (na·nc channels).
 
     The same weights in another order. It saves the copy of the class map (7.7 MB at 640 and 80 classes) that
-    slicing objectness out of the joint map costs. Returns the trunk and the (box, class) map names of each level.
+    slicing objectness out of the joint map costs. Returns the network and the (box, class) map names of each level.
     """
-    constants = dict(trunk.constants)
+    constants = dict(network.constants)
     nodes: list[onnx.NodeProto] = []
     pairs: dict[str, tuple[str, str]] = {}
-    for node in trunk.nodes:
-        if node.output[0] not in trunk.maps:
+    for node in network.nodes:
+        if node.output[0] not in network.maps:
             nodes.append(node)
             continue
         weight, bias = (constants.pop(name) for name in node.input[1:3])
@@ -238,8 +241,8 @@ def split_detect(trunk: Trunk, anchors_per_level: int) -> tuple[Trunk, tuple[tup
             constants[f"{name}.weight"], constants[f"{name}.bias"] = part_weight, part_bias
             nodes.append(_conv_like(node, name))
         pairs[node.output[0]] = names
-    split = tuple(pairs[name] for name in trunk.maps)
-    return Trunk(tuple(nodes), constants, trunk.input, tuple(name for pair in split for name in pair)), split
+    split = tuple(pairs[name] for name in network.maps)
+    return NetworkGraph(tuple(nodes), constants, network.input, tuple(name for pair in split for name in pair)), split
 
 
 def _split_channels(weight: np.ndarray, bias: np.ndarray, na: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:

@@ -1,22 +1,18 @@
-"""What comes after the trunk: rows as YOLOv5's tools expect them, or finished boxes.
+"""Raw maps become rows: all of them, or the best ones that enter NMS.
 
 Decode, with σ the sigmoid, per level of stride s, cell (gx, gy), anchor (aw, ah) in pixels:
     xy = (2σ(t_xy) + (cell − 0.5))·s        wh = (2σ(t_wh))²·anchor        score = σ(t_obj)·max σ(t_cls)
-
-The boxes tail is TopK and unrolled Cluster-NMS (k ← 1 where no kept earlier box of the same class overlaps it;
-repeated T times it equals greedy NMS for suppression chains of up to T). Shapes are fixed and every operator is
-standard: no NonMaxSuppression, which TensorRT-RTX cannot run and other versions run slowly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from compress.graph.builder import FLOAT, GraphBuilder
-from compress.graph.heads import LetterboxGeometry
 
 
 @dataclass(frozen=True)
@@ -49,20 +45,21 @@ class HeadShape:
         return sum(self.level_rows)
 
 
-@dataclass(frozen=True)
-class NmsShape:
-    """What is fixed inside the graph: IoU, rows that enter NMS, rows that leave, unrolled iterations."""
+class Candidates(NamedTuple):
+    """Names of the tensors of the K rows that enter NMS, best first."""
 
-    iou: float
-    candidates: int
-    max_det: int
-    iterations: int
-
-
-# ---------------------------------------------------------------------------------------------- rows
+    boxes: str
+    """float32 (K,4), x1 y1 x2 y2 in canvas pixels."""
+    scores: str
+    """float32 (K,), objectness times best class."""
+    classes: str
+    """float32 (K,), the index of the best class."""
 
 
-def rows_tail(builder: GraphBuilder, maps: Sequence[str], head: HeadShape) -> str:
+# ------------------------------------------------------------------------------------------ all rows
+
+
+def decode_all_rows(builder: GraphBuilder, maps: Sequence[str], head: HeadShape) -> str:
     """Raw maps (B, na·no, H, W) of each level -> `output0` (B, N, 5+nc): xywh in pixels, objectness, classes."""
     levels = [_level_rows(builder, name, head, level) for level, name in enumerate(maps)]
     return builder.op("Concat", *levels, name="output0", axis=1)
@@ -89,33 +86,21 @@ def _level_rows(b: GraphBuilder, raw: str, head: HeadShape, level: int) -> str:
     return b.op("Reshape", joined, flat, name=at)
 
 
-# --------------------------------------------------------------------------------------------- boxes
-
-PROBES = ("candidates.row", "candidates.boxes", "candidates.score", "candidates.class", "nms.keep")
-"""Inner tensors of the boxes graph that the check against torch reads: (K,), (K,4), (K,), (K,), (1,K)."""
+# ---------------------------------------------------------------------------------------- candidates
 
 
-def boxes_tail(
-    builder: GraphBuilder,
-    maps: Sequence[tuple[str, str]],
-    head: HeadShape,
-    nms: NmsShape,
-    geometry: LetterboxGeometry | None = None,
-) -> str:
-    """(box, class) maps of each level -> `detections` (1, max_det, 6): x1 y1 x2 y2 score class, best first.
-
-    Rows without a detection are all zero and come last. Pixels of the canvas, or of the frame with a `geometry`.
-    """
-    row, score = _candidates(builder, maps, head, min(nms.candidates, head.rows))
-    geometry_rows, box_logits, class_logits = _gather(builder, maps, head, row)
-    boxes = _decode(builder, box_logits, *geometry_rows)
+def decode_candidates(
+    builder: GraphBuilder, maps: Sequence[tuple[str, str]], head: HeadShape, count: int
+) -> Candidates:
+    """(box, class) maps of each level -> the `count` best rows, decoded."""
+    row, score = _best_rows(builder, maps, head, count)
+    geometry, box_logits, class_logits = _gather(builder, maps, head, row)
+    boxes = _decode(builder, box_logits, *geometry)
     best = builder.op("ArgMax", class_logits, name="candidates.index", axis=1, keepdims=0)
-    classes = builder.op("Cast", best, name="candidates.class", to=FLOAT)
-    keep = _cluster_nms(builder, boxes, classes, min(nms.candidates, head.rows), nms)
-    return _compact(builder, boxes, score, classes, keep, head, nms, geometry)
+    return Candidates(boxes, score, builder.op("Cast", best, name="candidates.class", to=FLOAT))
 
 
-def _candidates(b: GraphBuilder, maps: Sequence[tuple[str, str]], head: HeadShape, count: int) -> tuple[str, str]:
+def _best_rows(b: GraphBuilder, maps: Sequence[tuple[str, str]], head: HeadShape, count: int) -> tuple[str, str]:
     """The `count` best rows: flat row number (K,) int64 and score (K,).
 
     The maximum over classes is taken on logits in the layout that the convolution wrote: σ is monotone, so two
@@ -221,99 +206,3 @@ def _decode(b: GraphBuilder, logits: str, cell: str, stride: str, anchor: str) -
     half = b.op("Mul", size, b.floats("half", 0.5), name="decode.half")
     corners = [b.op(kind, centre, half, name=f"decode.{kind.lower()}") for kind in ("Sub", "Add")]
     return b.op("Concat", *corners, name="candidates.boxes", axis=1)
-
-
-def _cluster_nms(b: GraphBuilder, boxes: str, classes: str, count: int, nms: NmsShape) -> str:
-    """`nms.keep` (1,K): 1 for the rows that survive."""
-    overlaps = _overlaps(b, boxes, nms.iou)
-    column, line = (b.op("Reshape", classes, b.ints(shape, dims), name=f"nms.class_{shape}")
-                    for shape, dims in (("column", [-1, 1]), ("line", [1, -1])))  # fmt: skip
-    same = b.op("Equal", column, line, name="nms.same")
-    rank = np.arange(count, dtype=np.float32)
-    earlier = b.op("Less", b.floats("nms.rank", rank[:, None]), b.floats("nms.ranks", rank[None]), name="nms.earlier")
-    pairs = b.op("And", b.op("And", overlaps, same, name="nms.rivals"), earlier, name="nms.pairs")
-    suppresses = b.op("Cast", pairs, name="nms.suppresses", to=FLOAT)
-    keep = b.floats("nms.all", np.ones((1, count)))
-    for step in range(nms.iterations):
-        last = step == nms.iterations - 1
-        hits = b.op("MatMul", keep, suppresses, name=f"nms.{step}.hits")
-        free = b.op("Less", hits, b.floats("half", 0.5), name=f"nms.{step}.free")
-        keep = b.op("Cast", free, name="nms.keep" if last else f"nms.{step}.keep", to=FLOAT)
-    return keep
-
-
-def _overlaps(b: GraphBuilder, boxes: str, iou: float) -> str:
-    """(K,K) bool: intersection > iou · union. Products are compared, nothing is divided."""
-    ends = ("x1", "y1", "x2", "y2")
-    ones = b.ints("nms.ones", [1, 1, 1, 1])
-    columns = b.ops("Split", boxes, ones, names=[f"nms.{e}_column" for e in ends], axis=1)
-    turned = b.op("Transpose", boxes, name="nms.turned", perm=[1, 0])
-    lines = b.ops("Split", turned, ones, names=[f"nms.{e}_line" for e in ends], axis=0)
-    sides, areas = [], []
-    for low, high, side in ((0, 2, "width"), (1, 3, "height")):
-        start = b.op("Max", columns[low], lines[low], name=f"nms.{side}_start")
-        end = b.op("Min", columns[high], lines[high], name=f"nms.{side}_end")
-        length = b.op("Sub", end, start, name=f"nms.{side}_signed")
-        sides.append(b.op("Max", length, b.floats("nought", 0.0), name=f"nms.{side}"))
-    for parts, way in ((columns, "column"), (lines, "line")):
-        lengths = [b.op("Sub", parts[i + 2], parts[i], name=f"nms.{way}_{axis}") for i, axis in enumerate("wh")]
-        areas.append(b.op("Mul", *lengths, name=f"nms.{way}_area"))
-    inter = b.op("Mul", *sides, name="nms.intersection")
-    union = b.op("Sub", b.op("Add", *areas, name="nms.areas"), inter, name="nms.union")
-    bound = b.op("Mul", union, b.floats("nms.iou", iou), name="nms.bound")
-    return b.op("Greater", inter, bound, name="nms.overlaps")
-
-
-def _compact(
-    b: GraphBuilder, boxes: str, score: str, classes: str, keep: str,
-    head: HeadShape, nms: NmsShape, geometry: LetterboxGeometry | None,
-) -> str:  # fmt: skip
-    """Survivors first: (1, max_det, 6), padded with zero rows where there are fewer candidates than `max_det`."""
-    flat_keep = b.op("Reshape", keep, b.ints("flat", [-1]), name="out.keep")
-    kept = b.op("Mul", score, flat_keep, name="out.kept")
-    count = min(nms.max_det, nms.candidates, head.rows)
-    best, order = b.ops("TopK", kept, b.ints("out.count", [count]), names=("out.score", "out.order"), axis=0)
-    picked = b.op("Gather", boxes, order, name="out.boxes", axis=0)
-    if geometry is not None:
-        picked = _to_frame(b, picked, geometry)
-    column = b.ints("column", [-1, 1])
-    label = b.op("Reshape", b.op("Gather", classes, order, name="out.class", axis=0), column, name="out.class_column")
-    points = b.op("Reshape", best, column, name="out.score_column")
-    rows = b.op("Concat", picked, points, label, name="out.rows", axis=1)
-    filled = b.op(
-        "Cast", b.op("Greater", points, b.floats("nought", 0.0), name="out.some"), name="out.filled", to=FLOAT
-    )
-    rows = b.op("Mul", rows, filled, name="out.cleared")
-    if count < nms.max_det:
-        rows = b.op(
-            "Concat", rows, b.floats("out.empty", np.zeros((nms.max_det - count, 6))), name="out.padded", axis=0
-        )
-    return b.op("Reshape", rows, b.ints("out.shape", [1, nms.max_det, 6]), name="detections")
-
-
-def _to_frame(b: GraphBuilder, boxes: str, geometry: LetterboxGeometry) -> str:
-    """Canvas pixels -> frame pixels, clipped to the frame."""
-    height, width = geometry.frame_hw
-    shift = b.floats("frame.pad", [[*geometry.fit.pad_wh, *geometry.fit.pad_wh]])
-    moved = b.op("Sub", boxes, shift, name="frame.moved")
-    scaled = b.op("Div", moved, b.floats("frame.gain", geometry.fit.gain), name="frame.scaled")
-    low = b.op("Max", scaled, b.floats("nought", 0.0), name="frame.low")
-    return b.op("Min", low, b.floats("frame.limit", [[width, height, width, height]]), name="frame.boxes")
-
-
-# ----------------------------------------------------------------------------------------- reference
-
-
-def cluster_nms(boxes_xyxy: np.ndarray, classes: np.ndarray, iou: float, iterations: int) -> np.ndarray:
-    """The same NMS in NumPy, operation by operation in float32: rows (K,4) best first -> keep (K,) bool."""
-    x1, y1, x2, y2 = boxes_xyxy.astype(np.float32).T
-    width = np.maximum(np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1), np.float32(0))
-    height = np.maximum(np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1), np.float32(0))
-    area = (x2 - x1) * (y2 - y1)
-    inter = width * height
-    union = (area[:, None] + area) - inter
-    suppresses = np.triu((inter > union * np.float32(iou)) & (classes[:, None] == classes), 1)
-    keep = np.ones(len(boxes_xyxy), bool)
-    for _ in range(iterations):
-        keep = ~(suppresses & keep[:, None]).any(axis=0)
-    return keep

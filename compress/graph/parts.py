@@ -1,4 +1,4 @@
-"""Find the parts of a YOLOv5 graph by walking it, never by node name."""
+"""Find the parts of a YOLOv5 graph by its connections, never by node name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import onnx
 
 
-class Walk:
+class GraphParts:
     """Producers, consumers and the parts of one graph. Nodes are their index in `graph.node`."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -39,7 +39,7 @@ class Walk:
         return tuple(i for i in self.convs if i not in inner)
 
     @cached_property
-    def tail(self) -> frozenset[int]:
+    def postprocessing(self) -> frozenset[int]:
         """Everything behind a detect convolution: decode and NMS."""
         return frozenset(_closure(self.detect_convs, self.after) - set(self.detect_convs))
 
@@ -82,14 +82,14 @@ def op_counts(graph: onnx.GraphProto) -> Counter[str]:
 
 def sort_topologically(graph: onnx.GraphProto) -> None:
     """Reorder nodes so that each comes after its producers, otherwise keeping their order."""
-    walk = Walk(graph)
+    parts = GraphParts(graph)
     placed: set[int] = set()
     order: list[int] = []
 
     def place(root: int) -> None:
         stack = [root]
         while stack:
-            missing = [i for i in walk.before(stack[-1]) if i not in placed]
+            missing = [i for i in parts.before(stack[-1]) if i not in placed]
             if missing:
                 stack.extend(missing)
                 continue
@@ -98,9 +98,9 @@ def sort_topologically(graph: onnx.GraphProto) -> None:
                 placed.add(index)
                 order.append(index)
 
-    for i in range(len(walk.nodes)):
+    for i in range(len(parts.nodes)):
         place(i)
-    copies = [onnx.NodeProto.FromString(walk.nodes[i].SerializeToString()) for i in order]
+    copies = [onnx.NodeProto.FromString(parts.nodes[i].SerializeToString()) for i in order]
     del graph.node[:]
     graph.node.extend(copies)
 
