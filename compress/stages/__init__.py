@@ -42,7 +42,7 @@ class Stage(Generic[C, I]):
     version: int = 1
 
     def task(self, recipe: Recipe, run_folder: Path) -> Task:
-        """This stage of the run of `recipe` in `run_folder`."""
+        """The stage in the run of `recipe` in the folder `run_folder`."""
         config, folders = recipe.part(self.settings), {name: run_folder / name for name in self.after}
         return Task(
             self.name,

@@ -60,7 +60,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
 
 
 def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
-    note = FLAVOURS[file.precision].note if file.precision in FLAVOURS and plan.device == "cpu" else ""
+    flavour = FLAVOURS.get(file.precision or "")
     row = measure_file(
         file.path,
         plan,
@@ -68,7 +68,7 @@ def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
         precision=file.precision,
         kept=file.kept,
         reason=file.reason,
-        note=note,
+        note=flavour.note if flavour and plan.device == "cpu" else "",
     )
     latency = row["latency"]["end_to_end"]
     log(

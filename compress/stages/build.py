@@ -1,7 +1,7 @@
 """Build: ONNX files that passed their gates become TensorRT plans, with one `model.json` that describes them all.
 
-In: the ONNX file of each precision. Out: `<name of the model>.<precision>.plan`, `model.json`, and `build.json` with what
-built each plan or why there is none.
+In: the ONNX file of each precision. Out: `<name of the model>.<precision>.plan`, `model.json`, and `build.json`, which
+says of each plan what built it or why there is none.
 Precision lies in the ONNX file, never in a builder flag. Ahead-of-time plans of TensorRT-RTX serve every target in
 one file; plain TensorRT builds for the GPU that is there.
 """

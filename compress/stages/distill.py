@@ -34,10 +34,12 @@ class Config(Settings):
 class Inputs(NamedTuple):
     data: Dataset
     teacher: Path
+    resume: bool | None = None
+    """None goes on with what is begun in the folder."""
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
-    """Write the student into `out`; a distillation that is begun there goes on. Raises the errors of `distill`."""
+    """Write the student into `out`. Raises the errors of `distill`."""
     result = distill(
         config.distill,
         data=inputs.data,
@@ -46,7 +48,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         weights=config.student.weights,
         scale=config.student.scale,
         device=config.device,
-        resume=(out / STATE).is_file(),
+        resume=(out / STATE).is_file() if inputs.resume is None else inputs.resume,
         log=log,
     )
     if is_first_process():

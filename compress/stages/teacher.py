@@ -1,8 +1,8 @@
 """Teacher: a checkpoint that knows the data's classes is used as it is; any other is trained on the data.
 
-In: settings, a data set, a checkpoint or a scale. Out: `teacher.safetensors`, and where a training was needed its files
-`best.safetensors`, `last.safetensors`, `state.pt`, `results.csv`, `curves.png`, `tensorboard/`. `edgestill train` is the
-training alone, of a teacher or of a student without one.
+In: settings, a data set, a checkpoint or a scale. Out: `teacher.safetensors`, and the files of a training where one was
+needed: `best.safetensors`, `last.safetensors`, `state.pt`, `results.csv`, `curves.png`, `tensorboard/`.
+`edgestill train` is the training alone, of a teacher or of a student without one.
 """
 
 from __future__ import annotations

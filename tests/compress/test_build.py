@@ -4,13 +4,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import compress.build as stage
 import numpy as np
 import onnx
 import pytest
+from compress.build import build
 from onnx import TensorProto, helper, numpy_helper
 
-import compress.build as stage
-from compress.build import build
 from compress.config import BuildConfig
 from compress.graph.metadata import metadata_of
 from runtime.card import Artifact, ModelCard

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from compress.distill import distill
+from compress.train import train
 
 from compress.config import DistillConfig, TrainConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.data.loader import train_batches
-from compress.distill import distill
 from compress.losses import distill as losses
 from compress.models.checkpoint import load, load_model
-from compress.train import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import DistillObjective, detection_loss
 from compress.training.prepare import new_model, open_splits

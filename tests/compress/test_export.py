@@ -11,9 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from compress.export import CONVENTIONAL, SHIPPED, export, rows_of
 
 from compress.config import ExportConfig
-from compress.export import CONVENTIONAL, SHIPPED, export, rows_of
 from compress.graph.candidates import Placement, RankedRows, Validation, canvas_of, study_candidates
 from compress.graph.metadata import read_card
 from compress.graph.verify import best_class, nchw, unit_rgb

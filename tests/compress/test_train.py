@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from compress.train import train
 
 from compress.config import AugmentConfig, OptimizerConfig, TrainConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.models.checkpoint import load, load_model
-from compress.train import train
 from compress.training import loop
 from compress.training.state import load_state
 from runtime.errors import EdgestillError, InputError, UsageError
