@@ -6,7 +6,6 @@ figures that its manifest keeps.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +17,8 @@ from compress.config import Recipe, TeacherConfig
 from compress.data import DataConfig, load_data
 from compress.data.class_names import class_conflict
 from compress.data.coco import to_coco
-from compress.data.index import Index, index_split
-from compress.data.labels import label_path
+from compress.data.dataset import Index
+from compress.data.index import index_split, quick_digest
 from compress.distill import distill
 from compress.export import SHIPPED, export
 from compress.models import checkpoint
@@ -57,7 +56,7 @@ def run_data(recipe: Recipe, work: Work) -> Figures:
         for problem in index.problems:
             work.log(f"{split}: skipped {problem}")
     counts = {split: _counts(index) for split, index in splits.items()}
-    write_json(work.out / "data.json", {"names": config.names, "digest": data_digest(recipe), "splits": counts})
+    write_json(work.out / "data.json", {"names": config.names, "digest": quick_digest(config), "splits": counts})
     write_json(work.out / "val.json", to_coco(splits["val"].samples, config.names))
     return {"classes": len(config.names)} | {f"{split}_images": counts[split]["images"] for split in counts}
 
@@ -68,26 +67,6 @@ def _counts(index: Index) -> dict[str, Any]:
         "boxes": sum(len(sample.labels) for sample in index.samples),
         "problems": [str(problem) for problem in index.problems],
     }
-
-
-def data_digest(recipe: Recipe) -> str:
-    """sha256 over data.yaml's content, every label's content, and every image's path, size and time of change."""
-    config = load_data(recipe.data)
-    digest = hashlib.sha256(repr((config.names, config.notices)).encode())
-    for split, images in sorted(config.splits.items()):
-        for image in images:
-            digest.update(f"{split} {image} {_state(image)} ".encode())
-            label = label_path(image)
-            digest.update(label.read_bytes() if label.is_file() else b"background")
-    return digest.hexdigest()
-
-
-def _state(file: Path) -> str:
-    try:
-        status = file.stat()
-    except OSError:
-        return "absent"
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 # --- teacher and student ---------------------------------------------------------------------------------------------
@@ -254,7 +233,7 @@ RUNNERS: Mapping[str, Callable[[Recipe, Work], Figures]] = {
 
 
 DIGESTS: Mapping[str, Callable[[Recipe], str]] = {
-    "data": data_digest,
+    "data": lambda recipe: quick_digest(load_data(recipe.data)),
     "teacher_weights": lambda recipe: _digest(recipe.teacher.weights),
     "student_weights": lambda recipe: _digest(recipe.student.weights),
 }
