@@ -25,9 +25,9 @@ from compress.compute.device import pick_device, place
 from compress.compute.numerics import require_finite
 from compress.compute.timing import Span, timed_items, unwatched
 from compress.config import TrainConfig, result_settings
-from compress.data.dataset import TrainDataset
-from compress.data.index import Sample
+from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
+from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model

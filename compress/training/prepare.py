@@ -12,9 +12,10 @@ import torch
 
 from compress.config import TrainConfig
 from compress.data.class_names import class_conflict
-from compress.data.dataset import TrainDataset
+from compress.data.dataset import Sample
 from compress.data.dataset_yaml import DataConfig
-from compress.data.index import Sample, index_split
+from compress.data.index import index_split
+from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from compress.data.dataset import Sample
 from compress.data.dataset_yaml import DataConfig, load_data
-from compress.data.index import Sample, index_split
+from compress.data.index import index_split
 from compress.data.loader import val_batches
 from compress.models.checkpoint import load_model
 from compress.training.objective import detection_loss
