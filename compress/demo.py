@@ -27,7 +27,7 @@ quantize: {{calibration_images: 64, max_map_drop: 0.03}}
 
 
 def prepare(out: Path, log: Log) -> Recipe:
-    """The demo's data and recipe in the folder `out`; what is there already is used as it is."""
+    """Make the demo's data and recipe in the folder `out`; what is there already is used as it is."""
     data, file = out / "belt", out / "recipe.yaml"
     if not (data / "data.yaml").is_file():
         generate(data, images=IMAGES, size=(SIZE, SIZE), seed=SEED)

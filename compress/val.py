@@ -9,11 +9,10 @@ from typing import Any
 from benchmarks.accuracy import Accuracy, YoloMetrics, detector_accuracy
 from benchmarks.report import plain
 from compress.compute.numerics import flush_denormals
-from compress.data import DataConfig, load_data
+from compress.data import DataConfig, index_dataset, load_data
 from compress.data.class_names import class_conflict
-from compress.data.index import index_split
+from compress.inputs import validation_of
 from compress.models import load_model
-from compress.pipeline.inputs import validation_of
 from compress.validate import NmsSettings, validate
 from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
@@ -24,8 +23,8 @@ ANNOTATIONS = Path("annotations", "instances.json")
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Figures of one file. `yolo` and `speed_ms` are those of a torch network only."""
+class FileAccuracy:
+    """Figures of one file; a torch network has `yolo` and `speed_ms` too."""
 
     file: str
     images: int
@@ -68,10 +67,10 @@ def validate_file(
     annotations: Path | None,
     half: bool,
     device: str,
-) -> Validation:
+) -> FileAccuracy:
     """Measure a checkpoint by both protocols; an ONNX file, engine or bundle by COCO's, as it runs on the device.
 
-    Errors: InputError where the file knows other classes than the data.
+    Raises InputError when the file knows other classes than the data.
     """
     config = load_data(data)
     if weights.suffix.lower() not in CHECKPOINTS:
@@ -80,14 +79,14 @@ def validate_file(
     model = load_model(weights)
     require_same_classes(weights, model.arch.names, config)
     truth = annotations or _annotations_of(config)
-    samples = index_split(config, split).samples
+    samples = index_dataset(config, [split]).splits[split].samples
     nms = NmsSettings(conf, iou, max_det, not single_label)
     found = validate(
         model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device, half=half, annotations=truth
     )
     assert found.coco is not None
     named = truth.name if truth else "the labels"
-    return Validation(weights.name, found.images, named, found.coco, found.yolo, dict(found.speed_ms))
+    return FileAccuracy(weights.name, found.images, named, found.coco, found.yolo, dict(found.speed_ms))
 
 
 def _annotations_of(config: DataConfig) -> Path | None:
@@ -95,14 +94,14 @@ def _annotations_of(config: DataConfig) -> Path | None:
     return file if file.is_file() else None
 
 
-def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float) -> Validation:
+def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float) -> FileAccuracy:
     if split != "val":
         raise UsageError(f"--split {split}: shipped files are measured on val", "Leave --split out")
-    truth = validation_of(config)
+    truth = validation_of(index_dataset(config, ["val"]))
     with Detector.load(path) as detector:
         require_same_classes(path, detector.card.names, config)
         found = detector_accuracy(detector, truth.images, truth.ground_truth, conf=conf)
-    return Validation(path.name, len(truth.images), "the labels", found)
+    return FileAccuracy(path.name, len(truth.images), "the labels", found)
 
 
 def require_same_classes(file: Path, names: tuple[str, ...], config: DataConfig) -> None:

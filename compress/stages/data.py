@@ -6,12 +6,11 @@ problems of each split).
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from compress.config import NoSettings, Recipe
+from compress.config import NoSettings
 from compress.data import INDEX, DataConfig, index_dataset, load_data
-from compress.data.labels import label_path
+from compress.data.index import quick_digest
 from compress.log import Log
 from compress.stages import Figures, Stage
 from runtime.files import write_json
@@ -36,30 +35,10 @@ def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
     return {"classes": len(data.names)} | {f"{split}_images": counts[split]["images"] for split in counts}
 
 
-def files_digest(recipe: Recipe) -> str:
-    """sha256 over data.yaml's content, every label's content, and every image's path, size and time of change."""
-    config = load_data(recipe.data)
-    digest = hashlib.sha256(repr((config.names, config.notices)).encode())
-    for split, images in sorted(config.splits.items()):
-        for image in images:
-            digest.update(f"{split} {image} {_state(image)} ".encode())
-            label = label_path(image)
-            digest.update(label.read_bytes() if label.is_file() else b"background")
-    return digest.hexdigest()
-
-
-def _state(file: Path) -> str:
-    try:
-        status = file.stat()
-    except OSError:
-        return "absent"
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
 STAGE = Stage(
     "data",
     settings=NoSettings,
     inputs=lambda recipe, _: load_data(recipe.data),
     run=run,
-    digests={"data": files_digest},
+    digests={"data": lambda recipe: quick_digest(load_data(recipe.data))},
 )
