@@ -3,7 +3,7 @@
 from compress.models.architecture import DEFAULT_ANCHORS, LAYOUTS, Architecture
 from compress.models.checkpoint import Checkpoint, describe, load, load_model, save_model, transfer
 from compress.models.complexity import complexity
-from compress.models.yolov5 import YOLOv5
+from compress.models.network import YOLOv5
 
 __all__ = [
     "DEFAULT_ANCHORS",

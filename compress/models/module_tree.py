@@ -7,17 +7,17 @@ run: ours is built from its layer table and compared with the file's, module by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from compress.config import SCALES
-from compress.models.architecture import ACTIVATIONS, LAYOUTS, MAX_CLASSES, Architecture
-from compress.models.blocks import Bottleneck
-from compress.models.pickled import PickleError, Stub, TensorRef, attributes, brief
-from compress.models.yolov5 import YOLOv5
+from compress.models.activations import ACTIVATIONS
+from compress.models.architecture import LAYOUTS, MAX_CLASSES, Architecture
+from compress.models.blocks import Block
+from compress.models.network import YOLOv5, network_without_memory
+from compress.models.pickle_reader import PickleError, Stub, TensorRef, attributes, brief
 from runtime.errors import UsageError
 
 MAX_MODULES = 20_000
@@ -33,11 +33,9 @@ COMPARED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     nn.BatchNorm2d: ("eps",),
     nn.MaxPool2d: ("kernel_size", "stride", "padding"),
-    nn.Upsample: ("scale_factor", "mode"),
     nn.LeakyReLU: ("negative_slope",),
-    Bottleneck: ("add",),
 }
-"""What tensors do not show, but the output depends on."""
+"""Attributes of torch's modules that the output depends on and that no tensor shows; `Block.compared` has ours."""
 
 
 class Saved(NamedTuple):
@@ -65,7 +63,7 @@ def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
         "activation": _activation(modules),
     }
     architecture = _fitting(_multiples(root), common, tensors)
-    _compare(modules, skeleton(architecture))
+    _compare(modules, network_without_memory(architecture))
     return Saved(architecture, tensors)
 
 
@@ -208,16 +206,9 @@ def _fitting(
     raise PickleError(f"{problems[0]}; {READABLE}")
 
 
-@lru_cache(maxsize=16)
-def skeleton(architecture: Architecture) -> YOLOv5:
-    """The network without memory for its tensors: shapes and names only."""
-    with torch.device("meta"):
-        return YOLOv5(architecture).eval()
-
-
 def mismatch(shapes: Mapping[str, Sequence[int]], architecture: Architecture) -> str | None:
     """How tensors of these names and shapes differ from those that the architecture has; None where they agree."""
-    expected = {key: tuple(value.shape) for key, value in skeleton(architecture).state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in network_without_memory(architecture).state_dict().items()}
     for key, shape in expected.items():
         if key not in shapes:
             return f"tensor {key} is missing"
@@ -235,7 +226,7 @@ def _compare(modules: Mapping[str, Stub], network: YOLOv5) -> None:
             continue
         if stub.type.name != kind:
             raise PickleError(f"its module {name} is {brief(stub.type.name)} instead of {kind}; {READABLE}")
-        for attribute in COMPARED.get(type(module), ()):
+        for attribute in module.compared if isinstance(module, Block) else COMPARED.get(type(module), ()):
             found, expected = stub.state.get(attribute), getattr(module, attribute)
             if attribute in stub.state and _pair(found) != _pair(expected):
                 raise PickleError(f"its module {name} has {attribute} {brief(found)} instead of {expected}; {READABLE}")

@@ -1,4 +1,4 @@
-"""The YOLOv5 network: a table of layers becomes modules; raw maps become boxes.
+"""The network: a table of layers becomes modules; raw maps become boxes.
 
 Written from published facts (layer tables, tensor names, formulas). With a checkpoint's weights its raw maps and
 boxes equal those of YOLOv5 v7.0 to rounding.
@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.models.activations import ACTIVATIONS
 from compress.models.architecture import Architecture, Layer
 from compress.models.blocks import (
-    ACTIVATIONS,
     C3,
     SPP,
     SPPF,
-    Activation,
+    Block,
     BottleneckCSP,
     Concat,
     Conv,
     Detect,
     Focus,
-    fusable,
-    upsample,
+    ScaledLayer,
+    Upsample,
 )
 
 RARE_OBJECTS = 8
@@ -35,57 +36,30 @@ RARE_OBJECTS = 8
 PRIOR_SIZE = 640
 CLASS_PRIOR = 0.6
 
-_Maker = Callable[[Architecture, Layer, list[int], Activation], tuple[nn.Module, int]]
-
-
-def _simple(block: Callable[..., nn.Module]) -> _Maker:
-    def make(arch: Architecture, layer: Layer, inputs: list[int], act: Activation) -> tuple[nn.Module, int]:
-        channels = arch.channels(layer.channels)
-        return block(inputs[0], channels, act, **layer.options), channels
-
-    return make
-
-
-def _repeated(block: Callable[..., nn.Module]) -> _Maker:
-    def make(arch: Architecture, layer: Layer, inputs: list[int], act: Activation) -> tuple[nn.Module, int]:
-        channels = arch.channels(layer.channels)
-        return block(inputs[0], channels, act, arch.repeats(layer.repeats), **layer.options), channels
-
-    return make
-
-
-def _detect(arch: Architecture, _: Layer, inputs: list[int], __: Activation) -> tuple[nn.Module, int]:
-    return Detect(arch.nc, anchors_grid(arch), inputs), 0
-
-
-MAKERS: dict[str, _Maker] = {
-    "Conv": _simple(Conv),
-    "Focus": _simple(Focus),
-    "SPP": _simple(SPP),
-    "SPPF": _simple(SPPF),
-    "C3": _repeated(C3),
-    "BottleneckCSP": _repeated(BottleneckCSP),
-    "Upsample": lambda _, __, inputs, ___: (upsample(), inputs[0]),
-    "Concat": lambda _, __, inputs, ___: (Concat(), sum(inputs)),
-    "Detect": _detect,
+BLOCKS: dict[str, type[Block]] = {
+    block.__name__: block for block in (Conv, Focus, SPP, SPPF, C3, BottleneckCSP, Upsample, Concat, Detect)
 }
-"""Block name -> function of (architecture, row, input channels, activation) -> (module, output channels)."""
-
-
-def anchors_grid(arch: Architecture) -> Tensor:
-    """(nl, na, 2) float32 anchors in units of their level's stride."""
-    return torch.tensor(arch.anchors, dtype=torch.float32) / torch.tensor(arch.strides).view(-1, 1, 1)
+"""What the rows of a layer table may name."""
 
 
 def _build(arch: Architecture) -> tuple[list[nn.Module], list[int]]:
+    """The modules of an architecture's layers, and the output channels of each."""
     modules: list[nn.Module] = []
     channels: list[int] = []
     for layer in arch.layers:
-        inputs = [channels[index] for index in layer.source] if channels else [3]
-        module, out = MAKERS[layer.block](arch, layer, inputs, ACTIVATIONS[arch.activation])
+        module, out = BLOCKS[layer.block].build(scaled(layer, arch, channels))
         modules.append(module)
         channels.append(out)
     return modules, channels
+
+
+def scaled(layer: Layer, arch: Architecture, channels: Sequence[int]) -> ScaledLayer:
+    """The row `layer` at the depth and width of `arch`; `channels` are the outputs of the layers before it."""
+    inputs = tuple(channels[index] for index in layer.source) if channels else (3,)
+    return ScaledLayer(
+        inputs, arch.channels(layer.channels), arch.repeats(layer.repeats), layer.options,
+        ACTIVATIONS[arch.activation], arch,
+    )  # fmt: skip
 
 
 class YOLOv5(nn.Module):
@@ -159,8 +133,9 @@ class YOLOv5(nn.Module):
         """A copy in evaluation mode whose BatchNorms are folded into the convolutions before them."""
         made = copy.deepcopy(self).eval()
         with torch.no_grad():
-            for block in fusable(made):
-                block.fuse()
+            for block in made.modules():
+                if isinstance(block, Block):
+                    block.fuse()
         return made
 
 
@@ -178,3 +153,10 @@ def decode_level(raw: Tensor, anchors_px: Tensor, stride: int) -> Tensor:
     centres = (y[..., 0:2] * 2 + cells) * stride
     sizes = (y[..., 2:4] * 2) ** 2 * anchors_px.to(raw.dtype).view(na, 1, 1, 2)
     return torch.cat((centres, sizes, y[..., 4:]), -1).reshape(batch, na * height * width, columns)
+
+
+@lru_cache(maxsize=16)
+def network_without_memory(architecture: Architecture) -> YOLOv5:
+    """The network on torch's `meta` device: shapes and names only. Shared among callers, who must not change it."""
+    with torch.device("meta"):
+        return YOLOv5(architecture).eval()

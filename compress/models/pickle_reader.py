@@ -1,4 +1,4 @@
-"""Read a pickle as data: an own machine of 43 opcodes, in which nothing that the file names is imported or called.
+"""Read a pickle as data: a stack machine of 43 opcodes that imports and calls nothing that the file names.
 
 In: the bytes of a pickle. Out: plain values, `Stub` for every object, `TensorRef` for every tensor. A name that no
 YOLOv5 checkpoint uses is refused, and so is everything that costs more than its bytes (see the limits).

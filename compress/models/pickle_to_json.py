@@ -1,4 +1,4 @@
-"""From what a pickle held to plain JSON: options, dates, numbers of NumPy, paths."""
+"""Turn the values of a pickle into plain JSON: options, dates, NumPy numbers, paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.models.pickled import Global, Stub, TensorRef
+from compress.models.pickle_reader import Global, Stub, TensorRef
 
 MAX_VALUES = 50_000
 """Shared references can make a small file describe more values than there are atoms."""
@@ -22,15 +22,15 @@ NUMBERS = {"f4": "f", "f8": "d", "i4": "i", "i8": "q", "u1": "B", "b1": "?"}
 """NumPy's type codes -> those of `struct`."""
 
 
-def plain(value: Any, read: Read) -> Any:
+def to_json(value: Any, read: Read) -> Any:
     """`value` as JSON holds it; what JSON does not know becomes text, what is too large is left out (null).
 
     `read` fetches a tensor of the file.
     """
-    return _plain(value, read, [MAX_VALUES], 0)
+    return _convert(value, read, [MAX_VALUES], 0)
 
 
-def _plain(value: Any, read: Read, budget: list[int], depth: int) -> Any:
+def _convert(value: Any, read: Read, budget: list[int], depth: int) -> Any:
     budget[0] -= 1
     if budget[0] < 0 or depth > MAX_DEPTH:
         return None
@@ -41,7 +41,7 @@ def _plain(value: Any, read: Read, budget: list[int], depth: int) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Mapping):
-        return {str(key)[:MAX_TEXT]: _plain(item, read, budget, depth + 1) for key, item in value.items()}
+        return {str(key)[:MAX_TEXT]: _convert(item, read, budget, depth + 1) for key, item in value.items()}
     if isinstance(value, TensorRef):
         return _tensor(value, read)
     if isinstance(value, Stub):
@@ -49,7 +49,7 @@ def _plain(value: Any, read: Read, budget: list[int], depth: int) -> Any:
     if isinstance(value, Global):
         return str(value)
     if isinstance(value, (list, tuple, set)):
-        return [_plain(item, read, budget, depth + 1) for item in value]
+        return [_convert(item, read, budget, depth + 1) for item in value]
     return repr(value)[:80]
 
 
@@ -65,7 +65,7 @@ def _object(stub: Stub, read: Read, budget: list[int], depth: int) -> Any:
     if stub.type.name == "_reconstruct" and isinstance(stub.raw_state, tuple) and len(stub.raw_state) == 5:
         return _numbers(stub.raw_state[2], stub.raw_state[4])
     if stub.type.name == "Namespace":
-        return _plain(stub.state, read, budget, depth)
+        return _convert(stub.state, read, budget, depth)
     return str(stub.type)
 
 
