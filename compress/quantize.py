@@ -1,26 +1,27 @@
 """Quantise: `model.onnx` becomes FP16 and INT8 flavours, each judged by its own measured accuracy.
 
-In: the shipped FP32 graph, training images to calibrate on, and a function that measures a file.
-Out: `model.<flavour>.onnx` beside each other, and for each whether it is kept. One calibration, through the very
-input that the device feeds, serves both INT8 flavours.
+In: the shipped FP32 graph, training images to calibrate on, and a gate that measures files.
+Out: `model.<flavour>.onnx` beside each other, and for each whether it is kept. One calibration, through the input
+that the device feeds, serves every INT8 flavour.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
 
+from benchmarks.latency import LatencyRatio
 from compress.config import QuantizeConfig
-from compress.flavours import FLAVOURS, REFERENCE
-from compress.graph.builder import publish
+from compress.flavours import FLAVOURS, REFERENCE, Flavour
+from compress.graph.builder import write_model
 from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
 from compress.graph.safe_load import read_model
@@ -34,38 +35,47 @@ from runtime.image import letterbox, read_image
 SANITY_IMAGES = 8
 SANITY_SHARE = 0.1
 """A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
+SPEED = {"faster": "below the limit", "slower": "above the limit", "inconclusive": "inconclusive against the limit"}
 
 
-class Measured(NamedTuple):
-    """Of one file: accuracy, and the median latency of a frame in milliseconds on this machine."""
+class Gate(Protocol):
+    """The two measurements that judge a flavour."""
 
-    map50_95: float
-    p50_ms: float
+    def accuracy(self, path: Path) -> float:
+        """mAP50-95 of a file."""
+        ...
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        """Time of `candidate` over time of `reference`, taken in turns on this machine."""
+        ...
 
 
 @dataclass(frozen=True)
 class JudgedFile:
     """A file of one precision, and whether its gate keeps it.
 
-    `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest.
+    `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest; `latency` is
+    against FP32, measured only where it counts.
     """
 
     name: str
     path: Path
-    measured: Measured
+    map50_95: float
     drop: float
     kept: bool
     reason: str
-    calibration: Mapping[str, Any]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    latency: LatencyRatio | None = None
 
     def to_json(self) -> dict[str, Any]:
+        ratio = self.latency
         return {
             "name": self.name,
             "file": self.path.name,
             "sha256": sha256(self.path),
-            "map50_95": self.measured.map50_95,
-            "p50_ms": self.measured.p50_ms,
+            "map50_95": self.map50_95,
             "drop": self.drop,
+            "latency": ratio and {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
             "kept": self.kept,
             "reason": self.reason,
             "calibration": dict(self.calibration),
@@ -78,33 +88,31 @@ def quantize(
     model: Path,
     images: Sequence[Path],
     out: Path,
-    evaluate: Callable[[Path], Measured],
+    gate: Gate,
     log: Log = print,
 ) -> tuple[JudgedFile, ...]:
     """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
 
     `images` come from the training split; `config.calibration_images` of them are used, spread evenly. Raises
-    `InputError` when `model` is not a graph that `export` wrote, or when INT8 is asked for without images.
+    `InputError` when `model` is not a graph that `export` wrote, and `EdgestillError` when a flavour that is
+    calibrated has no images.
     """
     source = read_model(model)
     card = _boxes_card(source, model.name)
     chosen = spread(images, config.calibration_images)
     calibration = {**_digest(chosen), "method": config.method}
     ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
-    reference = evaluate(model)
-    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}, p50 {reference.p50_ms:.2f} ms")
-    flavours = [JudgedFile(REFERENCE, model, reference, 0.0, True, "the reference", {})]
-    for name in config.flavours:
-        row = FLAVOURS[name]
-        made = row.make(source, ranges()) if row.calibrated else row.make(source)
-        path = _publish(made, replace(card, precision=name), out / f"model.{name}.onnx")
-        used = calibration if row.calibrated else {}
-        flavour = _judge(
-            config, name, path, evaluate(path), reference, _collapse(name, source, path, chosen, card), used
-        )
-        flavours.append(flavour)
-        log(describe(flavour, reference))
-    return tuple(flavours)
+    reference = JudgedFile(REFERENCE, model, gate.accuracy(model), 0.0, True, "the reference")
+    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}")
+    judged = [reference]
+    for flavour in (FLAVOURS[name] for name in config.flavours):
+        made = flavour.make(source, ranges()) if flavour.calibrated else flavour.make(source)
+        write_card(made, replace(card, precision=flavour.name))
+        path = write_model(made, out / f"model.{flavour.name}.onnx")
+        fault = _fault(flavour, source, path, [_input(image, card) for image in spread(chosen, SANITY_IMAGES)])
+        judged.append(_judge(config, flavour, path, reference, fault, gate, calibration if flavour.calibrated else {}))
+        log(describe(judged[-1]))
+    return tuple(judged)
 
 
 def spread(images: Sequence[Path], count: int) -> list[Path]:
@@ -114,14 +122,11 @@ def spread(images: Sequence[Path], count: int) -> list[Path]:
     return [images[index * len(images) // count] for index in range(count)]
 
 
-def describe(flavour: JudgedFile, reference: Measured) -> str:
-    """One line: accuracy, drop, latency against FP32 in the same run, and the verdict."""
-    ratio = flavour.measured.p50_ms / reference.p50_ms if reference.p50_ms else float("nan")
-    speed = "not faster than FP32 here" if ratio >= 1 else "faster than FP32 here"
+def describe(judged: JudgedFile) -> str:
+    """One line: accuracy, drop against FP32, and the verdict."""
     return (
-        f"{flavour.name}: mAP50-95 {flavour.measured.map50_95:.4f} (drop {flavour.drop:+.4f}), "
-        f"p50 {flavour.measured.p50_ms:.2f} ms ({ratio:.2f}x, {speed}); "
-        f"{'kept' if flavour.kept else 'left out'}: {flavour.reason}"
+        f"{judged.name}: mAP50-95 {judged.map50_95:.4f} (drop {judged.drop:+.4f}); "
+        f"{'kept' if judged.kept else 'left out'}: {judged.reason}"
     )
 
 
@@ -131,7 +136,7 @@ def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
         raise InputError(
             f"{name} is {card.precision} with input {card.input!r} and output {card.output!r}; "
             "quantising starts from FP32 frames or canvases to boxes",
-            "give the model.onnx that `edgestill export` wrote",
+            "Give the model.onnx that `edgestill export` wrote",
         )
     return card
 
@@ -149,50 +154,41 @@ def _digest(chosen: Sequence[Path]) -> dict[str, Any]:
     return {"n": len(chosen), "sha256": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
 
 
-def _publish(model: onnx.ModelProto, card: ModelCard, path: Path) -> Path:
-    write_card(model, card)
-    return publish(model, path)
-
-
-def _collapse(name: str, source: onnx.ModelProto, path: Path, chosen: Sequence[Path], card: ModelCard) -> str:
-    """Why the outputs of a flavour are unusable, or nothing: overflow, values that are not finite, dead scores."""
-    probes = [_input(image, card) for image in spread(chosen, SANITY_IMAGES)]
-    if not probes:
+def _fault(flavour: Flavour, source: onnx.ModelProto, path: Path, canvases: Sequence[np.ndarray]) -> str:
+    """Why the outputs of a flavour are unusable, or nothing: values that are not finite, dead scores, overflow."""
+    if not canvases:
         return ""
-    before, after = (_outputs(model, probes) for model in (source, onnx.load(path)))
+    before, after = (_outputs(model, canvases) for model in (source, onnx.load(path)))
     if not np.isfinite(after).all():
         return "its outputs are not finite"
     if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
         return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
-    return FLAVOURS[name].fault(source, probes)
+    return flavour.fault(source, canvases)
 
 
-def _outputs(model: onnx.ModelProto, probes: Sequence[np.ndarray]) -> np.ndarray:
+def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarray:
     """All detections. Without graph optimisation: fusing FP16 with Q/DQ makes errors that are not the file's."""
     session = open_session(model, optimise=False)
-    return np.concatenate([session.run(None, {model.graph.input[0].name: probe})[0] for probe in probes])
+    return np.concatenate([session.run(None, {model.graph.input[0].name: canvas})[0] for canvas in canvases])
 
 
 def _judge(
     config: QuantizeConfig,
-    name: str,
+    flavour: Flavour,
     path: Path,
-    measured: Measured,
-    reference: Measured,
-    collapse: str,
+    reference: JudgedFile,
+    fault: str,
+    gate: Gate,
     calibration: Mapping[str, Any],
 ) -> JudgedFile:
-    drop = reference.map50_95 - measured.map50_95
+    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts."""
+    map50_95 = gate.accuracy(path)
+    drop = reference.map50_95 - map50_95
     within = drop <= config.max_map_drop  # False for NaN
-    verdict = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
-    slow = _slowness(config, measured, reference) if FLAVOURS[name].for_this_cpu else ""
-    reason = collapse or (f"{verdict}; {slow}" if slow else verdict)
-    return JudgedFile(name, path, measured, drop, within and not collapse and not slow, reason, calibration)
-
-
-def _slowness(config: QuantizeConfig, measured: Measured, reference: Measured) -> str:
-    """Why a flavour for this CPU is not worth shipping, or nothing."""
-    limit = config.max_latency_ratio * reference.p50_ms
-    if measured.p50_ms <= limit:
-        return ""
-    return f"p50 {measured.p50_ms:.2f} ms is above {config.max_latency_ratio:g} times FP32's {reference.p50_ms:.2f} ms"
+    loss = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
+    if fault or not within or not flavour.for_this_cpu:
+        return JudgedFile(flavour.name, path, map50_95, drop, within and not fault, fault or loss, calibration)
+    latency = gate.latency(reference.path, path)
+    verdict = latency.verdict(config.max_latency_ratio)
+    reason = f"{loss}; latency against FP32 {latency}, {SPEED[verdict]} {config.max_latency_ratio:g}"
+    return JudgedFile(flavour.name, path, map50_95, drop, verdict != "slower", reason, calibration, latency)

@@ -72,7 +72,7 @@ def quantize(model: Path, data: Path, out: Path | None, changes: tuple[str, ...]
         model=model,
         images=training_images(given),
         out=out or model.parent,
-        evaluate=gate(validation_of(given), BenchConfig()),
+        gate=gate(validation_of(given), BenchConfig()),
         log=say,
     )
     if as_json:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Plan, measure_file
-from benchmarks.report import Row, ap, make_report, p50, plain
+from benchmarks.accuracy import detector_accuracy
+from benchmarks.bench import Plan, compare_files, measure_file
+from benchmarks.latency import LatencyRatio
+from benchmarks.report import Row, make_report, plain
 from compress.config import BenchConfig
 from compress.data import DataConfig, load_data
 from compress.data.index import index_split
@@ -18,14 +20,13 @@ from compress.graph.candidates import Validation
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.pipeline.inputs import Candidate, validation_of
-from compress.quantize import Measured
 from compress.validate import validate
 from runtime.machine import facts
 
 Document = dict[str, Any]
 
-GATE_SAMPLES = 100
-"""A median needs no more."""
+GATE_SAMPLES = 200
+"""Timed calls of each file, ten in each of twenty rounds."""
 NOTES = {name: flavour.note for name, flavour in FLAVOURS.items()}
 
 
@@ -40,19 +41,28 @@ def plan_of(data: Validation, config: BenchConfig, device: str = "cpu") -> Plan:
     )
 
 
-def gate(data: Validation, config: BenchConfig) -> Callable[[Path], Measured]:
-    """The figures by which a flavour is judged: its own mAP, and its own median latency end to end."""
+@dataclass(frozen=True)
+class FileGate:
+    """Judges a flavour by its own mAP on the plan's images, and by its latency in turns with FP32."""
+
+    plan: Plan
+
+    def accuracy(self, path: Path) -> float:
+        plan = self.plan
+        assert plan.ground_truth is not None, "a validation has one"
+        with plan.detector(path) as detector:
+            found = detector_accuracy(
+                detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det
+            )
+        return found.map50_95
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        return compare_files(reference, candidate, self.plan)
+
+
+def gate(data: Validation, config: BenchConfig) -> FileGate:
     plan = plan_of(data, config)
-    plan = replace(plan, samples=min(plan.samples, GATE_SAMPLES))
-
-    def evaluate(path: Path) -> Measured:
-        row = measure_file(path, plan)
-        accuracy, latency = ap(row), p50(row)
-        assert accuracy is not None, "the plan has a ground truth"
-        assert latency is not None, "BenchConfig takes enough samples for a median"
-        return Measured(accuracy, latency)
-
-    return evaluate
+    return FileGate(replace(plan, samples=min(plan.samples, GATE_SAMPLES)))
 
 
 def measure_rows(files: Sequence[Candidate], data: Validation, config: BenchConfig, log: Log) -> list[Row]:

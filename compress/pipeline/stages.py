@@ -192,7 +192,7 @@ def run_quantize(recipe: Recipe, work: Work) -> Figures:
         model=work.inputs["export"] / SHIPPED,
         images=training_images(data),
         out=work.out,
-        evaluate=gate(validation_of(data), recipe.bench),
+        gate=gate(validation_of(data), recipe.bench),
         log=work.log,
     )
     write_json(work.out / "quantize.json", [flavour.to_json() for flavour in flavours])
