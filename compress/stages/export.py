@@ -21,7 +21,7 @@ from torch import nn
 
 from compress.config import IMGSZ, ExportConfig, ImageSize, Recipe, Settings
 from compress.graph.assemble import boxes_graph, yolov5_graph
-from compress.graph.builder import publish
+from compress.graph.builder import write_model
 from compress.graph.candidates import CHOICES, CandidateStudy, Validation, canvas_of, ranked_rows, study_candidates
 from compress.graph.decode import HeadShape
 from compress.graph.metadata import metadata_of
@@ -155,7 +155,7 @@ def export(
     card = replace(card, candidates=min(card.candidates, head.rows))
     shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
     _judge(config, SHIPPED, boxes, log)
-    files = [publish(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
+    files = [write_model(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
 
 

@@ -2,29 +2,28 @@
 
 In: the shipped FP32 graph, training images to calibrate on, validation images to measure on.
 Out: `model.<flavour>.onnx` beside each other, and `quantize.json`, which says of each whether it is kept. One
-calibration, through the very input that the device feeds, serves every INT8 flavour.
+calibration, through the input that the device feeds, serves every INT8 flavour.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
 
-from benchmarks.bench import Plan, compare_files, measure_file
+from benchmarks.bench import Plan, compare_files, file_accuracy
 from benchmarks.latency import LatencyRatio
-from benchmarks.report import ap, p50
 from compress.config import BenchConfig, QuantizeConfig, Settings
 from compress.data import Dataset
-from compress.flavours import FLAVOURS, REFERENCE
-from compress.graph.builder import publish
+from compress.flavours import FLAVOURS, REFERENCE, Flavour
+from compress.graph.builder import write_model
 from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
 from compress.graph.safe_load import read_model
@@ -40,11 +39,9 @@ from runtime.image import letterbox, read_image
 SANITY_IMAGES = 8
 SANITY_SHARE = 0.1
 """A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
-
-
-RATIO_KEYS = ("ratio", "low", "high", "rounds")
-GATE_SAMPLES = 100
-"""A median needs no more."""
+GATE_SAMPLES = 200
+"""Timed calls of each file, ten in each of twenty rounds."""
+SPEED = {"faster": "below the limit", "slower": "above the limit", "inconclusive": "inconclusive against the limit"}
 
 
 class Config(Settings):
@@ -60,33 +57,41 @@ class Inputs(NamedTuple):
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Write every flavour and `quantize.json` into `out`. Raises the errors of `quantize`."""
     plan = plan_of(config.bench, inputs.data)
-    plan = replace(plan, samples=min(plan.samples, GATE_SAMPLES))
-    files = quantize(
+    judged = quantize(
         config.quantize,
         model=inputs.model,
         images=[sample.image for sample in inputs.data.splits["train"].samples],
         out=out,
-        measure=partial(measured, plan=plan),
-        compare=partial(compare_files, inputs.model, plan=plan),
+        gate=FileGate(replace(plan, samples=min(plan.samples, GATE_SAMPLES))),
         log=log,
     )
-    write_json(out / "quantize.json", [file.to_json() for file in files])
-    return {"kept": ", ".join(file.name for file in files if file.kept)}
+    write_json(out / "quantize.json", [file.to_json() for file in judged])
+    return {"kept": ", ".join(file.name for file in judged if file.kept)}
 
 
-class Measured(NamedTuple):
-    """Accuracy of one file, and its median latency of a frame in milliseconds on this machine."""
+class Gate(Protocol):
+    """The two measurements that judge a flavour."""
 
-    map50_95: float
-    p50_ms: float
+    def accuracy(self, path: Path) -> float:
+        """mAP50-95 of a file."""
+        ...
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        """Time of `candidate` over time of `reference`, taken in turns on this machine."""
+        ...
 
 
-def measured(path: Path, plan: Plan) -> Measured:
-    row = measure_file(path, plan)
-    accuracy, latency = ap(row), p50(row)
-    assert accuracy is not None, "the plan has a ground truth"
-    assert latency is not None, "BenchConfig takes enough samples for a median"
-    return Measured(accuracy, latency)
+@dataclass(frozen=True)
+class FileGate:
+    """Measures the files themselves: accuracy on the plan's images, latency in turns."""
+
+    plan: Plan
+
+    def accuracy(self, path: Path) -> float:
+        return file_accuracy(path, self.plan).map50_95
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        return compare_files(reference, candidate, self.plan)
 
 
 @dataclass(frozen=True)
@@ -94,30 +99,30 @@ class JudgedFile:
     """A file of one precision, and whether its gate keeps it.
 
     `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest; `latency` is
-    compared with FP32's where the flavour is made for this CPU.
+    against FP32, measured only where it counts.
     """
 
     name: str
     path: Path
-    measured: Measured
+    map50_95: float
     drop: float
     kept: bool
     reason: str
-    calibration: Mapping[str, Any]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     latency: LatencyRatio | None = None
 
     def to_json(self) -> dict[str, Any]:
+        ratio = self.latency
         return {
             "name": self.name,
             "file": self.path.name,
             "sha256": sha256(self.path),
-            "map50_95": self.measured.map50_95,
-            "p50_ms": self.measured.p50_ms,
+            "map50_95": self.map50_95,
             "drop": self.drop,
+            "latency": ratio and {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
             "kept": self.kept,
             "reason": self.reason,
             "calibration": dict(self.calibration),
-            "latency_ratio": self.latency and {key: getattr(self.latency, key) for key in RATIO_KEYS},
         }
 
 
@@ -127,35 +132,31 @@ def quantize(
     model: Path,
     images: Sequence[Path],
     out: Path,
-    measure: Callable[[Path], Measured],
-    compare: Callable[[Path], LatencyRatio],
+    gate: Gate,
     log: Log = print,
 ) -> tuple[JudgedFile, ...]:
     """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
 
-    `images` come from the training split; `config.calibration_images` of them are used, spread evenly. `compare` gives
-    a file's latency over that of `model`, both measured in turns; it is asked for flavours for this CPU. Raises
-    `InputError` when `model` is not a graph that `export` wrote, or when INT8 is asked for without images.
+    `images` come from the training split; `config.calibration_images` of them are used, spread evenly. Raises
+    `InputError` when `model` is not a graph that `export` wrote, and `EdgestillError` when a flavour that is
+    calibrated has no images.
     """
     source = read_model(model)
     card = _boxes_card(source, model.name)
     chosen = spread(images, config.calibration_images)
     calibration = {**_digest(chosen), "method": config.method}
     ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
-    reference = measure(model)
-    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}, p50 {reference.p50_ms:.2f} ms")
-    files = [JudgedFile(REFERENCE, model, reference, 0.0, True, "the reference", {})]
-    for name in config.flavours:
-        row = FLAVOURS[name]
-        made = row.make(source, ranges()) if row.calibrated else row.make(source)
-        path = _publish(made, replace(card, precision=name), out / f"model.{name}.onnx")
-        found, latency = measure(path), compare(path) if row.for_this_cpu else None
-        drop = reference.map50_95 - found.map50_95
-        kept, reason = verdict(config, drop, _collapse(name, source, path, chosen, card), latency)
-        used = calibration if row.calibrated else {}
-        files.append(JudgedFile(name, path, found, drop, kept, reason, used, latency))
-        log(describe(files[-1]))
-    return tuple(files)
+    reference = JudgedFile(REFERENCE, model, gate.accuracy(model), 0.0, True, "the reference")
+    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}")
+    judged = [reference]
+    for flavour in (FLAVOURS[name] for name in config.flavours):
+        made = flavour.make(source, ranges()) if flavour.calibrated else flavour.make(source)
+        write_card(made, replace(card, precision=flavour.name))
+        path = write_model(made, out / f"model.{flavour.name}.onnx")
+        fault = _fault(flavour, source, path, [_input(image, card) for image in spread(chosen, SANITY_IMAGES)])
+        judged.append(_judge(config, flavour, path, reference, fault, gate, calibration if flavour.calibrated else {}))
+        log(describe(judged[-1]))
+    return tuple(judged)
 
 
 def spread(images: Sequence[Path], count: int) -> list[Path]:
@@ -165,34 +166,12 @@ def spread(images: Sequence[Path], count: int) -> list[Path]:
     return [images[index * len(images) // count] for index in range(count)]
 
 
-def describe(file: JudgedFile) -> str:
-    """One line: accuracy, drop, latency, and the verdict."""
-    against = f", {file.latency} times FP32's in turns" if file.latency else ""
+def describe(judged: JudgedFile) -> str:
+    """One line: accuracy, drop against FP32, and the verdict."""
     return (
-        f"{file.name}: mAP50-95 {file.measured.map50_95:.4f} (drop {file.drop:+.4f}), "
-        f"p50 {file.measured.p50_ms:.2f} ms{against}; {'kept' if file.kept else 'left out'}: {file.reason}"
+        f"{judged.name}: mAP50-95 {judged.map50_95:.4f} (drop {judged.drop:+.4f}); "
+        f"{'kept' if judged.kept else 'left out'}: {judged.reason}"
     )
-
-
-def verdict(
-    config: QuantizeConfig, drop: float, collapse: str = "", latency: LatencyRatio | None = None
-) -> tuple[bool, str]:
-    """Whether a flavour is kept, and why: its accuracy, its outputs, and where it is for this CPU its latency."""
-    within = drop <= config.max_map_drop  # False for NaN
-    loss = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
-    slow = slowness(config.max_latency_ratio, latency) if latency else ""
-    return within and not collapse and not slow, collapse or "; ".join(filter(None, (loss, slow)))
-
-
-def slowness(limit: float, latency: LatencyRatio) -> str:
-    """Why a flavour for this CPU is not worth its loss of accuracy, or nothing. A gain in speed must be shown: where
-    the rounds scatter around the limit, the flavour is left out.
-    """
-    return {
-        "faster": "",
-        "slower": f"its latency is above {limit:g} times FP32's: {latency}",
-        "inconclusive": f"inconclusive whether its latency is below {limit:g} times FP32's: {latency}",
-    }[latency.verdict(limit)]
 
 
 def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
@@ -201,7 +180,7 @@ def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
         raise InputError(
             f"{name} is {card.precision} with input {card.input!r} and output {card.output!r}; "
             "quantising starts from FP32 frames or canvases to boxes",
-            "give the model.onnx that `edgestill export` wrote",
+            "Give the model.onnx that `edgestill export` wrote",
         )
     return card
 
@@ -219,28 +198,44 @@ def _digest(chosen: Sequence[Path]) -> dict[str, Any]:
     return {"n": len(chosen), "sha256": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
 
 
-def _publish(model: onnx.ModelProto, card: ModelCard, path: Path) -> Path:
-    write_card(model, card)
-    return publish(model, path)
-
-
-def _collapse(name: str, source: onnx.ModelProto, path: Path, chosen: Sequence[Path], card: ModelCard) -> str:
-    """Why the outputs of a flavour are unusable, or nothing: overflow, values that are not finite, dead scores."""
-    probes = [_input(image, card) for image in spread(chosen, SANITY_IMAGES)]
-    if not probes:
+def _fault(flavour: Flavour, source: onnx.ModelProto, path: Path, canvases: Sequence[np.ndarray]) -> str:
+    """Why the outputs of a flavour are unusable, or nothing: values that are not finite, dead scores, overflow."""
+    if not canvases:
         return ""
-    before, after = (_outputs(model, probes) for model in (source, onnx.load(path)))
+    before, after = (_outputs(model, canvases) for model in (source, onnx.load(path)))
     if not np.isfinite(after).all():
         return "its outputs are not finite"
     if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
         return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
-    return FLAVOURS[name].fault(source, probes)
+    return flavour.fault(source, canvases)
 
 
-def _outputs(model: onnx.ModelProto, probes: Sequence[np.ndarray]) -> np.ndarray:
+def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarray:
     """All detections. Without graph optimisation: fusing FP16 with Q/DQ makes errors that are not the file's."""
     session = open_session(model, optimise=False)
-    return np.concatenate([session.run(None, {model.graph.input[0].name: probe})[0] for probe in probes])
+    return np.concatenate([session.run(None, {model.graph.input[0].name: canvas})[0] for canvas in canvases])
+
+
+def _judge(
+    config: QuantizeConfig,
+    flavour: Flavour,
+    path: Path,
+    reference: JudgedFile,
+    fault: str,
+    gate: Gate,
+    calibration: Mapping[str, Any],
+) -> JudgedFile:
+    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts."""
+    map50_95 = gate.accuracy(path)
+    drop = reference.map50_95 - map50_95
+    within = drop <= config.max_map_drop  # False for NaN
+    loss = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
+    if fault or not within or not flavour.for_this_cpu:
+        return JudgedFile(flavour.name, path, map50_95, drop, within and not fault, fault or loss, calibration)
+    latency = gate.latency(reference.path, path)
+    verdict = latency.verdict(config.max_latency_ratio)
+    reason = f"{loss}; latency against FP32 {latency}, {SPEED[verdict]} {config.max_latency_ratio:g}"
+    return JudgedFile(flavour.name, path, map50_95, drop, verdict != "slower", reason, calibration, latency)
 
 
 STAGE = Stage(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compress.export import RawMaps, head_shape
-from compress.quantize import Measured, quantize, spread
 from onnx import numpy_helper
 
+from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
+from compress.export import RawMaps, head_shape
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.metadata import metadata_of, read_card
 from compress.graph.network import trace
 from compress.graph.nms import NmsShape
 from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
+from compress.quantize import quantize, spread
 from runtime.card import ModelCard
 from runtime.errors import EdgestillError, InputError
 
@@ -56,15 +58,39 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def run(config: QuantizeConfig, model: Path, images: list[Path], out: Path, maps: dict[str, float]) -> Any:
+class FixedGate:
+    """Accuracy by precision, else 0.5; every candidate takes `ratios` times the reference's time, round by round."""
+
+    def __init__(self, maps: Mapping[str, float], ratios: Sequence[float]) -> None:
+        self.maps, self.ratios = maps, ratios
+        self.timed: list[str] = []
+
+    def accuracy(self, path: Path) -> float:
+        return self.maps.get(read_card(onnx.load(path), path.name).precision, 0.5)
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        self.timed.append(f"{reference.name} {candidate.name}")
+        times = Durations.of(np.ones(20))
+        low, middle, high = np.percentile(self.ratios, (2.5, 50, 97.5))
+        return LatencyRatio(middle, low, high, tuple(self.ratios), times, times)
+
+
+SLOWER, FASTER, SCATTERED = [1.2] * 20, [0.8] * 20, [0.8, 1.25] * 10
+
+
+def run(
+    config: QuantizeConfig,
+    model: Path,
+    images: list[Path],
+    out: Path,
+    maps: dict[str, float],
+    ratios: Sequence[float] = SLOWER,
+) -> Any:
     lines: list[str] = []
-
-    def evaluate(path: Path) -> Measured:
-        precision = read_card(onnx.load(path), path.name).precision
-        return Measured(maps.get(precision, 0.5), 10.0 if precision == "fp32" else 12.0)
-
-    made = quantize(config, model=model, images=images, out=out, evaluate=evaluate, log=lines.append)
-    return {flavour.name: flavour for flavour in made}, lines
+    gate = FixedGate(maps, ratios)
+    made = quantize(config, model=model, images=images, out=out, gate=gate, log=lines.append)
+    assert set(gate.timed) <= {"model.onnx model.int8-cpu.onnx"}, "latency here counts for no other flavour"
+    return {judged.name: judged for judged in made}, lines
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +109,34 @@ def test_the_gate_is_the_measured_drop(flavours):
     assert any("int8-trt" in line and "left out" in line for line in lines)
 
 
-def test_a_cpu_flavour_that_is_slower_than_fp32_on_this_cpu_is_left_out(flavours):
-    assert "above 1 times FP32" in flavours[0]["int8-cpu"].reason
-    assert flavours[0]["fp16"].kept, "made for other hardware, so its latency here does not count"
+def test_latency_on_this_cpu_counts_only_for_flavours_that_run_on_it(flavours):
+    assert flavours[0]["fp16"].kept
+    assert flavours[0]["fp16"].latency is None
+    assert flavours[0]["int8-cpu"].latency.ratio == 1.2
 
 
-def test_latency_is_stated_against_fp32_and_slower_is_said(flavours):
-    assert all("1.20x, not faster than FP32" in line for line in flavours[1][1:])
+@pytest.mark.parametrize(
+    ("ratios", "kept", "reason"),
+    [
+        (SLOWER, False, "1.200 (95 % interval 1.200 to 1.200, n = 20 rounds), above the limit 1"),
+        (FASTER, True, "n = 20 rounds), below the limit 1"),
+        (SCATTERED, True, "n = 20 rounds), inconclusive against the limit 1"),
+    ],
+    ids=["slower", "faster", "inconclusive"],
+)
+def test_only_a_flavour_that_is_clearly_slower_than_fp32_is_left_out(model, images, tmp_path, ratios, kept, reason):
+    config = QuantizeConfig(flavours=("int8-cpu",), calibration_images=2)
+    found, lines = run(config, model, images, tmp_path, {}, ratios)
+    assert found["int8-cpu"].kept is kept
+    assert found["int8-cpu"].reason.endswith(reason)
+    assert found["int8-cpu"].to_json()["latency"]["rounds"] == 20
+    assert reason in lines[-1]
+
+
+def test_a_flavour_that_is_out_by_its_accuracy_is_not_timed(model, images, tmp_path):
+    config = QuantizeConfig(flavours=("int8-cpu",), calibration_images=2)
+    found, _ = run(config, model, images, tmp_path, {"int8-cpu": 0.1}, FASTER)
+    assert (found["int8-cpu"].kept, found["int8-cpu"].to_json()["latency"]) == (False, None)
 
 
 def test_every_file_carries_its_precision_and_the_rest_of_the_card(flavours, model):
