@@ -11,7 +11,7 @@ from compress.config import BenchConfig, Recipe
 from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
 from compress.flavours import REFERENCE
-from compress.graph.study import Validation
+from compress.graph.candidates import Validation
 from compress.store import Folders
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"

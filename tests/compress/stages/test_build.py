@@ -4,15 +4,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import compress.build as stage
 import numpy as np
 import onnx
 import pytest
-from compress.build import build
 from onnx import TensorProto, helper, numpy_helper
 
+import compress.stages.build as stage
 from compress.config import BuildConfig
 from compress.graph.metadata import metadata_of
+from compress.stages.build import build
 from runtime.card import Artifact, ModelCard
 from runtime.errors import EdgestillError, InputError, UnavailableError
 from runtime.files import sha256

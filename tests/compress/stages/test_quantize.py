@@ -13,14 +13,14 @@ from onnx import numpy_helper
 
 from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
-from compress.export import RawMaps, head_shape
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.metadata import metadata_of, read_card
 from compress.graph.network import trace
 from compress.graph.nms import NmsShape
 from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
-from compress.quantize import quantize, spread
+from compress.stages.export import RawMaps, head_shape
+from compress.stages.quantize import quantize, spread
 from runtime.card import ModelCard
 from runtime.errors import EdgestillError, InputError
 

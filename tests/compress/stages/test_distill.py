@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.distill import distill
-from compress.train import train
 
 from compress.config import DistillConfig, TrainConfig
-from compress.data.dataset_yaml import DataConfig
+from compress.data import Dataset
 from compress.data.loader import train_batches
 from compress.losses import distill as losses
 from compress.models.checkpoint import load, load_model
+from compress.stages.distill import distill
+from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import DistillObjective, detection_loss
 from compress.training.prepare import new_model, open_splits
@@ -35,14 +35,14 @@ def quiet(_line: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
-def teacher_file(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher")
     settings = TrainConfig(epochs=3, batch=4, imgsz=64, val_interval=3, workers=0, tensorboard=False, seed=7)
     return train(settings, data=tiny_data, out=out, scale="n", device="cpu", log=quiet).best
 
 
 @pytest.fixture
-def trainer(tiny_data: DataConfig, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
+def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
     """A distillation that is about to train its first batch."""
     settings, master = config(), load_model(teacher_file)
     student = new_model(tiny_data.names, scale="p", weights=None, anchors=master.arch.anchors, log=quiet)
@@ -88,7 +88,7 @@ def test_the_total_is_the_sum_of_its_terms_times_the_batch_size(trainer: tuple[T
 
 
 def test_files_hold_the_student_alone_and_the_table_its_terms(
-    tiny_data: DataConfig, teacher_file: Path, tmp_path: Path
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
     result = distill(
@@ -104,7 +104,7 @@ def test_files_hold_the_student_alone_and_the_table_its_terms(
 
 
 def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
-    tiny_data: DataConfig, teacher_file: Path, tmp_path: Path
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
 ) -> None:
     def stop(line: str) -> None:
         if line.startswith("epoch 1/2"):
@@ -120,15 +120,13 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
         assert all(torch.equal(value, cut[part][key]) for key, value in straight[part].items())
 
 
-def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"knows 80 classes, the data has 2") as caught:
         distill(config(), data=tiny_data, out=tmp_path, teacher=weights, scale="p", device="cpu", log=quiet)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_loss_is_refused_with_the_known_ones(
-    tiny_data: DataConfig, teacher_file: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'objkd' is not known.*obj_kd"):
         distill(
             config(losses={"objkd": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
@@ -142,7 +140,7 @@ class Dead(losses.FeatMSE):
 
 
 def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
-    tiny_data: DataConfig, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(losses.LOSSES, "dead", Dead)
     with pytest.raises(EdgestillError, match=r"would not work: dead is finite and not zero") as caught:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.train import train
 
 from compress.config import AugmentConfig, OptimizerConfig, TrainConfig
-from compress.data.dataset_yaml import DataConfig
+from compress.data import Dataset
 from compress.models.checkpoint import load, load_model
+from compress.stages.teacher import train
 from compress.training import loop
 from compress.training.state import load_state
 from runtime.errors import EdgestillError, InputError, UsageError
@@ -58,7 +58,7 @@ def assert_same_files(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", [OptimizerConfig(), SGD], ids=["adamw", "sgd with pending gradients"])
 def test_a_stopped_and_resumed_training_equals_a_straight_one(
-    optimizer: OptimizerConfig, tiny_data: DataConfig, tmp_path: Path
+    optimizer: OptimizerConfig, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     settings = config(optimizer=optimizer)
     train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
@@ -73,16 +73,14 @@ CHILD = """
 import sys
 from pathlib import Path
 from compress.config import TrainConfig
-from compress.data.dataset_yaml import load_data
-from compress.train import train
+from compress.data import index_dataset, load_data
+from compress.stages.teacher import train
 config = TrainConfig.model_validate_json(sys.argv[1])
-train(config, data=load_data(Path(sys.argv[2])), out=Path(sys.argv[3]), scale="p", device="cpu")
+train(config, data=index_dataset(load_data(Path(sys.argv[2]))), out=Path(sys.argv[3]), scale="p", device="cpu")
 """
 
 
-def test_a_killed_process_leaves_files_that_resume_to_the_straight_result(
-    tiny_data: DataConfig, tmp_path: Path
-) -> None:
+def test_a_killed_process_leaves_files_that_resume_to_the_straight_result(tiny_data: Dataset, tmp_path: Path) -> None:
     settings, out = config(epochs=6, val_interval=1), tmp_path / "killed"
     arguments = [sys.executable, "-c", CHILD, settings.model_dump_json(), str(tiny_data.path), str(out)]
     # one thread, as in this process: sums in another order have other last bits
@@ -98,7 +96,7 @@ def test_a_killed_process_leaves_files_that_resume_to_the_straight_result(
     assert_same_files(tmp_path / "straight", out)
 
 
-def test_a_training_leaves_weights_a_table_and_a_picture(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_a_training_leaves_weights_a_table_and_a_picture(tiny_data: Dataset, tmp_path: Path) -> None:
     lines: list[str] = []
     settings = config(epochs=2, tensorboard=True)
     result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=lines.append)
@@ -112,7 +110,7 @@ def test_a_training_leaves_weights_a_table_and_a_picture(tiny_data: DataConfig, 
     assert [line for line in lines if line.startswith("epoch 2/2") and "mAP50" in line]
 
 
-def test_losses_fall(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_losses_fall(tiny_data: Dataset, tmp_path: Path) -> None:
     calm = AugmentConfig(mosaic=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0)
     quick = OptimizerConfig(lr0=0.01, warmup_epochs=0)
     settings = config(epochs=15, val_interval=15, augment=calm, optimizer=quick, autoanchor=False)
@@ -122,9 +120,7 @@ def test_losses_fall(tiny_data: DataConfig, tmp_path: Path) -> None:
     assert last < 0.9 * first
 
 
-def test_a_loss_that_is_not_finite_stops_in_one_line_and_spares_the_files(
-    tiny_data: DataConfig, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_in_one_line_and_spares_the_files(tiny_data: Dataset, tmp_path: Path) -> None:
     wild = OptimizerConfig(name="sgd", lr0=1e20, warmup_epochs=0, clip_norm=1e30)
     with pytest.raises(EdgestillError, match=r"not finite in epoch \d, batch \d+: .*(nan|inf)") as caught:
         train(config(optimizer=wild), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
@@ -132,30 +128,30 @@ def test_a_loss_that_is_not_finite_stops_in_one_line_and_spares_the_files(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_resuming_with_other_settings_names_the_setting(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_names_the_setting(tiny_data: Dataset, tmp_path: Path) -> None:
     train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     with pytest.raises(UsageError, match="trained with epochs = 1, not 2"):
         train(config(epochs=2), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
 
 
-def test_resuming_nothing_says_so(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_resuming_nothing_says_so(tiny_data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to resume"):
         train(config(), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
 
 
-def test_resuming_a_finished_training_returns_its_result(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_resuming_a_finished_training_returns_its_result(tiny_data: Dataset, tmp_path: Path) -> None:
     done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     again = train(config(epochs=1), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
     assert again == done
 
 
-def test_neither_scale_nor_weights_is_a_usage_error(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_neither_scale_nor_weights_is_a_usage_error(tiny_data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a scale nor weights"):
         train(config(), data=tiny_data, out=tmp_path, device="cpu", log=quiet)
 
 
 def test_another_number_of_classes_starts_only_the_head_afresh(
-    weights: Path, tiny_data: DataConfig, tmp_path: Path
+    weights: Path, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     still = OptimizerConfig(name="sgd", lr0=1e-9, warmup_epochs=0)
     settings = config(epochs=1, optimizer=still, autoanchor=False)
@@ -165,7 +161,7 @@ def test_another_number_of_classes_starts_only_the_head_afresh(
     torch.testing.assert_close(after["model.0.conv.weight"], before["model.0.conv.weight"], rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_layers_keep_their_weights(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_frozen_layers_keep_their_weights(tiny_data: Dataset, tmp_path: Path) -> None:
     result = train(config(epochs=1, freeze=10), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     state = load_state(tmp_path / "state.pt")
     fresh = tensors_of(result.last)
@@ -177,7 +173,7 @@ def test_frozen_layers_keep_their_weights(tiny_data: DataConfig, tmp_path: Path)
 
 
 def test_training_stops_early_without_a_better_fitness(
-    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitness = iter([0.5, 0.4, 0.3, 0.2, 0.1])
     real = loop.validate

@@ -11,13 +11,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from compress.export import CONVENTIONAL, SHIPPED, export, rows_of
 
 from compress.config import ExportConfig
 from compress.graph.candidates import Placement, RankedRows, Validation, canvas_of, study_candidates
 from compress.graph.metadata import read_card
 from compress.graph.verify import best_class, nchw, unit_rgb
+from compress.inputs import CONVENTIONAL, SHIPPED
 from compress.models import Architecture, YOLOv5, save_model
+from compress.stages.export import export, rows_of
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.errors import EdgestillError, UsageError
 
@@ -210,8 +211,8 @@ def test_the_fewest_candidates_within_the_tolerance_are_chosen(tolerance, expect
 @pytest.mark.slow
 def test_the_official_checkpoint_keeps_its_map_on_coco128(shared: Path, weights: Path, tmp_path: Path):
     from benchmarks.accuracy import coco_accuracy
+    from compress.data import load_data
     from compress.data.coco import to_coco
-    from compress.data.dataset_yaml import load_data
     from compress.data.index import index_split
     from compress.models import load_model
 
