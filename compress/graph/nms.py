@@ -18,7 +18,7 @@ from compress.graph.preprocess import LetterboxGeometry
 
 @dataclass(frozen=True)
 class NmsShape:
-    """What is fixed inside the graph: IoU, rows that enter NMS, rows that leave, unrolled iterations."""
+    """Settings that are fixed inside the graph: `candidates` rows enter NMS, at most `max_det` leave it."""
 
     iou: float
     candidates: int
@@ -42,7 +42,7 @@ def detections(
 
 
 def _cluster_nms(b: GraphBuilder, boxes: str, classes: str, count: int, nms: NmsShape) -> str:
-    """`nms.keep` (1,K): 1 for the rows that survive."""
+    """The tensor `nms.keep` (1,K): 1 for the rows that are kept."""
     overlaps = _overlaps(b, boxes, nms.iou)
     column, line = (b.op("Reshape", classes, b.ints(shape, dims), name=f"nms.class_{shape}")
                     for shape, dims in (("column", [-1, 1]), ("line", [1, -1])))  # fmt: skip
@@ -85,7 +85,7 @@ def _overlaps(b: GraphBuilder, boxes: str, iou: float) -> str:
 def _compact(
     b: GraphBuilder, candidates: Candidates, keep: str, count: int, max_det: int, geometry: LetterboxGeometry | None
 ) -> str:
-    """Survivors first: (1, max_det, 6), padded with zero rows where there are fewer candidates than `max_det`."""
+    """Kept rows first: (1, max_det, 6), with zero rows behind them."""
     flat_keep = b.op("Reshape", keep, b.ints("flat", [-1]), name="out.keep")
     kept = b.op("Mul", candidates.scores, flat_keep, name="out.kept")
     best, order = b.ops("TopK", kept, b.ints("out.count", [count]), names=("out.score", "out.order"), axis=0)
@@ -120,7 +120,7 @@ def _to_frame(b: GraphBuilder, boxes: str, geometry: LetterboxGeometry) -> str:
 
 
 def cluster_nms(boxes_xyxy: np.ndarray, classes: np.ndarray, iou: float, iterations: int) -> np.ndarray:
-    """The same NMS in NumPy, operation by operation in float32: rows (K,4) best first -> keep (K,) bool."""
+    """The same NMS in NumPy, each operation in float32 as in the graph: boxes (K,4), best first -> keep (K,) bool."""
     x1, y1, x2, y2 = boxes_xyxy.astype(np.float32).T
     width = np.maximum(np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1), np.float32(0))
     height = np.maximum(np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1), np.float32(0))

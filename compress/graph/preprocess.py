@@ -16,7 +16,7 @@ from runtime.image import LETTERBOX_FILL, Fit, fit
 
 @dataclass(frozen=True)
 class LetterboxGeometry:
-    """Where a frame lands on the canvas, by the runtime's one definition of the letterbox."""
+    """The letterbox of one frame size, by the definition in `runtime.image`."""
 
     frame_hw: tuple[int, int]
     canvas_hw: tuple[int, int]

@@ -1,11 +1,11 @@
-"""Compare an exported graph with torch, in three links that each allow an exact answer.
+"""Compare an exported graph with torch, in three steps that each have an exact answer.
 
 1. Every decoded row of the conventional graph equals torch's row: box in pixels, objectness and classes.
 2. Every candidate of the boxes graph is torch's row of the same number, and no better row was left out.
-3. The graph's survivors are what Cluster-NMS in NumPy keeps of the graph's own candidates, bit for bit.
+3. The rows that the graph keeps are those that Cluster-NMS in NumPy keeps of the graph's own candidates, bit for bit.
 
-Comparing finished boxes alone would not do: a rounding of 1e-7 swaps two near-equal scores, greedy NMS then keeps
-other boxes, and a sound graph looks wrong.
+Comparing finished boxes alone would not be enough: a rounding of 1e-7 can swap two near-equal scores, greedy NMS then
+keeps other boxes, and a correct graph looks wrong.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def nchw(canvas: np.ndarray) -> np.ndarray:
 
 
 def check_rows(model: onnx.ModelProto, canvases: Sequence[np.ndarray], torch_rows: TorchRows) -> Agreement:
-    """Link 1, on uint8 BGR canvases (1,S,S,3)."""
+    """Step 1, on uint8 BGR canvases (1,S,S,3)."""
     session = open_session(model)
     box, score = 0.0, 0.0
     for canvas in canvases:
@@ -69,9 +69,9 @@ def check_boxes(
     nms: NmsShape,
     geometry: LetterboxGeometry | None = None,
 ) -> Agreement:
-    """Links 2 and 3, on what the graph takes: uint8 BGR canvases, or frames with a `geometry`.
+    """Steps 2 and 3, on the graph's own input: uint8 BGR canvases, or frames with a `geometry`.
 
-    Torch reads the very pixels that the graph's stem reads, so a frame's resampling is not counted here.
+    Torch reads the same pixels as the graph's stem, so a frame's resampling is not counted here.
     """
     pixels = pixels_tensor(model)
     probes = exposing(model, [pixels, *PROBES])
