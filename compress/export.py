@@ -26,7 +26,7 @@ from compress.graph.decode import HeadShape
 from compress.graph.metadata import metadata_of
 from compress.graph.network import NetworkGraph, trace
 from compress.graph.nms import NmsShape
-from compress.graph.preprocess import LetterboxGeometry
+from compress.graph.preprocess import FrameLetterbox
 from compress.graph.session import open_session
 from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
 from compress.log import Log
@@ -206,9 +206,9 @@ def _shipped(
 ) -> tuple[onnx.ModelProto, Agreement]:
     nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
     graph = boxes_graph(traced, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
-    geometry = LetterboxGeometry(config.frame, head.size_hw) if config.frame else None
+    letterbox = FrameLetterbox(config.frame, head.size_hw) if config.frame else None
     sources = _frames(data, config.frame) if config.frame else canvases
-    return graph, check_boxes(graph, sources, torch_rows, nms, geometry)
+    return graph, check_boxes(graph, sources, torch_rows, nms, letterbox)
 
 
 def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:

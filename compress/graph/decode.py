@@ -94,8 +94,8 @@ def decode_candidates(
 ) -> Candidates:
     """(box, class) maps of each level -> the `count` best rows, decoded."""
     row, score = _best_rows(builder, maps, head, count)
-    geometry, box_logits, class_logits = _gather(builder, maps, head, row)
-    boxes = _decode(builder, box_logits, *geometry)
+    cells, box_logits, class_logits = _gather(builder, maps, head, row)
+    boxes = _decode(builder, box_logits, *cells)
     best = builder.op("ArgMax", class_logits, name="candidates.index", axis=1, keepdims=0)
     return Candidates(boxes, score, builder.op("Cast", best, name="candidates.class", to=FLOAT))
 

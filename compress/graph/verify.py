@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from compress.graph.nms import NmsShape, cluster_nms
-from compress.graph.preprocess import LetterboxGeometry, pixels_tensor
+from compress.graph.preprocess import FrameLetterbox, pixels_tensor
 from compress.graph.session import exposing, open_session
 
 PROBES = ("candidates.row", "candidates.boxes", "candidates.score", "candidates.class", "nms.keep")
@@ -67,9 +67,9 @@ def check_boxes(
     sources: Sequence[np.ndarray],
     torch_rows: TorchRows,
     nms: NmsShape,
-    geometry: LetterboxGeometry | None = None,
+    letterbox: FrameLetterbox | None = None,
 ) -> Agreement:
-    """Steps 2 and 3, on the graph's own input: uint8 BGR canvases, or frames with a `geometry`.
+    """Steps 2 and 3, on the graph's own input: uint8 BGR canvases, or frames with a `letterbox`.
 
     Torch reads the same pixels as the graph's stem, so a frame's resampling is not counted here.
     """
@@ -82,7 +82,7 @@ def check_boxes(
         detections, seen, *values = session.run(None, feed)
         found = dict(zip(PROBES, values, strict=True))
         box, score = _candidate_errors(found, torch_rows(unit_rgb(seen)))
-        expected = _expected(found, nms, geometry)
+        expected = _expected(found, nms, letterbox)
         differences = _row_differences(detections[0], expected) + _row_differences(
             plain.run(None, feed)[0][0], expected
         )
@@ -118,19 +118,19 @@ def _candidate_errors(found: dict[str, np.ndarray], rows: np.ndarray) -> tuple[f
     return box, max(missed, _largest(scores - found["candidates.score"]))
 
 
-def _expected(found: dict[str, np.ndarray], nms: NmsShape, geometry: LetterboxGeometry | None) -> np.ndarray:
+def _expected(found: dict[str, np.ndarray], nms: NmsShape, letterbox: FrameLetterbox | None) -> np.ndarray:
     """Rows (n,6) that the graph must return for its own candidates."""
     boxes, score, label = (found[f"candidates.{part}"] for part in ("boxes", "score", "class"))
     keep = np.flatnonzero(cluster_nms(boxes, label, nms.iou, nms.iterations))[: nms.max_det]
-    placed = boxes[keep] if geometry is None else to_frame(boxes[keep], geometry)
+    placed = boxes[keep] if letterbox is None else to_frame(boxes[keep], letterbox)
     return np.concatenate([placed, score[keep, None], label[keep, None]], axis=1)
 
 
-def to_frame(boxes_xyxy: np.ndarray, geometry: LetterboxGeometry) -> np.ndarray:
+def to_frame(boxes_xyxy: np.ndarray, letterbox: FrameLetterbox) -> np.ndarray:
     """Canvas pixels -> frame pixels, clipped, in float32 as the graph does it."""
-    height, width = geometry.frame_hw
-    moved = boxes_xyxy - np.asarray([*geometry.fit.pad_wh, *geometry.fit.pad_wh], np.float32)
-    return np.clip(moved / np.float32(geometry.fit.gain), 0, np.asarray([width, height, width, height], np.float32))
+    (height, width), place = letterbox.frame_hw, letterbox.geometry
+    moved = boxes_xyxy - np.asarray([*place.pad_wh, *place.pad_wh], np.float32)
+    return np.clip(moved / np.float32(place.gain), 0, np.asarray([width, height, width, height], np.float32))
 
 
 def _row_differences(detections: np.ndarray, expected: np.ndarray) -> int:
