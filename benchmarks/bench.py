@@ -16,7 +16,7 @@ from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, detector_accuracy, 
 from benchmarks.environment import device_name
 from benchmarks.latency import measure
 from benchmarks.report import Row, model_row
-from runtime.bundle import Candidate, candidates
+from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError
 from runtime.files import read_json, sha256
@@ -50,7 +50,7 @@ def bench_file(path: Path, plan: Plan, *, variant: str | None = None, role: str 
 
     Errors: as `Detector.load`, and InputError where no picture is annotated.
     """
-    chosen = candidates(path, variant)[0]
+    chosen = model_files(path, variant)[0]
     with Detector.load(path, conf=plan.conf, device=plan.device, variant=variant, threads=plan.threads) as detector:
         frames = [read_image(image) for image in plan.images[:MAX_FRAMES]]
         latency = measure(
@@ -59,7 +59,7 @@ def bench_file(path: Path, plan: Plan, *, variant: str | None = None, role: str 
         return model_row(
             chosen.path,
             precision=detector.card.precision,
-            backend=chosen.backend,
+            backend=chosen.spec.name,
             role=role,
             latency=latency,
             accuracy=_accuracy(detector, plan),
@@ -80,7 +80,7 @@ def bench(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row]
 
     A single file that does not run is an error, not an entry.
     """
-    offered = candidates(path, variant)
+    offered = model_files(path, variant)
     if len(offered) == 1:
         return [bench_file(path, plan, variant=variant)], []
     rows, idle = [], []
@@ -94,13 +94,13 @@ def bench(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row]
     return rows, idle
 
 
-def engine_row(candidate: Candidate, note: str) -> Row:
+def engine_row(candidate: ModelFile, note: str) -> Row:
     """The report's entry of an engine that did not run."""
     artifact = candidate.artifact
     return {
         "file": candidate.path.name,
         "precision": artifact.precision if artifact else "",
-        "backend": candidate.backend,
+        "backend": candidate.spec.name,
         "targets": list(artifact.targets) if artifact else [],
         "bytes": artifact.bytes if artifact else None,
         "ran": False,

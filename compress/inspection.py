@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import candidates
+from runtime.backends import SUFFIXES
+from runtime.bundle import model_files
 from runtime.card import METADATA_KEY, ModelCard
 from runtime.errors import InputError
 from runtime.files import sha256
@@ -64,19 +65,19 @@ def _shape(value: Any) -> str:
     return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sides)}]"
 
 
-def _plan(path: Path) -> Facts:
-    """A plan is native code: only its sidecar is read."""
-    _, _, card, artifact = candidates(path)[0]
-    assert card is not None
-    assert artifact is not None
-    return {
-        "format": "TensorRT plan",
-        "intact": sha256(path) == artifact.sha256,
-        "precision": artifact.precision,
-        "targets": list(artifact.targets),
-        "versions": dict(artifact.versions),
-        "card": {key: value for key, value in card.to_dict().items() if key != "artifacts"},
-    }
+def _engine(path: Path) -> Facts:
+    """Only the card is read: an engine is native code."""
+    file = model_files(path)[0]
+    known: Facts = {"format": f"file for {file.spec.name}"}
+    if file.artifact is not None:
+        known |= {
+            "intact": sha256(path) == file.artifact.sha256,
+            "precision": file.artifact.precision,
+            "targets": list(file.artifact.targets),
+            "versions": dict(file.artifact.versions),
+        }
+    card = file.card.to_dict() if file.card else {}
+    return known | {"card": {key: value for key, value in card.items() if key != "artifacts"}}
 
 
 def _bundle(path: Path) -> Facts:
@@ -87,10 +88,8 @@ READERS: Mapping[str, Callable[[Path], Facts]] = {
     ".pt": _checkpoint,
     ".pth": _checkpoint,
     ".safetensors": _checkpoint,
+    **dict.fromkeys(SUFFIXES, _engine),
     ".onnx": _onnx,
-    ".plan": _plan,
-    ".engine": _plan,
-    ".trt": _plan,
     ".json": _bundle,
     "folder": _bundle,
 }

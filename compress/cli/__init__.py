@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from runtime import __version__
 from runtime.errors import EdgestillError, UsageError
 
 COMMANDS = {
@@ -56,7 +57,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="edgestill")
+@click.version_option(__version__, prog_name="edgestill")
 def cli() -> None:
     """Distil a YOLOv5 teacher into an edge-ready engine, and prove it.
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from compress.graph.builder import FLOAT, GraphBuilder
-from runtime.image import LETTERBOX_FILL, Fit, fit
+from runtime.image import LETTERBOX_FILL, Geometry, geometry
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class LetterboxGeometry:
     canvas_hw: tuple[int, int]
 
     @property
-    def fit(self) -> Fit:
-        return fit(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
+    def fit(self) -> Geometry:
+        return geometry(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
 
     @property
     def borders(self) -> tuple[int, int, int, int]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import onnx
 
-from runtime.backends.probe import refusal
-from runtime.child import limit, run_child
+from runtime.backends.onnx_trial import load_error
+from runtime.child_process import limit, run_child
 from runtime.errors import InputError, one_line
 
 MAX_BYTES = 1 << 30
@@ -131,7 +131,7 @@ def _load(data: bytes) -> str:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         return f"the checker says: {one_line(error)}"
-    reason = refusal(data)
+    reason = load_error(data)
     return f"ONNX Runtime says: {reason}" if reason else ""
 
 
