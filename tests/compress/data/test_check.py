@@ -7,7 +7,7 @@ from pathlib import Path
 from compress.data import load_data
 from compress.data.check import check
 from compress.data.generate import generate
-from tests.compress.data.conftest import folder_hash, write_image
+from tests.compress.data.conftest import folder_hash, write_image, write_labels
 
 
 def test_a_sound_dataset_is_ok_and_unchanged(dataset: Path) -> None:
@@ -87,6 +87,24 @@ def test_unusual_things_are_told(dataset: Path) -> None:
         "1 label files without an image",
     ):
         assert what in told
+
+
+def test_images_that_share_a_label_file_are_told(dataset: Path) -> None:
+    write_image(dataset.parent / "images/train/0.jpg", seed=50)
+    report = check(load_data(dataset))
+    assert (
+        "train: 1 label files belong to several images, first images/train/0.jpg and images/train/0.png"
+        in report.unusual
+    )
+
+
+def test_images_of_one_base_name_in_two_folders_are_two_images(dataset: Path) -> None:
+    for camera in ("cam1", "cam2"):
+        write_image(dataset.parent / f"images/train/{camera}/0.png", seed=ord(camera[-1]))
+        write_labels(dataset.parent / f"labels/train/{camera}/0.txt", "0 0.5 0.5 0.2 0.2\n")
+    report = check(load_data(dataset))
+    assert (report.splits["train"].usable, report.splits["train"].boxes) == (6, 6)
+    assert report.ok
 
 
 def test_a_generated_set_is_ok(tmp_path: Path) -> None:
