@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compress.data import load_data
 from compress.data.check import check
-from compress.data.generate import generate
+from compress.data.demo.generate import generate
 from tests.compress.data.conftest import folder_hash, write_image, write_labels
 
 
