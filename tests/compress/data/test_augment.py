@@ -29,7 +29,7 @@ def numbers(reference: Path) -> dict[str, Any]:
 
 
 def noise() -> np.ndarray:
-    """The picture that the reference warped and jittered."""
+    """The image that the reference warped and jittered."""
     return np.random.RandomState(0).randint(0, 255, (480, 640, 3), dtype=np.uint8)
 
 
@@ -101,7 +101,8 @@ def test_mosaics_are_those_of_yolov5(numbers: dict[str, Any], shared: Path, case
 
     dataset = TrainDataset(samples, 320, OFF)
     mosaic = augment.Mosaic((centre_x, centre_y), (indices[0], indices[1], indices[2], indices[3]), warp)
-    image, boxes = dataset._mosaic(mosaic)
+    plan = augment.Plan(mosaic, None, Warp(), (1.0, 1.0, 1.0), flip_ud=False, flip_lr=False)
+    image, boxes = augment.composed(plan, dataset.load, one["index"], 320)
     assert image.shape == (320, 320, 3)
     np.testing.assert_allclose(boxes, one["labels_xyxy_pixels"], atol=1e-3)
 

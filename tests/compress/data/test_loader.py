@@ -11,9 +11,10 @@ import torch
 from compress.config import AugmentConfig
 from compress.data import load_data
 from compress.data.dataset import Sample
+from compress.data.image_store import ImageStore, cached_bytes, free_bytes, resized_hw
 from compress.data.index import index_split
 from compress.data.loader import Batch, map_ahead, train_batches, val_batches
-from compress.data.train_dataset import ImageStore, TrainDataset, cached_bytes, free_bytes, resized_hw
+from compress.data.train_dataset import TrainDataset
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
 from tests.compress.data.conftest import folder_hash, write_image, write_labels
@@ -146,9 +147,9 @@ def test_decoded_images_are_kept_only_when_they_fit(
     store = ImageStore(samples, 64)
     assert sum(store.load(i)[0].nbytes for i in range(len(samples))) == need
     assert free_bytes() > 0
-    monkeypatch.setattr("compress.data.train_dataset.free_bytes", lambda: need)
+    monkeypatch.setattr("compress.data.image_store.free_bytes", lambda: need)
     assert not ImageStore(samples, 64).cached
-    monkeypatch.setattr("compress.data.train_dataset.free_bytes", lambda: 3 * need)
+    monkeypatch.setattr("compress.data.image_store.free_bytes", lambda: 3 * need)
     assert ImageStore(samples, 64).cached
 
 
