@@ -56,7 +56,7 @@ class Mixup(NamedTuple):
     share: float
 
 
-class Plan(NamedTuple):
+class AugmentPlan(NamedTuple):
     """Every random decision for one training item. Without `mosaic` the image is letterboxed and takes `warp`."""
 
     mosaic: Mosaic | None
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 def draw_plan(
     config: AugmentConfig, *, seed: int, epoch: int, index: int, count: int, imgsz: int, mosaic: bool = True
-) -> Plan:
+) -> AugmentPlan:
     """The plan of item `index` of `count` in `epoch`: the same numbers on every machine, worker and resume."""
     rng = np.random.default_rng([seed % 2**64, epoch, index])
     use_mosaic, use_mixup = rng.random(2) < (config.mosaic, config.mixup)
@@ -79,7 +79,7 @@ def draw_plan(
     warp = draw_warp(rng, config)
     first = draw_mosaic(rng, config, index, count, imgsz) if use_mosaic else None
     second = _draw_mixup(rng, config, count, imgsz) if use_mosaic and use_mixup else None
-    return Plan(first, second, warp, (float(hue), float(saturation), float(value)), bool(flip_ud), bool(flip_lr))
+    return AugmentPlan(first, second, warp, (float(hue), float(saturation), float(value)), bool(flip_ud), bool(flip_lr))
 
 
 def draw_warp(rng: np.random.Generator, config: AugmentConfig) -> Warp:
@@ -100,15 +100,15 @@ def _draw_mixup(rng: np.random.Generator, config: AugmentConfig, count: int, img
     return Mixup(draw_mosaic(rng, config, index, count, imgsz), float(rng.beta(MIXUP_BETA, MIXUP_BETA)))
 
 
-def augmented(plan: Plan, load: Load, index: int, size: int) -> tuple[Image, NDArray[np.float32]]:
+def apply_plan(plan: AugmentPlan, load: Load, index: int, size: int) -> tuple[Image, NDArray[np.float32]]:
     """Image `index` as `plan` says: (size, size, 3) BGR and labels (n, 5) [class, cx, cy, w, h] normalised."""
-    image, boxes = composed(plan, load, index, size)
+    image, boxes = compose(plan, load, index, size)
     image = jitter_hsv(image, plan.hsv)
     return flip(image, to_normalised(boxes, size, size), up_down=plan.flip_ud, left_right=plan.flip_lr)
 
 
-def composed(plan: Plan, load: Load, index: int, size: int) -> tuple[Image, Boxes]:
-    """The geometry of `augmented` alone: mosaic, mixup and warp; boxes in pixels of the (size, size) image."""
+def compose(plan: AugmentPlan, load: Load, index: int, size: int) -> tuple[Image, Boxes]:
+    """The geometry of `apply_plan` alone: mosaic, mixup and warp; boxes in pixels of the (size, size) image."""
     if plan.mosaic is None:
         image, boxes = load(index)
         framed = letterbox(image, (size, size), auto=False, scale_up=True)

@@ -143,7 +143,7 @@ def _keys(groups: Iterable[set[tuple[str, str]]]) -> Groups:
 
 
 def _unusual(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
-    """What is allowed but often a mistake."""
+    """Findings that are allowed but often a mistake."""
     yield from config.notices
     yield from _class_balance(config, indices)
     for split, index in indices.items():

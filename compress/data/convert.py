@@ -42,7 +42,7 @@ class Annotated(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written, and what was left out. `skipped` counts crowd regions and objects marked difficult."""
+    """Figures of a conversion and what it left out. `skipped` counts crowd regions and objects marked difficult."""
 
     data_yaml: Path
     images: int

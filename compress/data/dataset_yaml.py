@@ -23,7 +23,7 @@ MAX_LIST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset: where it lies, what it shows.
+    """The content of a data.yaml: where the images lie and the names of their classes.
 
     `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
     `notices` says what was left out and why.
@@ -236,6 +236,6 @@ def _first_repeated(texts: Iterable[str]) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    """What a value of the file is, in words; never its whole text (aliases can make that endless)."""
+    """A value of the file in words, never its whole text (aliases can make that endless)."""
     kinds = {list: "a list", dict: "a mapping", type(None): "nothing"}
     return kinds.get(type(value), reprlib.repr(value)) if value != "" else "nothing"

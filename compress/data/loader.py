@@ -39,7 +39,7 @@ class ValBatch(NamedTuple):
     """A validation batch; all per-image fields are in batch order.
 
     images uint8 (B, 3, H, W) RGB; targets as in `Batch`. `gains` is resized height / original height, `pads_wh` the
-    float letterbox pad in pixels: together they lead back to the original image of `sizes_hw`.
+    float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and `sizes_hw`, the original sizes.
     """
 
     images: torch.Tensor
@@ -83,7 +83,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def rank_slices(order: NDArray[np.int64], *, batch: int, rank: int, world: int) -> list[NDArray[np.int64]]:
-    """What one rank takes of each global batch."""
+    """The indices that one rank takes of each global batch."""
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     if batches and len(batches[-1]) < world:
         batches[-1] = np.resize(batches[-1], world)

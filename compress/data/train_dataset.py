@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.config import AugmentConfig
-from compress.data.augment import Boxes, augmented, draw_plan, to_pixels
+from compress.data.augment import Boxes, apply_plan, draw_plan, to_pixels
 from compress.data.dataset import Sample
 from compress.data.image_store import ImageStore, to_chw_rgb
 from runtime.image import Image
@@ -49,7 +49,7 @@ class TrainDataset:
             imgsz=self.imgsz,
             mosaic=mosaic,
         )
-        image, labels = augmented(plan, self.load, index, self.imgsz)
+        image, labels = apply_plan(plan, self.load, index, self.imgsz)
         return to_chw_rgb(image), labels
 
     def load(self, index: int) -> tuple[Image, Boxes]:

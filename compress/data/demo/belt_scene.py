@@ -20,7 +20,7 @@ Field = NDArray[np.float32]
 
 OVERSAMPLING = 2
 MIN_VISIBLE = 0.45
-"""Of a part that later ones cover, or the frame cuts, at least this much stays in sight."""
+"""Least share of a part that stays visible where later ones cover it or the frame cuts it."""
 MIN_BOX_PX = 6
 PLACEMENT_TRIES = 8
 
@@ -277,7 +277,7 @@ def _brushed(rng: np.random.Generator, size_hw: tuple[int, ...], angle: float) -
 
 
 def _sheen(rng: np.random.Generator, size_hw: tuple[int, ...]) -> Field:
-    """What a flat face mirrors of the lamp: brighter towards one side of the part."""
+    """The lamp's reflection on a flat face: brighter towards one side of the part."""
     towards, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.35)
     ys, xs = (np.linspace(-1, 1, side, dtype=np.float32) for side in size_hw)
     return np.asarray(strength * (xs[None] * np.cos(towards) + ys[:, None] * np.sin(towards)), np.float32)

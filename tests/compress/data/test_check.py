@@ -67,7 +67,7 @@ def test_one_folder_for_both_splits_is_a_leak(dataset: Path) -> None:
     assert len(check(load_data(dataset)).leaks) == 4
 
 
-def test_unusual_things_are_told(dataset: Path) -> None:
+def test_unusual_things_are_reported(dataset: Path) -> None:
     root = dataset.parent
     dataset.write_text("train: images/train\nval: images/val\ntest: images/nowhere\nnames: [cat, dog, bird, fish]\n")
     (root / "labels/val/0.txt").write_text("2 0.5 0.5 0.01 0.5\n0 0.0 0.5 0.5 0.5\n0 0.5 0.5 1 1\n")
@@ -89,7 +89,7 @@ def test_unusual_things_are_told(dataset: Path) -> None:
         assert what in told
 
 
-def test_images_that_share_a_label_file_are_told(dataset: Path) -> None:
+def test_images_that_share_a_label_file_are_reported(dataset: Path) -> None:
     write_image(dataset.parent / "images/train/0.jpg", seed=50)
     report = check(load_data(dataset))
     assert (

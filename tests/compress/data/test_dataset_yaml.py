@@ -60,7 +60,7 @@ def test_names_are_a_list_or_a_map_and_always_text(write_yaml: Write, names: str
         ("names: 7", "names is '7'"),
     ],
 )
-def test_wrong_names_are_told_in_one_line(write_yaml: Write, names: str, what: str) -> None:
+def test_wrong_names_are_named_in_one_line(write_yaml: Write, names: str, what: str) -> None:
     with pytest.raises(InputError, match=r"data\.yaml") as caught:
         load_data(write_yaml(f"train: images/train\nval: images/val\n{names}\n"))
     assert what in str(caught.value)
@@ -113,7 +113,7 @@ def test_two_links_to_one_folder_are_both_followed(dataset: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("target", ["images/train", "images", ".", "../disk2"])
-def test_a_link_that_leads_back_is_not_followed(dataset: Path, tmp_path: Path, target: str) -> None:
+def test_a_link_into_a_folder_above_it_is_not_followed(dataset: Path, tmp_path: Path, target: str) -> None:
     root = dataset.parent
     write_image(tmp_path / "disk2/a.png")
     (tmp_path / "disk2/back").symlink_to(root / "images/train")

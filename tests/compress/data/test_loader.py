@@ -120,7 +120,7 @@ def test_without_augmentation_labels_stay_on_their_objects(tmp_path: Path) -> No
     np.testing.assert_allclose([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], [x0, y0, x1, y1], atol=1.01)
 
 
-def test_an_image_that_breaks_during_training_is_told_once_and_loses_its_labels(
+def test_an_image_that_breaks_during_training_is_reported_once_and_loses_its_labels(
     samples: tuple[Sample, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     samples[2].image.write_bytes(b"broken")
@@ -195,7 +195,7 @@ def test_square_batches_keep_the_given_order(samples: tuple[Sample, ...]) -> Non
     assert [index for one in batches for index in one.indices] == list(range(11))
 
 
-def test_validation_labels_lead_back_to_the_original_boxes(samples: tuple[Sample, ...]) -> None:
+def test_validation_labels_can_be_mapped_to_the_original_boxes(samples: tuple[Sample, ...]) -> None:
     for one in val_batches(samples, imgsz=96, batch=4):
         height, width = one.images.shape[2:]
         for position, sample in enumerate(one.samples):
