@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from compress.data.labels import lines_of
 from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
 
@@ -173,7 +174,7 @@ def _locate(root: Path, place: str) -> Path:
 
 def _listed(root: Path, list_file: Path) -> list[Path]:
     """Paths of a list file: `./` lines are relative to its folder, other relative ones to the dataset's root."""
-    lines = _read_text(list_file, MAX_LIST_BYTES, what="list of images").splitlines()
+    lines = lines_of(_read_text(list_file, MAX_LIST_BYTES, what="list of images"))
     entries = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     return [without_parents((list_file.parent if entry.startswith("./") else root) / entry) for entry in entries]
 

@@ -126,6 +126,13 @@ def test_a_broken_link_is_listed_so_that_it_is_reported(dataset: Path) -> None:
     assert len(load_data(dataset).splits["train"]) == 5
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_a_list_may_end_in_any_way(dataset: Path, end: str) -> None:
+    (dataset.parent / "list.txt").write_bytes(end.join(f"images/train/{i}.png" for i in range(3)).encode())
+    dataset.write_bytes(end.join(["train: list.txt", "val: images/val", "names: [cat, dog]"]).encode())
+    assert [image.name for image in load_data(dataset).splits["train"]] == ["0.png", "1.png", "2.png"]
+
+
 def test_a_dot_slash_line_is_relative_to_the_list_file(dataset: Path) -> None:
     (dataset.parent / "images/list.txt").write_text("./train/0.png\n")
     dataset.write_text(f"train: images/list.txt\nval: images/val\n{NAMES}")
