@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Plan, measure_file
-from benchmarks.report import Row, ap, make_report, p50, plain
+from benchmarks.render import write
+from benchmarks.report import make_report
+from benchmarks.rows import Row, ap, p50, plain
 from compress.config import BenchConfig
 from compress.data import DataConfig, load_data
 from compress.data.index import index_split
@@ -119,5 +121,5 @@ def bench_files(paths: Sequence[Path], data_yaml: Path, config: BenchConfig, out
     result = make_report(
         out.name, machine=facts(), argv=[Path(sys.argv[0]).name, *sys.argv[1:]], dataset=dataset, models=rows
     )
-    result.write(out)
+    write(result, out)
     return dict(result.data)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.render import write
 from compress.build import build
 from compress.compute.numerics import flush_denormals
 from compress.config import Recipe, TeacherConfig
@@ -226,7 +227,7 @@ def run_bench(recipe: Recipe, work: Work) -> Figures:
 def run_report(recipe: Recipe, work: Work) -> Figures:
     """Out: `report.json` and its renderings `.html`, `.md`, `.csv`."""
     report = assemble(recipe, work.inputs)
-    report.write(work.out)
+    write(report, work.out)
     headline = report.data["headline"] or {}
     return {key: headline[key] for key in ("file", "map50_95", "p50_ms", "speedup") if headline.get(key) is not None}
 
