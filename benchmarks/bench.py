@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
 from benchmarks.environment import device_name
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, measure
-from benchmarks.report import Row, model_row
+from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
