@@ -27,6 +27,7 @@ class DataConfig:
     """The content of a data.yaml: where the images lie and the names of their classes.
 
     `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
+    `keypoint_values` is the number of values behind the box in a row of labels, by `kpt_shape`; they are not used.
     `notices` says what was left out and why.
     """
 
@@ -35,6 +36,7 @@ class DataConfig:
     splits: dict[str, tuple[Path, ...]]
     names: tuple[str, ...]
     notices: tuple[str, ...] = ()
+    keypoint_values: int = 0
 
 
 def load_data(path: Path | str) -> DataConfig:
@@ -52,7 +54,8 @@ def load_data(path: Path | str) -> DataConfig:
     except (OSError, ValueError) as error:  # a name that is too long or holds a zero byte, a folder without access
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: a path in it cannot be used ({reason})", "Check path, train, val and test") from None
-    return DataConfig(path.resolve(), root, splits, _names(path, raw), tuple(notices))
+    keypoint_values = _keypoint_values(path, raw, notices)
+    return DataConfig(path.resolve(), root, splits, _names(path, raw), tuple(notices), keypoint_values)
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -214,6 +217,21 @@ def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
     if nc != "" and nc != str(len(names)):
         raise InputError(f"{path}: nc is {_kind(nc)} but names has {len(names)}", "Correct or remove nc")
     return tuple(names)
+
+
+def _keypoint_values(path: Path, raw: Mapping[str, Any], notices: list[str]) -> int:
+    """Points times values of a point, by `kpt_shape: [points, 2 or 3]`; 0 without that key."""
+    shape = raw.get("kpt_shape", "")
+    if shape == "":
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape)) and shape[1] in ("2", "3")):
+        raise InputError(f"{path}: kpt_shape is {_kind(shape)}, expected [points, 2 or 3]", "Correct or remove it")
+    notices.append("key points are not used: boxes alone are read from the labels")
+    return int(shape[0]) * int(shape[1])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) <= 4
 
 
 def _name_list(path: Path, names: Any) -> list[Any]:
