@@ -69,7 +69,7 @@ def test_wrong_names_are_named_in_one_line(write_yaml: Write, names: str, what: 
 
 @pytest.mark.parametrize("shape", ["3", "[3]", "[3, 4]", "[0x3, 2]", "[-1, 2]", "[[3], 2]", "{a: b}"])
 def test_a_wrong_shape_of_key_points_is_named(write_yaml: Write, shape: str) -> None:
-    with pytest.raises(InputError, match="kpt_shape is .*, expected"):
+    with pytest.raises(InputError, match=r"kpt_shape is .*, expected"):
         load_data(write_yaml(f"train: images/train\nval: images/val\n{NAMES}kpt_shape: {shape}\n"))
 
 
