@@ -54,8 +54,8 @@ def load_data(path: Path | str) -> DataConfig:
     except (OSError, ValueError) as error:  # a name that is too long or holds a zero byte, a folder without access
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: a path in it cannot be used ({reason})", "Check path, train, val and test") from None
-    keypoint_values = _keypoint_values(path, raw, notices)
-    return DataConfig(path.resolve(), root, splits, _names(path, raw), tuple(notices), keypoint_values)
+    names, keypoint_values = _names(path, raw, notices), _keypoint_values(path, raw, notices)
+    return DataConfig(path.resolve(), root, splits, names, tuple(notices), keypoint_values)
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -205,7 +205,12 @@ def without_parents(path: Path) -> Path:
     return Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
 
 
-def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _names(path: Path, raw: Mapping[str, Any], notices: list[str]) -> tuple[str, ...]:
+    """The class names; `class0`, `class1` and so on where only `nc` is given, as YOLOv5 names them."""
+    nc = raw.get("nc", "")
+    if "names" not in raw and _is_count(nc) and int(nc) > 0:
+        notices.append(f"no names: the {nc} classes are called class0 to class{int(nc) - 1}")
+        return tuple(f"class{number}" for number in range(int(nc)))
     names = _name_list(path, raw.get("names"))
     wrong = next((name for name in names if not isinstance(name, str) or not name.strip()), None)
     if wrong is not None or not names:
@@ -213,7 +218,6 @@ def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
     repeated = _first_repeated(names)
     if repeated is not None:
         raise InputError(f"{path}: names has {reprlib.repr(repeated)} twice", "Give every class its own name")
-    nc = raw.get("nc", "")
     if nc != "" and nc != str(len(names)):
         raise InputError(f"{path}: nc is {_kind(nc)} but names has {len(names)}", "Correct or remove nc")
     return tuple(names)
