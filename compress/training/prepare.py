@@ -38,8 +38,7 @@ def open_splits(data: DataConfig, config: TrainConfig, log: Log) -> Splits:
 
 def _samples(data: DataConfig, split: str, log: Log) -> Sequence[Sample]:
     index = index_split(data, split)
-    boxes = sum(len(sample.labels) for sample in index.samples)
-    log(f"{split}: {len(index.samples)} images, {boxes} boxes")
+    log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
     for problem in index.problems[:SHOWN_PROBLEMS]:
         log(f"{split}: skipped {problem}")
     if len(index.problems) > SHOWN_PROBLEMS:
