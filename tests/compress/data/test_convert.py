@@ -91,6 +91,21 @@ def test_image_names_that_leave_the_folder_are_refused(source: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_category_that_groups_others_and_has_no_box_is_no_class(source: Path, tmp_path: Path) -> None:
+    categories = [
+        {"id": 0, "name": "parts", "supercategory": "none"},
+        {"id": 1, "name": "part", "supercategory": "parts"},
+        {"id": 2, "name": "tool", "supercategory": "tool"},
+        {"id": 3, "name": "bolt", "supercategory": "part"},
+        {"id": 4, "name": "parts", "supercategory": "parts"},
+    ]
+    boxes = [box(1, 1, 10, 10, 20, 10), box(2, 4, 10, 10, 20, 10)]
+    result = convert.coco(coco_file(source, boxes, categories=categories), source, tmp_path / "out")
+    assert load_data(result.data_yaml).names == ("part", "tool", "bolt", "parts")
+    assert len(result.problems) == 1
+    assert "category 'parts' groups others" in str(result.problems[0])
+
+
 def test_bad_images_and_wrong_sizes_are_left_out(source: Path, tmp_path: Path) -> None:
     (source / "0.png").write_bytes(b"")
     (source / "1.png").unlink()
