@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images, read_coco
     from benchmarks.compare import fail_on, parse_rule
     from benchmarks.environment import environment
-    from benchmarks.report import make_report, render_markdown
+    from benchmarks.render import to_markdown, write
+    from benchmarks.report import make_report
 
     rules = [parse_rule(text) for text in options.fail_on]  # a typo is reported before the minutes of measuring
     truth = read_coco(options.annotations) if options.annotations else None
@@ -80,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
         models=rows,
         engines=idle,
     )
-    paths = report.write(options.out)
-    print(render_markdown(report), end="")
+    paths = write(report, options.out)
+    print(to_markdown(report), end="")
     print("\n".join(map(str, paths)), file=sys.stderr)
     violations = [found for rule in rules for found in fail_on(rule, report)]
     print("".join(f"failed: {violation}\n" for violation in violations), end="", file=sys.stderr)

@@ -19,10 +19,10 @@ from typing import Any
 from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
 from benchmarks.environment import device_name
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, measure
-from benchmarks.report import Row, model_row
+from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
-from runtime.errors import InputError, UnavailableError
+from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import read_json, sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
 
@@ -121,6 +121,15 @@ def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     return detector_accuracy(
         detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det
     )
+
+
+def file_accuracy(path: Path, plan: Plan) -> Accuracy:
+    """The accuracy of one file, without its latency. Raises as `measure_file`, and UsageError without ground truth."""
+    with plan.detector(path) as detector:
+        found = _accuracy(detector, plan)
+    if found is None:
+        raise UsageError("the plan has no ground truth to measure accuracy by", "Give COCO annotations")
+    return found
 
 
 def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row], list[Row]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.__main__ import guarded, positive
 from benchmarks.bench import list_images
+from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
-from benchmarks.wording import milliseconds
 from runtime.detector import Detector
 from runtime.errors import UsageError
 from runtime.image import read_image

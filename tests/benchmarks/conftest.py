@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.accuracy import Accuracy
 from benchmarks.latency import Durations, Latency, Warmup
-from benchmarks.report import Report, make_report, plain
+from benchmarks.report import Report, make_report
+from benchmarks.rows import plain
 
 NAMES = ("bolt", "nut", "washer", "screw", "spring", "rivet", "bearing", "gear")
 

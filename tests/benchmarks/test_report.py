@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,20 +12,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import wording
+from benchmarks import compare, formats, page, render, rows, wording
 from benchmarks.page import FILTERS, flat
-from benchmarks.report import (
-    REPORT_FILE,
-    Report,
-    headline,
-    make_report,
-    model_row,
-    plain,
-    render_csv,
-    render_html,
-    render_markdown,
-    schema,
-)
+from benchmarks.render import to_csv, to_html, to_markdown, write
+from benchmarks.report import REPORT_FILE, Report, headline, make_report, schema
+from benchmarks.rows import COLUMNS, TITLED, Column, at, model_row, plain
 from runtime.errors import InputError
 from tests.benchmarks.conftest import SETTINGS, make_row
 
@@ -51,11 +43,17 @@ def numbers_in(value: Any) -> Iterator[float]:
         yield value
 
 
-def shown(html: str) -> str:
-    """What a reader sees: no styles, no markup, no ticks of the axes."""
-    for hidden in (r"<style>.*?</style>", r'<g class="axis".*?</g>', r"<[^>]*>"):
-        html = re.sub(hidden, " ", html, flags=re.DOTALL)
-    return html
+def shown(page: str) -> str:
+    """The text that a reader sees: no styles, no markup, no ticks of the axes."""
+    page = re.sub(r"<svg.*?</svg>", lambda found: text_of(ElementTree.fromstring(found[0])), page, flags=re.DOTALL)
+    return re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+
+
+def text_of(element: ElementTree.Element) -> str:
+    """All text of a chart but that of its axes."""
+    if element.get("class") == "axis":
+        return ""
+    return " ".join([element.text or "", *map(text_of, element), element.tail or ""])
 
 
 # ---------------------------------------------------------------------------------------------------------- rendering
@@ -63,18 +61,18 @@ def shown(html: str) -> str:
 
 def test_the_same_report_renders_to_the_same_bytes(sample: Report, tmp_path: Path) -> None:
     sample.save(tmp_path / REPORT_FILE)
-    assert render_html(sample) == render_html(Report.load(tmp_path))
-    assert render_csv(sample) == render_csv(Report.load(tmp_path))
+    assert to_html(sample) == to_html(Report.load(tmp_path))
+    assert to_csv(sample) == to_csv(Report.load(tmp_path))
 
 
 def test_every_number_on_the_page_stands_in_the_report(sample: Report) -> None:
-    formats = [f for name, f in FILTERS.items() if name not in ("gate", "moment")]
+    formats = [f for name, f in FILTERS.items() if name != "moment"]
     texts = [json.dumps(sample.data, ensure_ascii=False)]
     texts += [format_(value) for value in numbers_in(sample.data) for format_ in formats]
     known = set(NUMBER.findall(" ".join([*texts, *WORDS])))
-    html = render_html(sample)
-    assert set(NUMBER.findall(shown(html))) - known == set()
-    assert set(NUMBER.findall(shown(html.replace("<footer>", "<footer>41.87 ")))) - known == {"41.87"}
+    page = to_html(sample)
+    assert set(NUMBER.findall(shown(page))) - known == set()
+    assert set(NUMBER.findall(shown(page.replace("<footer>", "<footer>41.87 ")))) - known == {"41.87"}
 
 
 WORDS = ("mAP50-95", "p90", "p99", "at 99 % confidence", "sha256")
@@ -82,33 +80,33 @@ WORDS = ("mAP50-95", "p90", "p99", "at 99 % confidence", "sha256")
 
 
 def test_the_page_loads_nothing_from_elsewhere(sample: Report) -> None:
-    html = render_html(sample)
-    assert not re.search(r"(?:src|href)\s*=|url\(|@import|<script|https?:", html)
+    page = to_html(sample)
+    assert not re.search(r"(?:src|href)\s*=|url\(|@import|<script|https?:", page)
 
 
 def test_text_from_the_run_is_escaped(sample: Report) -> None:
-    html = render_html(Report({**sample.data, "name": "<script>alert(1)</script>", "notes": ["a < b & c"]}))
-    assert "<script>" not in html
-    assert "a &lt; b &amp; c" in html
+    page = to_html(Report({**sample.data, "name": "<script>alert(1)</script>", "notes": ["a < b & c"]}))
+    assert "<script>" not in page
+    assert "a &lt; b &amp; c" in page
     row = sample.data["models"][0] | {"precision": "<i>"}
-    assert "<i>" not in render_html(Report({**sample.data, "models": [row]}))
+    assert "<i>" not in to_html(Report({**sample.data, "models": [row]}))
 
 
 def test_a_report_with_nothing_optional_renders() -> None:
-    html = render_html(minimal())
-    assert "small" in html
-    assert "Accuracy against latency" not in html
-    assert render_markdown(minimal()).startswith("# small\n")
+    page = to_html(minimal())
+    assert "small" in page
+    assert "Accuracy against latency" not in page
+    assert to_markdown(minimal()).startswith("# small\n")
 
 
 def test_a_row_without_figures_says_so(sample: Report) -> None:
-    html = render_html(with_models(sample, fp16={"latency": None, "accuracy": None}))
-    assert "not timed" in html
-    assert "not measured" in html
+    page = to_html(with_models(sample, fp16={"latency": None, "accuracy": None}))
+    assert "not timed" in page
+    assert "not measured" in page
 
 
 def test_a_percentile_without_enough_samples_is_not_printed(sample: Report) -> None:
-    table = render_markdown(sample).splitlines()
+    table = to_markdown(sample).splitlines()
     fp32 = next(line for line in table if line.startswith("| model.onnx "))
     fp16 = next(line for line in table if line.startswith("| model.fp16.onnx "))
     assert "n too small" in fp32
@@ -116,7 +114,7 @@ def test_a_percentile_without_enough_samples_is_not_printed(sample: Report) -> N
 
 
 def test_csv_has_one_row_a_file_with_the_settings_beside_the_figures(sample: Report) -> None:
-    rows = list(csv.DictReader(io.StringIO(render_csv(sample))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(sample))))
     assert [row["file"] for row in rows] == [row["file"] for row in sample.data["models"]]
     assert {(row["conf"], row["iou"], row["max_det"], row["imgsz"]) for row in rows} == {("0.25", "0.6", "300", "320")}
     assert float(rows[1]["p50_ms"]) == sample.data["models"][1]["latency"]["end_to_end"]["p50"]
@@ -124,10 +122,38 @@ def test_csv_has_one_row_a_file_with_the_settings_beside_the_figures(sample: Rep
     assert rows[4]["kept"] == "False"
 
 
+def test_one_entry_of_the_table_is_a_column_of_every_rendering(sample: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = Column("watts", at("watts"), "Power", lambda value: f"{value} W")
+    added = {"COLUMNS": (*COLUMNS, column), "TITLED": (*TITLED, column), "ON_PAGE": (*page.ON_PAGE, column)}
+    for module in (rows, page, render, compare):
+        for name, columns in added.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, columns)
+    report = Report({**sample.data, "models": [row | {"watts": 7.5} for row in sample.data["models"]]})
+    both = compare.compare([report, report])
+    for text in (to_html(report), to_markdown(report), compare.to_html(both), compare.to_markdown(both)):
+        assert "Power" in text
+        assert "7.5 W" in text
+    assert [row["watts"] for row in csv.DictReader(io.StringIO(to_csv(report)))] == ["7.5"] * 5
+
+
+def test_every_rendering_shows_the_titles_of_the_table(sample: Report) -> None:
+    titles = [column.title for column in COLUMNS if column.title]
+    assert ", ".join(titles) == "File, Precision, Backend, Size, mAP50-95, mAP50, p50, p90, p99, max, n, Gate"
+    assert "| " + " | ".join(titles) + " |" in to_markdown(sample)
+    shown_titles = re.findall(
+        r"<th(?: [^>]*)?>(.*?)</th>", to_html(sample).partition("Every file")[2].partition("</thead>")[0]
+    )
+    assert shown_titles == [title for title in titles if title not in ("Precision", "Backend")]
+    names = to_csv(sample).partition("\n")[0].split(",")
+    assert names == ["name", "created", *(column.name for column in COLUMNS)]
+    assert len(set(names)) == len(names)
+
+
 def test_all_four_files_are_written(sample: Report, tmp_path: Path) -> None:
-    paths = sample.write(tmp_path / "bench")
+    paths = write(sample, tmp_path / "bench")
     assert [path.name for path in paths] == ["report.json", "report.html", "report.md", "report.csv"]
-    assert paths[1].read_text(encoding="utf-8") == render_html(sample)
+    assert paths[1].read_text(encoding="utf-8") == to_html(sample)
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
@@ -147,12 +173,12 @@ def test_a_hair_is_not_faster(sample: Report) -> None:
 
 def test_a_refused_file_stands_there_with_its_reason(sample: Report) -> None:
     reason = "mAP50-95 0.51210 is more than 0.02 below 0.55020 of fp32"
-    assert f"model.int8-trt.onnx was refused by its gate: {reason}." in render_html(sample)
-    assert "refused" in render_markdown(sample)
+    assert f"model.int8-trt.onnx was refused by its gate: {reason}." in to_html(sample)
+    assert "refused" in to_markdown(sample)
 
 
 def test_engines_that_did_not_run_say_why(sample: Report) -> None:
-    assert "model.fp16.plan was built for sm86, sm89, sm120 and not run on this machine: no GPU." in render_html(sample)
+    assert "model.fp16.plan was built for sm86, sm89, sm120 and not run on this machine: no GPU." in to_html(sample)
 
 
 def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:
@@ -169,7 +195,7 @@ def test_files_measured_with_different_settings_are_told_apart(sample: Report) -
     assert "0.6 for model.onnx" in sentence
     assert "iou 0.6" not in " ".join(wording.summary(found.data))
     assert "iou 0.6" in " ".join(wording.summary(sample.data))
-    ious = [row["iou"] for row in csv.DictReader(io.StringIO(render_csv(found)))]
+    ious = [row["iou"] for row in csv.DictReader(io.StringIO(to_csv(found)))]
     assert ious == ["0.6", "0.6", "0.45", "0.6", "0.6"]
 
 
@@ -183,12 +209,12 @@ def test_few_images_are_said_in_words(sample: Report) -> None:
     [(0.0123, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (99.96, "100.0"), (123.4, "123"), (12345.6, "12346")],
 )
 def test_milliseconds_have_three_figures(value: float, text: str) -> None:
-    assert wording.milliseconds(value) == text
+    assert formats.milliseconds(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(512, "0.50 KiB"), (7_534_201, "7.19 MiB"), (2**33, "8.00 GiB")])
 def test_sizes_take_the_unit_that_fits(value: int, text: str) -> None:
-    assert wording.size(value) == text
+    assert formats.size(value) == text
 
 
 def test_rows_are_named_as_shortly_as_they_can_be_told_apart() -> None:
