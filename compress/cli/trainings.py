@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from compress.cli.options import (
     say,
     settings,
 )
+from runtime.errors import UsageError
 
 SCALES = click.Choice(["p", "n", "s", "m", "l", "x"])
 
@@ -62,14 +63,32 @@ def train(preset: str | None, **options: Any) -> None:
 @click.command()
 @training_options
 @click.option("--teacher", type=FILE, required=True, help="Checkpoint of the teacher.")
-@click.option("--loss", "losses", multiple=True, metavar="NAME=WEIGHT", help="Distillation loss; repeatable.")
+@click.option(
+    "--loss",
+    "losses",
+    multiple=True,
+    metavar="NAME=WEIGHT",
+    help="Distillation loss, and NAME.SETTING=VALUE for its settings; repeatable.",
+)
 def distill(teacher: Path, losses: tuple[str, ...], **options: Any) -> None:
     """Train a student against a frozen teacher."""
     from compress.config import DistillConfig
     from compress.distill import distill as run
 
-    weighed = dict(loss.partition("=")[::2] for loss in losses) or None
-    _fit(run, DistillConfig, options, "distill", {"teacher": teacher}, losses=weighed)
+    _fit(run, DistillConfig, options, "distill", {"teacher": teacher}, losses=loss_choices(losses) or None)
+
+
+def loss_choices(given: Sequence[str]) -> dict[str, Any]:
+    """("cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
+    from compress.recipe import with_change
+
+    raw: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--loss {text!r}: expected NAME=WEIGHT", "For example --loss cwd=0.2")
+        raw = with_change(raw, f"{key if '.' in key else f'{key}.weight'}={value}")
+    return raw
 
 
 def _fit(
