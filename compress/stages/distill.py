@@ -84,7 +84,7 @@ def distill(
         else new_model(data.names, scale=scale, weights=weights, anchors=master.arch.anchors, seed=config.seed, log=log)
     )
     losses = build_losses(student, master, config)
-    objective = DistillObjective(student, detection_loss(student, config), losses, config.losses)
+    objective = DistillObjective(student, detection_loss(student, config), losses, config.weights)
     guide = Teacher(master, device, half=config.amp)
     if not state:
         checks = examine(objective, guide, splits.train, config, log)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.compute.timing import Span, unwatched
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
-from compress.losses.distill import DistillLoss, Outputs
+from compress.losses.distill import Context, DistillLoss, Outputs
 from compress.models import YOLOv5
 
 DETECTION_TERMS = ("box", "obj", "cls")
@@ -111,4 +111,5 @@ class DistillObjective(Objective):
     ) -> Tensor:
         """One weighted distillation loss. `upstream` is multiplied just as autograd will do it, to the same bits."""
         weight = factor * self.weights[name]
-        return weight * self.by_name[name](student, guide, targets, None if upstream is None else upstream * weight)
+        context = Context(targets, None if upstream is None else upstream * weight)
+        return weight * self.by_name[name](student, guide, context)

@@ -14,13 +14,13 @@ from compress.config import DistillConfig
 from compress.data.loader import Batch, train_batches
 from compress.data.train_dataset import TrainDataset
 from compress.log import Log
-from compress.losses.checks import Check, doctor
-from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
+from compress.losses.distill import DistillLoss, Outputs, Shape, make_losses
+from compress.losses.preflight import Check, preflight
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
 from compress.training.objective import DistillObjective
 from compress.validate import as_network_input
-from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.errors import EdgestillError, InputError
 
 PROBE_IMAGES = 4
 
@@ -64,14 +64,8 @@ def shape_of(model: YOLOv5) -> Shape:
 
 
 def build_losses(student: YOLOv5, teacher: YOLOv5, config: DistillConfig) -> dict[str, DistillLoss]:
-    """The recipe's losses by name. Errors: UsageError for an unknown name, or a pair that a loss cannot compare."""
-    wanted = {name: weight for name, weight in config.losses.items() if weight > 0}
-    for name in wanted:
-        if name not in LOSSES:
-            raise UsageError(f"distillation loss {name!r} is not known", f"choose among {', '.join(sorted(LOSSES))}")
-    if not wanted:
-        raise UsageError("no distillation loss has a weight above 0", "train without a teacher, or set one")
-    return {name: LOSSES[name](shape_of(student), shape_of(teacher), config) for name in wanted}
+    """The recipe's losses by name. Raises UsageError as `make_losses` does."""
+    return make_losses(shape_of(student), shape_of(teacher), config)
 
 
 def examine(
@@ -85,7 +79,9 @@ def examine(
     batch = next(train_batches(train, batch=min(config.batch, PROBE_IMAGES), epoch=0))
     probe = place(copy.deepcopy(objective), teacher.device)
     on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
-    checks = doctor(probe.model, teacher.model, probe.by_name, on_device, task=probe.detection, weights=config.losses)
+    checks = preflight(
+        probe.model, teacher.model, probe.by_name, on_device, task=probe.detection, weights=config.weights
+    )
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")

@@ -1,7 +1,7 @@
 """One real distillation step with and without the kernels: `python3 tests/gpu/step.py [--out FILE.json]`.
 
 A yolov5l teaches a yolov5s by feat_mse and cwd, 32 random images of 640 pixels, mixed precision, by the product's own
-training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), the reference, the kernels.
+training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), plain torch, the kernels.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         detection = detection_loss(student, config)
         objective: Any = Objective(student, detection)
         if distils:
-            objective = DistillObjective(student, detection, build_losses(student, master, config), config.losses)
+            objective = DistillObjective(student, detection, build_losses(student, master, config), config.weights)
         job = Job(config, objective, range(100 * options.batch), (), folder, guide=guide)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
         made.objective.train()
@@ -121,7 +121,7 @@ class Steps:
 
 
 def switch(value: str | None) -> None:
-    from compress.kernels.functional import SWITCH
+    from compress.kernels.fused import SWITCH
 
     os.environ.pop(SWITCH, None)
     if value:
