@@ -47,7 +47,7 @@ def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Tra
     settings, master = config(), load_model(teacher_file)
     student = new_model(tiny_data.names, scale="p", weights=None, anchors=master.arch.anchors, log=quiet)
     objective = DistillObjective(
-        student, detection_loss(student, settings), build_losses(student, master, settings), settings.losses
+        student, detection_loss(student, settings), build_losses(student, master, settings), settings.weights
     )
     splits, guide = open_splits(tiny_data, settings, quiet), Teacher(master, "cpu")
     return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, guide, 0.1), "cpu", quiet), guide
