@@ -84,8 +84,9 @@ def test_yolov5n_on_coco128_scores_what_the_original_scores(
     batch: int, rect: bool, coco: tuple[float, float], yolo: tuple[float, float], weights: Path, shared: Path
 ) -> None:
     data = load_data(shared / "data" / "coco128" / "data.yaml")
+    samples = index_dataset(data, ("val",)).splits["val"].samples
     result = validate(
-        load_model(weights), index_dataset(data, ("val",)).splits["val"].samples, imgsz=640, batch=batch, rect=rect, device="cpu",
+        load_model(weights), samples, imgsz=640, batch=batch, rect=rect, device="cpu",
         annotations=shared / "data" / "coco128" / "annotations" / "instances.json",
     )  # fmt: skip
     assert (result.yolo.map50_95, result.yolo.map50) == pytest.approx(yolo, abs=2e-4)
