@@ -145,14 +145,18 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
     teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
     channels = [shape[1] for shape in case.shapes]
     masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w in case.shapes]
-    others: dict[str, list[Any]] = {
-        "weighted_mse": [[]],
-        "adapter_mse": [[normal(c, c) / c**0.5 for c in channels], [normal(c) for c in channels], []],
-        "cwd": [1.0],
-        "pkd": [],
-        "fgd": [masks, 1.0, 0.5],
+    values: dict[str, Any] = {
+        "students": students,
+        "teachers": teachers,
+        "matrices": [normal(c, c) / c**0.5 for c in channels],
+        "biases": [normal(c) for c in channels],
+        "weights": [],
+        "masks": masks,
+        "tau": 1.0,
+        "gamma": 1.0,
+        "temperature": 0.5,
     }
-    made = [students, teachers, *others[case.loss], torch.tensor(UPSTREAM, device=device)]
+    made = [*(values[name] for name in FUSED[case.loss].parameters), torch.tensor(UPSTREAM, device=device)]
     for learner in learners_of(case.loss, made):
         learner.requires_grad_()
     return made

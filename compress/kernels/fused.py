@@ -62,6 +62,7 @@ class FusedLoss:
     ) -> None:
         self.name, self.function, self.source = name, function, source
         self.launches, self.definition, self.learns = launches, definition, learns
+        self.parameters = tuple(declared.split()[-1] for declared in schema.split(","))
         _register(self, schema)
 
     def learners(self, arguments: Arguments) -> list[Tensor]:

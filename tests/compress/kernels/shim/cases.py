@@ -42,14 +42,19 @@ def arguments(
     channels = [c for _, c, _, _ in shapes]
     shapes_of_adapters = ([(c, c) for c in channels], [(c,) for c in channels])
     adapters = [to_device([rounded(*shape) for shape in shapes]) for shapes in shapes_of_adapters]
-    others = {
-        "weighted_mse": [maps],
-        "adapter_mse": [*adapters, maps],
-        "cwd": [1.0],
-        "pkd": [],
-        "fgd": [maps, 1.0, 0.5],
+    values = {
+        "students": students,
+        "teachers": teachers,
+        "matrices": adapters[0],
+        "biases": adapters[1],
+        "weights": maps,
+        "masks": maps,
+        "tau": 1.0,
+        "gamma": 1.0,
+        "temperature": 0.5,
     }
-    return [students, teachers, *others[name], None if scale is None else torch.tensor(float(scale), device=device)]
+    made = [values[parameter] for parameter in FUSED[name].parameters]
+    return [*made, None if scale is None else torch.tensor(float(scale), device=device)]
 
 
 def with_learners(name: str, given: Sequence[Any], learners: Iterable[torch.Tensor]) -> list[Any]:
