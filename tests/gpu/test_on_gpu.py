@@ -71,7 +71,7 @@ def arguments(
     scale: float | None = None,
     device: torch.device = TORCH,
 ) -> list[Any]:
-    """What `name` takes; `scale` is the upstream gradient to expect, else one that gives gradients normal sizes."""
+    """The arguments of `name`; without `scale` the upstream gradient is one that gives gradients normal sizes."""
     generator = torch.Generator().manual_seed(9 + seed)
     if name == "adapter_mse" and dtype != torch.float32:  # others go the general way, which rounds as eager code does
         shapes = [(n, -(-c // 8) * 8, h, w) for n, c, h, w in shapes]
@@ -272,7 +272,7 @@ class Captured(NamedTuple):
 
 
 def captured(step: Callable[[], Sequence[Tensor]]) -> Captured:
-    """What `step` does, as a CUDA graph, and the tensors that its replay writes."""
+    """The work of `step` as a CUDA graph, and the tensors that its replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -23,7 +23,7 @@ def arguments(
     device: str = "cpu",
     mean: float = 0.7,
 ) -> list[Any]:
-    """What the loss `name` takes, one level a shape, the expected upstream gradient last."""
+    """The arguments of the loss `name`, one level a shape, the expected upstream gradient last."""
     generator = torch.Generator().manual_seed(5)
     wide = dtype if dtype == torch.float64 else torch.float32
 
