@@ -22,7 +22,7 @@ MODES = {"loss off": None, "reference": "off", "kernels": None}
 LOSSES = {"feat_mse": 1.0, "cwd": 10.0}
 CLASSES = 80
 BOXES = 8
-"""Of an image."""
+"""Labelled boxes of an image."""
 BLOCK = 5
 WARM_UP = 3
 
@@ -36,9 +36,9 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from compress.training.teacher import Teacher, build_losses
 
     names = [f"class {i}" for i in range(CLASSES)]
-    master = YOLOv5(Architecture.of_scale(options.teacher, names))
+    teacher = YOLOv5(Architecture.of_scale(options.teacher, names))
     config = DistillConfig(losses=LOSSES, batch=options.batch, imgsz=options.imgsz, tensorboard=False)
-    guide = Teacher(master, options.device, half=config.amp)
+    outputs_of = Teacher(teacher, options.device, half=config.amp)
 
     def trainer(distils: bool) -> Any:
         student = YOLOv5(Architecture.of_scale(options.student, names))
@@ -46,8 +46,8 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         detection = detection_loss(student, config)
         objective: Any = Objective(student, detection)
         if distils:
-            objective = DistillObjective(student, detection, build_losses(student, master, config), config.weights)
-        job = Job(config, objective, range(100 * options.batch), (), folder, guide=guide)  # type: ignore[arg-type]
+            objective = DistillObjective(student, detection, build_losses(student, teacher, config), config.weights)
+        job = Job(config, objective, range(100 * options.batch), (), folder, guide=outputs_of)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
         made.objective.train()
         return made

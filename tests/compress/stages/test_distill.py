@@ -134,15 +134,17 @@ def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teac
         )  # fmt: skip
 
 
-class Dead(losses.FeatMSE):
-    def distance(self, *arguments: object) -> torch.Tensor:
-        return 0 * super().distance(*arguments)
+class Dead(losses.FeatureLoss):
+    name = "dead"
+
+    def compare(self, student: losses.Outputs, teacher: losses.Outputs, context: losses.Context) -> torch.Tensor:
+        return 0 * torch.stack([feature.float().mean() for feature in student.features]).sum()
 
 
 def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
     tiny_data: Dataset, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(losses.LOSSES, "dead", Dead)
+    monkeypatch.setitem(losses.LOSSES, Dead.name, Dead)
     with pytest.raises(EdgestillError, match=r"would not work: dead is finite and not zero") as caught:
         distill(
             config(losses={"dead": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
@@ -160,10 +162,8 @@ class Watched(torch.nn.Module):
         self.expected: torch.Tensor | None = None
         self.came: list[torch.Tensor] = []
 
-    def forward(
-        self, student: losses.Outputs, teacher: losses.Outputs, targets: object, upstream: object
-    ) -> torch.Tensor:
-        self.expected = upstream
+    def forward(self, student: losses.Outputs, teacher: losses.Outputs, context: losses.Context) -> torch.Tensor:
+        self.expected = context.upstream
         value = student.features[0].mean()
         value.register_hook(self.came.append)
         return value
