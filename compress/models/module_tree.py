@@ -156,12 +156,15 @@ def _anchors_px(tensors: Mapping[str, TensorRef], layout: str, read: Callable[[T
 
 
 def _names(root: Stub, modules: Mapping[str, Stub]) -> tuple[str, ...]:
-    """Class names: a list up to 6.2, a table from 7.0 on; numbered where the file has none."""
+    """Class names: a list up to 6.2, a table from 7.0 on; numbered where the file has none.
+
+    YAML made numbers and booleans of names such as 0, 1.5 and no; they become text again.
+    """
     names = root.state.get("names")
     if isinstance(names, dict):
         names = [names.get(index) for index in range(len(names))]
-    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-        return tuple(names)
+    if isinstance(names, list) and names and all(isinstance(name, str | int | float) for name in names):
+        return tuple(map(str, names))
     nc = attributes(modules.get(f"model.{_last(modules)}")).get("nc")
     if names or type(nc) is not int or not 0 < nc <= MAX_CLASSES:
         raise PickleError("its class names are no list of texts")
