@@ -13,9 +13,9 @@ from compress.config import TrainConfig
 from compress.data.dataset_yaml import DataConfig
 from compress.log import Log
 from compress.models import YOLOv5
-from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.loop import Job, TrainResult, read_resume, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
+from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
 
 __all__ = ["TrainResult", "train"]
 
@@ -34,18 +34,19 @@ def train(
     """Train a model of `scale` (else of the checkpoint's size) for the classes of `data`.
 
     `weights` are copied where name and shape agree, so a checkpoint of other classes starts everything but the head.
-    `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Errors: InputError
-    for unusable files, UsageError for contradictory requests, EdgestillError for a loss that is not finite.
+    `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Raises
+    InputError when a file cannot be used, UsageError when requests contradict each other, EdgestillError when a loss
+    is not finite.
     """
     flush_denormals(log)  # before anything makes torch start its threads
     state = read_resume(out, config) if resume else None
     splits = open_splits(data, config, log)
     model: YOLOv5
     if state:
-        model = model_of_state(state, data.names)
+        model = model_from_state(state, data.names)
     else:
         model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, log=log)
         if config.autoanchor:
-            model = fit_anchors(model, splits.train.samples, config, log)
+            model = adapt_anchors(model, splits.train.samples, config, log)
     objective = Objective(model, detection_loss(model, config))
-    return fit(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)
+    return run_job(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)

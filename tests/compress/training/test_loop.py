@@ -38,7 +38,7 @@ def test_three_sgd_steps_with_ema_follow_the_reference(trainer: Trainer, referen
     arrays = np.load(reference / "train_reference.npz")
     expected = json.loads((reference / "train_reference.json").read_text())["sgd_3_steps"]
     batch = Batch(torch.from_numpy(arrays["imgs_u8"]), torch.from_numpy(arrays["targets"]).float(), (0, 1))
-    model = trainer.job.objective.model
+    model = trainer.objective.model
     groups = [[len(g["params"]), g["weight_decay"], sum(p.numel() for p in g["params"])] for g in
               trainer.optimizer.param_groups]  # fmt: skip
     assert groups == [[count, decay, numel] for count, decay, _, _, _, numel in
