@@ -15,10 +15,10 @@ FINITE_CHECK_EVERY = 50
 
 
 class EpochLosses:
-    """Loss terms by name, kept on the device that computed them; read from a GPU only now and then."""
+    """Loss terms by name, kept on `device`. Where reading them is not `cheap`, they are read only now and then."""
 
-    def __init__(self, names: Sequence[str], epoch: int, device: torch.device) -> None:
-        self._names, self._epoch, self._cheap = names, epoch, device.type == "cpu"
+    def __init__(self, names: Sequence[str], epoch: int, device: torch.device, *, cheap: bool) -> None:
+        self._names, self._epoch, self._cheap = names, epoch, cheap
         self._sum = torch.zeros(len(names), device=device)
         self._unchecked: list[Tensor] = []
         self._count = 0

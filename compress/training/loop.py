@@ -156,7 +156,8 @@ class Trainer:
 
     def train_epoch(self, progress: Progress) -> Record:
         """Train on every batch of the epoch. Returns its losses and learning rates."""
-        epoch, losses = self.state.epoch, EpochLosses(self.objective.terms, self.state.epoch, self.device)
+        epoch = self.state.epoch
+        losses = EpochLosses(self.objective.terms, epoch, self.device, cheap=self.device.type == "cpu")
         self.wrapped.train()
         progress.epoch(epoch + 1, self.batches)
         for number, batch in enumerate(self.epoch_batches()):
