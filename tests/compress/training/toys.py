@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,16 +22,18 @@ LABELS = np.array([[0, 0.3, 0.3, 0.25, 0.2], [1, 0.65, 0.6, 0.3, 0.4]], np.float
 SGD = {"name": "sgd", "lr0": 0.01, "warmup_epochs": 0}
 
 
-class Noise(NamedTuple):
-    """A data set of `count` noise images that all have the same labels."""
+class Noise:
+    """A data set of `count` noise images that all have the same labels; `mosaics` says which were to be mosaics."""
 
-    count: int
-    seed: int = 0
+    def __init__(self, count: int) -> None:
+        self.count, self.seed = count, 0
+        self.mosaics: list[bool] = []
 
     def __len__(self) -> int:
         return self.count
 
     def item(self, epoch: int, index: int, *, mosaic: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        self.mosaics.append(mosaic)
         rng = np.random.default_rng([epoch, index])
         return rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8), LABELS
 
