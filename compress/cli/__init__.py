@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from runtime import __version__
 from runtime.errors import EdgestillError, UsageError
 
 COMMANDS = {
@@ -31,6 +32,9 @@ COMMANDS = {
     "data": "data",
 }
 """Command -> the module that holds it, in the order of the help text."""
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
 
 class Commands(click.Group):
@@ -55,8 +59,8 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="edgestill")
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="edgestill")
 def cli() -> None:
     """Distil a YOLOv5 teacher into an edge-ready engine, and prove it.
 

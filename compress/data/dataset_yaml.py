@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from compress.data.labels import lines_of
 from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
 
@@ -23,7 +24,7 @@ MAX_LIST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset: where it lies, what it shows.
+    """The content of a data.yaml: where the images lie and the names of their classes.
 
     `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
     `notices` says what was left out and why.
@@ -128,7 +129,7 @@ def _splits(
             except InputError as error:
                 if split != "test":
                     raise
-                notices.append(f"test split left out: {error}")
+                notices.append(f"test split left out: {error.message.removeprefix(f'{path}: test: ')}")
         elif split != "test":
             raise InputError(f"{path}: no `{split}` entry", f"Add `{split}: images/{split}` or a list file")
 
@@ -152,14 +153,14 @@ def _images(path: Path, root: Path, split: str, places: Iterable[str]) -> tuple[
 
 def _expand(path: Path, root: Path, split: str, place: str) -> list[Path]:
     """Image files of one entry: a folder, searched recursively, or a text file with one path per line."""
-    target = _locate(root, place)
+    target = without_parents(_locate(root, place))
     if target.is_dir():
-        return [file for file in target.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        return list(image_files(target))
     if target.suffix.lower() == ".txt" and target.is_file():
         return _listed(root, target)
     if target.exists():
         raise InputError(f"{path}: {split}: {place} is neither a folder nor a .txt list of images")
-    raise InputError(f"{path}: {split}: {target} does not exist", "Paths are relative to `path`, or absolute")
+    raise InputError(f"{path}: {split}: {place} does not exist", f"Paths are relative to {root}, or absolute")
 
 
 def _locate(root: Path, place: str) -> Path:
@@ -173,9 +174,32 @@ def _locate(root: Path, place: str) -> Path:
 
 def _listed(root: Path, list_file: Path) -> list[Path]:
     """Paths of a list file: `./` lines are relative to its folder, other relative ones to the dataset's root."""
-    lines = _read_text(list_file, MAX_LIST_BYTES, what="list of images").splitlines()
+    lines = lines_of(_read_text(list_file, MAX_LIST_BYTES, what="list of images"))
     entries = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    return [(list_file.parent if entry.startswith("./") else root) / entry for entry in entries]
+    return [without_parents((list_file.parent if entry.startswith("./") else root) / entry) for entry in entries]
+
+
+def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
+    """Image files below `folder`. Links to folders are followed, except to a folder that holds one of `above`: a cycle.
+
+    A broken link is listed too, so that the index reports it.
+    """
+    real = folder.resolve()
+    if any(one.is_relative_to(real) for one in above):
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from image_files(entry, (*above, real))
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
+            yield entry
+
+
+def without_parents(path: Path) -> Path:
+    """The same file without `..` in its path; links behind the last `..` are kept, because labels lie beside them."""
+    if ".." not in path.parts:
+        return path
+    end = len(path.parts) - path.parts[::-1].index("..")
+    return Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
 
 
 def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -213,6 +237,6 @@ def _first_repeated(texts: Iterable[str]) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    """What a value of the file is, in words; never its whole text (aliases can make that endless)."""
+    """A value of the file in words, never its whole text (aliases can make that endless)."""
     kinds = {list: "a list", dict: "a mapping", type(None): "nothing"}
     return kinds.get(type(value), reprlib.repr(value)) if value != "" else "nothing"

@@ -44,7 +44,12 @@ def read_labels(path: Path, nc: int) -> tuple[NDArray[np.float32], list[RowProbl
         return _no_boxes(), []
     except OSError as error:
         return _no_boxes(), [RowProblem(0, f"cannot be read ({error.strerror})")]
-    return parse_labels(text.split("\n"), nc)
+    return parse_labels(lines_of(text), nc)
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines that end in LF, CR LF or CR, and in nothing else."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def parse_labels(lines: Iterable[str], nc: int) -> tuple[NDArray[np.float32], list[RowProblem]]:

@@ -17,6 +17,8 @@ import torch
 from runtime.errors import EdgestillError, InputError
 from runtime.files import atomic_write
 
+STATE = "state.pt"
+"""Name of the file in the folder of a training."""
 VERSION = 2
 
 

@@ -1,0 +1,60 @@
+"""Load a foreign ONNX file first in a child process with limits on memory and time.
+
+Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes for a file of
+a hundred bytes. Here only the child crashes. This protects from broken files and does not judge the model: files with
+an edgestill card skip it, because they come from our own export.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from runtime.child_process import last_line, limit, run_child
+from runtime.errors import InputError, one_line
+
+MEMORY_BYTES = 6 << 30
+CPU_SECONDS = 60
+REMEDY = "Do not use this file; export it again from a checkpoint that you trust"
+
+
+def load_in_child(path: Path) -> None:
+    """Raises InputError when the file does not load within the limits."""
+    try:
+        done = run_child(
+            "from runtime.backends.onnx_trial import main; main()",
+            data=os.fsencode(path.resolve()),
+            timeout_s=2 * CPU_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{path}: loading it takes more than {2 * CPU_SECONDS} s", REMEDY) from None
+    if done.returncode == 0:
+        return
+    if done.returncode < 0:
+        raise InputError(f"{path}: loading it crashes the reader (signal {-done.returncode})", REMEDY)
+    raise InputError(f"{path}: ONNX Runtime cannot load it: {last_line(done)}")
+
+
+def main() -> None:
+    """The child: exit 0 when the file whose path is on standard input loads."""
+    path = os.fsdecode(sys.stdin.buffer.read())
+    limit(MEMORY_BYTES, CPU_SECONDS)
+    if reason := load_error(path):
+        print(reason, file=sys.stderr)
+        sys.exit(1)
+
+
+def load_error(model: str | bytes) -> str:
+    """ONNX Runtime's error on loading the file of this path, or these bytes; empty when it loads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        return one_line(error)
+    return ""

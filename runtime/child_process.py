@@ -1,0 +1,48 @@
+"""Run work that may crash, leak or never end in a fresh interpreter, so that the caller's process survives it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_child(
+    statement: str, *, data: bytes = b"", folder: Path | None = None, timeout_s: float | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run one Python statement that finds this package and its libraries, with `data` on its standard input.
+
+    It never imports from the folder that the user happens to be in. Raises subprocess.TimeoutExpired.
+    """
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-c", statement],
+        input=data,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},
+        cwd=folder or Path(__file__).parent.parent,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def _import_path() -> list[str]:
+    own = str(Path(__file__).resolve().parent.parent)
+    return [own, *(entry for entry in sys.path if entry and Path(entry).is_dir() and entry != own)]
+
+
+def limit(memory_bytes: int, cpu_seconds: int) -> None:
+    """Limit this process, the child: allocations beyond the memory fail, and the system ends it after the CPU time."""
+    try:
+        import resource
+    except ImportError:  # Windows: the child still keeps a crash away
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The last line of the child's standard error."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "it printed nothing"
