@@ -114,4 +114,4 @@ def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:
     images = [row["accuracy"]["images"] for row in data["models"] if row["accuracy"]]
     if images and min(images) < FEW_IMAGES:
-        yield f"Accuracy stands on {min(images)} images: differences of a few points are noise."
+        yield f"Accuracy is measured on {min(images)} images: differences of a few points are noise."

@@ -199,14 +199,38 @@ class TrainConfig(Settings):
         return raw | laid
 
 
-class DistillConfig(TrainConfig):
-    """Training against an offline teacher: which losses of the LOSSES table, at which weight."""
+class LossChoice(BaseModel):
+    """A distillation loss in a recipe: `cwd: 0.2`, or with settings of its own `cwd: {weight: 0.2, tau: 2}`.
 
-    losses: dict[str, NonNegative] = {"obj_kd": 1.0}
+    The loss itself knows its settings: `compress.losses.distill.check_losses` judges them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    weight: NonNegative
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_weight(cls, raw: Any) -> Any:
+        return raw if isinstance(raw, dict | LossChoice) else {"weight": raw}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the weight."""
+        return dict(self.model_extra or {})
+
+
+class DistillConfig(TrainConfig):
+    """Training against an offline teacher: which losses of the LOSSES table, their weights and settings."""
+
+    losses: dict[str, LossChoice] = {"obj_kd": LossChoice(weight=1.0)}
     decay_to: Fraction = 0.1
     """Distillation weights fall from 1 to this by a cosine over the training."""
-    temperature: Positive = 4.0
-    """Of the `kd` loss."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss, by name."""
+        return {name: choice.weight for name, choice in self.losses.items()}
 
 
 class ExportConfig(Settings):
@@ -236,7 +260,7 @@ class QuantizeConfig(Settings):
     calibration_images: Annotated[int, Field(ge=1)] = 128
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     max_map_drop: NonNegative = 0.02
-    """mAP50-95 that a flavour may lose against FP32, measured on the file."""
+    """mAP50-95 that a flavour may lose against FP32, measured on the file; from 1 on it keeps any accuracy."""
     max_latency_ratio: Positive = 1.0
     """Latency against FP32 that a flavour for this CPU may have; the others are made for other hardware."""
 
