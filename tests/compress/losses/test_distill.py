@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.config import DistillConfig, LossConfig
-from compress.losses.distill import LOSSES, Context, Outputs, Shape, check_losses, make_losses
+from compress.losses.distill import (
+    LOSSES,
+    Context,
+    FeatureLoss,
+    HeadLoss,
+    Outputs,
+    Shape,
+    check_losses,
+    make_losses,
+)
 from compress.losses.distill.base import NO_CONTEXT
 from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, box_density, teacher_score
 from compress.losses.distill.head import KD, ObjKD
@@ -15,8 +24,8 @@ from runtime.errors import UsageError
 
 STRIDES = (8, 16, 32)
 BOX, CLS = 0.05, 0.5 / 80  # the detection loss's gains at 640 pixels, per box and per class; objectness has 1
-HEADS = ("obj_kd", "kd")
-FEATURES = ("feat_mse", "feat_sl2", "cwd", "pkd", "fgd")
+HEADS = [name for name, loss in LOSSES.items() if issubclass(loss, HeadLoss)]
+FEATURES = [name for name, loss in LOSSES.items() if issubclass(loss, FeatureLoss)]
 
 
 @pytest.fixture
