@@ -229,8 +229,8 @@ class YoloMetrics:
 def match(detections: Floats, labels: Floats, iou_thresholds: Floats = IOU_THRESHOLDS) -> NDArray[np.bool_]:
     """Which detections are right, (n, thresholds), for one image.
 
-    `detections` (n, 6) x1 y1 x2 y2 score class; `labels` (m, 5) class x1 y1 x2 y2. A detection stands for the label of
-    its class that it overlaps most; of the detections that stand for one label, the most confident is right.
+    `detections` (n, 6) x1 y1 x2 y2 score class; `labels` (m, 5) class x1 y1 x2 y2. A detection counts for the label of
+    its class that it overlaps most; of the detections that count for one label, the most confident is right.
     """
     correct = np.zeros((len(detections), len(iou_thresholds)), bool)
     if not len(detections) or not len(labels):

@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import guarded, positive
-from benchmarks.bench import list_images
+from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
-from runtime.detector import Detector
 from runtime.errors import UsageError
-from runtime.image import read_image
-
-FRAMES = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     if options.model.suffix.lower() != ".onnx":
         raise UsageError(f"{options.model} is not an .onnx file", "A bare session exists for ONNX files only")
-    frames = [read_image(path) for path in list_images(options.images)[:FRAMES]]
-    with Detector.load(options.model, device="cpu", threads=options.threads) as detector:
+    plan = Plan(numbered_images(options.images), device="cpu", threads=options.threads)
+    with plan.detector(options.model) as detector:
         bare = bare_session(options.model, options.threads)
-        found = compare(detector, bare, frames, options.rounds)
+        found = compare(detector, bare, plan.read_frames(), options.rounds)
     print(describe(found, options.model.name))
     return 0
 
@@ -70,16 +66,14 @@ def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
 
 def describe(found: LatencyRatio, name: str) -> str:
     """Ratio with its interval, n and spread."""
+    spread = f"rounds {min(found.ratios):.3f} to {max(found.ratios):.3f}"
     lines = [
-        f"{name}: end to end takes {found.ratio:.3f} times the bare session.run",
-        f"  95 % interval {found.low:.3f} to {found.high:.3f}, rounds {min(found.ratios):.3f} to "
-        f"{max(found.ratios):.3f} (n = {found.rounds}), verdict: {found.verdict()}",
+        f"{name}: time end to end over time of the bare session.run: {found}, {spread}, verdict: {found.verdict()}"
     ]
     for side, ms in (("detector", found.candidate), ("session", found.reference)):
-        lines.append(
-            f"  {side}: median {milliseconds(ms.p50)} ms, mean {milliseconds(ms.mean)} ± {milliseconds(ms.std)}, "
-            f"min {milliseconds(ms.min)}, max {milliseconds(ms.max)}, n = {ms.n}"
-        )
+        shown = {"median": ms.p50, "mean": ms.mean, "std": ms.std, "min": ms.min, "max": ms.max}
+        each = ", ".join(f"{key} {milliseconds(value)}" for key, value in shown.items())
+        lines.append(f"  {side}: {each} ms, n = {ms.n}")
     return "\n".join(lines)
 
 

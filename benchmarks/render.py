@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import page, wording
+from benchmarks.packages import optional
 from benchmarks.report import Report
 from benchmarks.rows import COLUMNS, TITLED, cells
 from runtime.files import atomic_write
@@ -40,6 +41,15 @@ def to_csv(report: Report) -> str:
     for row in data["models"]:
         writer.writerow([data["name"], data["created"], *(column.read(row) for column in COLUMNS)])
     return text.getvalue()
+
+
+PACKAGES = ("jinja2", "jsonschema", "matplotlib")
+
+
+def require_packages() -> None:
+    """Raises UnavailableError where `write` would, for a caller to know before minutes of measuring."""
+    for package in PACKAGES:
+        optional(package)
 
 
 RENDERERS: Mapping[str, Callable[[Report], str]] = {"html": to_html, "md": to_markdown, "csv": to_csv}

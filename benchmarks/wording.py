@@ -64,7 +64,10 @@ def _settings(rows: Sequence[Row]) -> Iterator[str]:
     shared = shared_settings(rows)
     for key in rows[0]["settings"] if rows else ():
         if key not in shared:
-            each = ", ".join(f"{number(row['settings'][key])} for {row['file']}" for row in rows)
+            files: dict[str, list[str]] = {}
+            for row in rows:
+                files.setdefault(number(row["settings"][key]), []).append(row["file"])
+            each = "; ".join(f"{value} for {', '.join(names)}" for value, names in files.items())
             yield f"{key} differs, so the files are not directly comparable: {each}."
 
 
@@ -114,4 +117,4 @@ def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:
     images = [row["accuracy"]["images"] for row in data["models"] if row["accuracy"]]
     if images and min(images) < FEW_IMAGES:
-        yield f"Accuracy stands on {min(images)} images: differences of a few points are noise."
+        yield f"Accuracy is measured on {min(images)} images: differences of a few points are noise."

@@ -156,13 +156,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "yolov5-low": _yolov5_preset(scale=0.5, mixup=0.0, lrf=0.01, cls=0.5, obj=1.0),
     "yolov5-med": _yolov5_preset(scale=0.9, mixup=0.1, lrf=0.1, cls=0.3, obj=0.7),
 }
-"""Named hyper-parameter tables; what a recipe says beside a preset wins over it."""
+"""Named tables of hyper-parameters; a value that a recipe gives beside a preset wins over it."""
+PresetName: TypeAlias = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
+"""One of `PRESETS`."""
 
 
 class TrainConfig(Settings):
     """One training: a teacher, a plain student, or (with `DistillConfig`) a distilled one."""
 
-    preset: Literal["finetune", "yolov5-low", "yolov5-med"] = "finetune"
+    preset: PresetName = "finetune"
     """Where the settings of `optimizer`, `loss` and `augment` start from."""
     epochs: Annotated[int, Field(ge=1)] = 60
     batch: Annotated[int, Field(ge=1)] = 16
@@ -199,18 +201,42 @@ class TrainConfig(Settings):
         return raw | laid
 
 
-class DistillConfig(TrainConfig):
-    """Training against an offline teacher: which losses of the LOSSES table, at which weight."""
+class LossChoice(BaseModel):
+    """A distillation loss in a recipe: `cwd: 0.2`, or with settings of its own `cwd: {weight: 0.2, tau: 2}`.
 
-    losses: dict[str, NonNegative] = {"obj_kd": 1.0}
+    The loss itself knows its settings: `compress.losses.distill.check_losses` judges them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    weight: NonNegative
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_weight(cls, raw: Any) -> Any:
+        return raw if isinstance(raw, dict | LossChoice) else {"weight": raw}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the weight."""
+        return dict(self.model_extra or {})
+
+
+class DistillConfig(TrainConfig):
+    """Training against an offline teacher: which losses of the LOSSES table, their weights and settings."""
+
+    losses: dict[str, LossChoice] = {"obj_kd": LossChoice(weight=1.0)}
     decay_to: Fraction = 0.1
     """Distillation weights fall from 1 to this by a cosine over the training."""
-    temperature: Positive = 4.0
-    """Of the `kd` loss."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss, by name."""
+        return {name: choice.weight for name, choice in self.losses.items()}
 
 
 class ExportConfig(Settings):
-    """What is fixed inside the shipped graph."""
+    """Settings that are fixed inside the shipped graph."""
 
     iou: Annotated[float, Field(gt=0, lt=1)] = 0.6
     conf: Fraction = 0.25
@@ -222,7 +248,7 @@ class ExportConfig(Settings):
     nms_iterations: Annotated[int, Field(ge=1)] = 12
     """Length of the longest suppression chain that is followed; on COCO128 a 13th changes no image, a 9th changed 5."""
     frame: tuple[int, int] | None = None
-    """(height, width) of camera frames: bakes the letterbox into the graph."""
+    """(height, width) of camera frames: puts the letterbox inside the graph."""
     opset: Annotated[int, Field(ge=17, le=21)] = 19
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
@@ -236,7 +262,7 @@ class QuantizeConfig(Settings):
     calibration_images: Annotated[int, Field(ge=1)] = 128
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     max_map_drop: NonNegative = 0.02
-    """mAP50-95 that a flavour may lose against FP32, measured on the file."""
+    """mAP50-95 that a flavour may lose against FP32, measured on the file; from 1 on it keeps any accuracy."""
     max_latency_ratio: Positive = 1.0
     """Latency against FP32 that a flavour for this CPU may have; the others are made for other hardware."""
 

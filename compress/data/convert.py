@@ -68,7 +68,7 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
     path = Path(annotations)
     content = _read_coco(path)
     problems: list[Problem] = []
-    classes, names = _coco_classes(path, content)
+    classes, names = _coco_classes(path, content, problems)
     by_id: dict[int, Annotated] = {}
     for image in _entries(path, content, "images"):
         file_name, size_hw = _coco_image(path, image)
@@ -128,15 +128,33 @@ def _entries(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str,
     return entries
 
 
-def _coco_classes(path: Path, content: Mapping[str, Any]) -> tuple[dict[int, int], list[str]]:
-    """Category id -> class index, and the class names."""
+def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem]) -> tuple[dict[int, int], list[str]]:
+    """Category id -> class index, and the class names.
+
+    A category that only groups others (an exporter's root) is no class, and is reported.
+    """
     names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
     if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
+    for key in _headings(path, content):
+        problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: two categories have one name", "Give every class its own name")
     ordered = sorted(names)  # type: ignore[type-var]
     return {key: index for index, key in enumerate(ordered)}, [names[key] for key in ordered]  # type: ignore[misc]
+
+
+def _headings(path: Path, content: Mapping[str, Any]) -> set[int]:
+    """Ids of the categories that another one names as its supercategory and that no annotation has."""
+    categories = _entries(path, content, "categories")
+    below = [(entry["id"], entry.get("supercategory")) for entry in categories]
+    annotated = (annotation.get("category_id") for annotation in _entries(path, content, "annotations"))
+    used = {category_id for category_id in annotated if _is_whole(category_id)}
+    return {
+        entry["id"]
+        for entry in categories
+        if entry["id"] not in used and any(key != entry["id"] and above == entry["name"] for key, above in below)
+    }
 
 
 def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:

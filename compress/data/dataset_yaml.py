@@ -27,6 +27,7 @@ class DataConfig:
     """The content of a data.yaml: where the images lie and the names of their classes.
 
     `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
+    `keypoint_values` is the number of values behind the box in a row of labels, by `kpt_shape`; they are not used.
     `notices` says what was left out and why.
     """
 
@@ -35,6 +36,7 @@ class DataConfig:
     splits: dict[str, tuple[Path, ...]]
     names: tuple[str, ...]
     notices: tuple[str, ...] = ()
+    keypoint_values: int = 0
 
 
 def load_data(path: Path | str) -> DataConfig:
@@ -52,7 +54,8 @@ def load_data(path: Path | str) -> DataConfig:
     except (OSError, ValueError) as error:  # a name that is too long or holds a zero byte, a folder without access
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: a path in it cannot be used ({reason})", "Check path, train, val and test") from None
-    return DataConfig(path.resolve(), root, splits, _names(path, raw), tuple(notices))
+    names, keypoint_values = _names(path, raw, notices), _keypoint_values(path, raw, notices)
+    return DataConfig(path.resolve(), root, splits, names, tuple(notices), keypoint_values)
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -202,7 +205,12 @@ def without_parents(path: Path) -> Path:
     return Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
 
 
-def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _names(path: Path, raw: Mapping[str, Any], notices: list[str]) -> tuple[str, ...]:
+    """The class names; `class0`, `class1` and so on where only `nc` is given, as YOLOv5 names them."""
+    nc = raw.get("nc", "")
+    if "names" not in raw and _is_count(nc) and int(nc) > 0:
+        notices.append(f"no names: the {nc} classes are called class0 to class{int(nc) - 1}")
+        return tuple(f"class{number}" for number in range(int(nc)))
     names = _name_list(path, raw.get("names"))
     wrong = next((name for name in names if not isinstance(name, str) or not name.strip()), None)
     if wrong is not None or not names:
@@ -210,10 +218,24 @@ def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
     repeated = _first_repeated(names)
     if repeated is not None:
         raise InputError(f"{path}: names has {reprlib.repr(repeated)} twice", "Give every class its own name")
-    nc = raw.get("nc", "")
     if nc != "" and nc != str(len(names)):
         raise InputError(f"{path}: nc is {_kind(nc)} but names has {len(names)}", "Correct or remove nc")
     return tuple(names)
+
+
+def _keypoint_values(path: Path, raw: Mapping[str, Any], notices: list[str]) -> int:
+    """Points times values of a point, by `kpt_shape: [points, 2 or 3]`; 0 without that key."""
+    shape = raw.get("kpt_shape", "")
+    if shape == "":
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape)) and shape[1] in ("2", "3")):
+        raise InputError(f"{path}: kpt_shape is {_kind(shape)}, expected [points, 2 or 3]", "Correct or remove it")
+    notices.append("key points are not used: boxes alone are read from the labels")
+    return int(shape[0]) * int(shape[1])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) <= 4
 
 
 def _name_list(path: Path, names: Any) -> list[Any]:

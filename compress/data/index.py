@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from runtime.errors import InputError
 from runtime.image import decode_image, read_bytes
 
 MIN_SIDE = 10
+NO_LABELS = "no image has a label"
 USED = ("train", "val")
 """The splits that a training reads."""
 
@@ -34,7 +35,8 @@ class Indexed(NamedTuple):
 def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: int | None = None) -> Dataset:
     """Index `splits` with `workers` threads (as many as there are cores); an image in two splits is decoded once.
 
-    Bad rows and bad images are left out and reported. Raises InputError when a split is absent or has no usable image.
+    Bad rows and bad images are left out and reported. Raises InputError when a split is absent, when none of its images
+    can be used, or when none of them has a label.
     """
     splits = tuple(splits)
     absent = next((split for split in splits if split not in config.splits), None)
@@ -47,20 +49,38 @@ def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: 
                 f"{config.path}: {split}: none of {len(config.splits[split])} images can be used; "
                 f"first: {index.problems[0]}"
             )
+        if not index.boxes:
+            raise InputError(f"{config.path}: {split}: {NO_LABELS}", where_labels_are(index, config.root))
     return Dataset(config.path, config.root, config.names, config.notices, indices)
 
 
-def index_split(config: DataConfig, split: str, *, workers: int | None = None) -> Index:
-    """`index_dataset` of one split."""
-    return index_dataset(config, (split,), workers=workers).splits[split]
+def where_labels_are(index: Index, root: Path) -> str:
+    """Why no label of `index` was read, in one line: files beside the images, wrong rows, or no files at all."""
+    stray = next(stray_labels(index), None)
+    if stray:
+        return f"Move {key_of(stray.image.with_suffix('.txt'), root)} and its like to {_label_folder(stray, root)}"
+    if index.problems:
+        return f"First of {len(index.problems)} problems: {index.problems[0]}"
+    return f"Labels of {index.samples[0].key} are looked for in {_label_folder(index.samples[0], root)}"
+
+
+def stray_labels(index: Index) -> Iterator[Sample]:
+    """Images without labels whose label file lies beside them, where it is not looked for."""
+    for sample in index.samples:
+        beside = sample.image.with_suffix(".txt")
+        if not len(sample.labels) and beside != label_path(sample.image) and beside.is_file():
+            yield sample
+
+
+def _label_folder(sample: Sample, root: Path) -> str:
+    return key_of(label_path(sample.image).parent, root)
 
 
 def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, Index]:
     """Split -> index; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})
-    nc = len(config.names)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        found = dict(zip(images, pool.map(lambda image: index_image(image, config.root, nc), images), strict=True))
+        found = dict(zip(images, pool.map(lambda image: index_image(image, config), images), strict=True))
     return {split: _index(found[image] for image in config.splits[split]) for split in splits}
 
 
@@ -70,7 +90,7 @@ def _index(found: Iterable[Indexed]) -> Index:
     return Index(samples, tuple(problem for one in found for problem in one.problems))
 
 
-def index_image(image: Path, root: Path, nc: int) -> Indexed:
+def index_image(image: Path, config: DataConfig) -> Indexed:
     """Decode one image file and read its labels."""
     try:
         data = read_bytes(image)
@@ -78,9 +98,9 @@ def index_image(image: Path, root: Path, nc: int) -> Indexed:
     except InputError as error:
         return Indexed(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
     labels_file = label_path(image)
-    labels, rows = read_labels(labels_file, nc)
+    labels, rows = read_labels(labels_file, len(config.names), config.keypoint_values)
     labels.setflags(write=False)
-    sample = Sample(image, key_of(image, root), labels, size_hw, hashlib.sha256(data).hexdigest())
+    sample = Sample(image, key_of(image, config.root), labels, size_hw, hashlib.sha256(data).hexdigest())
     return Indexed(sample, [Problem(labels_file, *row) for row in rows])
 
 
@@ -100,7 +120,7 @@ def quick_digest(config: DataConfig) -> str:
 
     Opens no image, so it tells cheaply whether a data set has to be indexed again; `Dataset.sha256` is about content.
     """
-    digest = hashlib.sha256(repr((config.names, config.notices)).encode())
+    digest = hashlib.sha256(repr((config.names, config.keypoint_values, config.notices)).encode())
     for split, images in sorted(config.splits.items()):
         for image in images:
             digest.update(repr((split, key_of(image, config.root), *_state(image))).encode())

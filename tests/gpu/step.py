@@ -1,7 +1,7 @@
 """One real distillation step with and without the kernels: `python3 tests/gpu/step.py [--out FILE.json]`.
 
 A yolov5l teaches a yolov5s by feat_mse and cwd, 32 random images of 640 pixels, mixed precision, by the product's own
-training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), the reference, the kernels.
+training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), plain torch, the kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODES = {"loss off": None, "reference": "off", "kernels": None}
 LOSSES = {"feat_mse": 1.0, "cwd": 10.0}
 CLASSES = 80
 BOXES = 8
-"""Of an image."""
+"""Labelled boxes of an image."""
 BLOCK = 5
 WARM_UP = 3
 
@@ -32,24 +32,23 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from compress.config import DistillConfig
     from compress.models import Architecture, YOLOv5
     from compress.training.loop import Job, Trainer
-    from compress.training.objective import DistillObjective, Objective, detection_loss
+    from compress.training.objective import Objective, detection_loss
     from compress.training.teacher import Teacher, build_losses
 
     names = [f"class {i}" for i in range(CLASSES)]
-    master = YOLOv5(Architecture.of_scale(options.teacher, names))
+    teacher = YOLOv5(Architecture.of_scale(options.teacher, names))
     config = DistillConfig(losses=LOSSES, batch=options.batch, imgsz=options.imgsz, tensorboard=False)
-    guide = Teacher(master, options.device, half=config.amp)
+    frozen = Teacher(teacher, options.device, half=config.amp)
 
     def trainer(distils: bool) -> Any:
         student = YOLOv5(Architecture.of_scale(options.student, names))
         student.init_detect_bias()
         detection = detection_loss(student, config)
-        objective: Any = Objective(student, detection)
-        if distils:
-            objective = DistillObjective(student, detection, build_losses(student, master, config), config.losses)
-        job = Job(config, objective, range(100 * options.batch), (), folder, guide=guide)  # type: ignore[arg-type]
+        losses = build_losses(student, teacher, config) if distils else {}
+        objective = Objective(student, detection, losses, config.weights)
+        job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
-        made.objective.train()
+        made.wrapped.train()
         return made
 
     plain, distilling = trainer(False), trainer(True)
@@ -83,12 +82,10 @@ class Steps:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         import torch
 
-        from compress.compute.device import settle
-
         torch.manual_seed(0)
         self.trainers = trainers_of(options, folder)
         self.device = self.trainers["kernels"].device
-        self.batch, self.settle = batch_of(options, self.device), settle(self.device)
+        self.batch = batch_of(options, self.device)
         self.taken = 0
         self.ms: dict[str, list[float]] = {name: [] for name in MODES}
         self.peaks: dict[str, list[int]] = {name: [] for name in MODES}
@@ -98,9 +95,11 @@ class Steps:
         """`count` steps of one way."""
         import torch
 
+        from compress.compute.device import synchronize
+
         switch(MODES[name])
         on_gpu = self.device.type == "cuda"
-        self.settle()
+        synchronize(self.device)
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -111,9 +110,11 @@ class Steps:
 
     def step(self, name: str) -> float:
         """Milliseconds."""
+        from compress.compute.device import synchronize
+
         started = time.perf_counter()
         terms = self.trainers[name].train_batch(self.batch, self.taken)
-        self.settle()
+        synchronize(self.device)
         spent = 1e3 * (time.perf_counter() - started)
         self.taken += 1
         self.terms[name] = [float(term) for term in terms]
@@ -121,7 +122,7 @@ class Steps:
 
 
 def switch(value: str | None) -> None:
-    from compress.kernels.functional import SWITCH
+    from compress.kernels.fused import SWITCH
 
     os.environ.pop(SWITCH, None)
     if value:

@@ -18,7 +18,7 @@ from runtime.files import write_json
 
 METRICS = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written", "gpu__time_duration.sum": "ns"}
 OWNERS = ("weighted_mse", "adapter", "cwd", "pkd", "fgd")
-"""What the names of a loss's kernels begin with."""
+"""The beginnings of the names of each loss's kernels."""
 PROFILER = [
     "ncu", "--clock-control", "none", "--cache-control", "none", "--metrics", ",".join(METRICS),
     "--kernel-name", f"regex:^({'|'.join(OWNERS)})", "--csv", "--print-units", "base",
@@ -31,15 +31,15 @@ def calls() -> None:
     import torch
 
     from compress.kernels.bench_case import Case, arguments
-    from compress.kernels.fused import FUSED
     from compress.kernels.gpu import gpu
+    from compress.kernels.losses import FUSED
 
     other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     for name in FUSED:
         given = arguments(Case(name, size_of(name), "fp16"), other.device, 0)
         with torch.no_grad():
             other.fill_(1)
-            FUSED[name].kernels(gpu(0), *given)
+            FUSED[name].run(gpu(0), given)
         torch.cuda.synchronize()
 
 

@@ -11,7 +11,7 @@ from compress.data import convert, load_data
 from compress.data.check import check
 from compress.data.coco import to_coco
 from compress.data.dataset import Sample
-from compress.data.index import index_split
+from compress.data.index import index_images
 from runtime.errors import EdgestillError, InputError, UsageError
 from tests.compress.data.conftest import folder_hash, write_image
 
@@ -38,7 +38,8 @@ def box(image_id: int, category_id: int, *bbox: float, **more: Any) -> dict[str,
 
 def all_samples(data_yaml: Path) -> list[Sample]:
     data = load_data(data_yaml)
-    return sorted((s for split in data.splits for s in index_split(data, split).samples), key=lambda s: s.image.name)
+    indices = index_images(data, tuple(data.splits)).values()
+    return sorted((sample for index in indices for sample in index.samples), key=lambda sample: sample.image.name)
 
 
 def test_coco_boxes_become_normalised_rows_and_crowds_are_counted(source: Path, tmp_path: Path) -> None:
@@ -89,6 +90,21 @@ def test_image_names_that_leave_the_folder_are_refused(source: Path, tmp_path: P
     with pytest.raises(InputError, match="leaves the image folder"):
         convert.coco(coco_file(source, [], images=images), source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_category_that_groups_others_and_has_no_box_is_no_class(source: Path, tmp_path: Path) -> None:
+    categories = [
+        {"id": 0, "name": "parts", "supercategory": "none"},
+        {"id": 1, "name": "part", "supercategory": "parts"},
+        {"id": 2, "name": "tool", "supercategory": "tool"},
+        {"id": 3, "name": "bolt", "supercategory": "part"},
+        {"id": 4, "name": "parts", "supercategory": "parts"},
+    ]
+    boxes = [box(1, 1, 10, 10, 20, 10), box(2, 4, 10, 10, 20, 10)]
+    result = convert.coco(coco_file(source, boxes, categories=categories), source, tmp_path / "out")
+    assert load_data(result.data_yaml).names == ("part", "tool", "bolt", "parts")
+    assert len(result.problems) == 1
+    assert "category 'parts' groups others" in str(result.problems[0])
 
 
 def test_bad_images_and_wrong_sizes_are_left_out(source: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_folders_are_read_sorted_and_recursively(dataset: Path) -> None:
         ("names:\n- cat\n- dog\nnc: 2", ("cat", "dog")),
         ("names: {0: no, 1: on}", ("no", "on")),
         ("names: ['0', 1.0]", ("0", "1.0")),
+        ("names: [0, 1, 2]", ("0", "1", "2")),
+        ("names: {0: true, 1: 007}", ("true", "007")),
         ("nc: 1\nnames: ['traffic light']", ("traffic light",)),
     ],
 )
@@ -65,6 +67,24 @@ def test_wrong_names_are_named_in_one_line(write_yaml: Write, names: str, what: 
         load_data(write_yaml(f"train: images/train\nval: images/val\n{names}\n"))
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", ["3", "[3]", "[3, 4]", "[0x3, 2]", "[-1, 2]", "[[3], 2]", "{a: b}"])
+def test_a_wrong_shape_of_key_points_is_named(write_yaml: Write, shape: str) -> None:
+    with pytest.raises(InputError, match=r"kpt_shape is .*, expected"):
+        load_data(write_yaml(f"train: images/train\nval: images/val\n{NAMES}kpt_shape: {shape}\n"))
+
+
+def test_classes_without_names_are_numbered(write_yaml: Write) -> None:
+    data = load_data(write_yaml("train: images/train\nval: images/val\nnc: 3\n"))
+    assert data.names == ("class0", "class1", "class2")
+    assert data.notices == ("no names: the 3 classes are called class0 to class2",)
+
+
+@pytest.mark.parametrize("nc", ["0", "-1", "many", "[1]", "1e3", "99999"])
+def test_a_wrong_number_of_classes_is_no_list_of_names(write_yaml: Write, nc: str) -> None:
+    with pytest.raises(InputError, match="names is nothing"):
+        load_data(write_yaml(f"train: images/train\nval: images/val\nnc: {nc}\n"))
 
 
 def test_a_relative_path_starts_at_the_folder_of_the_yaml_and_an_absolute_one_is_taken(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from compress.data import Sample, load_data
-from compress.data.index import decoded_size_hw, index_dataset, index_image, index_split, quick_digest
+from compress.data import DataConfig, Sample, load_data
+from compress.data.index import decoded_size_hw, index_dataset, index_image, quick_digest
 from compress.data.labels import label_path
 from runtime.errors import InputError
 from runtime.image import decode_image, read_image
@@ -45,7 +46,7 @@ BAD_IMAGES = {
 
 
 def test_samples_hold_labels_and_sizes(dataset: Path) -> None:
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert [sample.size_hw for sample in index.samples] == [(48, 64)] * 4
     np.testing.assert_allclose(index.samples[1].labels, [[1, 0.5, 0.5, 0.4, 0.3]])
     assert not index.problems
@@ -56,7 +57,7 @@ def test_a_bad_image_is_reported_and_only_it_is_left_out(dataset: Path, name: st
     bad = dataset.parent / "images/train" / name
     bad.write_bytes(BAD_IMAGES[name])
     before = folder_hash(dataset.parent)
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert folder_hash(dataset.parent) == before
     kept = {sample.image.name for sample in index.samples}
     assert {f"{i}.png" for i in range(4)} <= kept
@@ -68,7 +69,7 @@ def test_a_bad_image_is_reported_and_only_it_is_left_out(dataset: Path, name: st
 def test_a_listed_image_that_is_missing_is_reported(dataset: Path) -> None:
     (dataset.parent / "list.txt").write_text("images/train/0.png\nimages/train/gone.png\n")
     dataset.write_text("train: list.txt\nval: images/val\nnames: [cat, dog]\n")
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert len(index.samples) == 1
     assert "gone.png" in str(index.problems[0])
 
@@ -76,14 +77,14 @@ def test_a_listed_image_that_is_missing_is_reported(dataset: Path) -> None:
 def test_a_bad_row_is_reported_as_file_and_line(dataset: Path) -> None:
     labels = dataset.parent / "labels/train/0.txt"
     labels.write_text("0 0.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n")
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert str(index.problems[0]).startswith(f"{labels}:2: class 7")
     assert len(index.samples[0].labels) == 1
 
 
 def test_an_image_without_label_file_is_background(dataset: Path) -> None:
     label_path(dataset.parent / "images/train/2.png").unlink()
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert [len(sample.labels) for sample in index.samples] == [1, 1, 0, 1]
     assert not index.problems
 
@@ -92,9 +93,9 @@ def test_a_split_without_a_usable_image_is_an_error(dataset: Path) -> None:
     for image in (dataset.parent / "images/val").iterdir():
         image.write_bytes(b"")
     with pytest.raises(InputError, match="none of 2 images can be used"):
-        index_split(load_data(dataset), "val")
+        index_dataset(load_data(dataset), ("val",)).splits["val"]
     with pytest.raises(InputError, match="no test split"):
-        index_split(load_data(dataset), "test")
+        index_dataset(load_data(dataset), ("test",)).splits["test"]
 
 
 XMP_TURNED = b'<r xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
@@ -108,7 +109,7 @@ def exif(orientation: int) -> Image.Exif:
 
 def index_of(image: Path) -> Sample:
     """The sample of an image without labels."""
-    sample, problems = index_image(image, image.parent, nc=1)
+    sample, problems = index_image(image, DataConfig(image.parent / "data.yaml", image.parent, {}, names=("part",)))
     assert sample is not None
     assert not problems
     return sample
@@ -158,7 +159,7 @@ def test_very_thin_and_very_large_images_are_named(tmp_path: Path) -> None:
 
 
 def test_a_sample_has_the_key_and_the_digest_of_its_file(dataset: Path) -> None:
-    sample = index_split(load_data(dataset), "train").samples[0]
+    sample = index_dataset(load_data(dataset), ("train",)).splits["train"].samples[0]
     assert sample.key == "images/train/0.png"
     assert sample.sha256 == hashlib.sha256(sample.image.read_bytes()).hexdigest()
 
@@ -181,13 +182,13 @@ def test_a_pickled_label_cache_is_never_opened(dataset: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     for place in ("labels/train.cache", "labels.cache", "train.cache"):
         (dataset.parent / place).write_bytes(b"cos\nsystem\n(S'touch CANARY'\ntR.")
-    assert len(index_split(load_data(dataset), "train").samples) == 4
+    assert len(index_dataset(load_data(dataset), ("train",)).splits["train"].samples) == 4
     assert not (tmp_path / "CANARY").exists()
 
 
 def test_the_order_does_not_depend_on_the_number_of_workers(shared: Path) -> None:
     data = load_data(shared / "data/bccd/data.yaml")
-    one, four = (index_split(data, "val", workers=workers).samples for workers in (1, 4))
+    one, four = (index_dataset(data, ("val",), workers=workers).splits["val"].samples for workers in (1, 4))
     assert [sample.image for sample in one] == [sample.image for sample in four] == list(data.splits["val"])
 
 
@@ -204,3 +205,45 @@ def test_the_quick_digest_follows_every_file_of_the_data(dataset: Path) -> None:
     dataset.write_text(dataset.read_text().replace("dog", "bird"))
     digests.append(quick_digest(load_data(dataset)))
     assert len(set(digests)) == len(digests)
+
+
+def test_key_points_behind_the_box_are_not_read_as_a_polygon(dataset: Path) -> None:
+    dataset.write_text(dataset.read_text() + "kpt_shape: [3, 2]\nflip_idx: [0, 1, 2]\n")
+    row = "0 0.70 0.30 0.10 0.20 0.67 0.25 0.70 0.30 0.73 0.35\n"
+    (dataset.parent / "labels/train/0.txt").write_text(f"{row}0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n")
+    data = load_data(dataset)
+    index = index_dataset(data, ("train",)).splits["train"]
+    np.testing.assert_allclose(index.samples[0].labels, [[0, 0.7, 0.3, 0.1, 0.2]], atol=1e-6)
+    assert "9 columns, expected 5 (class cx cy w h) or 11" in str(index.problems[0])
+    assert "key points are not used" in data.notices[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_label_is_an_error_that_names_where_they_belong(dataset: Path, split: str) -> None:
+    shutil.rmtree(dataset.parent / f"labels/{split}")
+    with pytest.raises(InputError, match=f"{split}: no image has a label") as caught:
+        index_dataset(load_data(dataset))
+    assert f"looked for in labels/{split}" in caught.value.hint
+
+
+def test_labels_beside_the_images_are_named_where_none_was_read(dataset: Path) -> None:
+    for labels in (dataset.parent / "labels/train").iterdir():
+        labels.rename(dataset.parent / "images/train" / labels.name)
+    with pytest.raises(InputError, match="no image has a label") as caught:
+        index_dataset(load_data(dataset))
+    assert caught.value.hint == "Move images/train/0.txt and its like to labels/train"
+
+
+def test_wrong_rows_are_named_where_none_was_read(dataset: Path) -> None:
+    for labels in (dataset.parent / "labels/val").iterdir():
+        labels.write_text("7 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(InputError, match="val: no image has a label") as caught:
+        index_dataset(load_data(dataset))
+    assert "First of 2 problems" in caught.value.hint
+    assert "class 7" in caught.value.hint
+
+
+def test_images_without_labels_are_counted(dataset: Path) -> None:
+    (dataset.parent / "labels/train/0.txt").unlink()
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
+    assert (index.boxes, index.background) == (3, 1)

@@ -60,6 +60,14 @@ def test_polygons_become_their_bounding_boxes() -> None:
     assert not problems
 
 
+def test_key_points_may_have_a_visibility_and_any_place() -> None:
+    labels, problems = parse_labels(
+        ["0 0.5 0.5 0.2 0.1 0.4 0.4 2 -0.1 1.2 0", "0 0.1 0.1 0.2 0.2"], 1, keypoint_values=6
+    )
+    np.testing.assert_allclose(labels, [[0, 0.5, 0.5, 0.2, 0.1], [0, 0.1, 0.1, 0.2, 0.2]])
+    assert not problems
+
+
 @given(st.lists(st.text(), max_size=5), st.integers(1, 3))
 def test_any_text_gives_valid_boxes_or_problems(lines: list[str], nc: int) -> None:
     labels, problems = parse_labels(lines, nc)

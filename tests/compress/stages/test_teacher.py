@@ -64,7 +64,7 @@ def test_a_stopped_and_resumed_training_equals_a_straight_one(
     train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
     with pytest.raises(Stop):
         train(settings, data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
-    assert load_state(tmp_path / "cut" / "state.pt")["course"]["epoch"] == 2
+    assert load_state(tmp_path / "cut" / "state.pt")["train_state"]["epoch"] == 2
     train(settings, data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, log=quiet)
     assert_same_files(tmp_path / "straight", tmp_path / "cut")
 
@@ -132,6 +132,12 @@ def test_resuming_with_other_settings_names_the_setting(tiny_data: Dataset, tmp_
     train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     with pytest.raises(UsageError, match="trained with epochs = 1, not 2"):
         train(config(epochs=2), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
+
+
+def test_a_resumed_training_may_change_what_no_number_depends_on(tiny_data: Dataset, tmp_path: Path) -> None:
+    done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    other = config(epochs=1, workers=2, checkpoint_interval=3)
+    assert train(other, data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet) == done
 
 
 def test_resuming_nothing_says_so(tiny_data: Dataset, tmp_path: Path) -> None:

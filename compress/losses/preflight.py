@@ -1,0 +1,180 @@
+"""Preflight of a distillation: does every loss do something, and the right thing, before the first epoch?
+
+In: student, teacher, losses, one batch. Out: a list of checks, each with what was seen. Most failures of distillation
+are silent: a loss that is zero, that never reaches the student, or that compares different things.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.losses.distill import Context, DistillLoss, Outputs
+
+_SHOWN = 3
+
+
+class Check(NamedTuple):
+    """One finding: `detail` says what was seen and, where `ok` is False, the remedy."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class Batch(Protocol):
+    """The fields of a batch that are read: images (B, 3, H, W), uint8 0..255 or float 0..1; targets (nt, 6)."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+
+
+TaskLoss = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
+
+
+def neck_gradients(terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str, float]:
+    """L2 norm of each scalar term's gradient at the features that the head reads. Keeps the graph."""
+    return {name: _gradient_norm(term, features) for name, term in terms.items()}
+
+
+def preflight(
+    student: Any,
+    teacher: Any,
+    losses: Mapping[str, DistillLoss],
+    batch: Batch,
+    *,
+    task: TaskLoss | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> list[Check]:
+    """Examine a distillation on one batch. Changes neither network, nor the losses, nor any gradient.
+
+    Args:
+        student: network with `arch` (names, anchors in pixels, strides) and `forward_features(images)`.
+        teacher: another such network, on the same device.
+        losses: by name, made for these two networks.
+        batch: a few labelled training images.
+        task: the detection loss, to print its share of the gradient.
+        weights: of the losses, 1 where absent.
+    """
+    heads = [name for name, loss in losses.items() if loss.compares_heads]
+    checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher)]
+    probe = copy.deepcopy(student).train()  # batch statistics and gradients of the real student stay as they are
+    images = _as_input(batch.images, probe)
+    with torch.enable_grad():
+        outputs = Outputs(*probe.forward_features(images))
+    with torch.no_grad():
+        teacher_outputs = Outputs(*teacher.forward_features(images))
+    targets = batch.targets.to(images.device)
+    context = Context(targets)
+    checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", teacher_outputs.raw)]
+    terms = {name: loss(outputs, teacher_outputs, context) for name, loss in losses.items()}
+    for name, loss in losses.items():
+        checks += [*_one_loss(name, loss, terms[name], probe), _vanishes(name, loss, teacher_outputs, context)]
+    if task is not None:
+        total, _ = task(outputs.raw, targets)
+        terms = {"detection": total / len(images), **terms}
+    return [*checks, _shares(terms, weights or {}, outputs.features)]
+
+
+def _as_input(images: Tensor, network: nn.Module) -> Tensor:
+    images = images.to(next(network.parameters()).device)
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _one_loss(name: str, loss: DistillLoss, term: Tensor, student: nn.Module) -> list[Check]:
+    checks = [_is_alive(name, term), _reaches(name, term, "the student", _trainable(student), at_least=1)]
+    if adapters := _trainable(loss):
+        checks.append(_reaches(name, term, "its adapters", adapters, at_least=len(adapters)))
+    return checks
+
+
+def _same_meaning(student: Any, teacher: Any, heads: Sequence[str]) -> list[Check]:
+    """Names, anchors and strides of the two architectures; only strides matter where no head is compared."""
+    facts = {
+        "classes": (tuple(student.names), tuple(teacher.names), "fine-tune the teacher on the student's classes"),
+        "anchors": (_rounded(student.anchors), _rounded(teacher.anchors), "set autoanchor: false for the student"),
+        "strides": (tuple(student.strides), tuple(teacher.strides), "use networks with the same levels"),
+    }
+    return [_agreement(name, *fact, needed=name == "strides" or bool(heads)) for name, fact in facts.items()]
+
+
+def _rounded(anchors: Any) -> tuple[float, ...]:
+    """Anchors in pixels to 1/10: float16 files move them by less."""
+    return tuple(round(float(side), 1) for side in torch.as_tensor(anchors).flatten())
+
+
+def _agreement(name: str, student: tuple[Any, ...], teacher: tuple[Any, ...], remedy: str, *, needed: bool) -> Check:
+    if student == teacher:
+        return Check(f"{name} agree", True, f"{len(student)} {name}")
+    places = [f"{i}: {s} / {t}" for i, (s, t) in enumerate(zip(student, teacher, strict=False)) if s != t]
+    seen = f"student {len(student)}, teacher {len(teacher)}; differ at {', '.join(places[:_SHOWN]) or 'the end'}"
+    return Check(f"{name} agree", not needed, f"{seen}; {remedy if needed else 'no loss compares them'}")
+
+
+def _frozen(teacher: nn.Module) -> Check:
+    ok = not any(module.training for module in teacher.modules())
+    return Check("teacher is in eval mode", ok, "batch statistics stay as they are" if ok else "call teacher.eval()")
+
+
+def _gives_logits(who: str, raw: Sequence[Tensor]) -> Check:
+    """A trained head has negative objectness logits nearly everywhere; probabilities never are."""
+    least, greatest = torch.cat([r[..., 4].detach().flatten() for r in raw]).aminmax()
+    ok = bool(least < 0 or greatest > 1)
+    return Check(
+        f"{who} gives logits",
+        ok,
+        f"objectness {least:.2f}..{greatest:.2f}" + ("" if ok else ": pass raw maps, before the sigmoid"),
+    )
+
+
+def _is_alive(name: str, term: Tensor) -> Check:
+    value = float(term.detach())
+    ok = 0 < value < float("inf")
+    return Check(
+        f"{name} is finite and not zero",
+        ok,
+        f"{value:.4g}" + ("" if ok else ": student and teacher may be one network, or a map overflows"),
+    )
+
+
+def _trainable(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _gradient_norm(term: Tensor, tensors: Iterable[Tensor]) -> float:
+    found = _gradients(term, list(tensors))
+    return float(torch.stack([g.float().norm() for g in found]).norm()) if found else 0.0
+
+
+def _gradients(term: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    if not (tensors and term.requires_grad):
+        return []
+    found = torch.autograd.grad(term, tensors, retain_graph=True, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _reaches(name: str, term: Tensor, whom: str, parameters: list[Tensor], *, at_least: int) -> Check:
+    gradients = _gradients(term, parameters)
+    moved = sum(bool(gradient.any()) and bool(gradient.isfinite().all()) for gradient in gradients)
+    detail = f"{moved} of {len(parameters)} tensors get a finite gradient"
+    return Check(f"{name} reaches {whom}", moved >= at_least, detail)
+
+
+def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: Context) -> Check:
+    value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach())
+    return Check(f"{name} is zero where student equals teacher", value == 0, f"{value:.4g}")
+
+
+def _shares(terms: Mapping[str, Tensor], weights: Mapping[str, float], features: Sequence[Tensor]) -> Check:
+    weighted = {name: term * weights.get(name, 1.0) for name, term in terms.items()}
+    norms = neck_gradients(weighted, features)
+    total = sum(norms.values())
+    ok = 0 < total < float("inf")
+    told = ", ".join(f"{name} {norm / total:.1%}" for name, norm in norms.items()) if ok else f"norms {norms}"
+    return Check("share of the gradient at the neck", ok, told)
