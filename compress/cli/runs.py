@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from compress.cli.options import FILE, SCALE, as_json, changes, given_changes, imgsz, print_json, say, setting
+from compress.cli.options import FILE, SCALE, as_json, changes, given_changes, imgsz, print_json, say, setting, show
 from runtime.errors import EdgestillError, UsageError
 
 
@@ -67,6 +67,33 @@ def demo(out: Path, as_json: bool) -> None:
     from compress.demo import prepare
 
     _run(prepare(out, say), out, None, (), as_json)
+
+
+@click.command()
+@click.argument("file", type=FILE, metavar="RECIPE")
+@changes
+@click.option("--arms", default="", metavar="NAME,...", help="Arms to run; default all of the recipe's study.")
+@click.option("--seeds", type=click.IntRange(1), default=5, help="Seeds of each arm; more make the interval narrower.")
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Trainings at a time, each with one CPU thread.")
+@click.option("--out", type=FILE, help="Folder of the study; default runs/<name of the recipe>-study.")
+@as_json
+def study(file: Path, arms: str, seeds: int, jobs: int, out: Path | None, as_json: bool) -> None:
+    """Compare ways to train the student, over paired seeds, on the test split.
+
+    Runs that are done are kept; a killed study goes on where it was.
+    """
+    from compress.recipe import load_recipe
+    from compress.study import run_study
+    from compress.study.render import to_markdown
+
+    recipe = load_recipe(file, given_changes())
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    folder = out or Path("runs") / f"{recipe.name}-study"
+    show(
+        run_study(recipe, folder, arms=names, seeds=seeds, jobs=jobs, log=say),
+        as_json,
+        lines=lambda d: [to_markdown(d)],
+    )
 
 
 @click.command()

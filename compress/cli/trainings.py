@@ -24,7 +24,6 @@ from compress.cli.options import (
     setting,
     settings,
 )
-from runtime.errors import UsageError
 
 
 def training_options(stage: str) -> Callable[[Any], Any]:
@@ -75,12 +74,13 @@ def train(data: Path, weights: Path | None, scale: str | None, device: str, resu
 @click.command()
 @training_options("distill")
 @click.option("--teacher", type=FILE, required=True, help="Checkpoint of the teacher.")
+@setting("--init", key="student.init", help="Start from slices of the teacher, or from scratch.")
 @click.option(
     "--loss",
     "losses",
     multiple=True,
-    metavar="NAME=WEIGHT",
-    help="Distillation loss, and NAME.SETTING=VALUE for its settings; repeatable.",
+    metavar="NAME[=WEIGHT]",
+    help="Distillation loss, its weight by gradients or fixed; NAME.SETTING=VALUE for its settings; repeatable.",
 )
 def distill(
     data: Path,
@@ -104,15 +104,16 @@ def distill(
 
 
 def loss_choices(given: Sequence[str]) -> dict[str, Any]:
-    """("cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
-    from compress.recipe import with_change
+    """("soft", "cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
+    from compress.recipe import with_change, with_value
 
     raw: dict[str, Any] = {}
     for text in given:
-        key, equals, value = text.partition("=")
+        name, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--loss {text!r}: expected NAME=WEIGHT", "For example --loss cwd=0.2")
-        raw = with_change(raw, f"{key if '.' in key else f'{key}.weight'}={value}")
+            raw = with_value(raw, name, {})
+        else:
+            raw = with_change(raw, f"{name if '.' in name else f'{name}.weight'}={value}")
     return raw
 
 

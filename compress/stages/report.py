@@ -89,7 +89,7 @@ def _point(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
-    checks = read_json(folder / "checks.json")
+    checks = read_json(folder / "checks.json") if config.losses else []
 
     def about(name: str) -> list[dict[str, Any]]:
         others = [f"{other} " for other in config.losses if other != name]
@@ -99,10 +99,16 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
         "losses": [
             {"name": name, "weight": choice.weight, "settings": _loss_settings(name, choice), "checks": about(name)}
             for name, choice in config.losses.items()
-            if choice.weight
+            if choice.is_used
         ],
-        "decay_to": config.decay_to,
+        "inheritance": _inheritance(folder),
     }
+
+
+def _inheritance(folder: Path) -> dict[str, Any] | None:
+    """What the student took over from a larger network; None where it started from scratch."""
+    file = folder / "inheritance.json"
+    return read_json(file) if file.is_file() else None
 
 
 def _loss_settings(name: str, choice: LossChoice) -> dict[str, Any]:

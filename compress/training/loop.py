@@ -10,7 +10,7 @@ the data loader itself, since every batch is a function of (seed, epoch, number)
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,8 @@ from compress.training.epoch_losses import EpochLosses
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
-from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
+from compress.training.ratio import is_due
+from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, load_state, random_state, restore_random_state, save_state
 from compress.training.teacher import Teacher
 from compress.validate import ValResult, as_network_input, validate
@@ -52,8 +53,6 @@ class Job:
     val: Sequence[Sample]
     out: Path
     teacher: Teacher | None = None
-    decay_to: float = 1.0
-    """Factor of the distillation losses in the last epoch; it is 1 in the first."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,9 @@ class Trainer:
         images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
         with self._exchange_gradients(due or last):
             teacher_outputs = self.teacher_outputs(images)
-            loss = self.wrapped(images, targets, teacher_outputs, self._distill_factor(), self._upstream())
+            loss = self.wrapped(
+                images, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration)
+            )
             self.backward(loss.total)
         if due:
             self.step(iteration)
@@ -203,8 +204,10 @@ class Trainer:
         """The teacher's outputs for float images (B, 3, H, W), without gradient; None without a teacher."""
         return self.job.teacher(images) if self.job.teacher else None
 
-    def _distill_factor(self) -> float:
-        return distill_factor(self.state.epoch, self.config.epochs, self.job.decay_to)
+    def _factors(self) -> list[float]:
+        """The factor of each distillation loss in the running epoch."""
+        losses: Iterable[Any] = self.objective.losses.values()
+        return [fading_factor(self.state.epoch, self.config.epochs, loss.until) for loss in losses]
 
     def _upstream(self) -> torch.Tensor | None:
         """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a

@@ -49,19 +49,22 @@ def new_model(
     scale: str | None,
     weights: Path | None,
     anchors: Any = None,
+    layout: str | None = None,
     seed: int = 0,
     log: Log = print,
 ) -> YOLOv5:
     """A model for the classes `names`, started from `weights` wherever name and shape agree.
 
     Its size is `scale`, else that of the checkpoint; its anchors are `anchors`, else the checkpoint's, else the
-    default. The rest starts as in a fresh seeded network, with the head's biases set for rare objects. Raises
-    UsageError when neither is given.
+    default; a network of a scale has the given `layout`, else the newest for its anchors. The rest starts as in a
+    fresh seeded network, with the head's biases set for rare objects. Raises UsageError when neither is given.
     """
     if scale is None and weights is None:
         raise UsageError("neither a scale nor weights are given", "Use --weights FILE or --scale n")
     checkpoint = load(weights) if weights else None
     architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None)
+    if layout is not None and scale is not None:
+        architecture = Architecture.of_scale(scale, tuple(names), anchors=anchors, layout=layout)
     if anchors is not None:
         architecture = replace(architecture, anchors=anchors)
     torch.manual_seed(seed)

@@ -42,37 +42,42 @@ def limited(shares: Sequence[float]) -> list[float]:
 def gradient_norms(losses: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
     """(len(losses),) float32: the L2 norm of each loss's gradient at `maps`, over all of them and all processes.
 
-    The graph stays; no `.grad` changes. A loss that does not reach a map has no gradient there.
+    The graph stays; no `.grad` changes. A loss that does not reach the maps has norm 0.
     """
-    squares = [_squared_norm(torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True)) for loss in losses]
-    total = torch.stack(squares)
+    total = torch.stack([_squared_norm(loss, maps) for loss in losses])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return total.sqrt()
 
 
-def _squared_norm(gradients: Sequence[Tensor | None]) -> Tensor:
+def _squared_norm(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(loss, maps, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
     found = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
-    return torch.stack(found).sum()
+    return torch.stack([loss.new_zeros((), dtype=torch.float32), *found]).sum()
 
 
-class GradientRatio(nn.Module):
-    """The weights of some losses; they are buffers, so a resumed training goes on with the same ones.
+class LossWeights(nn.Module):
+    """The weights of the distillation losses; they are buffers, so a resumed training goes on with the same ones.
 
     Args:
-        shares: of each loss, the wanted |gradient| as a share of the label loss's; scaled down where their sum is
-            above LARGEST_SUM.
+        fixed: of each loss, a weight that stays, or None.
+        shares: of each loss without one, the wanted |gradient| as a share of the label loss's; scaled down where
+            their sum is above LARGEST_SUM.
     """
 
     shares: Tensor
+    """(k,) float32; 0 for a fixed weight."""
     weights: Tensor
+    """(k,) float32."""
     measured: Tensor
+    """(k,) float32: |gradient| of the weighted losses as shares of the label loss's, when last measured."""
     count: Tensor
 
-    def __init__(self, shares: Sequence[float]) -> None:
+    def __init__(self, fixed: Sequence[float | None], shares: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("shares", torch.tensor(limited(shares)), persistent=False)
-        self.register_buffer("weights", torch.ones(len(shares)))
+        wanted = [share if weight is None else 0.0 for weight, share in zip(fixed, shares, strict=True)]
+        self.register_buffer("shares", torch.tensor(limited(wanted)), persistent=False)
+        self.register_buffer("weights", torch.tensor([1.0 if weight is None else weight for weight in fixed]))
         self.register_buffer("measured", torch.zeros(len(shares)))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
@@ -89,5 +94,6 @@ class GradientRatio(nn.Module):
         followed = ((1 - slow) * self.weights.log() + slow * near.log()).exp()
         moved = torch.where(self.count == 0, target, followed)
         self.weights.copy_(torch.where(sound, moved, self.weights))
-        self.measured.copy_(torch.where(sound, self.weights * norms / label_norm, self.measured))
-        self.count += sound.all()
+        measured = self.weights * norms / label_norm
+        self.measured.copy_(torch.where(measured.isfinite(), measured, self.measured))
+        self.count += (sound | (self.shares == 0)).all()

@@ -55,6 +55,8 @@ def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
 class FeatureLoss(DistillLoss):
     """A loss of the features, which an adapter a level brings into the teacher's channels: a subclass has `compare`."""
 
+    share = 0.3
+    until = 0.7
     sees_offsets = True
     """Whether the loss changes when a constant is added to a channel; where not, an adapter has no bias to learn."""
 

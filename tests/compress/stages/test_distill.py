@@ -46,9 +46,7 @@ def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Tra
     """A distillation that is about to train its first batch."""
     settings, teacher_model = config(), load_model(teacher_file)
     student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher_model.arch.anchors, log=quiet)
-    objective = Objective(
-        student, detection_loss(student, settings), build_losses(student, teacher_model, settings), settings.weights
-    )
+    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher_model, settings))
     splits, teacher = open_splits(tiny_data, settings, quiet), Teacher(teacher_model, "cpu")
     return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, teacher, 0.1), "cpu", quiet), teacher
 

@@ -3,25 +3,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.training.ratio import GradientRatio, gradient_norms, is_due, limited
+from compress.training.ratio import LossWeights, gradient_norms, is_due, limited
 
 
 def test_the_first_measurement_sets_the_weights_to_the_shares() -> None:
-    ratio = GradientRatio([1.0, 0.3])
+    ratio = LossWeights([None, None], [1.0, 0.3])
     ratio.update(torch.tensor(2.0), torch.tensor([4.0, 0.01]))
     torch.testing.assert_close(ratio.weights, torch.tensor([0.5, 60.0]))
     torch.testing.assert_close(ratio.measured, torch.tensor([1.0, 0.3]))
 
 
 def test_later_measurements_are_followed_slowly_and_never_by_more_than_a_factor() -> None:
-    ratio = GradientRatio([1.0])
+    ratio = LossWeights([None], [1.0])
     ratio.update(torch.tensor(1.0), torch.tensor([1.0]))
     ratio.update(torch.tensor(1e6), torch.tensor([1.0]))
     assert float(ratio.weights) == pytest.approx(2.0)  # half of the way to 4, in logarithms
 
 
 def test_weights_arrive_where_the_gradient_has_its_share() -> None:
-    ratio = GradientRatio([0.3])
+    ratio = LossWeights([None], [0.3])
     for _ in range(60):
         ratio.update(torch.tensor(5.0), torch.tensor([0.02]))
     torch.testing.assert_close(ratio.weights * 0.02 / 5.0, torch.tensor([0.3]))
@@ -29,7 +29,7 @@ def test_weights_arrive_where_the_gradient_has_its_share() -> None:
 
 @pytest.mark.parametrize("norms", [[float("nan"), 1.0], [0.0, 1.0], [float("inf"), 1.0]])
 def test_a_measurement_that_is_not_finite_moves_only_the_other_weights(norms: list[float]) -> None:
-    ratio = GradientRatio([0.5, 0.5])
+    ratio = LossWeights([None, None], [0.5, 0.5])
     ratio.update(torch.tensor(3.0), torch.tensor(norms))
     assert ratio.weights.tolist() == [1.0, 1.5]
 
@@ -50,9 +50,9 @@ def test_norms_are_those_of_autograd_and_no_gradient_is_left() -> None:
 
 
 def test_weights_survive_in_the_state_dict() -> None:
-    ratio = GradientRatio([1.0, 0.3])
+    ratio = LossWeights([None, None], [1.0, 0.3])
     ratio.update(torch.tensor(2.0), torch.tensor([4.0, 0.01]))
-    other = GradientRatio([1.0, 0.3])
+    other = LossWeights([None, None], [1.0, 0.3])
     other.load_state_dict(ratio.state_dict())
     for module in (ratio, other):
         module.update(torch.tensor(1.0), torch.tensor([3.0, 0.2]))
@@ -61,3 +61,10 @@ def test_weights_survive_in_the_state_dict() -> None:
 
 def test_measurements_are_dense_at_the_start_and_rare_later() -> None:
     assert [i for i in range(160) if is_due(i)] == [0, 1, 2, 4, 8, 16, 32, 50, 100, 150]
+
+
+def test_a_fixed_weight_stays_and_its_share_is_measured() -> None:
+    weights = LossWeights([0.2, None], [1.0, 0.3])
+    weights.update(torch.tensor(2.0), torch.tensor([5.0, 0.1]))
+    torch.testing.assert_close(weights.weights, torch.tensor([0.2, 6.0]))
+    torch.testing.assert_close(weights.measured, torch.tensor([0.5, 0.3]))
