@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.cli.trainings import loss_choices
 from compress.config import DistillConfig, LossConfig
 from compress.losses.distill import (
     LOSSES,
@@ -454,6 +455,13 @@ def test_a_loss_or_setting_that_is_not_known_is_one_line(losses, says):
     with pytest.raises(UsageError, match=says) as caught:
         check_losses(DistillConfig.model_validate({"losses": losses}))
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_lines_losses_are_those_of_a_recipe():
+    given = loss_choices(("kd=0.2", "cwd=0.3", "cwd.tau=2"))
+    assert given == {"kd": {"weight": 0.2}, "cwd": {"weight": 0.3, "tau": 2}}
+    with pytest.raises(UsageError, match="'cwd': expected NAME=WEIGHT"):
+        loss_choices(("cwd",))
 
 
 @pytest.mark.parametrize("name", LOSSES)
