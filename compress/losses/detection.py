@@ -179,7 +179,7 @@ class DetectionLoss(nn.Module):
         levels = len(anchors_grid)
         if len(strides) != levels:
             raise UsageError(
-                f"{levels} levels of anchors but {len(strides)} strides", "Give one set of anchors per stride."
+                f"{levels} levels of anchors but {len(strides)} strides", "Give one set of anchors per stride"
             )
         self.config = config or LossConfig()
         self.nc = nc
