@@ -1,0 +1,149 @@
+"""Every example runs, on small inputs, as its docstring says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import camera_loop
+import cv2
+import files_to_json
+import numpy as np
+import pytest
+import read_report
+import toys
+
+from runtime import InputError
+from runtime.sources import Frame
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+WHITE = np.full((48, 64, 3), 255, np.uint8)
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A detector that sees a bolt and a nut on white."""
+    return str(toys.canvas_model(tmp_path / "toy.onnx"))
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> str:
+    """Six white frames."""
+    path = str(tmp_path / "white.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for _ in range(6):
+        writer.write(WHITE)
+    writer.release()
+    return path
+
+
+def test_the_readme_lists_every_example() -> None:
+    listed = re.findall(r"^\| \[(\w+\.py)\]", (REPOSITORY / "examples/README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == [path.name for path in EXAMPLES]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_help_shows_how_to_run_it(example: Path) -> None:
+    done = python(example, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python examples/{example.name} " in done.stdout
+
+
+def test_a_video_is_detected_to_its_end_with_its_rate(
+    model: str, video: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    camera_loop.main([video, "--model", model, "--every", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["frame 3: 2 objects", "frame 6: 2 objects"]
+    assert all(re.search(r", \d+\.\d FPS$", line) for line in lines)
+
+
+def test_a_camera_that_drops_out_is_opened_again_until_it_stays_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = iter([2, 0, 1, 0, 0, 1])  # frames that the camera gives each time it is opened
+
+    def frames(sources: list[str]) -> Iterator[Frame]:
+        if not (count := next(opened)):
+            raise InputError("no frame")
+        yield from (Frame(sources[0], number, WHITE, is_video=True) for number in range(count))
+
+    monkeypatch.setattr(camera_loop, "frames", frames)
+    seen = []
+    with pytest.raises(InputError):  # noqa: PT012  the frames before the error count
+        for frame in camera_loop.reopened("0", retries=2, wait_s=0):
+            seen.append(frame.number)
+    assert seen == [0, 1, 0]
+    assert capsys.readouterr().err.count("opened again") == 4
+    assert list(opened) == [1]  # never asked for: two attempts in a row had failed
+
+
+def test_a_file_that_is_no_video_is_one_line(model: str, tmp_path: Path) -> None:
+    (tmp_path / "none.avi").write_bytes(b"no video")
+    done = python(REPOSITORY / "examples/camera_loop.py", "--model", model, tmp_path / "none.avi")
+    assert done.returncode == 1
+    assert "none.avi" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_batch_of_files_is_one_json_that_names_the_unreadable(model: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    cv2.imwrite(str(images / "a.png"), WHITE)
+    cv2.imwrite(str(images / "b.png"), np.zeros_like(WHITE))
+    (images / "c.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="1"):
+        files_to_json.main([str(images), "--model", model, "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [box["name"] for box in found["images"][str(images / "a.png")]] == ["nut", "bolt"]
+    assert found["images"][str(images / "b.png")] == []
+    assert list(found["unreadable"]) == [str(images / "c.png")]
+
+
+def test_a_report_is_a_table_with_a_row_for_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timed = {"accuracy": {"map50_95": 0.61}, "latency": {"end_to_end": {"p50": 30.0}}}
+    untimed = {"accuracy": None, "latency": None}
+    teacher = {"file": "teacher.onnx", "role": "teacher", "precision": "fp32", "bytes": 7_500_000, **timed}
+    student = {"file": "model.onnx", "role": "student", "precision": "fp32", "bytes": 2_100_000, **timed}
+    student["latency"] = {"end_to_end": {"p50": 10.0}}
+    plan = {"file": "model.plan", "role": "student", "precision": "fp16", "bytes": 1_000_000, **untimed}
+    (tmp_path / "report.json").write_text(json.dumps({"models": [teacher, student, plan]}))
+    read_report.main([str(tmp_path / "report.json")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [
+        ["teacher.onnx", "teacher", "fp32", "7.5", "0.6100", "30.00", "1.00x"],
+        ["model.onnx", "student", "fp32", "2.1", "0.6100", "10.00", "3.00x"],
+        ["model.plan", "student", "fp16", "1.0", "-", "-", "-"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_student_is_distilled_with_the_custom_loss(tmp_path: Path) -> None:
+    from compress.data.dataset_yaml import load_data
+    from compress.data.generate import generate
+    from compress.models import Architecture, YOLOv5, save_model
+
+    generate(tmp_path / "belt", images=8, size=(64, 64), seed=1)
+    names = load_data(tmp_path / "belt/data.yaml").names
+    save_model(YOLOv5(Architecture.of_scale("n", names)), tmp_path / "teacher.safetensors", {})
+    done = python(
+        REPOSITORY / "examples/custom_loss.py", "--data", tmp_path / "belt/data.yaml", "--epochs", 1, "--imgsz", 64,
+        "--teacher", tmp_path / "teacher.safetensors", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"best\.safetensors: mAP50-95 0\.\d+$", done.stdout)
+    header = (tmp_path / "out/results.csv").read_text().splitlines()[0]
+    assert "objectness_l1" in header
