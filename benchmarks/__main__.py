@@ -31,8 +31,8 @@ def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Name
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
     made.add_argument("--model", type=Path, required=True, help=".onnx file, engine with its model.json, or bundle")
-    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with pictures")
-    made.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations of the pictures, for mAP")
+    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
+    made.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations of the images, for mAP")
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.json, .html, .md, .csv go here")
     made.add_argument("--variant", help="precision or file to take from a bundle (default: all that run here)")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--warmup", type=float, default=200.0, metavar="MS", help="least warm-up (default: 200)")
     made.add_argument("--interval", type=float, metavar="MS", help="frames come at this interval, as from a camera")
     made.add_argument("--threads", type=positive, help="CPU threads of one inference")
-    made.add_argument("--max-images", type=int, default=0, metavar="N", help="use the first N pictures (default: all)")
+    made.add_argument("--max-images", type=int, default=0, metavar="N", help="use the first N images (default: all)")
     made.add_argument("--name", help="of the report (default: the model's)")
     made.add_argument("--fail-on", action="append", default=[], metavar="RULE", help="for example 'map50_95<0.30'")
     return made
@@ -54,15 +54,16 @@ def positive(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from benchmarks.bench import Plan, bench, dataset_of, pictures, read_coco, settings_of
+    from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images, read_coco
     from benchmarks.compare import fail_on, parse_rule
     from benchmarks.environment import environment
     from benchmarks.report import make_report, render_markdown
 
-    rules = [parse_rule(text) for text in options.fail_on]  # a typo is told before the minutes of measuring
+    rules = [parse_rule(text) for text in options.fail_on]  # a typo is reported before the minutes of measuring
+    truth = read_coco(options.annotations) if options.annotations else None
     plan = Plan(
-        images=pictures(options.images, options.max_images),
-        ground_truth=read_coco(options.annotations) if options.annotations else None,
+        images=numbered_images(options.images, truth, options.max_images),
+        ground_truth=truth,
         samples=options.samples,
         warmup_ms=options.warmup,
         interval_ms=options.interval,
@@ -70,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
     )
     machine = environment()
-    rows, idle = bench(options.model, plan, options.variant)
+    rows, idle = measure_all(options.model, plan, options.variant)
     report = make_report(
         options.name or options.model.stem,
         machine=machine,
-        settings=settings_of(options.model, plan, sys.argv),
+        argv=["python", "-m", "benchmarks", *sys.argv[1:]],
         dataset=dataset_of(options.images.name, plan),
         models=rows,
         engines=idle,

@@ -1,106 +1,163 @@
-"""Measure model files: latency and accuracy of the same file, in the same run.
+"""Measure model files: the latency and the accuracy of the same file, in the same run.
 
-In: an ONNX file, an engine or a bundle, and pictures, with or without COCO annotations. Out: rows of a report.
+In: an ONNX file, an engine or a bundle, and images, with or without COCO ground truth. Out: rows of a report, and for
+two files the ratio of their latencies. Every other door to a measurement of a file (`edgestill bench`, the stages of a
+run, `python -m benchmarks`) calls this module.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, detector_accuracy, restrict
+from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
 from benchmarks.environment import device_name
-from benchmarks.latency import measure
+from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, measure
 from benchmarks.report import Row, model_row
 from runtime.bundle import Candidate, candidates
 from runtime.detector import Detector
-from runtime.errors import InputError, UnavailableError
+from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import read_json, sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
 
-MAX_FRAMES = 64
-"""Decoded frames held in memory for the timing; accuracy reads every picture."""
 MAX_JSON_BYTES = 2 << 30
+
+NumberedImage = tuple[int, Path]
+"""Id of the image in the ground truth, and its file."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how; the same for every file of a report."""
+    """How files are measured, and on which images; the same for every file of a report."""
 
-    images: tuple[Path, ...]
+    images: Sequence[NumberedImage]
     ground_truth: Mapping[str, Any] | None = None
-    """COCO annotations; None leaves accuracy out."""
+    """COCO ground truth that knows the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
+    """Timed calls of each file."""
+    frames: int = 64
+    """Decoded images held in memory and timed in turn; accuracy reads all of `images`."""
     warmup_ms: float = 200.0
     interval_ms: float | None = None
+    """Time between frames, as from a camera; None takes the next frame when the last one is done."""
     conf: float | None = None
-    """Score threshold while timing; None is the model's own."""
+    """Score threshold while latency is measured; None is the model's own."""
     accuracy_conf: float = ACCURACY_CONF
     accuracy_max_det: int = COCO_MAX_DET
     device: str = "auto"
     threads: int | None = None
 
+    def detector(self, path: Path, variant: str | None = None) -> Detector:
+        return Detector.load(path, conf=self.conf, device=self.device, variant=variant, threads=self.threads)
 
-def bench_file(path: Path, plan: Plan, *, variant: str | None = None, role: str = "student", **more: Any) -> Row:
-    """The report's row of one file; `more` are the row's other keys: kept, reason, parameters, gflops, note.
+    def read_frames(self) -> list[Frame]:
+        return [read_image(path) for _, path in self.images[: self.frames]]
 
-    Errors: as `Detector.load`, and InputError where no picture is annotated.
+
+def measure_file(
+    path: Path,
+    plan: Plan,
+    *,
+    role: str = "student",
+    precision: str | None = None,
+    variant: str | None = None,
+    **more: Any,
+) -> Row:
+    """The report's row of one file. Of a bundle it is the first file that runs here, or the `variant`.
+
+    Settings, backend and device are those of the loaded detector; `precision` overrides the card's. `more` are other
+    keys of `model_row`: kept, reason, parameters, gflops, note. Raises the errors of `Detector.load`, and InputError
+    when no image or no object is labelled.
     """
-    chosen = candidates(path, variant)[0]
-    with Detector.load(path, conf=plan.conf, device=plan.device, variant=variant, threads=plan.threads) as detector:
-        frames = [read_image(image) for image in plan.images[:MAX_FRAMES]]
+    with plan.detector(path, variant) as detector:
+        file = _loaded(path, variant, detector)
         latency = measure(
-            detector, frames, samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms
+            detector, plan.read_frames(), samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms
         )
         return model_row(
-            chosen.path,
-            precision=detector.card.precision,
-            backend=chosen.backend,
+            file.path,
+            precision=precision or detector.card.precision,
+            backend=file.backend,
+            device=device_name(detector.providers),
             role=role,
+            settings=_settings(detector, plan),
             latency=latency,
             accuracy=_accuracy(detector, plan),
-            device=device_name(detector.providers),
             **more,
         )
 
 
-def _accuracy(detector: Detector, plan: Plan) -> Any:
+def _loaded(path: Path, variant: str | None, detector: Detector) -> Candidate:
+    """The file that `detector` runs, of those that `path` offers."""
+    return next(file for file in candidates(path, variant) if file.artifact == detector.artifact)
+
+
+def _settings(detector: Detector, plan: Plan) -> Row:
+    return {
+        "imgsz": max(detector.card.size_hw),
+        "batch": 1,
+        "conf": detector.conf,
+        "iou": detector.card.iou,
+        "max_det": detector.card.max_det,
+        "accuracy_conf": plan.accuracy_conf,
+        "accuracy_max_det": plan.accuracy_max_det,
+        "latency_samples": plan.samples,
+        "frames": min(plan.frames, len(plan.images)),
+        "warmup_ms": plan.warmup_ms,
+        "interval_ms": plan.interval_ms,
+        "threads": plan.threads,
+    }
+
+
+def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     if plan.ground_truth is None:
         return None
-    pairs = annotated(plan.images, plan.ground_truth)
-    return detector_accuracy(detector, pairs, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det)
+    return detector_accuracy(
+        detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det
+    )
 
 
-def bench(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row], list[Row]]:
-    """Every file that `path` offers: rows of those that ran, and engine entries of those that this machine cannot run.
+def file_accuracy(path: Path, plan: Plan) -> Accuracy:
+    """The accuracy of one file, without its latency. Raises as `measure_file`, and UsageError without ground truth."""
+    with plan.detector(path) as detector:
+        found = _accuracy(detector, plan)
+    if found is None:
+        raise UsageError("the plan has no ground truth to measure accuracy by", "Give COCO annotations")
+    return found
 
-    A single file that does not run is an error, not an entry.
+
+def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row], list[Row]]:
+    """Every file that `path` offers: rows of those that ran, engine entries of those that this machine cannot run.
+
+    Raises UnavailableError when none runs; a single file raises its own error.
     """
     offered = candidates(path, variant)
     if len(offered) == 1:
-        return [bench_file(path, plan, variant=variant)], []
+        return [measure_file(path, plan, variant=variant)], []
     rows, idle = [], []
-    for candidate in offered:
+    for file in offered:
         try:
-            rows.append(bench_file(path, plan, variant=candidate.path.name))
+            rows.append(measure_file(path, plan, variant=file.path.name))
         except UnavailableError as error:
-            idle.append(engine_row(candidate, str(error)))
+            idle.append(engine_row(file, str(error)))
     if not rows:
         raise UnavailableError(f"{path}: none of its files runs here: {idle[0]['note']}")
     return rows, idle
 
 
-def engine_row(candidate: Candidate, note: str) -> Row:
+def engine_row(file: Candidate, note: str) -> Row:
     """The report's entry of an engine that did not run."""
-    artifact = candidate.artifact
+    artifact = file.artifact
     return {
-        "file": candidate.path.name,
+        "file": file.path.name,
         "precision": artifact.precision if artifact else "",
-        "backend": candidate.backend,
+        "backend": file.backend,
         "targets": list(artifact.targets) if artifact else [],
         "bytes": artifact.bytes if artifact else None,
         "ran": False,
@@ -108,38 +165,58 @@ def engine_row(candidate: Candidate, note: str) -> Row:
     }
 
 
-def settings_of(path: Path, plan: Plan, argv: Sequence[str] = ()) -> Row:
-    """The report's settings: what the first file's card fixes, and what the plan adds."""
-    with Detector.load(path, conf=plan.conf, device=plan.device) as detector:
-        card, conf = detector.card, detector.conf
-    return {
-        "conf": conf,
-        "iou": card.iou,
-        "max_det": card.max_det,
-        "imgsz": max(card.size_hw),
-        "batch": 1,
-        "accuracy_conf": plan.accuracy_conf,
-        "accuracy_max_det": plan.accuracy_max_det,
-        "latency_samples": plan.samples,
-        "warmup_ms": plan.warmup_ms,
-        "interval_ms": plan.interval_ms,
-        "device": plan.device,
-        "argv": list(argv),
-    }
+def compare_files(reference: Path, candidate: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
+    """The latency of `candidate` over that of `reference`, frame to boxes, both loaded once and timed in turns.
+
+    Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
+    a round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
+    """
+    frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
+    with plan.detector(reference) as first, plan.detector(candidate) as second:
+        sides = _call_on(first, frames), _call_on(second, frames)
+        return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 
 
-def pictures(folder: Path, most: int = 0) -> tuple[Path, ...]:
-    """The folder's pictures by name, all or the first `most`. Errors: InputError where there is none."""
+def _call_on(detector: Detector, frames: Sequence[Frame]) -> Callable[[], object]:
+    queue = cycle(frames)
+    return lambda: detector(next(queue))
+
+
+# --------------------------------------------------------------------------------------------------- images and labels
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images in `folder` and the folders below it, by path. Raises InputError when there is none."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", "Give a folder with pictures")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        raise InputError(f"{folder} is not a folder", "Give a folder with images")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise InputError(f"{folder} holds no picture", f"Pictures are {', '.join(IMAGE_SUFFIXES)}")
-    return tuple(found[:most] if most else found)
+        raise InputError(f"{folder} holds no image", f"Images are {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None, most: int = 0) -> list[NumberedImage]:
+    """The images of `folder` with their ids, all or the first `most`; without ground truth they count from 1.
+
+    With it, only those that it knows. Its `file_name` is a path relative to `folder` or to one of the folders above it,
+    whichever finds images first. Raises InputError when there is no image, or none that the ground truth knows.
+    """
+    images = list_images(folder)[: most or None]
+    if ground_truth is None:
+        return list(enumerate(images, 1))
+    for root in (folder, *folder.absolute().parents):
+        ids = {root.absolute() / image["file_name"]: image["id"] for image in ground_truth["images"]}
+        known = [(ids[path.absolute()], path) for path in images if path.absolute() in ids]
+        if known:
+            return known
+    raise InputError(
+        f"The annotations know none of the images in {folder}",
+        "Give `file_name` as a path relative to the folder, or to one above it",
+    )
 
 
 def read_coco(path: Path) -> Row:
-    """COCO annotations from a JSON file. Errors: InputError."""
+    """COCO ground truth from a JSON file. Raises InputError when it is something else."""
     hint = "Give COCO's instances JSON"
     data = read_json(path, most_bytes=MAX_JSON_BYTES, hint=hint)
     missing = [key for key in ("images", "annotations", "categories") if key not in data]
@@ -148,33 +225,27 @@ def read_coco(path: Path) -> Row:
     return data
 
 
-def annotated(images: Iterable[Path], ground_truth: Mapping[str, Any]) -> list[tuple[int, Path]]:
-    """(image id, path) of the pictures that the annotations know by file name. Errors: InputError where none is."""
-    ids = {Path(image["file_name"]).name: image["id"] for image in ground_truth["images"]}
-    pairs = [(ids[path.name], path) for path in images if path.name in ids]
-    if not pairs:
-        raise InputError("The annotations know none of the pictures", "Their file names must agree")
-    return pairs
-
-
 def dataset_of(name: str, plan: Plan) -> Row:
-    """The report's data entry, with a digest of every picture and of the annotations that count."""
-    pairs = annotated(plan.images, plan.ground_truth) if plan.ground_truth is not None else None
-    truth = restrict(plan.ground_truth, {image_id for image_id, _ in pairs}) if plan.ground_truth and pairs else None
+    """The report's data entry, with a digest of every image and of the labels that count."""
+    truth = restrict(plan.ground_truth, {image_id for image_id, _ in plan.images}) if plan.ground_truth else None
     objects = None if truth is None else sum(not entry.get("iscrowd", 0) for entry in truth["annotations"])
     return {
         "name": name,
-        "images": len(pairs or plan.images),
+        "images": len(plan.images),
         "instances": objects,
-        "sha256": digest(plan.images, truth),
+        "sha256": digest([path for _, path in plan.images], truth),
     }
 
 
-def digest(images: Iterable[Path], truth: Mapping[str, Any] | None = None) -> str:
-    """Hex sha256 over names and contents of the pictures, and over the annotations."""
+def digest(images: Sequence[Path], truth: Mapping[str, Any] | None = None) -> str:
+    """Hex sha256 over contents and names of the images, and over the labels.
+
+    A name is the path below the deepest folder that holds all of them, so that it is the same on every machine.
+    """
+    root = os.path.commonpath([path.parent for path in images])
     whole = hashlib.sha256()
     for path in images:
-        whole.update(f"{path.name}\0{sha256(path)}\n".encode())
+        whole.update(f"{path.relative_to(root).as_posix()}\0{sha256(path)}\n".encode())
     if truth is not None:
         whole.update(json.dumps(truth, sort_keys=True).encode())
     return whole.hexdigest()

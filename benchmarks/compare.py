@@ -54,11 +54,17 @@ def comparable(data: Mapping[str, Any]) -> dict[str, Any]:
     """What must agree between reports whose figures stand side by side."""
     packages = data["machine"].get("packages", {})
     return {
-        **{key: data["settings"].get(key) for key in COMPARED_SETTINGS},
+        **{key: _values_of(key, data["models"]) for key in COMPARED_SETTINGS},
         **{key: packages.get(key) for key in COMPARED_PACKAGES},
         "machine": wording.machine_name(data["machine"]),
         "data": (data["dataset"] or {}).get("sha256"),
     }
+
+
+def _values_of(setting: str, rows: Sequence[Row]) -> Any:
+    """The setting's value; all its values, as text, where the files of one report differ."""
+    values = list(dict.fromkeys(row["settings"][setting] for row in rows))
+    return values[0] if len(values) == 1 else " and ".join(map(wording.number, values))
 
 
 def _difference(what: str, names: Sequence[str], values: Sequence[Any]) -> str:

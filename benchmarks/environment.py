@@ -1,4 +1,4 @@
-"""What a measurement depends on beside the file: the machine, its load, and the limits set on it."""
+"""What a measurement depends on beside the file: the machine, its load and its limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
 
 
 def device_name(providers: tuple[str, ...]) -> str:
-    """What ran a file: "cpu", or the first GPU's name."""
+    """The device that runs a file: "cpu", or the first GPU's name. `providers` are those of the loaded detector."""
     if providers[0] == "CPUExecutionProvider":
         return "cpu"
     gpus = machine.facts()["gpus"]

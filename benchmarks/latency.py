@@ -1,13 +1,13 @@
-"""How long a detector takes, from a decoded frame to final boxes, and which of two runs is faster.
+"""How long a detector takes from a decoded frame to final boxes, and which of two callables takes less time.
 
 The timed span starts at a uint8 frame in host memory and ends with boxes in host memory: preprocessing, copies,
-the network, suppression and postprocessing are inside; decoding the picture is not. Clocks are arguments.
+the network, suppression and postprocessing are inside; decoding the image is not. Clocks are arguments.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from benchmarks.statistics import Interval, bootstrap, halves_agree, is_steady, percentile_estimate
+from benchmarks.statistics import bootstrap, halves_agree, percentile_estimate
 from runtime.errors import UsageError
 
 Clock = Callable[[], int]
@@ -25,7 +25,6 @@ WINDOW = 5
 """Calls of one warm-up window."""
 WINDOW_TOLERANCE = 0.1
 MAX_WARMUP_MS = 10_000.0
-SAME_TOLERANCE = 0.05
 NS_PER_MS = 1e6
 
 
@@ -40,8 +39,8 @@ class Timed(Protocol):
 
 
 @dataclass(frozen=True)
-class Span:
-    """Milliseconds of one timed span. Percentiles are None where n is too small to vouch for them."""
+class Durations:
+    """Milliseconds of one span of the call, over all samples. A percentile is None where n is too small for it."""
 
     n: int
     mean: float
@@ -56,8 +55,8 @@ class Span:
     """All of them, in the order measured; nothing is clipped."""
 
     @classmethod
-    def of(cls, samples_ms: ArrayLike) -> Span:
-        """Errors: ValueError without a sample."""
+    def of(cls, samples_ms: ArrayLike) -> Durations:
+        """Raises ValueError when there is no sample."""
         values = np.asarray(samples_ms, np.float64)
         percentiles = {f"p{p}": percentile_estimate(values, p / 100) for p in (50, 90, 95, 99)}
         return cls(
@@ -72,7 +71,7 @@ class Span:
 
 
 class Warmup(NamedTuple):
-    """What ran before the first sample; `settled` says whether two successive windows agreed."""
+    """The calls before the first sample; `settled` says whether two successive windows agreed."""
 
     calls: int
     ms: float
@@ -86,10 +85,10 @@ class Latency:
     `steady` says whether the medians of the first and the second half of the samples agree within 5 %.
     """
 
-    preprocess: Span
-    inference: Span
-    postprocess: Span
-    end_to_end: Span
+    preprocess: Durations
+    inference: Durations
+    postprocess: Durations
+    end_to_end: Durations
     warmup: Warmup
     steady: bool
     interval_ms: float | None = None
@@ -117,10 +116,10 @@ def measure(
     preprocess_ms, inference_ms, postprocess_ms = np.diff(stamps[:, 1:], axis=1).T / NS_PER_MS
     end_to_end_ms = (stamps[:, -1] - stamps[:, 0]) / NS_PER_MS
     return Latency(
-        preprocess=Span.of(preprocess_ms),
-        inference=Span.of(inference_ms),
-        postprocess=Span.of(postprocess_ms),
-        end_to_end=Span.of(end_to_end_ms),
+        preprocess=Durations.of(preprocess_ms),
+        inference=Durations.of(inference_ms),
+        postprocess=Durations.of(postprocess_ms),
+        end_to_end=Durations.of(end_to_end_ms),
         warmup=warm,
         steady=halves_agree(end_to_end_ms),
         interval_ms=interval_ms,
@@ -130,7 +129,7 @@ def measure(
 def _at_least_one(frames: Iterable[Frame]) -> Sequence[Frame]:
     held = list(frames)
     if not held:
-        raise UsageError("There is no frame to measure on", "Give a folder with pictures")
+        raise UsageError("There is no frame to measure on", "Give a folder with images")
     return held
 
 
@@ -184,78 +183,80 @@ def _timed_ms(call: Callable[[], object], clock: Clock) -> float:
 
 # ------------------------------------------------------------------------------------------------------- A against B
 
-Verdict = Literal["faster", "slower", "same", "ambiguous", "inconclusive"]
+Verdict = Literal["faster", "slower", "inconclusive"]
+LEAST_ROUNDS = 10
+ROUNDS_AGREE = 0.8
+"""Share of the rounds that must lie on the verdict's side. Of 20 rounds without a difference, 16 or more lie on one
+side in 1.2 % of all comparisons."""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """`first` against `second`, measured in turns. A ratio below 1 says that the first takes less time."""
+class LatencyRatio:
+    """Time of the candidate over time of the reference, measured in turns; below 1 the candidate is faster."""
 
-    first: str
-    second: str
     ratio: float
-    """Median over rounds of (median of the first / median of the second)."""
-    interval: Interval
-    """Bootstrap 95 % interval of `ratio` over rounds."""
-    rounds_agree: bool
-    """Whether every round names the same side."""
-    verdict: Verdict
+    """Median of `ratios`."""
+    low: float
+    """`low` to `high` is the bootstrap 95 % interval of `ratio` over rounds."""
+    high: float
     ratios: tuple[float, ...] = field(repr=False)
-    spans: Mapping[str, Span] = field(repr=False)
+    """One value a round: median of the candidate's calls / median of the reference's calls."""
+    reference: Durations = field(repr=False)
+    candidate: Durations = field(repr=False)
+
+    @property
+    def rounds(self) -> int:
+        return len(self.ratios)
+
+    def verdict(self, limit: float = 1.0) -> Verdict:
+        """Whether the candidate takes less or more than `limit` times the reference's time.
+
+        "inconclusive" where the interval holds `limit`, where one round in five contradicts it, or where the first
+        half of the rounds says one thing and the second half another.
+        """
+        halves = [float(np.median(half)) for half in np.array_split(self.ratios, 2)]
+        if max(self.high, *halves) < limit and np.mean([r < limit for r in self.ratios]) >= ROUNDS_AGREE:
+            return "faster"
+        if min(self.low, *halves) > limit and np.mean([r > limit for r in self.ratios]) >= ROUNDS_AGREE:
+            return "slower"
+        return "inconclusive"
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.rounds} rounds)"
 
 
-def compare_interleaved(
-    runs: Mapping[str, Callable[[], object]],
+def compare_in_turns(
+    reference: Callable[[], object],
+    candidate: Callable[[], object],
     rounds: int = 20,
     *,
-    turns: int = 5,
+    calls: int = 5,
     warmup_ms: float = 200.0,
     clock: Clock = time.perf_counter_ns,
     rng: np.random.Generator | None = None,
-) -> Comparison:
-    """Time two callables in the order ABBA BAAB, so that drift of clocks and caches falls on both.
+) -> LatencyRatio:
+    """Time two callables in the order ABBA BAAB ..., so that drift of clocks and caches falls on both.
 
-    A round has `turns` of ABBA (or of BAAB). Errors: UsageError unless there are two runs and ten rounds.
+    Each letter is `calls` calls in a row: a session's idle threads still spin for a moment when the other side begins,
+    and the median of several calls passes over the one that they slow down. Raises UsageError below ten rounds.
     """
-    if len(runs) != 2 or rounds < 10 or turns < 1:
-        raise UsageError(
-            f"{len(runs)} runs, {rounds} rounds and {turns} turns", "A comparison takes 2 runs and at least 10 rounds"
-        )
-    for call in runs.values():
-        warm_up(call, warmup_ms, clock)
-    times = [_round(list(runs.values()), turns, number % 2 == 1, clock) for number in range(rounds)]
-    ratios = [float(np.median(first) / np.median(second)) for first, second in times]
+    if rounds < LEAST_ROUNDS or calls < 1:
+        raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
+    sides = (reference, candidate)
+    for side in sides:
+        warm_up(side, warmup_ms, clock)
+    times = [_round(sides, calls, number % 2 == 1, clock) for number in range(rounds)]
+    ratios = [float(np.median(candidate) / np.median(reference)) for reference, candidate in times]
     interval = bootstrap(ratios, np.median, rng=rng or np.random.default_rng(0))
-    first, second = runs
-    return Comparison(
-        first=first,
-        second=second,
-        ratio=float(np.median(ratios)),
-        interval=interval,
-        rounds_agree=_agree(ratios),
-        verdict=verdict(ratios, interval),
-        ratios=tuple(ratios),
-        spans={name: Span.of(np.concatenate([pair[i] for pair in times])) for i, name in enumerate(runs)},
-    )
+    durations = (Durations.of(np.concatenate(side)) for side in zip(*times, strict=True))
+    return LatencyRatio(float(np.median(ratios)), *interval, tuple(ratios), *durations)
 
 
-def _round(calls: Sequence[Callable[[], object]], turns: int, reverse: bool, clock: Clock) -> list[list[float]]:
-    times: list[list[float]] = [[], []]
-    for side in ([1, 0, 0, 1] if reverse else [0, 1, 1, 0]) * turns:
-        times[side].append(_timed_ms(calls[side], clock))
+def _round(
+    sides: Sequence[Callable[[], object]], calls: int, reverse: bool, clock: Clock
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of the calls of either side."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for side in (1, 0, 0, 1) if reverse else (0, 1, 1, 0):
+        times[side].extend(_timed_ms(sides[side], clock) for _ in range(calls))
     return times
-
-
-def verdict(ratios: Sequence[float], interval: Interval) -> Verdict:
-    """Never forced: rounds that scatter are inconclusive; a difference that some rounds contradict is ambiguous."""
-    if not is_steady(ratios):
-        return "inconclusive"
-    if interval.low >= 1 - SAME_TOLERANCE and interval.high <= 1 + SAME_TOLERANCE:
-        return "same"
-    if not _agree(ratios):
-        return "ambiguous"
-    return "faster" if interval.high < 1 else "slower"
-
-
-def _agree(ratios: Sequence[float]) -> bool:
-    return all(ratio < 1 for ratio in ratios) or all(ratio > 1 for ratio in ratios)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.overhead`: what the host adds to the network, as a ratio measured in turns.
+"""`python -m benchmarks.overhead`: the time that the host adds to the network, as a ratio measured in turns.
 
 Detector end to end (frame to boxes) against a bare `session.run` of the same ONNX file on the same prepared input.
 Both run on one thread unless told otherwise: idle threads of one session spin, and take the cores from the other.
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import guarded, positive
-from benchmarks.bench import MAX_FRAMES, pictures
-from benchmarks.latency import Comparison, Frame, compare_interleaved
+from benchmarks.bench import list_images
+from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
 from benchmarks.wording import milliseconds
 from runtime.detector import Detector
 from runtime.errors import UsageError
 from runtime.image import read_image
+
+FRAMES = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     made.add_argument("--model", type=Path, required=True, help=".onnx file")
-    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with pictures")
-    made.add_argument("--rounds", type=positive, default=20, help="each is five turns of ABBA or BAAB (default: 20)")
+    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
+    made.add_argument(
+        "--rounds", type=positive, default=20, help="each is ABBA or BAAB with five calls a letter (default: 20)"
+    )
     made.add_argument("--threads", type=positive, default=1, help="CPU threads of one inference (default: 1)")
     return made
 
@@ -38,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     if options.model.suffix.lower() != ".onnx":
         raise UsageError(f"{options.model} is not an .onnx file", "A bare session exists for ONNX files only")
-    frames = [read_image(path) for path in pictures(options.images, MAX_FRAMES)]
+    frames = [read_image(path) for path in list_images(options.images)[:FRAMES]]
     with Detector.load(options.model, device="cpu", threads=options.threads) as detector:
         bare = bare_session(options.model, options.threads)
         found = compare(detector, bare, frames, options.rounds)
@@ -46,11 +50,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> Comparison:
+def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> LatencyRatio:
     """`detector` on frames against `bare` on the inputs that the detector made of the same frames."""
     whole, inputs = cycle(frames), cycle([detector.preprocess(frame).array for frame in frames])
-    runs = {"detector": lambda: detector(next(whole)), "session": lambda: bare(next(inputs))}
-    return compare_interleaved(runs, rounds)
+    return compare_in_turns(lambda: bare(next(inputs)), lambda: detector(next(whole)), rounds)
 
 
 def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
@@ -65,17 +68,17 @@ def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
     return lambda array: session.run(None, {name: array})
 
 
-def describe(found: Comparison, name: str) -> str:
+def describe(found: LatencyRatio, name: str) -> str:
     """Ratio with its interval, n and spread."""
     lines = [
         f"{name}: end to end takes {found.ratio:.3f} times the bare session.run",
-        f"  95 % interval {found.interval.low:.3f} to {found.interval.high:.3f}, rounds {min(found.ratios):.3f} to "
-        f"{max(found.ratios):.3f} (n = {len(found.ratios)}), verdict: {found.verdict}",
+        f"  95 % interval {found.low:.3f} to {found.high:.3f}, rounds {min(found.ratios):.3f} to "
+        f"{max(found.ratios):.3f} (n = {found.rounds}), verdict: {found.verdict()}",
     ]
-    for side, span in found.spans.items():
+    for side, ms in (("detector", found.candidate), ("session", found.reference)):
         lines.append(
-            f"  {side}: median {milliseconds(span.p50)} ms, mean {milliseconds(span.mean)} ± {milliseconds(span.std)}, "
-            f"min {milliseconds(span.min)}, max {milliseconds(span.max)}, n = {span.n}"
+            f"  {side}: median {milliseconds(ms.p50)} ms, mean {milliseconds(ms.mean)} ± {milliseconds(ms.std)}, "
+            f"min {milliseconds(ms.min)}, max {milliseconds(ms.max)}, n = {ms.n}"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, wording
-from benchmarks.report import STAGES, Row, ap, is_kept, p50, schema
+from benchmarks.report import STAGES, Row, ap, is_kept, p50, schema, shared_settings
 from runtime.errors import UnavailableError
 
 TEMPLATES = Path(__file__).parent
@@ -66,7 +66,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "report": data,
         "machine_name": wording.machine_name(data["machine"]),
         "machine": flat(data["machine"]),
-        "settings": flat(data["settings"]),
+        "settings": flat(shared_settings(rows) | {"argv": data["argv"] or []}),
         "summary": wording.summary(data),
         "findings": wording.findings(data),
         "best": best,

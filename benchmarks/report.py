@@ -22,11 +22,11 @@ from benchmarks.latency import Latency
 from runtime.errors import InputError, UnavailableError
 from runtime.files import atomic_write, read_json, sha256, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 REPORT_FILE = "report.json"
 MAX_REPORT_BYTES = 256 << 20
-LISTS = ("torch", "training", "engines", "stages", "notes")
+LISTS = ("argv", "torch", "training", "engines", "stages", "notes")
 OPTIONAL = ("distillation", "export", "calibration")
 
 Row = dict[str, Any]
@@ -67,14 +67,13 @@ def make_report(
     name: str,
     *,
     machine: Mapping[str, Any],
-    settings: Mapping[str, Any],
     models: Sequence[Mapping[str, Any]],
     dataset: Mapping[str, Any] | None = None,
     created: datetime | None = None,
     **sections: Any,
 ) -> Report:
-    """A checked report. `models` are `model_row`s; `sections` are torch, training, distillation, export, calibration,
-    engines, stages and notes as the schema describes them. Errors: InputError names the key that is wrong.
+    """A checked report. `models` are `model_row`s; `sections` are argv, torch, training, distillation, export,
+    calibration, engines, stages and notes as the schema describes them. Raises InputError that names a wrong key.
     """
     moment = (created or datetime.now(timezone.utc)).astimezone(timezone.utc)
     body = dict.fromkeys(OPTIONAL) | {key: [] for key in LISTS} | sections
@@ -85,7 +84,6 @@ def make_report(
                 "name": name,
                 "created": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 "machine": machine,
-                "settings": settings,
                 "dataset": dataset,
                 "headline": headline(plain(models), plain(body["torch"])),
                 "models": models,
@@ -100,6 +98,8 @@ def model_row(
     *,
     precision: str,
     backend: str,
+    device: str,
+    settings: Mapping[str, Any],
     role: str = "student",
     latency: Latency | None = None,
     accuracy: Accuracy | None = None,
@@ -109,7 +109,7 @@ def model_row(
 ) -> Row:
     """The row of one file, with its digest and size. `kept` is its gate's answer, None where there was no gate.
 
-    `more`: device, parameters, gflops, note.
+    `settings` say how the file was measured. `more`: parameters, gflops, note.
     """
     path = Path(path)
     return {
@@ -119,6 +119,8 @@ def model_row(
         "bytes": path.stat().st_size,
         "precision": precision,
         "backend": backend,
+        "device": device,
+        "settings": plain(settings),
         "latency": plain(latency),
         "accuracy": plain(accuracy),
         "gate": None if kept is None else {"kept": kept, "reason": reason},
@@ -178,6 +180,12 @@ def _parameters(row: Row, torch: Sequence[Row]) -> int | None:
 
 def _first(key: str, rows: Sequence[Row]) -> Any:
     return next((row[key] for row in rows if row.get(key)), None)
+
+
+def shared_settings(rows: Sequence[Row]) -> Row:
+    """The settings that all rows have in common."""
+    first = rows[0]["settings"] if rows else {}
+    return {key: value for key, value in first.items() if all(row["settings"][key] == value for row in rows)}
 
 
 def is_kept(row: Row) -> bool:
@@ -258,7 +266,7 @@ def _csv_row(data: Mapping[str, Any], row: Row) -> list[Any]:
     return [
         *(data["name"], data["created"]),
         *(row.get(column) for column in MODEL_COLUMNS),
-        *(data["settings"][column] for column in SETTING_COLUMNS),
+        *(row["settings"][column] for column in SETTING_COLUMNS),
         *(latency.get("end_to_end", {}).get(column) for column in SPAN_COLUMNS),
         *(latency.get(stage, {}).get("mean") for stage in STAGES),
         latency.get("steady"),
@@ -287,8 +295,9 @@ def schema() -> Row:
 
 def _validate(data: Any, source: str) -> None:
     version = data.get("schema_version") if isinstance(data, Mapping) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise InputError(f"{source} has schema version {version}, expected {SCHEMA_VERSION}", "Update edgestill")
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        remedy = "Update edgestill" if version > SCHEMA_VERSION else "Measure again"
+        raise InputError(f"{source} has schema version {version}, expected {SCHEMA_VERSION}", remedy)
     error = next(iter(sorted(_validator().iter_errors(data), key=lambda found: list(map(str, found.path)))), None)
     if error is not None:
         where = "/".join(map(str, error.path)) or "the whole"

@@ -1,9 +1,9 @@
-"""Percentiles that admit how few samples they stand on, and intervals by resampling. Pure NumPy."""
+"""Percentiles that take the number of samples into account, and intervals by resampling. Pure NumPy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.99
-"""That the printed percentile is not below the true one."""
+"""Probability that the printed percentile is not below the true one."""
 STEADY_TOLERANCE = 0.05
-STEADY_SHARE = 0.8
 
 Statistic = Callable[[NDArray[np.float64]], Any]
 
@@ -38,8 +37,8 @@ def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -
 def percentile_estimate(samples: ArrayLike, percentile: float) -> float | None:
     """A bound that the true percentile does not exceed, at 99 % confidence; None where there are too few samples.
 
-    The fewest are 11, 64, 130 and 662 for p50, p90, p95 and p99. No sample is clipped or
-    trimmed: an outlier is part of the tail that is being measured.
+    The fewest are 11, 64, 130 and 662 for p50, p90, p95 and p99. No sample is clipped or trimmed: an outlier is part
+    of the tail that is measured.
     """
     values = np.asarray(samples, np.float64)
     rank = percentile_rank(values.size, percentile)
@@ -75,13 +74,6 @@ def bootstrap_distribution(
     values = np.asarray(samples, np.float64)
     draws = (values[rng.integers(0, len(values), len(values))] for _ in range(resamples))
     return np.array([statistic(draw) for draw in draws])
-
-
-def is_steady(values: Sequence[float]) -> bool:
-    """Whether the medians of both halves agree within 5 %, and 8 of 10 values lie within 5 % of the median."""
-    whole = np.asarray(values, np.float64)
-    near = np.abs(whole - np.median(whole)) <= STEADY_TOLERANCE * np.median(whole)
-    return halves_agree(whole) and float(near.mean()) >= STEADY_SHARE
 
 
 def halves_agree(values: ArrayLike) -> bool:

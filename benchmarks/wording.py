@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.latency import SAME_TOLERANCE
-from benchmarks.report import Row, is_kept, p50
+from benchmarks.report import Row, is_kept, p50, shared_settings
 
 NOTHING = "–"
 TOO_FEW = "n too small"
 KIB = 1024
 UNITS = ("bytes", "KiB", "MiB", "GiB")
 FEW_IMAGES = 100
+MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
+SAME_TOLERANCE = 0.05
 
 
 def milliseconds(value: float | None) -> str:
@@ -107,12 +108,12 @@ def model_cells(row: Row) -> list[str]:
 
 def summary(data: Mapping[str, Any]) -> list[str]:
     """What a reader must know before comparing the figures with others."""
-    settings, dataset = data["settings"], data["dataset"]
+    settings, dataset = shared_settings(data["models"]), data["dataset"]
     lines = [f"Measured {moment(data['created'])} on {machine_name(data['machine'])}"]
     if dataset:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
-    keys = ("imgsz", "batch", "conf", "iou", "max_det")
-    lines.append("Settings: " + ", ".join(f"{key} {number(settings[key])}" for key in keys))
+    shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
+    lines += ["Settings: " + ", ".join(shared)] if shared else []
     return [*lines, "Latency is milliseconds from decoded frame to final boxes"]
 
 
@@ -133,9 +134,18 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 def findings(data: Mapping[str, Any]) -> list[str]:
     """What the figures say, refusals and disappointments first of all."""
     rows = data["models"]
-    parts = (_refusals, _quantised, _slower_students, _unsteady)
+    parts = (_settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]
     return [*sentences, *_idle_engines(data.get("engines", ())), *_few_images(data), *data.get("notes", ())]
+
+
+def _settings(rows: Sequence[Row]) -> Iterator[str]:
+    """One sentence for each setting in which the files differ."""
+    shared = shared_settings(rows)
+    for key in rows[0]["settings"] if rows else ():
+        if key not in shared:
+            each = ", ".join(f"{number(row['settings'][key])} for {row['file']}" for row in rows)
+            yield f"{key} differs, so the files are not directly comparable: {each}."
 
 
 def _refusals(rows: Sequence[Row]) -> Iterator[str]:

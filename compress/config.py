@@ -5,21 +5,78 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, to_jsonable_python
+
+from compress.flavours import FLAVOURS, PLAN_PRECISIONS
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-ScaleName = Literal["p", "n", "s", "m", "l", "x"]
+ImageSize = Annotated[int, Field(ge=32, multiple_of=32)]
+IMGSZ = 640
+
+SCALES: dict[str, tuple[float, float]] = {
+    "p": (0.33, 0.125),
+    "n": (0.33, 0.25),
+    "s": (0.33, 0.50),
+    "m": (0.67, 0.75),
+    "l": (1.00, 1.00),
+    "x": (1.33, 1.25),
+}
+"""Name -> (depth multiple, width multiple) of a network. All but `p`, half the width of `n`, are YOLOv5's."""
+ScaleName: TypeAlias = Literal[tuple(SCALES)]  # type: ignore[valid-type]
+"""One of `SCALES`."""
+
+NO_RESULT = "no result depends on this setting"
+"""Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
+training looks at it."""
+
+
+def _one_of(known: Iterable[str]) -> AfterValidator:
+    """Accepts the names of a table. Raises one line that lists them for any other."""
+    names = tuple(known)
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise PydanticCustomError("unknown_name", "expected one of {names}", {"names": ", ".join(names)})
+        return name
+
+    return AfterValidator(check)
+
+
+FlavourName = Annotated[str, _one_of(FLAVOURS)]
+PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
 
 
 class Settings(BaseModel):
     """A frozen, closed group of settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def result_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that a result depends on, groups within groups included, as values that JSON can hold."""
+    return {
+        name: _plain(getattr(settings, name))
+        for name, field in type(settings).model_fields.items()
+        if NO_RESULT not in field.metadata
+    }
+
+
+def _plain(value: Any) -> Any:
+    return result_settings(value) if isinstance(value, Settings) else to_jsonable_python(value)
+
+
+class NoSettings(Settings):
+    """For a stage that reads none."""
+
+
+G = TypeVar("G", bound=Settings)
 
 
 class OptimizerConfig(Settings):
@@ -109,7 +166,7 @@ class TrainConfig(Settings):
     """Where the settings of `optimizer`, `loss` and `augment` start from."""
     epochs: Annotated[int, Field(ge=1)] = 60
     batch: Annotated[int, Field(ge=1)] = 16
-    imgsz: Annotated[int, Field(ge=32)] = 640
+    imgsz: Annotated[int, Field(ge=32)] = IMGSZ
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -120,11 +177,14 @@ class TrainConfig(Settings):
     """Stop after this many epochs without a better fitness; 0 never stops early."""
     val_interval: Annotated[int, Field(ge=1)] = 5
     """Validate every this many epochs and always after the last."""
-    checkpoint_interval: Annotated[int, Field(ge=1)] = 1
+    checkpoint_interval: Annotated[int, Field(ge=1), NO_RESULT] = 1
+    """Save the state to resume from every this many epochs and always after the last."""
     amp: bool = True
-    workers: Annotated[int, Field(ge=0)] = 1
+    """float16 arithmetic on a GPU; a CPU computes in float32."""
+    workers: Annotated[int, Field(ge=0), NO_RESULT] = 1
+    """Threads that load data."""
     seed: int = 0
-    tensorboard: bool = True
+    tensorboard: Annotated[bool, NO_RESULT] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -172,13 +232,13 @@ class ExportConfig(Settings):
 class QuantizeConfig(Settings):
     """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
 
-    flavours: tuple[Literal["fp16", "int8-trt", "int8-cpu"], ...] = ("fp16", "int8-trt", "int8-cpu")
+    flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
     calibration_images: Annotated[int, Field(ge=1)] = 128
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     max_map_drop: NonNegative = 0.02
     """mAP50-95 that a flavour may lose against FP32, measured on the file."""
     max_latency_ratio: Positive = 1.0
-    """Median latency against FP32 that `int8-cpu` may have on this CPU; the others are made for other hardware."""
+    """Latency against FP32 that a flavour for this CPU may have; the others are made for other hardware."""
 
 
 class BuildConfig(Settings):
@@ -187,7 +247,7 @@ class BuildConfig(Settings):
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = "auto"
     targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
-    precisions: tuple[Literal["fp32", "fp16", "int8-trt"], ...] = ("fp32", "fp16", "int8-trt")
+    precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
     workspace_mib: Annotated[int, Field(ge=1)] = 2048
 
 
@@ -212,7 +272,8 @@ class TeacherConfig(TrainConfig):
 
 
 class StudentConfig(Settings):
-    scale: ScaleName = "p"
+    scale: ScaleName | None = "p"
+    """None takes the size of `weights`."""
     weights: Path | None = None
     """Start from these where shapes agree."""
 
@@ -222,7 +283,7 @@ class Recipe(Settings):
 
     name: str = "run"
     data: Path
-    imgsz: Annotated[int, Field(ge=32, multiple_of=32)] = 640
+    imgsz: ImageSize = IMGSZ
     seed: int = 0
     device: str = "auto"
     teacher: TeacherConfig = TeacherConfig()
@@ -232,6 +293,10 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+
+    def part(self, group: type[G]) -> G:
+        """The settings that `group` has fields for, as they are here."""
+        return group.model_validate({name: getattr(self, name) for name in group.model_fields})
 
     @model_validator(mode="before")
     @classmethod

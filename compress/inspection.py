@@ -37,8 +37,8 @@ def _checkpoint(path: Path) -> Facts:
 
 
 def _onnx(path: Path) -> Facts:
+    from compress.graph.parts import op_counts
     from compress.graph.safe_load import read_model
-    from compress.graph.walk import op_counts
 
     model = read_model(path)
     graph = model.graph

@@ -1,4 +1,4 @@
-"""A recipe is a YAML file that says what the pipeline shall do; this module reads, changes and writes it."""
+"""A recipe is a YAML file with the settings of a whole run; this module reads, changes and writes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from compress.config import Recipe
+from compress.config import QuantizeConfig, Recipe
 from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
@@ -48,7 +48,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
-    """`raw` with the one value that `change` ("group.key=value") names replaced."""
+    """`raw` with the one value that `change` ("group.key=value") names replaced.
+
+    Raises UsageError when `change` has another form or reaches into a single value.
+    """
     dotted, equals, text = change.partition("=")
     if not equals or not dotted:
         raise UsageError(f"--set {change!r}: expected KEY=VALUE", "For example --set quantize.calibration_images=64")
@@ -56,13 +59,18 @@ def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UsageError(f"--set {change!r}: the value is not plain YAML") from None
+    return with_value(raw, dotted, value)
+
+
+def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError where a group holds a single value."""
     head, *rest = dotted.split(".")
     if not rest:
         return {**raw, head: value}
     inner = raw.get(head) or {}
     if not isinstance(inner, Mapping):
-        raise UsageError(f"--set {change!r}: {head} holds a single value, not a group")
-    return {**raw, head: with_change(inner, f"{'.'.join(rest)}={text}")}
+        raise UsageError(f"{dotted} cannot be set: {head} holds a single value, not a group")
+    return {**raw, head: with_value(inner, ".".join(rest), value)}
 
 
 def validate(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
@@ -131,16 +139,16 @@ distill:
   losses:               # name: weight
     obj_kd: 1.0         # objectness-gated soft labels
     # feat_mse: 0.1     # neck features through a 1x1 adapter; feat_sl2: weighted by the teacher's score
-    # cwd: 0.2          # where each channel fires; pkd: 0.2, how it varies; fgd: 0.001, under the teacher's attention
+    # cwd: 0.2          # where each channel is active; pkd: 0.2, how it varies; fgd: 0.001, by the teacher's attention
     # kd: 0.2           # temperature soft labels
 
 export:
-  conf: 0.25            # default threshold of the runtime; the graph itself has none
-  iou: 0.6              # of the NMS inside the graph
-  # frame: [1080, 1920] # bake the letterbox in: camera frame in, boxes in frame pixels out
+  conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
+  iou: 0.6              # IoU threshold of the NMS inside the graph
+  # frame: [1080, 1920] # letterbox inside the graph: camera frame in, boxes in frame pixels out
 
 quantize:
-  flavours: [fp16, int8-trt, int8-cpu]
+  flavours: [{flavours}]
   calibration_images: 128
   max_map_drop: 0.02    # a flavour that loses more mAP50-95 stays out of the bundle
 
@@ -171,6 +179,7 @@ def recipe_text(
         imgsz=imgsz,
         teacher_epochs=teacher_epochs,
         student_epochs=student_epochs,
+        flavours=", ".join(QuantizeConfig().flavours),
         **quoted,
     )
 

@@ -1,4 +1,4 @@
-"""Stages whose results are kept: fingerprint, manifest, atomic publication, skip when unchanged.
+"""Results that are kept: fingerprint, manifest, atomic publication, skip when unchanged.
 
 A stage works in `<run>/.work/<stage>-<fingerprint>` and is published by one rename to `<run>/<stage>`. Its manifest
 is the last file written, so a folder with a manifest is complete. A killed run finds its work folder again
@@ -21,27 +21,21 @@ from runtime.errors import EdgestillError, UsageError
 from runtime.files import sha256, write_json
 
 MANIFEST = "stage.json"
+Folders = Mapping[str, Path]
+"""Name of a stage -> the folder of its result."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a running stage sees: `inputs` to read, `out` the only folder it may write, `log` to say a line."""
+class Task:
+    """A stage of one run, with everything that its result depends on.
 
-    inputs: Mapping[str, Path]
-    out: Path
-    log: Log
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step. `run` returns the figures that the manifest keeps; everything else it leaves in `out`.
-
-    `inputs` are files or folders of earlier stages; `digests` stand for inputs that are not files of a stage (a data
-    set); `facts` are those facts of the machine that change the result.
+    `run` works in the folder that it is given, writes nowhere else, and returns the figures that the manifest keeps.
+    `inputs` are files or folders of earlier stages; `digests` stand for files of the user; `facts` are those facts of
+    the machine that change the result.
     """
 
     name: str
-    run: Callable[[Work], Mapping[str, Any]]
+    run: Callable[[Path, Log], Mapping[str, Any]]
     config: Mapping[str, Any]
     inputs: Mapping[str, Path] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -61,15 +55,15 @@ class Outcome:
     fingerprint: str
 
 
-def fingerprint(stage: Stage) -> str:
+def fingerprint(task: Task) -> str:
     """sha256 over the stage's name, version, settings, input contents and the facts it names."""
     identity = {
-        "name": stage.name,
-        "version": stage.version,
-        "config": stage.config,
-        "inputs": {name: content_digest(path) for name, path in stage.inputs.items()},
-        "digests": dict(stage.digests),
-        "facts": dict(stage.facts),
+        "name": task.name,
+        "version": task.version,
+        "config": task.config,
+        "inputs": {name: content_digest(path) for name, path in task.inputs.items()},
+        "digests": dict(task.digests),
+        "facts": dict(task.facts),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -84,24 +78,28 @@ def content_digest(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def execute(stage: Stage, run_folder: Path, *, log: Log, force: bool = False) -> Outcome:
-    """Bring `<run_folder>/<stage.name>` up to date and say what happened."""
-    goal = run_folder / stage.name
-    mark = fingerprint(stage)
-    if goal.exists():
-        _require_own(goal)
-    if not force and (done := _finished(goal, mark)):
-        return _outcome(stage.name, goal, done, skipped=True)
-    work = run_folder / ".work" / f"{stage.name}-{mark[:16]}"
+def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> Outcome:
+    """Bring `<run_folder>/<task.name>` up to date and say what happened.
+
+    Raises UsageError when that folder exists and is not the result of a stage, EdgestillError when an input is missing
+    or the work folder cannot be made.
+    """
+    target = run_folder / task.name
+    mark = fingerprint(task)
+    if target.exists():
+        _require_own(target)
+    if not force and (done := _finished(target, mark)):
+        return _outcome(task.name, target, done, skipped=True)
+    work = run_folder / ".work" / f"{task.name}-{mark[:16]}"
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    manifest = _finished(work, mark) or _work(stage, work, mark, log)
-    _publish(work, goal)
-    _drop_stale_work(run_folder / ".work", stage.name)
-    return _outcome(stage.name, goal, manifest, skipped=False)
+    manifest = _finished(work, mark) or _work(task, work, mark, log)
+    _publish(work, target)
+    _drop_stale_work(run_folder / ".work", task.name)
+    return _outcome(task.name, target, manifest, skipped=False)
 
 
-def _work(stage: Stage, work: Path, mark: str, log: Log) -> dict[str, Any]:
+def _work(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,12 +108,12 @@ def _work(stage: Stage, work: Path, mark: str, log: Log) -> dict[str, Any]:
         ) from None
     _drop_torn(work)
     start = time.monotonic()
-    figures = dict(stage.run(Work(stage.inputs, work, log)))
+    figures = dict(task.run(work, log))
     manifest = {
-        "stage": stage.name,
+        "stage": task.name,
         "fingerprint": mark,
-        "version": stage.version,
-        "config": dict(stage.config),
+        "version": task.version,
+        "config": dict(task.config),
         "seconds": round(time.monotonic() - start, 3),
         "figures": figures,
         "files": {str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
@@ -136,25 +134,25 @@ def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
     return manifest if complete else None
 
 
-def _publish(work: Path, goal: Path) -> None:
-    """Swap `work` in for `goal`. Killed between the renames, the next run finds `work` complete and goes on."""
-    old = work.parent / f"{goal.name}-old"
+def _publish(work: Path, target: Path) -> None:
+    """Swap `work` in for `target`. Killed between the renames, the next run finds `work` complete and goes on."""
+    old = work.parent / f"{target.name}-old"
     shutil.rmtree(old, ignore_errors=True)
-    if goal.exists():
-        goal.rename(old)
-    work.rename(goal)
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_own(goal: Path) -> None:
-    """A folder of the user's that happens to bear a stage's name is never replaced."""
-    if goal.is_dir() and ((goal / MANIFEST).is_file() or not any(goal.iterdir())):
+def _require_own(target: Path) -> None:
+    """A folder of the user's that happens to have a stage's name is never replaced."""
+    if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
         return
-    raise UsageError(f"{goal} exists and is not the result of a stage", "Move it away, or choose another --out")
+    raise UsageError(f"{target} exists and is not the result of a stage", "Move it away, or choose another --out")
 
 
 def _drop_torn(work: Path) -> None:
-    """A kill in the midst of `atomic_write` leaves its hidden file, which must not be published with the rest."""
+    """A process killed inside `atomic_write` leaves a hidden file, which must not be published with the rest."""
     for torn in work.rglob(".*"):
         if torn.is_file():
             torn.unlink()

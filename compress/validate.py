@@ -23,7 +23,7 @@ from compress.compute.device import pick_device, place, settle
 from compress.compute.numerics import flush_denormals
 from compress.compute.timing import Stopwatch, timed_items
 from compress.data.coco import to_coco
-from compress.data.index import Sample
+from compress.data.dataset import Sample
 from compress.data.loader import ValBatch, val_batches
 from compress.models import YOLOv5
 from runtime.boxes import detections_from_rows, unletterbox, xywh_to_xyxy

@@ -43,19 +43,23 @@ def read_image(path: str | Path) -> Picture:
 
     Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not a picture.
     """
-    data = _read_bytes(Path(path))
+    return decode_image(read_bytes(Path(path)), path)
+
+
+def decode_image(data: bytes, origin: str | Path) -> Picture:
+    """`read_image` of a file's bytes; `origin` names the file in errors."""
     if not data.startswith(SIGNATURES):
-        raise InputError(f"{path}: not a picture", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{origin}: not a picture", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
-            raise _too_large(path) from error
-        raise InputError(f"{path}: cannot be decoded: {error.err}") from error
+            raise _too_large(origin) from error
+        raise InputError(f"{origin}: cannot be decoded: {error.err}") from error
     if image is None or (data.startswith(JPEG) and not reaches_its_end(data)):
-        raise InputError(f"{path}: damaged or cut short ({len(data)} bytes)", "Copy or download it again")
+        raise InputError(f"{origin}: damaged or cut short ({len(data)} bytes)", "Copy or download it again")
     if image.shape[0] * image.shape[1] > MAX_IMAGE_PIXELS:  # OpenCV was loaded before this file could set its limit
-        raise _too_large(path)
+        raise _too_large(origin)
     return image  # type: ignore[return-value]
 
 
@@ -72,7 +76,8 @@ def reaches_its_end(jpeg: bytes) -> bool:
     return False
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an image file. Raises InputError when it cannot be read or is empty."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -33,6 +33,9 @@ COMMANDS = {
 """Command -> the module that holds it, in the order of the help text."""
 
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
+
 class Commands(click.Group):
     """Opens a command's module only when the command is asked for, so `--help` and typos answer at once."""
 
@@ -55,7 +58,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="edgestill")
 def cli() -> None:
     """Distil a YOLOv5 teacher into an edge-ready engine, and prove it.

@@ -17,9 +17,9 @@ def data() -> None:
 
 @data.command()
 @click.argument("out", type=FILE)
-@click.option("--images", type=click.IntRange(min=2), default=240, show_default=True)
-@click.option("--size", type=click.IntRange(min=64), default=320, show_default=True, help="Side in pixels.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--images", type=click.IntRange(min=2), default=240, help="Number of images.")
+@click.option("--size", type=click.IntRange(min=64), default=320, help="Side in pixels.")
+@click.option("--seed", type=int, default=0, help="Seed of every random number.")
 def make(out: Path, images: int, size: int, seed: int) -> None:
     """Generate metal parts on a conveyor belt into the folder OUT; the same seed gives the same bytes."""
     from compress.data.generate import generate

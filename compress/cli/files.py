@@ -1,4 +1,4 @@
-"""One step on files alone: export, quantize, build, bench."""
+"""One stage on files alone: export, quantize, build, bench."""
 
 from __future__ import annotations
 
@@ -6,42 +6,40 @@ from pathlib import Path
 
 import click
 
-from compress.cli.options import FILE, as_json, changes, data, imgsz, print_json, say, settings
+from compress.cli.options import (
+    FILE,
+    as_json,
+    changes,
+    data,
+    imgsz,
+    indexed,
+    print_json,
+    run_alone,
+    show,
+)
 from runtime.errors import UsageError
 
 
 @click.command()
 @click.option("--weights", type=FILE, required=True, help="Checkpoint, .pt or .safetensors.")
 @click.option("--data", type=FILE, help="data.yaml; its val images measure how many boxes must enter NMS.")
-@imgsz
+@imgsz()
 @click.option(
-    "--frame", metavar="HxW", help="Bake the letterbox in: frames of this size in, boxes in frame pixels out."
+    "--frame",
+    metavar="HxW",
+    help="Letterbox inside the graph: frames of this size in, their boxes out.",
 )
-@click.option("--out", type=FILE, default=Path("runs/export"), show_default=True)
+@click.option("--out", type=FILE, default=Path("runs/export"), help="Folder to write into.")
 @changes
 @as_json
-def export(
-    weights: Path,
-    data: Path | None,
-    imgsz: int | None,
-    frame: str | None,
-    out: Path,
-    changes: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def export(weights: Path, data: Path | None, frame: str | None, out: Path, as_json: bool) -> None:
     """Checkpoint to model.onnx (frame in, boxes out) and model.yolov5.onnx (YOLOv5's conventions)."""
-    from compress.config import ExportConfig
-    from compress.data import load_data
-    from compress.export import export as run
-    from compress.pipeline.inputs import validation_of
+    from compress.inputs import CONVENTIONAL, SHIPPED, validation_of
+    from compress.stages.export import STAGE, Inputs
 
-    config = settings(ExportConfig, {"frame": frame and _frame(frame)}, changes, "export")
-    validation = validation_of(load_data(data)) if data else None
-    result = run(config, model=weights, out=out, imgsz=imgsz or 640, data=validation, log=say)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        click.echo(f"{result.model_onnx}\n{result.yolov5_onnx}")
+    more = {"export.frame": _frame(frame)} if frame else {}
+    run_alone(STAGE, lambda: Inputs(weights, validation_of(indexed(data, "val")) if data else None), out, more)
+    show(out / "export.json", as_json, lines=lambda _: (out / SHIPPED, out / CONVENTIONAL))
 
 
 def _frame(text: str) -> list[int]:
@@ -58,54 +56,32 @@ def _frame(text: str) -> list[int]:
 @click.option("--out", type=FILE, help="Folder for the flavours; default that of the model.")
 @changes
 @as_json
-def quantize(model: Path, data: Path, out: Path | None, changes: tuple[str, ...], as_json: bool) -> None:
-    """FP16 and INT8 flavours, calibrated on training images, each gated on its measured mAP."""
-    from compress.config import BenchConfig, QuantizeConfig
-    from compress.data import load_data
-    from compress.pipeline.inputs import training_images, validation_of
-    from compress.pipeline.measure import gate
-    from compress.quantize import quantize as run
+def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
+    """FP16 and INT8 flavours, calibrated on training images, each judged by its measured mAP."""
+    from compress.flavours import REFERENCE
+    from compress.stages.quantize import STAGE, Inputs
 
-    config, given = settings(QuantizeConfig, {}, changes, "quantize"), load_data(data)
-    flavours = run(
-        config,
-        model=model,
-        images=training_images(given),
-        out=out or model.parent,
-        evaluate=gate(validation_of(given), BenchConfig()),
-        log=say,
+    target = out or model.parent
+    run_alone(STAGE, lambda: Inputs(model, indexed(data)), target)
+    show(
+        target / "quantize.json",
+        as_json,
+        lines=lambda files: [model if f["name"] == REFERENCE else target / f["file"] for f in files if f["kept"]],
     )
-    if as_json:
-        print_json([flavour.to_json() for flavour in flavours])
-    else:
-        click.echo("\n".join(str(flavour.path) for flavour in flavours if flavour.kept))
 
 
 @click.command()
 @click.option("--model", "--weights", "models", type=FILE, multiple=True, required=True, help=".onnx file; repeatable.")
 @click.option("--target", default="", help="For example sm86,sm89,sm120; tensorrt_rtx builds for them ahead of time.")
-@click.option("--out", type=FILE, default=Path("runs/build"), show_default=True)
+@click.option("--out", type=FILE, default=Path("runs/build"), help="Folder to write into.")
 @changes
 @as_json
-def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, ...], as_json: bool) -> None:
+def build(models: tuple[Path, ...], target: str, out: Path, as_json: bool) -> None:
     """ONNX to TensorRT plans with the model.json that they need on the device."""
-    from compress.build import build as run
-    from compress.config import BuildConfig
-    from runtime.bundle import card_of
+    from compress.stages.build import STAGE, by_precision
 
-    given = {"targets": target.split(",") if target else None}
-    config = settings(BuildConfig, given, changes, "build")
-    cards = {model: card_of(model) for model in models}
-    by_precision = {card.precision: model for model, card in cards.items()}
-    if unbuildable := by_precision.keys() - set(config.precisions):
-        raise UsageError(
-            f"{min(unbuildable)} is no precision that TensorRT plans are built from", "Known: fp32, fp16, int8-trt"
-        )
-    plans = run(config, models=by_precision, out=out, card=next(iter(cards.values())), log=say)
-    if as_json:
-        print_json([plan.to_json() for plan in plans])
-    else:
-        click.echo(out)
+    run_alone(STAGE, lambda: by_precision(models), out, {"build.targets": target.split(",")} if target else {})
+    show(out / "build.json", as_json, lines=lambda _: [out])
 
 
 @click.command()
@@ -113,16 +89,18 @@ def build(models: tuple[Path, ...], target: str, out: Path, changes: tuple[str, 
     "--model", "--weights", "models", type=FILE, multiple=True, required=True, help="File or bundle; repeatable."
 )
 @data
-@click.option("--out", type=FILE, default=Path("runs/bench"), show_default=True)
+@click.option("--out", type=FILE, default=Path("runs/bench"), help="Folder to write into.")
 @changes
 @as_json
-def bench(models: tuple[Path, ...], data: Path, out: Path, changes: tuple[str, ...], as_json: bool) -> None:
+def bench(models: tuple[Path, ...], data: Path, out: Path, as_json: bool) -> None:
     """Latency and mAP of each file, measured in one run; report.html, .md, .csv and .json."""
-    from compress.config import BenchConfig
-    from compress.pipeline.measure import bench_files
+    from compress.inputs import MeasuredFile
+    from compress.stages.bench import STAGE, Inputs, write_report
 
-    report = bench_files(models, data, settings(BenchConfig, {}, changes, "bench"), out, say)
+    files = [MeasuredFile(model) for model in models]
+    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), out)
+    report = write_report(out)
     if as_json:
-        print_json(report)
+        print_json(report.data)
     else:
         click.echo(out / "report.html")

@@ -1,47 +1,151 @@
-"""Options that several commands share, with the spellings YOLOv5 users know."""
+"""Options that several commands share, with the names YOLOv5 users know, and what every command does with them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
 from runtime.errors import UsageError
 
 FILE = click.Path(path_type=Path)
+GIVEN = "edgestill.settings"
+"""Where a command's context keeps the settings that its options gave: dotted key of the recipe -> value."""
+
+
+class Setting(click.Option):
+    """An option for one setting of the recipe, whose type and default are read from `compress.config` when they are
+    shown: the command line itself starts without pydantic, which a device need not have.
+
+    It reaches the command through `settings()`; with `expose_value` as an ordinary argument.
+    """
+
+    def __init__(self, *names: Any, key: str, expose_value: bool = False, **attributes: Any) -> None:
+        self.key = key
+        super().__init__(*names, expose_value=expose_value, callback=self._keep, **attributes)
+
+    def _keep(self, ctx: click.Context, _: click.Parameter, value: Any) -> Any:
+        if not self.expose_value and ctx.get_parameter_source(str(self.name)) != click.core.ParameterSource.DEFAULT:
+            ctx.meta.setdefault(GIVEN, {})[self.key] = value
+        return value
+
+    def _field(self) -> Any:
+        model, *keys = resolve_name("compress.config:Recipe"), *self.key.split(".")
+        for key in keys[:-1]:
+            model = model.model_fields[key].annotation
+        return model.model_fields[keys[-1]]
+
+    def get_default(self, ctx: click.Context, call: bool = True) -> Any:
+        return self._field().default
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        if self.expose_value:
+            return super().make_metavar(ctx)
+        kind = self._field().annotation
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        return f"[{'|'.join(choices)}]" if choices else getattr(kind, "__name__", "text").upper()
+
+
+class NameIn(click.ParamType):
+    """One of the names in a table, which is opened when a name is checked or shown."""
+
+    name = "name"
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+
+    @property
+    def choice(self) -> click.Choice[str]:
+        return click.Choice(tuple(resolve_name(self.table)))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self.choice.get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self.choice.convert(value, param, ctx)
+
+
+SCALE = NameIn("compress.config:SCALES")
+
+
+def setting(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
+    return click.option(*names, cls=Setting, key=key, **attributes)
+
 
 data = click.option("--data", type=FILE, required=True, help="data.yaml: path, train, val, names.")
-imgsz = click.option("--imgsz", "--img", "--img-size", type=int, help="Image side in pixels, a multiple of 32.")
-batch = click.option("--batch", "--batch-size", type=int, help="Images a batch.")
-device = click.option("--device", default="auto", show_default=True, help="auto, cpu, or a GPU number.")
-changes = click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change one setting; repeatable.")
-as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+device = click.option("--device", default="auto", help="auto, cpu, or a GPU number.")
+changes = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    expose_value=False,
+    callback=lambda ctx, _, value: ctx.meta.__setitem__("edgestill.changes", value),
+    help="Change one setting, by its key in the recipe; repeatable.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def settings(model: type[Any], given: Mapping[str, Any], changes: Sequence[str], origin: str) -> Any:
-    """`model` from the flags that were given, with every --set laid over them."""
-    from compress.recipe import validate, with_change
+def imgsz(key: str = "imgsz", **attributes: Any) -> Callable[[Any], Any]:
+    return setting(
+        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of 32.", **attributes
+    )
 
-    raw: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for change in changes:
-        raw = with_change(raw, change)
-    return validate(model, raw, origin)
+
+def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) -> Any:
+    """The settings `group` from the command's options, then `more`, then every --set.
+
+    A --set may leave out `own`, the part of the recipe that the command is about.
+    """
+    from compress.recipe import validate, with_change, with_value
+
+    meta = click.get_current_context().meta
+    raw: dict[str, Any] = {}
+    for key, value in {**meta.get(GIVEN, {}), **(more or {})}.items():
+        raw = with_value(raw, key, value)
+    for change in given_changes():
+        full = change.partition("=")[0].partition(".")[0] in group.model_fields
+        raw = with_change(raw, change if full else f"{own}.{change}")
+    return validate(group, raw, f"edgestill {click.get_current_context().info_name}")
+
+
+def given_changes() -> tuple[str, ...]:
+    """What --set gave to the running command."""
+    return tuple(click.get_current_context().meta["edgestill.changes"])
+
+
+def run_alone(stage: Any, inputs: Callable[[], Any], out: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Run one stage as a run does, into the folder `out`; `inputs` is called once the settings are accepted."""
+    config = settings(stage.settings, stage.name, more)
+    stage.run(config, inputs(), out, say)
+
+
+def indexed(data: Path, *splits: str) -> Any:
+    """The data set of data.yaml, its `splits` indexed (train and val, where none is named)."""
+    from compress.data import index_dataset, load_data
+    from compress.data.index import USED
+
+    return index_dataset(load_data(data), splits or USED)
 
 
 def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool) -> Path:
-    """`project/name`, or the first free of name2, name3, ...; on resume the newest that exists."""
-    candidates = [project / name, *(project / f"{name}{i}" for i in range(2, 10_000))]
+    """`project/name`, or the first free of name2, name3, ...; on resume the newest that exists.
+
+    Raises UsageError when there is nothing to resume.
+    """
+    folders = [project / name, *(project / f"{name}{i}" for i in range(2, 10_000))]
     if exist_ok:
-        return candidates[0]
-    free = next(i for i, folder in enumerate(candidates) if not folder.exists())
+        return folders[0]
+    free = next(i for i, folder in enumerate(folders) if not folder.exists())
     if not resume:
-        return candidates[free]
+        return folders[free]
     if free == 0:
-        raise UsageError(f"nothing to resume: {candidates[0]} does not exist", "Start without --resume")
-    return candidates[free - 1]
+        raise UsageError(f"nothing to resume: {folders[0]} does not exist", "Start without --resume")
+    return folders[free - 1]
 
 
 def say(line: str) -> None:
@@ -51,3 +155,12 @@ def say(line: str) -> None:
 
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, default=str))
+
+
+def show(document: Path, as_json: bool, *, lines: Callable[[Any], Iterable[object]]) -> None:
+    """Print the JSON file that a stage wrote, or the `lines` that are made of it."""
+    content = json.loads(document.read_text(encoding="utf-8"))
+    if as_json:
+        print_json(content)
+    else:
+        click.echo("\n".join(map(str, lines(content))))

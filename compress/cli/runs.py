@@ -9,36 +9,34 @@ from typing import Any
 
 import click
 
-from compress.cli.options import FILE, as_json, changes, print_json, say
+from compress.cli.options import FILE, SCALE, as_json, changes, given_changes, imgsz, print_json, say, setting
 from runtime.errors import EdgestillError, UsageError
 
 
 @click.command()
 @click.argument("file", type=FILE, metavar="RECIPE")
 @changes
-@click.option("--until", default=None, metavar="STAGE", help="Stop after this stage.")
+@click.option("--until", metavar="STAGE", help="Stop after this stage; default the last.")
 @click.option("--force", multiple=True, metavar="STAGE", help="Run this stage even when it is done; repeatable.")
 @click.option("--out", type=FILE, help="Folder of the run; default runs/<name of the recipe>.")
 @as_json
-def run(
-    file: Path, changes: tuple[str, ...], until: str | None, force: tuple[str, ...], out: Path | None, as_json: bool
-) -> None:
+def run(file: Path, until: str | None, force: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Checkpoint and data in, measured engines and a bundle out.
 
     Stages that are done are skipped; a killed run continues where it was.
     """
     from compress.recipe import load_recipe
 
-    recipe = load_recipe(file, changes)
+    recipe = load_recipe(file, given_changes())
     _run(recipe, out or Path("runs") / recipe.name, until, force, as_json)
 
 
 @click.command()
 @click.argument("file", type=FILE, default=Path("recipe.yaml"), metavar="[FILE]")
-@click.option("--data", type=FILE, default=Path("data.yaml"), show_default=True, help="data.yaml of your data.")
+@click.option("--data", type=FILE, default=Path("data.yaml"), help="data.yaml of your data.")
 @click.option("--weights", type=FILE, help="YOLOv5 checkpoint that the teacher starts from; without it, from scratch.")
-@click.option("--student", type=click.Choice(["p", "n", "s", "m", "l", "x"]), default="p", show_default=True)
-@click.option("--imgsz", "--img", type=int, default=640, show_default=True)
+@setting("--student", key="student.scale", type=SCALE, expose_value=True, help="Size of the student.")
+@imgsz(type=int, expose_value=True)
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int, overwrite: bool) -> None:
     """Write a commented recipe; change it and give it to `edgestill run`."""
@@ -62,11 +60,11 @@ def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int,
 
 
 @click.command()
-@click.option("--out", type=FILE, default=Path("runs/demo"), show_default=True, help="Folder of the run.")
+@click.option("--out", type=FILE, default=Path("runs/demo"), help="Folder of the run.")
 @as_json
 def demo(out: Path, as_json: bool) -> None:
     """The whole pipeline on a generated conveyor-belt data set; no GPU, minutes."""
-    from compress.pipeline.demo import prepare
+    from compress.demo import prepare
 
     _run(prepare(out, say), out, None, (), as_json)
 
@@ -112,9 +110,9 @@ def _write_comparison(found: Any, out: Path) -> None:
 
 
 def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_json: bool) -> None:
-    from compress.pipeline import STAGES, run_recipe
+    from compress.pipeline import ORDER, run_recipe
 
-    outcomes = run_recipe(recipe, out, until=until or STAGES[-1], force=force, log=say)
+    outcomes = run_recipe(recipe, out, until=until or ORDER[-1], force=force, log=say)
     if as_json:
         print_json([dataclasses.asdict(outcome) for outcome in outcomes])
     elif outcomes[-1].stage == "bundle":
@@ -122,6 +120,6 @@ def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_j
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """As the recipe shall name it: relative to the recipe where that stays short, absolute otherwise."""
+    """`path` for the text of a recipe in `folder`: relative where that stays short, absolute otherwise."""
     relative = os.path.relpath(path.resolve(), folder.resolve())
     return relative if relative.count("..") <= 3 else str(path.resolve())

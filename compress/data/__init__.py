@@ -1,5 +1,17 @@
-"""Datasets: reading, checking, converting, generating, and batches for training and validation."""
+"""Data sets: reading, indexing, checking, converting, generating, and batches for training and validation."""
 
+from compress.data.dataset import INDEX, Dataset, Index, Problem, Sample
 from compress.data.dataset_yaml import DataConfig, load_data
+from compress.data.index import index_dataset, index_split
 
-__all__ = ["DataConfig", "load_data"]
+__all__ = [
+    "INDEX",
+    "DataConfig",
+    "Dataset",
+    "Index",
+    "Problem",
+    "Sample",
+    "index_dataset",
+    "index_split",
+    "load_data",
+]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.data.dataset import Index, Sample, all_labels
 from compress.data.dataset_yaml import DataConfig
-from compress.data.index import Index, Sample, all_labels, index_images
+from compress.data.index import index_images
 from compress.data.labels import label_path
 
 SHOWN = 20
@@ -77,8 +78,7 @@ class CheckReport:
 
 def check(config: DataConfig) -> CheckReport:
     """Read every label and every pixel of every split."""
-    nc = len(config.names)
-    indices = {split: index_images(images, nc, decode=True) for split, images in config.splits.items()}
+    indices = index_images(config, tuple(config.splits))
     leaks, duplicates = _identical_files(config, indices)
     return CheckReport(
         data=str(config.path),

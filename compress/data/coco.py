@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from compress.data.index import Sample
+from compress.data.dataset import Sample
 
 
 def to_coco(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
-    """COCO JSON with image ids counted from 1 in sample order and category ids equal to class indices.
+    """COCO JSON: image ids count from 1 in sample order, `file_name` is the key, category ids are class indices.
 
     `bbox` is top-left x, y, width, height in float pixels of the image as displayed (after EXIF rotation).
     """
@@ -37,7 +37,7 @@ def to_coco(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
 
 def _image(image_id: int, sample: Sample) -> dict[str, Any]:
     height, width = sample.size_hw
-    return {"id": image_id, "file_name": sample.image.name, "height": height, "width": width}
+    return {"id": image_id, "file_name": sample.key, "height": height, "width": width}
 
 
 def _boxes_px(sample: Sample) -> list[list[float]]:

@@ -6,7 +6,6 @@ Boxes are checked against the real size of each image; what cannot be used is sk
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,13 +16,14 @@ from xml.parsers import expat
 import numpy as np
 import yaml
 
+from compress.data.dataset import Problem
 from compress.data.generate import VAL_EVERY, label_text, split_of
-from compress.data.index import Problem, image_size_hw
+from compress.data.index import decoded_size_hw
 from compress.data.labels import label_path
 from compress.data.publish import new_folder
 from runtime.errors import InputError
 from runtime.files import read_json
-from runtime.image import IMAGE_SUFFIXES
+from runtime.image import IMAGE_SUFFIXES, read_bytes
 
 SHOWN = 20
 """Problems in the summary; `Converted.problems` has all."""
@@ -277,7 +277,8 @@ def _write_image(target: Path, source: Path, one: Annotated, problems: list[Prob
         problems.append(Problem(source, 0, "shares its label file with another image"))
         return None
     try:
-        size_hw = image_size_hw(source)
+        data = read_bytes(source)
+        size_hw = decoded_size_hw(data, source)
     except InputError as error:
         problems.append(Problem(source, 0, error.message.removeprefix(f"{source}: ")))
         return None
@@ -287,7 +288,7 @@ def _write_image(target: Path, source: Path, one: Annotated, problems: list[Prob
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
     labels.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    target.write_bytes(data)
     boxes = _clipped(one.boxes, size_hw, source, problems)
     labels.write_text(label_text(boxes, size_hw))
     return len(boxes)

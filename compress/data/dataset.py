@@ -1,162 +1,163 @@
-"""In: samples. Out: training items, each a pure function of (seed, epoch, index); decoded images stay in memory."""
+"""A data set as every stage after the indexing sees it, and the file `index.json` that keeps it."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
-from compress.config import AugmentConfig
-from compress.data import augment
-from compress.data.augment import Boxes, Mosaic, Picture, Plan
-from compress.data.index import Problem, Sample
 from runtime.errors import InputError
-from runtime.image import LETTERBOX_FILL, letterbox, read_image, resize_longest
+from runtime.files import atomic_write, read_json
 
-log = logging.getLogger(__name__)
+INDEX = "index.json"
+"""The usual name of the file that `Dataset.save` writes."""
+SCHEMA_VERSION = 1
+MAX_INDEX_BYTES = 2 << 30
+FLOAT32_DIGITS = ".9g"
+"""Nine digits name a float32 exactly, also when they are read as float64 first."""
 
-CACHE_SHARE = 0.5
-"""Of the free memory that decoded images may take; the model, the workers and other programs need the rest."""
-CGROUP = Path("/sys/fs/cgroup")
+
+class Problem(NamedTuple):
+    """Something in the user's data that was skipped; `line` is 0 where the whole file is meant."""
+
+    path: Path
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.what}" if self.line else f"{self.path}: {self.what}"
 
 
-class ImageStore:
-    """Images of `samples` as uint8 BGR whose longest side is `imgsz`, kept once decoded when all of them fit.
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One usable image.
 
-    An image that cannot be decoded any more is reported once, in `problems` and in the log, and stands in as a plain
-    114 picture; `load` then says so, and its labels must not be used.
+    `key` is its path relative to the data set's root, with slashes: the name by which it is known everywhere.
+    `labels` are (n, 5) float32 [class, cx, cy, w, h] normalised, `size_hw` is (height, width) as decoded (turned by
+    EXIF), `sha256` is the hex digest of the file's bytes.
     """
 
-    def __init__(self, samples: Sequence[Sample], imgsz: int, *, cache: bool | None = None) -> None:
-        self.samples = samples
-        self.imgsz = imgsz
-        self.cached = cached_bytes(samples, imgsz) < CACHE_SHARE * free_bytes() if cache is None else cache
-        self.problems: dict[int, Problem] = {}
-        self._images: dict[int, Picture] = {}
-
-    def load(self, index: int) -> tuple[Picture, bool]:
-        """The resized image, read-only when cached, and whether it is real."""
-        image = self._images.get(index)
-        if image is None:
-            image = self._decode(index)
-            image.setflags(write=False)
-            if self.cached:
-                self._images[index] = image
-        return image, index not in self.problems
-
-    def _decode(self, index: int) -> Picture:
-        sample = self.samples[index]
-        try:
-            return read_resized(sample, self.imgsz, linear=True)
-        except InputError as error:
-            self.problems[index] = Problem(sample.image, 0, error.message)
-            log.warning("image left out of training: %s", error)
-            return np.full((*resized_hw(sample.size_hw, self.imgsz), 3), LETTERBOX_FILL, np.uint8)
+    image: Path
+    key: str
+    labels: NDArray[np.float32]
+    size_hw: tuple[int, int]
+    sha256: str
 
 
-class TrainDataset:
-    """Augmented training items."""
+@dataclass(frozen=True)
+class Index:
+    """The usable images of one split in the order of their paths, and what was skipped on the way."""
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        imgsz: int,
-        config: AugmentConfig,
-        seed: int = 0,
-        *,
-        cache: bool | None = None,
-    ) -> None:
-        self.samples = samples
-        self.imgsz = imgsz
-        self.config = config
-        self.seed = seed
-        self.store = ImageStore(samples, imgsz, cache=cache)
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...]
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    @property
+    def boxes(self) -> int:
+        return sum(len(sample.labels) for sample in self.samples)
 
-    def item(self, epoch: int, index: int, *, mosaic: bool = True) -> tuple[Picture, NDArray[np.float32]]:
-        """Image uint8 (3, imgsz, imgsz) RGB and labels (n, 5) float32 [class, cx, cy, w, h] normalised.
 
-        `mosaic=False` switches mosaic and mixup off (the last epochs of a training).
+@dataclass(frozen=True)
+class Dataset:
+    """An indexed data set: `path` is its data.yaml, `root` the folder that keys start from."""
+
+    path: Path
+    root: Path
+    names: tuple[str, ...]
+    notices: tuple[str, ...]
+    splits: Mapping[str, Index]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of what was indexed: names, keys, image bytes and labels. No time and no absolute path counts."""
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        for split, index in sorted(self.splits.items()):
+            for sample in index.samples:
+                digest.update(json.dumps([split, sample.key, sample.sha256, len(sample.labels)]).encode())
+                digest.update(sample.labels.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def save(self, file: Path) -> None:
+        """Write `index.json`: one line an image, keys instead of absolute paths.
+
+        Raises EdgestillError when the file cannot be written.
         """
-        plan = augment.draw_plan(
-            self.config,
-            seed=self.seed,
-            epoch=epoch,
-            index=index,
-            count=len(self),
-            imgsz=self.imgsz,
-            mosaic=mosaic,
-        )
-        image, boxes = self._compose(plan, index)
-        labels = augment.to_normalised(boxes, self.imgsz, self.imgsz)
-        image = augment.jitter_hsv(image, plan.hsv)
-        image, labels = augment.flip(image, labels, up_down=plan.flip_ud, left_right=plan.flip_lr)
-        return to_chw_rgb(image), labels
+        head = {"schema_version": SCHEMA_VERSION, "path": key_of(self.path, self.root)}
+        head |= {"names": self.names, "notices": self.notices}
+        splits = ",\n".join(f"{_compact(split)}: {_index_text(i, self.root)}" for split, i in self.splits.items())
+        with atomic_write(file) as temporary:
+            temporary.write_text(f'{_compact(head)[:-1]},\n"splits": {{\n{splits}\n}}}}\n', encoding="ascii")
 
-    def _compose(self, plan: Plan, index: int) -> tuple[Picture, Boxes]:
-        if plan.mosaic is None:
-            return self._single(plan, index)
-        image, boxes = self._mosaic(plan.mosaic)
-        if plan.mixup is None:
-            return image, boxes
-        return augment.mix(image, boxes, *self._mosaic(plan.mixup.mosaic), plan.mixup.share)
+    @classmethod
+    def load(cls, file: Path, root: Path) -> Dataset:
+        """The data set that `save` wrote, equal in every bit of its labels; its images lie under `root`.
 
-    def _mosaic(self, plan: Mosaic) -> tuple[Picture, Boxes]:
-        images, boxes = zip(*(self._with_boxes(index) for index in plan.indices), strict=True)
-        canvas, together = augment.mosaic(images, boxes, plan.centre_xy, self.imgsz)
-        return self._warped(canvas, together, plan.warp)
-
-    def _single(self, plan: Plan, index: int) -> tuple[Picture, Boxes]:
-        image, boxes = self._with_boxes(index)
-        framed = letterbox(image, (self.imgsz, self.imgsz), auto=False, scale_up=True)
-        boxes[:, 1:] *= framed.gain
-        return self._warped(framed.image, augment.shift_boxes(boxes, *framed.pad_wh), plan.warp)
-
-    def _warped(self, image: Picture, boxes: Boxes, warp: augment.Warp) -> tuple[Picture, Boxes]:
-        out_hw = (self.imgsz, self.imgsz)
-        matrix = augment.warp_matrix(warp, (image.shape[0], image.shape[1]), out_hw)
-        return augment.warp_image(image, matrix, out_hw), augment.warp_boxes(boxes, matrix, out_hw, warp.scale)
-
-    def _with_boxes(self, index: int) -> tuple[Picture, Boxes]:
-        """The resized image and its boxes in its pixels."""
-        image, is_real = self.store.load(index)
-        labels = self.samples[index].labels if is_real else np.zeros((0, 5), np.float32)
-        return image, augment.to_pixels(labels, image.shape[1], image.shape[0])
+        Raises InputError when the file is missing or is no index. Images are not opened.
+        """
+        root = root.resolve()
+        hint = "Run the data stage again"
+        raw = read_json(file, most_bytes=MAX_INDEX_BYTES, hint=hint)
+        try:
+            if raw["schema_version"] != SCHEMA_VERSION:
+                raise InputError(f"{file}: schema {raw['schema_version']}, expected {SCHEMA_VERSION}", hint)
+            splits = {split: _index(content, root) for split, content in raw["splits"].items()}
+            return cls(path_of(raw["path"], root), root, tuple(raw["names"]), tuple(raw["notices"]), splits)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{file}: not an index of images ({error!r})", hint) from error
 
 
-def read_resized(sample: Sample, imgsz: int, *, linear: bool) -> Picture:
-    """The image as uint8 BGR, its longest side `imgsz`. Raises InputError when it cannot be decoded."""
-    return resize_longest(read_image(sample.image), imgsz, enlarge_or_augment_linear=linear)
+def key_of(path: Path, root: Path) -> str:
+    """`path` relative to the absolute folder `root`, with slashes; files outside start with `../`.
 
-
-def to_chw_rgb(image: Picture) -> Picture:
-    """(H, W, 3) BGR as contiguous (3, H, W) RGB."""
-    return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
-
-
-def resized_hw(size_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
-    """What `runtime.image.resize_longest` makes of an image of this size."""
-    ratio = imgsz / max(size_hw)
-    return max(1, int(size_hw[0] * ratio)), max(1, int(size_hw[1] * ratio))
-
-
-def cached_bytes(samples: Sequence[Sample], imgsz: int) -> int:
-    """Memory that all images take once decoded and resized."""
-    return sum(3 * int(np.prod(resized_hw(sample.size_hw, imgsz))) for sample in samples)
-
-
-def free_bytes() -> int:
-    """Memory that is free now: of the machine, or of the container where that has less."""
-    free = psutil.virtual_memory().available
+    A file on another drive of Windows keeps its whole path.
+    """
     try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no container limit: "max", or no cgroup v2
-        return free
-    return min(free, max(0, limit - used))
+        return Path(os.path.relpath(path, root)).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
+def path_of(key: str, root: Path) -> Path:
+    """The path that `key_of` was asked for, where `root` is free of links."""
+    return Path(os.path.normpath(root / key))
+
+
+def all_labels(samples: Iterable[Sample]) -> NDArray[np.float32]:
+    """Labels of every sample below each other, (n, 5) float32."""
+    return np.concatenate([np.zeros((0, 5), np.float32), *(sample.labels for sample in samples)])
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: a file name may be no valid UTF-8
+
+
+def _index_text(index: Index, root: Path) -> str:
+    images = ",\n".join(
+        _compact([sample.key, sample.size_hw, sample.sha256, _rows(sample.labels)]) for sample in index.samples
+    )
+    problems = ",\n".join(_compact([key_of(path, root), line, what]) for path, line, what in index.problems)
+    return f'{{"images": [\n{images}\n],\n"problems": [\n{problems}\n]}}'
+
+
+def _rows(labels: NDArray[np.float32]) -> list[list[float]]:
+    return [[float(format(value, FLOAT32_DIGITS)) for value in row] for row in labels.tolist()]
+
+
+def _index(content: Mapping[str, Any], root: Path) -> Index:
+    samples = tuple(_sample(root, *entry) for entry in content["images"])
+    problems = tuple(Problem(path_of(key, root), int(line), str(what)) for key, line, what in content["problems"])
+    return Index(samples, problems)
+
+
+def _sample(root: Path, key: str, size_hw: list[int], sha256: str, rows: list[list[float]]) -> Sample:
+    height, width = size_hw
+    labels = np.array(rows, np.float32).reshape(-1, 5)
+    labels.setflags(write=False)
+    return Sample(path_of(key, root), key, labels, (int(height), int(width)), sha256)

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from compress.data import augment
-from compress.data.dataset import TrainDataset, read_resized, to_chw_rgb
-from compress.data.index import Sample
+from compress.data.dataset import Sample
+from compress.data.train_dataset import TrainDataset, read_resized, to_chw_rgb
 from runtime.image import letterbox
 
 A = TypeVar("A")

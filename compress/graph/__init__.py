@@ -1,4 +1,4 @@
-"""ONNX graphs as data: traced, extended with heads and tails, rewritten per precision, and checked.
+"""ONNX graphs: traced from torch, given preprocessing and NMS, rewritten for each precision, and checked.
 
 Everything here works on `onnx.ModelProto` or on plain tuples; nothing reads a recipe or a data set.
 """

@@ -79,7 +79,7 @@ class GraphBuilder:
         return model
 
 
-def publish(model: onnx.ModelProto, path: Path) -> Path:
+def write_model(model: onnx.ModelProto, path: Path) -> Path:
     """Write the model atomically; equal models make equal bytes."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))

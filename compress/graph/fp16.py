@@ -6,11 +6,14 @@ body and one leaves each detect convolution.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.graph.walk import Walk, sort_topologically
+from compress.graph.calibration import calibrate
+from compress.graph.parts import GraphParts, sort_topologically
 from runtime.errors import EdgestillError
 
 FP16_MAX = float(np.finfo(np.float16).max)
@@ -25,17 +28,31 @@ def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     _raise_opset_for_quantised(result)
-    walk = Walk(result.graph)
-    if not walk.convs:
-        raise EdgestillError("the graph has no convolution to convert to FP16", "give an exported YOLOv5 graph")
-    body = walk.body
-    _convert_constants(result.graph, walk, body)
-    casts = [*_casts_in(walk, body), *_casts_out(result.graph, walk, body)]
+    parts = GraphParts(result.graph)
+    if not parts.convs:
+        raise EdgestillError("the graph has no convolution to convert to FP16", "Give an exported YOLOv5 graph")
+    body = parts.body
+    _convert_constants(result.graph, parts, body)
+    casts = [*_casts_in(parts, body), *_casts_out(result.graph, parts, body)]
     result.graph.node.extend(casts)
     sort_topologically(result.graph)
     del result.graph.value_info[:]
     onnx.checker.check_model(result, full_check=True)
     return result
+
+
+def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
+    """Which activation of the FP32 `model` is beyond FP16 on these canvases, or nothing.
+
+    Measured in FP32: ONNX Runtime's CPU computes FP16 graphs in FP32, where nothing overflows. `canvases` are uint8
+    (1,H,W,3), what the graph's input takes.
+    """
+    ranges = calibrate(model, canvases, "minmax")
+    peaks = {name: float(np.abs(data.range_value).max()) for name, data in ranges.items()}
+    worst = max(peaks, key=lambda name: peaks[name])
+    if peaks[worst] <= FP16_MAX:
+        return ""
+    return f"{worst!r} reaches {peaks[worst]:.3g}, and FP16 overflows above {FP16_MAX:g}"
 
 
 def _raise_opset_for_quantised(model: onnx.ModelProto) -> None:
@@ -51,15 +68,15 @@ def _is_resize_setting(node: onnx.NodeProto, position: int) -> bool:
     return node.op_type == "Resize" and position > 0
 
 
-def _convert_constants(graph: onnx.GraphProto, walk: Walk, body: frozenset[int]) -> None:
+def _convert_constants(graph: onnx.GraphProto, parts: GraphParts, body: frozenset[int]) -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     outputs = {value.name for value in graph.output}
     for name, tensor in tensors.items():
-        readers = walk.consumers.get(name, [])
-        wanted = [(walk.nodes[i], at) for i in readers if i in body for at in _positions(walk.nodes[i], name)]
+        readers = parts.consumers.get(name, [])
+        wanted = [(parts.nodes[i], at) for i in readers if i in body for at in _positions(parts.nodes[i], name)]
         if not wanted:
             continue
-        shared = len(wanted) < sum(list(walk.nodes[i].input).count(name) for i in readers)
+        shared = len(wanted) < sum(list(parts.nodes[i].input).count(name) for i in readers)
         half = _to_half(tensor, f"{name}.fp16" if shared or name in outputs else name)
         if half.name == name:
             tensor.CopyFrom(half)
@@ -68,7 +85,7 @@ def _convert_constants(graph: onnx.GraphProto, walk: Walk, body: frozenset[int])
         for node, at in wanted:
             node.input[at] = half.name
     for i in body:
-        _convert_constant_node(walk.nodes[i])
+        _convert_constant_node(parts.nodes[i])
 
 
 def _positions(node: onnx.NodeProto, name: str) -> list[int]:
@@ -86,18 +103,18 @@ def _to_half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     if values.size and np.abs(values).max() > FP16_MAX:
         raise EdgestillError(
             f"{tensor.name!r} holds {np.abs(values).max():.3g}, beyond FP16's {FP16_MAX:g}",
-            "leave fp16 out of the flavours",
+            "Leave fp16 out of the flavours",
         )
     return numpy_helper.from_array(values.astype(np.float16), name)
 
 
-def _casts_in(walk: Walk, body: frozenset[int]) -> list[onnx.NodeProto]:
+def _casts_in(parts: GraphParts, body: frozenset[int]) -> list[onnx.NodeProto]:
     """One cast for each tensor that enters; every reader in the body then reads the cast."""
     entering: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for i in sorted(body):
-        node = walk.nodes[i]
+        node = parts.nodes[i]
         for at, name in enumerate(node.input):
-            if name and _enters(walk, body, node, at, name):
+            if name and _enters(parts, body, node, at, name):
                 entering.setdefault(name, []).append((node, at))
     casts = []
     for name, readers in entering.items():
@@ -108,39 +125,39 @@ def _casts_in(walk: Walk, body: frozenset[int]) -> list[onnx.NodeProto]:
     return casts
 
 
-def _enters(walk: Walk, body: frozenset[int], node: onnx.NodeProto, at: int, name: str) -> bool:
-    if name in walk.initializers or name.endswith(".fp16") or _is_resize_setting(node, at):
+def _enters(parts: GraphParts, body: frozenset[int], node: onnx.NodeProto, at: int, name: str) -> bool:
+    if name in parts.initializers or name.endswith(".fp16") or _is_resize_setting(node, at):
         return False
-    if name not in walk.producer:
+    if name not in parts.producer:
         return True
-    maker = walk.producer[name]
-    return maker not in body and walk.nodes[maker].op_type not in ("Constant", "Shape", "Gather", "QuantizeLinear")
+    maker = parts.producer[name]
+    return maker not in body and parts.nodes[maker].op_type not in ("Constant", "Shape", "Gather", "QuantizeLinear")
 
 
-def _casts_out(graph: onnx.GraphProto, walk: Walk, body: frozenset[int]) -> list[onnx.NodeProto]:
+def _casts_out(graph: onnx.GraphProto, parts: GraphParts, body: frozenset[int]) -> list[onnx.NodeProto]:
     """One cast for each body tensor that is read outside, or that is an output of the graph."""
     published = {value.name for value in graph.output}
     casts = []
     for i in sorted(body):
-        node = walk.nodes[i]
+        node = parts.nodes[i]
         for at, name in enumerate(node.output):
-            outside = [j for j in walk.consumers.get(name, ()) if j not in body]
+            outside = [j for j in parts.consumers.get(name, ()) if j not in body]
             if node.op_type in _NOT_CAST or not (outside or name in published):
                 continue
-            casts.append(_cast_out(walk, body, node, at, outside, name in published))
+            casts.append(_cast_out(parts, body, node, at, outside, name in published))
     return casts
 
 
 def _cast_out(
-    walk: Walk, body: frozenset[int], node: onnx.NodeProto, at: int, outside: list[int], published: bool
+    parts: GraphParts, body: frozenset[int], node: onnx.NodeProto, at: int, outside: list[int], published: bool
 ) -> onnx.NodeProto:
     """A graph output keeps its name, so there the body's own tensor is renamed; elsewhere the cast has the new name."""
     name = node.output[at]
     half, full = (f"{name}.fp16_value", name) if published else (name, f"{name}.to_fp32")
-    readers = [j for j in walk.consumers.get(name, ()) if j in body] if published else outside
+    readers = [j for j in parts.consumers.get(name, ()) if j in body] if published else outside
     for j in readers:
-        for position, value in enumerate(walk.nodes[j].input):
+        for position, value in enumerate(parts.nodes[j].input):
             if value == name:
-                walk.nodes[j].input[position] = half if published else full
+                parts.nodes[j].input[position] = half if published else full
     node.output[at] = half
     return helper.make_node("Cast", [half], [full], name=f"{name}.to_fp32", to=TensorProto.FLOAT)

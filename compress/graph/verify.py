@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from compress.graph.heads import LetterboxGeometry, pixels_tensor
+from compress.graph.nms import NmsShape, cluster_nms
+from compress.graph.preprocess import LetterboxGeometry, pixels_tensor
 from compress.graph.session import exposing, open_session
-from compress.graph.tails import PROBES, NmsShape, cluster_nms
+
+PROBES = ("candidates.row", "candidates.boxes", "candidates.score", "candidates.class", "nms.keep")
+"""Inner tensors of the boxes graph that are compared: (K,), (K,4), (K,), (K,), (1,K)."""
 
 TorchRows = Callable[[np.ndarray], np.ndarray]
 """float32 RGB 0..1 (1,3,H,W) -> decoded rows (N, 5+nc) of the torch network."""

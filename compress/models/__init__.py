@@ -1,14 +1,13 @@
 """YOLOv5 networks and the files that hold them."""
 
-from compress.models.architecture import DEFAULT_ANCHORS, LAYOUTS, SCALES, Architecture
+from compress.models.architecture import DEFAULT_ANCHORS, LAYOUTS, Architecture
 from compress.models.checkpoint import Checkpoint, describe, load, load_model, save_model, transfer
 from compress.models.complexity import complexity
-from compress.models.yolov5 import YOLOv5
+from compress.models.network import YOLOv5
 
 __all__ = [
     "DEFAULT_ANCHORS",
     "LAYOUTS",
-    "SCALES",
     "Architecture",
     "Checkpoint",
     "YOLOv5",

@@ -1,6 +1,6 @@
-"""What a YOLOv5 network is made of: scales, layer tables, anchors and classes. No torch in here.
+"""What a network is made of: layer tables, anchors, classes, depth and width.
 
-A network is fully described by an `Architecture`; its layers follow from the table of its layout.
+An `Architecture` describes a network fully; its layers follow from the table of its layout.
 """
 
 from __future__ import annotations
@@ -10,20 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from compress.config import SCALES
+from compress.models.activations import ACTIVATIONS
 from runtime.errors import InputError, UsageError
 
 Anchors = tuple[tuple[tuple[float, float], ...], ...]
 """(width, height) in pixels, a group for each level, finest level first."""
-
-SCALES: dict[str, tuple[float, float]] = {
-    "p": (0.33, 0.125),
-    "n": (0.33, 0.25),
-    "s": (0.33, 0.50),
-    "m": (0.67, 0.75),
-    "l": (1.00, 1.00),
-    "x": (1.33, 1.25),
-}
-"""Depth and width multiples. All but `p`, half the width of `n`, are YOLOv5's."""
 
 DEFAULT_ANCHORS: Anchors = (
     ((10, 13), (16, 30), (33, 23)),
@@ -40,7 +32,6 @@ DEFAULT_ANCHORS_P6: Anchors = (
 )
 """At 1280 pixels, strides 8, 16, 32, 64."""
 
-ACTIVATIONS = ("SiLU", "LeakyReLU", "Hardswish", "ReLU")
 MAX_MULTIPLE = 4.0
 MAX_CLASSES = 10_000
 MAX_NAME = 1000
@@ -65,6 +56,8 @@ class Layout(NamedTuple):
 
     layers: tuple[Layer, ...]
     strides: tuple[int, ...]
+    releases: str
+    """The releases of YOLOv5 whose checkpoints have it."""
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -72,11 +65,14 @@ class Layout(NamedTuple):
         return self.layers[-1].source
 
 
+_NO_SHORTCUT = {"shortcut": False}
+
+
 def _down(channels: int) -> Layer:
     return Layer("Conv", channels, options={"k": 3, "s": 2})
 
 
-def _layout(stem: Layer, block: str, stages: Sequence[tuple[int, int]], top: Sequence[Layer]) -> Layout:
+def _layout(releases: str, stem: Layer, block: str, stages: Sequence[tuple[int, int]], top: Sequence[Layer]) -> Layout:
     """The feature pyramid that all releases share.
 
     `stages` are (channels, repeats) from stride 4 on; the last one's own blocks are `top`. The head climbs from the
@@ -92,39 +88,44 @@ def _layout(stem: Layer, block: str, stages: Sequence[tuple[int, int]], top: Seq
     for channels, skip in zip(levels[-2::-1], backbone[::-1], strict=True):
         laterals.append(len(layers))
         layers += [Layer("Conv", channels), Layer("Upsample"), Layer("Concat", source=(-1, skip))]
-        layers.append(Layer(block, channels, 3, options={"shortcut": False}))
+        layers.append(Layer(block, channels, 3, options=_NO_SHORTCUT))
     outputs = [len(layers) - 1]
     for finer, channels, lateral in zip(levels[:-1], levels[1:], laterals[::-1], strict=True):
         layers += [_down(finer), Layer("Concat", source=(-1, lateral))]
-        layers.append(Layer(block, channels, 3, options={"shortcut": False}))
+        layers.append(Layer(block, channels, 3, options=_NO_SHORTCUT))
         outputs.append(len(layers) - 1)
     layers.append(Layer("Detect", source=tuple(outputs)))
-    return Layout(tuple(layers), tuple(8 << level for level in range(len(levels))))
+    return Layout(tuple(layers), tuple(8 << level for level in range(len(levels))), releases)
 
 
 _STEM = Layer("Conv", 64, options={"k": 6, "s": 2, "p": 2})
 _FOCUS = Layer("Focus", 64)
 _SPP = Layer("SPP", 1024)
 _SPPF = Layer("SPPF", 1024)
-_OLD_STAGES = ((128, 3), (256, 9), (512, 9), (1024, 3))
+_STAGES = ((128, 3), (256, 6), (512, 9), (1024, 3))
+_STAGES_P6 = ((128, 3), (256, 6), (512, 9), (768, 3), (1024, 3))
+_STAGES_OLD = ((128, 3), (256, 9), (512, 9), (1024, 3))
 
 LAYOUTS: dict[str, Layout] = {
-    "v6": _layout(_STEM, "C3", ((128, 3), (256, 6), (512, 9), (1024, 3)), (Layer("C3", 1024, 3), _SPPF)),
-    "v6-p6": _layout(_STEM, "C3", ((128, 3), (256, 6), (512, 9), (768, 3), (1024, 3)), (Layer("C3", 1024, 3), _SPPF)),
-    "v4": _layout(_FOCUS, "C3", _OLD_STAGES, (_SPP, Layer("C3", 1024, 3, options={"shortcut": False}))),
-    "v2": _layout(
-        _FOCUS, "BottleneckCSP", _OLD_STAGES, (_SPP, Layer("BottleneckCSP", 1024, 3, options={"shortcut": False}))
+    "v6": _layout("6.0 to 7.0", _STEM, "C3", _STAGES, (Layer("C3", 1024, 3), _SPPF)),
+    "v6-p6": _layout("6.0 to 7.0, four levels", _STEM, "C3", _STAGES_P6, (Layer("C3", 1024, 3), _SPPF)),
+    "v4": _layout(
+        "4.0 and 5.0", _FOCUS, "C3", _STAGES_OLD, (_SPP, Layer("C3", 1024, 3, options=_NO_SHORTCUT))
     ),
-}
-"""By the release that brought them: `v6` serves 6.0 to 7.0, `v4` 4.0 and 5.0, `v2` 2.0 to 3.1."""
+    "v2": _layout(
+        "2.0 to 3.1", _FOCUS, "BottleneckCSP", _STAGES_OLD,
+        (_SPP, Layer("BottleneckCSP", 1024, 3, options=_NO_SHORTCUT)),
+    ),
+}  # fmt: skip
+"""By the release that brought them."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Everything that fixes a network's graph and the meaning of its outputs.
 
-    Anchors and names may be given as any nested sequences; they are kept as tuples. Errors: UsageError for a value
-    out of range, or anchors that do not suit the layout.
+    Anchors and names may be given as any nested sequences; they are kept as tuples. Raises UsageError when a value is
+    out of range, or the anchors do not suit the layout.
     """
 
     depth: float
@@ -136,9 +137,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
-            raise UsageError(f"layout {self.layout!r} is not known", f"choose among {', '.join(LAYOUTS)}")
+            raise UsageError(f"layout {self.layout!r} is not known", f"Choose among {', '.join(LAYOUTS)}")
         if self.activation not in ACTIVATIONS:
-            raise UsageError(f"activation {self.activation!r} is not known", f"choose among {', '.join(ACTIVATIONS)}")
+            raise UsageError(f"activation {self.activation!r} is not known", f"Choose among {', '.join(ACTIVATIONS)}")
         for name in ("depth", "width"):
             _require(
                 name,
@@ -154,10 +155,10 @@ class Architecture:
         """The network of a scale of `SCALES` for the classes `names`.
 
         Without a `layout`, four levels of anchors make the one with a fourth level; without anchors the layout's
-        defaults are taken. Errors: UsageError for an unknown scale.
+        defaults are taken. Raises UsageError when the scale is unknown.
         """
         if scale not in SCALES:
-            raise UsageError(f"scale {scale!r} is not known", f"choose among {', '.join(SCALES)}")
+            raise UsageError(f"scale {scale!r} is not known", f"Choose among {', '.join(SCALES)}")
         depth, width = SCALES[scale]
         layout = layout or ("v6-p6" if anchors is not None and len(anchors) == 4 else "v6")
         if anchors is None:
@@ -215,11 +216,11 @@ class Architecture:
 
     @classmethod
     def from_json(cls, raw: Any) -> Architecture:
-        """Errors: InputError for anything that `to_json` does not write."""
+        """The architecture that `to_json` wrote. Raises InputError when `raw` is anything else."""
         keys = {"depth", "width", "names", "anchors", "strides", "layout", "activation"}
         if not isinstance(raw, Mapping) or set(raw) != keys:
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else type(raw).__name__
-            raise InputError(f"an architecture has the keys {sorted(keys)}, not {found}", "write the file anew")
+            raise InputError(f"an architecture has the keys {sorted(keys)}, not {found}", "Write the file anew")
         fields = {key: value for key, value in raw.items() if key != "strides"}
         try:
             made = cls(**fields)
@@ -227,14 +228,14 @@ class Architecture:
             raise InputError(error.message, error.hint) from error
         if raw["strides"] != list(made.strides):
             raise InputError(
-                f"layout {made.layout} has strides {made.strides}, not {raw['strides']}", "write the file anew"
+                f"layout {made.layout} has strides {made.strides}, not {raw['strides']}", "Write the file anew"
             )
         return made
 
 
 def _require(name: str, value: Any, holds: bool, expected: str) -> None:
     if not holds:
-        raise UsageError(f"{name} of the network: {_brief(value)}", f"expected: {expected}")
+        raise UsageError(f"{name} of the network: {_brief(value)}", f"Expected: {expected}")
 
 
 def _brief(value: Any) -> str:

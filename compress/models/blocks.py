@@ -1,29 +1,58 @@
-"""The building blocks of the YOLOv5 graphs. Attribute names are the keys of the checkpoints' tensors.
+"""The blocks that networks are made of. Attribute names are the keys of the checkpoints' tensors.
 
 All blocks map float (B, C, H, W) to float (B, C', H', W'). Convolutions are made in the order of the state dict and
 nothing else draws random numbers, so a seeded build is reproducible.
+
+A new block is a subclass of `Block`, here or in a file of its own, and its name in `BLOCKS` of `network.py`. Its cost
+is counted and its operators are exported without more, as long as the exporter's table knows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Activation = Callable[[], nn.Module]
+from compress.models.activations import ACTIVATIONS, Activation
+from compress.models.architecture import Architecture
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
-LEAKY_SLOPE = 0.1
 PROBED_VARIANCE = 0.9
 """YOLOv5 finds its strides by one training step on zeros: every running variance goes from 1 to 0.9."""
 
-ACTIVATIONS: dict[str, Activation] = {
-    "SiLU": lambda: nn.SiLU(inplace=True),
-    "LeakyReLU": lambda: nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
-    "Hardswish": lambda: nn.Hardswish(inplace=True),
-    "ReLU": lambda: nn.ReLU(inplace=True),
-}
+
+class ScaledLayer(NamedTuple):
+    """A row of a layer table at an architecture's depth and width."""
+
+    inputs: tuple[int, ...]
+    """Channels of the tensors that it reads."""
+    channels: int
+    """Output channels; 0 where they follow from the inputs."""
+    repeats: int
+    """Bottlenecks."""
+    options: Mapping[str, Any]
+    activation: Activation
+    arch: Architecture
+
+
+class Block(nn.Module):
+    """A piece of a network: how it is built from a row of a layer table, compared with a file's, and fused."""
+
+    compared: ClassVar[tuple[str, ...]] = ()
+    """Attributes that the output depends on and that no tensor shows: a checkpoint with other values is refused."""
+
+    @classmethod
+    def build(cls, layer: ScaledLayer) -> tuple[Block, int]:
+        """The block of a row, and its output channels.
+
+        Here for blocks made as `cls(input channels, output channels, activation, **options)`.
+        """
+        return cls(layer.inputs[0], layer.channels, layer.activation, **layer.options), layer.channels
+
+    def fuse(self) -> None:
+        """Fold the block's own BatchNorms into its convolutions, in place; most blocks have none of their own."""
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -36,7 +65,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-class Conv(nn.Module):
+class Conv(Block):
     """Convolution without bias, BatchNorm, activation. Padding is k // 2 unless given."""
 
     def __init__(self, c1: int, c2: int, act: Activation, k: int = 1, s: int = 1, p: int | None = None) -> None:
@@ -54,8 +83,10 @@ class Conv(nn.Module):
             self.bn = nn.Identity()
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, then 3x3, with a residual where `shortcut`."""
+
+    compared = ("add",)
 
     def __init__(self, channels: int, act: Activation, shortcut: bool) -> None:
         super().__init__()
@@ -68,7 +99,16 @@ class Bottleneck(nn.Module):
         return x + y if self.add else y
 
 
-class C3(nn.Module):
+class CspBlock(Block):
+    """Base of the blocks whose row says how many bottlenecks they hold at depth 1."""
+
+    @classmethod
+    def build(cls, layer: ScaledLayer) -> tuple[Block, int]:
+        made = cls(layer.inputs[0], layer.channels, layer.activation, layer.repeats, **layer.options)
+        return made, layer.channels
+
+
+class C3(CspBlock):
     """Two branches at half width, one of them through `n` bottlenecks; joined with the bottlenecks first."""
 
     def __init__(self, c1: int, c2: int, act: Activation, n: int = 1, shortcut: bool = True) -> None:
@@ -83,7 +123,7 @@ class C3(nn.Module):
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
 
 
-class BottleneckCSP(nn.Module):
+class BottleneckCSP(CspBlock):
     """C3's forerunner (releases 1.0 to 3.1): bare convolutions on both branches, one BatchNorm over the join.
 
     Its own activation is LeakyReLU whatever the rest of the network uses.
@@ -112,7 +152,7 @@ class BottleneckCSP(nn.Module):
             self.bn = nn.Identity()
 
 
-class SPP(nn.Module):
+class SPP(Block):
     """Max pools of several kernels side by side (releases up to 5.0)."""
 
     def __init__(self, c1: int, c2: int, act: Activation, kernels: Sequence[int] = (5, 9, 13)) -> None:
@@ -127,7 +167,7 @@ class SPP(nn.Module):
         return self.cv2(torch.cat((x, *(pool(x) for pool in self.m)), 1))
 
 
-class SPPF(nn.Module):
+class SPPF(Block):
     """The same pools as `SPP`, in series."""
 
     def __init__(self, c1: int, c2: int, act: Activation, k: int = 5) -> None:
@@ -144,7 +184,7 @@ class SPPF(nn.Module):
         return self.cv2(torch.cat((x, once, twice, self.m(twice)), 1))
 
 
-class Focus(nn.Module):
+class Focus(Block):
     """The stem of releases up to 5.0: the four pixel phases become channels, then a 3x3 convolution."""
 
     def __init__(self, c1: int, c2: int, act: Activation, k: int = 3) -> None:
@@ -156,14 +196,28 @@ class Focus(nn.Module):
         return self.conv(torch.cat(phases, 1))
 
 
-class Concat(nn.Module):
+class Upsample(nn.Upsample, Block):
+    """Twice the height and width, each pixel four times."""
+
+    compared = ("scale_factor", "mode")
+
+    @classmethod
+    def build(cls, layer: ScaledLayer) -> tuple[Block, int]:
+        return cls(scale_factor=2, mode="nearest"), layer.inputs[0]
+
+
+class Concat(Block):
     """Join along channels, in the order given."""
+
+    @classmethod
+    def build(cls, layer: ScaledLayer) -> tuple[Block, int]:
+        return cls(), sum(layer.inputs)
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(tuple(tensors), 1)
 
 
-class Detect(nn.Module):
+class Detect(Block):
     """One 1x1 convolution a level; the buffer `anchors` (nl, na, 2) is in units of the level's stride."""
 
     anchors: Tensor
@@ -173,6 +227,10 @@ class Detect(nn.Module):
         self.na, self.no = anchors_grid.shape[1], nc + 5
         self.register_buffer("anchors", anchors_grid)
         self.m = nn.ModuleList(nn.Conv2d(c, self.na * self.no, 1) for c in channels)
+
+    @classmethod
+    def build(cls, layer: ScaledLayer) -> tuple[Block, int]:
+        return cls(layer.arch.nc, anchors_grid(layer.arch), layer.inputs), 0
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Raw maps (B, na, H, W, 5+nc) of the levels."""
@@ -203,10 +261,6 @@ def fused(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
     return made.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
 
-def fusable(module: nn.Module) -> Iterator[Conv | BottleneckCSP]:
-    """All blocks within `module` that hold a BatchNorm behind convolutions."""
-    return (m for m in module.modules() if isinstance(m, (Conv, BottleneckCSP)))
-
-
-def upsample() -> nn.Upsample:
-    return nn.Upsample(scale_factor=2, mode="nearest")
+def anchors_grid(arch: Architecture) -> Tensor:
+    """(nl, na, 2) float32 anchors in units of their level's stride."""
+    return torch.tensor(arch.anchors, dtype=torch.float32) / torch.tensor(arch.strides).view(-1, 1, 1)

@@ -1,7 +1,7 @@
 """Read YOLOv5 checkpoints (.pt) and our own models (.safetensors); write the latter.
 
-Out of both comes a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. What a file holds
-is told by its bytes, not by its name. Nothing in a file is executed.
+Both become a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. A file's kind is told by
+its bytes, not by its name. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from compress.models.architecture import Architecture
+from compress.models.architecture import LAYOUTS, Architecture
 from compress.models.complexity import complexity
-from compress.models.graph_in_file import mismatch, recognise, skeleton
-from compress.models.pickled import PickleError, Stub, brief
-from compress.models.plain import plain
+from compress.models.module_tree import mismatch, recognise
+from compress.models.network import YOLOv5, network_without_memory
+from compress.models.pickle_reader import PickleError, Stub, brief
+from compress.models.pickle_to_json import to_json
 from compress.models.torch_file import is_torch_file, open_torch_file
-from compress.models.yolov5 import YOLOv5
 from runtime.errors import InputError, one_line
 from runtime.files import atomic_write
 
@@ -36,9 +36,7 @@ FORMATS = {
     "legacy": "YOLOv5 checkpoint (torch before 1.6)",
     "safetensors": "edgestill model (safetensors)",
 }
-RELEASES = {"v6": "6.0 to 7.0", "v6-p6": "6.0 to 7.0, four levels", "v4": "4.0 and 5.0", "v2": "2.0 to 3.1"}
-"""Of YOLOv5, by layout."""
-GIVE = "give a YOLOv5 checkpoint (.pt) or a model that edgestill wrote (.safetensors)"
+GIVE = "Give a YOLOv5 checkpoint (.pt) or a model that edgestill wrote (.safetensors)"
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,13 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     """Exactly the tensors of the architecture, floats as float32, on the CPU, in torch's order."""
     meta: dict[str, Any]
-    """Plain JSON: of our files what `save_model` was given; of YOLOv5's date, epoch, options and the like."""
+    """Plain JSON: for our files, the `meta` of `save_model`; for YOLOv5's, date, epoch, options and the like."""
     format: str
     """A key of `FORMATS`."""
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint. Errors: InputError, one line, for anything that is not a sound detection checkpoint."""
+    """Read a checkpoint. Raises InputError (one line) when the file is not a sound detection checkpoint."""
     path = Path(path)
     head = _head(path)
     if is_torch_file(head):
@@ -77,7 +75,7 @@ def load_model(path: str | Path) -> YOLOv5:
 def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None = None) -> None:
     """Publish the weights with their architecture and `meta` (anything that JSON holds) as .safetensors.
 
-    Equal weights and metadata make equal bytes. Errors: EdgestillError where the file cannot be written.
+    Equal weights and metadata make equal bytes. Raises EdgestillError when the file cannot be written.
     """
     header = {"schema_version": SCHEMA_VERSION, "architecture": model.arch.to_json(), "meta": dict(meta or {})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -91,7 +89,7 @@ def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None =
 def transfer(state_dict: Mapping[str, Tensor], model: YOLOv5) -> tuple[list[str], list[str]]:
     """Copy into `model` every tensor whose name and shape agree; anchors stay, they belong to the architecture.
 
-    Returns the names of the model's tensors that were copied, and of those that were left.
+    Returns two lists of the model's tensor names: copied, and left as they were.
     """
     copied, left = [], []
     for key, own in model.state_dict().items():
@@ -109,8 +107,8 @@ def transfer(state_dict: Mapping[str, Tensor], model: YOLOv5) -> tuple[list[str]
 def describe(path: str | Path, imgsz: int = 640) -> dict[str, Any]:
     """Everything worth knowing about a .pt or .safetensors file, as JSON; costs are for `imgsz` squared pixels.
 
-    `scale` is the name of the depth and width that the tensors have, whatever the file is called. Errors: InputError
-    for anything that `load` refuses.
+    `scale` is the name of the depth and width that the tensors have, whatever the file is called. Raises InputError
+    when `load` refuses the file.
     """
     checkpoint = load(path)
     architecture = checkpoint.architecture
@@ -121,7 +119,7 @@ def describe(path: str | Path, imgsz: int = 640) -> dict[str, Any]:
         "depth": architecture.depth,
         "width": architecture.width,
         "layout": architecture.layout,
-        "releases": RELEASES[architecture.layout],
+        "releases": LAYOUTS[architecture.layout].releases,
         "activation": architecture.activation,
         "classes": architecture.nc,
         "names": list(architecture.names),
@@ -142,9 +140,9 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "check the path") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}", "Check the path") from error
     if not head:
-        raise InputError(f"{path} is empty", "fetch or copy the file again")
+        raise InputError(f"{path} is empty", "Fetch or copy the file again")
     return head
 
 
@@ -187,16 +185,16 @@ def _network(root: Any) -> Stub:
 
 
 def _sound(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The tensors in torch's order, floats as float32. Errors: InputError for a wrong kind, or a value not finite."""
+    """The tensors in torch's order, floats as float32. Raises InputError when a type is wrong or a value not finite."""
     made = {}
-    for key, expected in skeleton(architecture).state_dict().items():
+    for key, expected in network_without_memory(architecture).state_dict().items():
         tensor = state[key]
         if tensor.is_floating_point() != expected.is_floating_point():
             raise InputError(f"{path}: tensor {key} is {tensor.dtype} instead of {expected.dtype}", GIVE)
         made[key] = tensor.to(expected.dtype)
         if not torch.isfinite(made[key]).all():
             raise InputError(
-                f"{path}: tensor {key} holds values that are not finite", "the training diverged: take an earlier file"
+                f"{path}: tensor {key} holds values that are not finite", "The training diverged: take an earlier file"
             )
     return made
 
@@ -206,9 +204,9 @@ _KEPT = ("epoch", "best_fitness", "updates", "date", "wandb_id", "opt", "git")
 
 def _meta(root: Any, network: Stub, read: Any) -> dict[str, Any]:
     table = root if isinstance(root, dict) else {}
-    meta = {key: plain(table[key], read) for key in _KEPT if table.get(key) is not None}
+    meta = {key: to_json(table[key], read) for key in _KEPT if table.get(key) is not None}
     meta["stripped"] = table.get("optimizer") is None and table.get("ema") is None
-    meta["hyp"] = plain(network.state.get("hyp"), read)
+    meta["hyp"] = to_json(network.state.get("hyp"), read)
     meta["class"] = str(network.type)
     return meta
 
@@ -220,10 +218,10 @@ def _load_safetensors(path: Path) -> Checkpoint:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
             problem = mismatch(shapes, architecture)
             if problem:
-                raise InputError(f"{path} contradicts its header: {problem}", "write the file anew")
+                raise InputError(f"{path} contradicts its header: {problem}", "Write the file anew")
             state = {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {one_line(error)}", "fetch or copy the file again") from error
+        raise InputError(f"{path} is damaged: {one_line(error)}", "Fetch or copy the file again") from error
     return Checkpoint(architecture, _sound(path, state, architecture), meta, "safetensors")
 
 
@@ -234,12 +232,12 @@ def _header(path: Path, text: str | None) -> tuple[Architecture, dict[str, Any]]
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has a damaged header: {one_line(error)}", "write the file anew") from error
+        raise InputError(f"{path} has a damaged header: {one_line(error)}", "Write the file anew") from error
     version = header.get("schema_version") if isinstance(header, dict) else None
     if version != SCHEMA_VERSION or not isinstance(header.get("meta"), dict):
         raise InputError(
             f"{path} has a header of schema version {brief(version)}, expected {SCHEMA_VERSION}",
-            "use the edgestill that wrote it",
+            "Use the edgestill that wrote it",
         )
     try:
         return Architecture.from_json(header.get("architecture")), header["meta"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from compress.models.architecture import Architecture
-from compress.models.graph_in_file import skeleton
+from compress.models.network import network_without_memory
 
 
 class Complexity(NamedTuple):
@@ -19,26 +20,16 @@ class Complexity(NamedTuple):
     fused_parameters: int
     """With BatchNorm folded into the convolutions."""
     macs: int
-    """Multiply-accumulates of the convolutions; GFLOPs are twice that."""
+    """Multiply-accumulates of convolutions and matrix products; GFLOPs are twice that."""
 
 
 def complexity(architecture: Architecture, size_hw: tuple[int, int] = (640, 640)) -> Complexity:
-    """Counted on tensors without memory, so it takes milliseconds for any scale."""
-    network = skeleton(architecture)
+    """The cost of a network for an image of `size_hw`, counted on tensors without memory: milliseconds at any scale."""
+    network = network_without_memory(architecture)
     fused = network.fuse()
-    macs = 0
-
-    def count(conv: nn.Module, _: Any, output: Tensor) -> None:
-        nonlocal macs
-        assert isinstance(conv, nn.Conv2d)
-        macs += output[0].numel() * conv.weight[0].numel()
-
-    for module in fused.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
-    with torch.inference_mode():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         fused(torch.empty(1, 3, *size_hw, device="meta"))
-    return Complexity(_parameters(network), _parameters(fused), macs)
+    return Complexity(_parameters(network), _parameters(fused), counter.get_total_flops() // 2)
 
 
 def _parameters(network: nn.Module) -> int:

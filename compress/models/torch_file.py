@@ -1,6 +1,6 @@
 """The two containers of `torch.save`: a zip archive (torch 1.6 on), and a sequence of pickles (before).
 
-In: a path. Out: the object as data (see `pickled`), and tensors read on demand, so that what nobody asks for (the
+In: a path. Out: the object as data (see `pickle_reader`), and tensors read on demand, so that what nobody asks for (the
 optimiser) costs nothing. Nothing in the file is executed, inflated, or believed about its size.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.models.pickled import PickleError, StorageRef, TensorRef, brief, read_pickle
+from compress.models.pickle_reader import PickleError, StorageRef, TensorRef, brief, read_pickle
 from runtime.errors import InputError
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -40,7 +40,7 @@ class TorchFile(NamedTuple):
     """The bytes of a storage."""
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        """A copy of the tensor in its own dtype. Errors: PickleError where its bytes are missing or damaged."""
+        """A copy of the tensor in its own dtype. Raises PickleError when its bytes are missing or damaged."""
         dtype: torch.dtype = getattr(torch, ref.storage.dtype)
         raw = self.raw(ref.storage)
         if len(raw) != ref.storage.elements * dtype.itemsize:
@@ -60,8 +60,8 @@ def is_torch_file(head: bytes) -> bool:
 
 @contextmanager
 def open_torch_file(path: Path) -> Iterator[TorchFile]:
-    """Errors: InputError, one line, for what is not a sound file of `torch.save`; also for a PickleError that the
-    block raises.
+    """Open `path`. Raises InputError (one line) when it is not a sound file of `torch.save`, or when the `with` block
+    raises a PickleError.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -71,7 +71,7 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
             else:
                 yield _open_legacy(data)
     except PickleError as error:
-        raise InputError(f"{path} cannot be used: {error}", "give a checkpoint of YOLOv5") from error
+        raise InputError(f"{path} cannot be used: {error}", "Give a checkpoint of YOLOv5") from error
 
 
 @contextmanager

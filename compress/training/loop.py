@@ -24,10 +24,10 @@ from accelerate.utils import broadcast_object_list
 from compress.compute.device import pick_device, place
 from compress.compute.numerics import require_finite
 from compress.compute.timing import Span, timed_items, unwatched
-from compress.config import TrainConfig
-from compress.data.dataset import TrainDataset
-from compress.data.index import Sample
+from compress.config import TrainConfig, result_settings
+from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
+from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model
@@ -37,7 +37,7 @@ from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
 from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
-from compress.training.state import load_state, random_state, restore_random_state, save_state
+from compress.training.state import STATE, load_state, random_state, restore_random_state, save_state
 from compress.validate import ValResult, as_network_input, validate
 from runtime.errors import EdgestillError, UsageError
 
@@ -45,8 +45,6 @@ Guide = Callable[[torch.Tensor], Outputs]
 """A teacher: float images (B, 3, H, W) -> its outputs, without gradient."""
 FINITE_CHECK_EVERY = 50
 """Batches between two looks at the losses on a GPU, where each look waits for the device."""
-FREE_SETTINGS = ("workers", "tensorboard", "checkpoint_interval")
-"""Settings that a resumed training may change: no number depends on them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,12 @@ class TrainResult:
     """Row of results.csv of the best epoch."""
     epochs: int
     """Epochs that were trained, fewer than asked after an early stop."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of the best epoch, as the manifest of a stage keeps them."""
+        map50, map50_95 = (self.metrics[f"metrics/mAP_{name}"] for name in ("0.5", "0.5:0.95"))
+        return {"epochs": self.epochs, "map50": map50, "map50_95": map50_95}
 
 
 @dataclass
@@ -107,10 +111,10 @@ def fit(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None,
 
 def read_resume(out: Path, config: TrainConfig) -> dict[str, Any]:
     """The state in `out`. Errors: InputError where there is none, UsageError where it belongs to other settings."""
-    state = load_state(out / "state.pt")
-    was, now = state["config"], config.model_dump(mode="json")
+    state = load_state(out / STATE)
+    was, now = state["config"], result_settings(config)
     for key in sorted(was.keys() | now.keys()):
-        if key not in FREE_SETTINGS and was.get(key) != now.get(key):
+        if was.get(key) != now.get(key):
             raise UsageError(
                 f"{out} was trained with {key} = {was.get(key)}, not {now.get(key)}",
                 "resume with the same settings, or start anew in another folder",
@@ -251,7 +255,7 @@ class Trainer:
         finished = course.stopped or course.epoch == self.config.epochs
         if finished or course.epoch % self.config.checkpoint_interval == 0:
             self._save_weights("last.safetensors", course.history[-1])
-            save_state(self.state(), out / "state.pt")
+            save_state(self.state(), out / STATE)
         if finished:
             draw_curves(course.history, terms, out / "curves.png")
 
@@ -268,7 +272,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that the next epoch depends on."""
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": result_settings(self.config),
             "architecture": self.job.objective.model.arch.to_json(),
             "objective": self.job.objective.state_dict(),
             "gradients": [parameter.grad for parameter in self.job.objective.parameters()],

@@ -12,9 +12,8 @@ import torch
 
 from compress.config import TrainConfig
 from compress.data.class_names import class_conflict
-from compress.data.dataset import TrainDataset
-from compress.data.dataset_yaml import DataConfig
-from compress.data.index import Sample, index_split
+from compress.data.dataset import Dataset, Index, Sample
+from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
@@ -29,16 +28,14 @@ class Splits(NamedTuple):
     val: Sequence[Sample]
 
 
-def open_splits(data: DataConfig, config: TrainConfig, log: Log) -> Splits:
-    """Index both splits; rows and images that cannot be used are left out and told."""
-    train, val = (_samples(data, split, log) for split in ("train", "val"))
+def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
+    """The samples of both splits; rows and images that were left out are logged."""
+    train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
 
 
-def _samples(data: DataConfig, split: str, log: Log) -> Sequence[Sample]:
-    index = index_split(data, split)
-    boxes = sum(len(sample.labels) for sample in index.samples)
-    log(f"{split}: {len(index.samples)} images, {boxes} boxes")
+def _samples(split: str, index: Index, log: Log) -> Sequence[Sample]:
+    log(f"{split}: {len(index.samples)} images, {index.boxes} boxes")
     for problem in index.problems[:SHOWN_PROBLEMS]:
         log(f"{split}: skipped {problem}")
     if len(index.problems) > SHOWN_PROBLEMS:

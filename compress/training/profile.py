@@ -18,7 +18,7 @@ from compress.compute.device import pick_device, settle
 from compress.compute.numerics import flush_denormals
 from compress.compute.timing import Stopwatch
 from compress.config import TrainConfig
-from compress.data.dataset_yaml import load_data
+from compress.data import index_dataset, load_data
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(asked.threads)
     flush_denormals(print)
     config = TrainConfig(epochs=100, batch=asked.batch, imgsz=asked.imgsz, workers=asked.workers, tensorboard=False)
-    data = load_data(asked.data)
+    data = index_dataset(load_data(asked.data))
     model = new_model(data.names, scale=asked.scale, weights=asked.weights)
     splits = open_splits(data, config, print)
     watch = Stopwatch(settle=settle(pick_device(asked.device)))

@@ -17,6 +17,7 @@ import torch
 from runtime.errors import EdgestillError, InputError
 from runtime.files import atomic_write
 
+STATE = "state.pt"
 VERSION = 1
 
 

@@ -11,8 +11,8 @@ import torch
 from compress.compute.device import pick_device, place, settle
 from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
-from compress.data.dataset import TrainDataset
 from compress.data.loader import Batch, train_batches
+from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.checks import Check, doctor
 from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape

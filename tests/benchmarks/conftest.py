@@ -9,16 +9,23 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import Accuracy
-from benchmarks.latency import Latency, Span, Warmup
+from benchmarks.latency import Durations, Latency, Warmup
 from benchmarks.report import Report, make_report, plain
 
 NAMES = ("bolt", "nut", "washer", "screw", "spring", "rivet", "bearing", "gear")
 
 
+SETTINGS = {
+    **{"imgsz": 320, "batch": 1, "conf": 0.25, "iou": 0.6, "max_det": 300, "accuracy_conf": 0.001},
+    **{"accuracy_max_det": 100, "latency_samples": 200, "frames": 64, "warmup_ms": 200.0, "interval_ms": None},
+    "threads": None,
+}
+
+
 def latency_of(pre: float, infer: float, post: float, n: int, seed: int) -> Latency:
     rng = np.random.default_rng(seed)
     spans = [mean * (1 + rng.gamma(1.2, 0.05, n)) for mean in (pre, infer, post)]
-    return Latency(*map(Span.of, spans), Span.of(sum(spans)), Warmup(25, 231.0, True), True)  # type: ignore[arg-type]
+    return Latency(*map(Durations.of, spans), Durations.of(sum(spans)), Warmup(25, 231.0, True), True)  # type: ignore[arg-type]
 
 
 def accuracy_of(ap: float, seed: int = 0) -> Accuracy:
@@ -28,7 +35,7 @@ def accuracy_of(ap: float, seed: int = 0) -> Accuracy:
     return Accuracy(ap, ap + 0.27, ap + 0.03, ap - 0.2, ap + 0.02, None, ap + 0.1, per_class, 240, 1873)
 
 
-def row(
+def make_row(
     file: str, precision: str, size: int, ap: float | None, times: tuple[float, ...], **more: Any
 ) -> dict[str, Any]:
     digest = f"{size:064x}"
@@ -37,6 +44,7 @@ def row(
     return {
         **base,
         "device": "cpu",
+        "settings": SETTINGS,
         "latency": plain(timed),
         "accuracy": plain(accuracy_of(ap, size)) if ap is not None else None,
         "gate": None,
@@ -68,11 +76,11 @@ def kept(reason: str = "mAP50-95 0.54480 is within 0.02 of fp32") -> dict[str, A
 
 def build_sample() -> Report:
     models = [
-        row("teacher.onnx", "fp32", 7_534_201, 0.6113, (0.9, 29.4, 0.11), role="teacher", parameters=1_770_000),
-        row("model.onnx", "fp32", 2_105_388, 0.5502, (0.9, 11.2, 0.10), **kept("reference")),
-        row("model.fp16.onnx", "fp16", 1_084_120, 0.5500, (0.9, 12.9, 0.10), **kept("mAP50-95 0.55000 of 0.55020")),
-        row("model.int8-cpu.onnx", "int8-cpu", 674_331, 0.5448, (0.9, 8.1, 0.10), **kept()),
-        row(
+        make_row("teacher.onnx", "fp32", 7_534_201, 0.6113, (0.9, 29.4, 0.11), role="teacher", parameters=1_770_000),
+        make_row("model.onnx", "fp32", 2_105_388, 0.5502, (0.9, 11.2, 0.10), **kept("reference")),
+        make_row("model.fp16.onnx", "fp16", 1_084_120, 0.5500, (0.9, 12.9, 0.10), **kept("0.55000 of 0.55020")),
+        make_row("model.int8-cpu.onnx", "int8-cpu", 674_331, 0.5448, (0.9, 8.1, 0.10), **kept()),
+        make_row(
             "model.int8-trt.onnx",
             "int8-trt",
             802_114,
@@ -100,11 +108,7 @@ def build_sample() -> Report:
     return make_report(
         "Conveyor, YOLOv5n to p",
         machine=machine,
-        settings={
-            **{"conf": 0.25, "iou": 0.6, "max_det": 300, "imgsz": 320, "batch": 1, "accuracy_conf": 0.001},
-            **{"accuracy_max_det": 100, "latency_samples": 200, "warmup_ms": 200.0, "device": "cpu"},
-            "argv": ["edgestill", "run", "recipe.yaml"],
-        },
+        argv=["edgestill", "run", "recipe.yaml"],
         dataset={"name": "conveyor", "split": "val", "images": 240, "instances": 1873, "sha256": "ab" * 32},
         models=models,
         created=datetime(2026, 11, 23, 21, 4, 9, tzinfo=timezone.utc),

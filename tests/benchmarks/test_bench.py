@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from onnx import TensorProto, helper
 
 from benchmarks import overhead
 from benchmarks.__main__ import main
-from benchmarks.bench import Plan, annotated, digest, pictures
-from benchmarks.environment import environment
-from benchmarks.report import Report
+from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images, read_coco
+from benchmarks.environment import device_name, environment
+from benchmarks.report import Report, make_report
+from benchmarks.wording import findings
 from runtime.card import METADATA_KEY, Artifact, ModelCard
+from runtime.detector import Detector
 from runtime.errors import InputError
 from runtime.files import sha256
 
@@ -26,17 +29,17 @@ CARD = ModelCard(name="square", names=("thing", "other"), size_hw=(SIZE, SIZE))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that finds one "other" at (8, 8, 40, 40) of every canvas, pictures of which each has one there."""
+    """A model that finds one "other" at (8, 8, 40, 40) of every canvas, images of which each has one there."""
     root = tmp_path_factory.mktemp("bench")
     write_model(root / "model.onnx")
     (root / "images").mkdir()
     for number in range(3):
         cv2.imwrite(str(root / "images" / f"{number}.png"), np.full((SIZE, SIZE, 3), 40 * number, np.uint8))
-    write_annotations(root / "instances.json", [f"{number}.png" for number in range(3)])
+    write_annotations(root / "instances.json", [f"images/{number}.png" for number in range(3)])
     return root
 
 
-def write_model(path: Path) -> None:
+def write_model(path: Path, card: ModelCard = CARD) -> None:
     found = np.array([[[8, 8, 40, 40, 0.9, 1], [0, 0, 0, 0, 0, 0]]], np.float32)
     nodes = [
         helper.make_node("Cast", ["canvas"], ["float"], to=TensorProto.FLOAT),
@@ -55,7 +58,7 @@ def write_model(path: Path) -> None:
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    helper.set_model_props(model, {METADATA_KEY: CARD.to_json()})
+    helper.set_model_props(model, {METADATA_KEY: card.to_json()})
     onnx.save(model, path)
 
 
@@ -65,9 +68,7 @@ def write_annotations(path: Path, files: list[str], names: tuple[str, ...] = ("o
         for n in range(1, len(files) + 1)
     ]
     truth = {
-        "images": [
-            {"id": n, "file_name": f"train/{name}", "width": SIZE, "height": SIZE} for n, name in enumerate(files, 1)
-        ],
+        "images": [{"id": n, "file_name": name, "width": SIZE, "height": SIZE} for n, name in enumerate(files, 1)],
         "annotations": boxes,
         "categories": [{"id": 7 + index, "name": name} for index, name in enumerate(names)],
     }
@@ -102,11 +103,56 @@ def test_without_annotations_there_is_no_accuracy(folder: Path, tmp_path: Path) 
     assert data["dataset"]["instances"] is None
 
 
-def test_settings_come_from_the_model_and_the_command(folder: Path, tmp_path: Path) -> None:
+def test_settings_of_a_row_come_from_the_model_and_the_command(folder: Path, tmp_path: Path) -> None:
     bench(folder, tmp_path)
-    settings = Report.load(tmp_path).data["settings"]
+    (row,) = Report.load(tmp_path).data["models"]
+    settings = row["settings"]
     assert (settings["imgsz"], settings["conf"], settings["iou"]) == (SIZE, CARD.conf, CARD.iou)
-    assert (settings["latency_samples"], settings["warmup_ms"]) == (12, 5.0)
+    assert (settings["latency_samples"], settings["warmup_ms"], settings["frames"]) == (12, 5.0, 3)
+
+
+def test_each_row_has_its_own_settings_backend_and_device(folder: Path) -> None:
+    """Three files of one network, whose cards differ."""
+    cards = [replace(CARD, iou=0.45), replace(CARD, max_det=1000, conf=0.1)]
+    for index, card in enumerate(cards):
+        write_model(folder / f"other{index}.onnx", card)
+    plan = Plan(numbered_images(folder / "images"), samples=11, warmup_ms=1, device="auto")
+    files = (folder / "model.onnx", folder / "other0.onnx", folder / "other1.onnx")
+    rows = [measure_file(file, plan, role="baseline") for file in files]
+    assert [row["settings"]["iou"] for row in rows] == [0.6, 0.45, 0.6]
+    assert [row["settings"]["max_det"] for row in rows] == [300, 300, 1000]
+    assert [row["settings"]["conf"] for row in rows] == [0.25, 0.25, 0.1]
+    for row, file in zip(rows, files, strict=True):
+        with Detector.load(file) as detector:
+            assert row["device"] == device_name(detector.providers) != "auto"
+        assert (row["backend"], row["role"]) == ("onnx", "baseline")
+    report = make_report("three", machine={}, models=rows)
+    assert any(sentence.startswith("iou differs") for sentence in findings(report.data))
+
+
+def test_the_row_of_a_bundle_is_of_the_file_that_ran(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "model.onnx", tmp_path / "b.onnx")
+    (tmp_path / "a.plan").write_bytes(b"not a plan for here")
+    artifacts = (artifact(tmp_path / "a.plan", "fp32", "tensorrt"), artifact(tmp_path / "b.onnx"))
+    replace(CARD, artifacts=artifacts).save(tmp_path / "model.json")
+    plan = Plan(numbered_images(folder / "images"), samples=11, warmup_ms=1)
+    row = measure_file(tmp_path, plan, variant="fp32")
+    assert (row["file"], row["backend"]) == ("b.onnx", "onnx")
+    assert row["sha256"] == sha256(tmp_path / "b.onnx")
+
+
+def test_two_files_are_compared_in_turns_and_loaded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    load = Detector.load
+    monkeypatch.setattr(Detector, "load", lambda path, **more: (loaded.append(path), load(path, **more))[1])
+    plan = Plan(numbered_images(folder / "images"), samples=100, warmup_ms=1, threads=1)
+    found = compare_files(folder / "model.onnx", folder / "model.onnx", plan, rounds=10)
+    assert loaded == [folder / "model.onnx"] * 2
+    assert found.rounds == 10
+    assert found.candidate.n == found.reference.n == 100
+    assert found.low <= found.ratio <= found.high
+    assert found.verdict(limit=20) == "faster"
+    assert found.verdict(limit=0.05) == "slower"
 
 
 @pytest.mark.parametrize(("rule", "code"), [("p50_ms>1e6", 0), ("p50_ms>0", 1), ("p50_ms!", 2)])
@@ -154,28 +200,53 @@ def test_an_absent_file_is_one_line(folder: Path, tmp_path: Path, change: list[s
     assert not list(tmp_path.iterdir())
 
 
-def test_annotations_of_other_pictures_are_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_annotations_of_other_images_are_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
     write_annotations(tmp_path / "other.json", ["x.png"])
     assert bench(folder, tmp_path / "out", "--annotations", str(tmp_path / "other.json")) == 1
-    assert "none of the pictures" in capsys.readouterr().err
+    assert "none of the images" in capsys.readouterr().err
 
 
-def test_pictures_and_annotations_meet_by_file_name(folder: Path) -> None:
+def test_images_and_annotations_meet_by_relative_path(folder: Path) -> None:
     truth = json.loads((folder / "instances.json").read_text())
-    images = pictures(folder / "images", most=2)
-    assert annotated(images, truth) == [(1, images[0]), (2, images[1])]
+    images = folder / "images"
+    expected = [(1, images / "0.png"), (2, images / "1.png")]
+    assert numbered_images(images, truth, most=2) == expected
+    for image in truth["images"]:
+        image["file_name"] = Path(image["file_name"]).name
+    assert numbered_images(images, truth, most=2) == expected
+    assert [number for number, _ in numbered_images(images)] == [1, 2, 3]
 
 
-def test_the_digest_changes_with_pictures_and_labels(folder: Path) -> None:
-    images = pictures(folder / "images")
-    digests = {digest(images), digest(images[:2]), digest(images, {"annotations": []})}
-    assert len(digests) == 3
-    assert digest(images) == digest(Plan(images).images)
+def test_two_images_of_one_base_name_both_count(folder: Path, tmp_path: Path) -> None:
+    names = ["cam1/0.png", "cam2/0.png"]
+    for name in names:
+        (tmp_path / "val" / name).parent.mkdir(parents=True)
+        shutil.copy(folder / "images" / "0.png", tmp_path / "val" / name)
+    write_annotations(tmp_path / "truth.json", names)
+    plan = Plan(*images_and_truth(tmp_path / "val", tmp_path / "truth.json"), samples=11, warmup_ms=1)
+    assert plan.images == [(1, tmp_path / "val/cam1/0.png"), (2, tmp_path / "val/cam2/0.png")]
+    accuracy = measure_file(folder / "model.onnx", plan)["accuracy"]
+    assert (accuracy["images"], accuracy["instances"], accuracy["map50_95"]) == (2, 2, pytest.approx(1.0))
 
 
-def test_a_folder_without_pictures_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no picture"):
-        pictures(tmp_path)
+def images_and_truth(folder: Path, annotations: Path) -> tuple[Any, Any]:
+    truth = read_coco(annotations)
+    return numbered_images(folder, truth), truth
+
+
+def test_the_digest_changes_with_images_names_and_labels(folder: Path, tmp_path: Path) -> None:
+    images = list_images(folder / "images")
+    moved = shutil.copytree(folder / "images", tmp_path / "elsewhere")
+    assert digest(images) == digest(list_images(moved))
+    (moved / "0.png").rename(moved / "x.png")
+    assert (
+        len({digest(images), digest(images[:2]), digest(images, {"annotations": []}), digest(list_images(moved))}) == 4
+    )
+
+
+def test_a_folder_without_images_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no image"):
+        list_images(tmp_path)
 
 
 def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> None:
@@ -185,6 +256,7 @@ def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> Non
     assert "times the bare session.run" in text
     assert "95 % interval" in text
     assert "n = 100" in text
+    assert "verdict: slower" in text
 
 
 def test_overhead_needs_an_onnx_file(folder: Path, capsys: Any) -> None:

@@ -13,6 +13,12 @@ def changed(report: Report, **sections: dict[str, Any]) -> Report:
     return Report({**report.data, **{key: report.data[key] | value for key, value in sections.items()}})
 
 
+def with_settings(report: Report, **settings: Any) -> Report:
+    """The report as if all its files had been measured with these settings."""
+    models = [row | {"settings": row["settings"] | settings} for row in report.data["models"]]
+    return Report({**report.data, "models": models})
+
+
 def test_equal_settings_are_compared_without_a_warning(sample: Report) -> None:
     found = compare([sample, sample])
     assert found.warnings == ()
@@ -23,10 +29,6 @@ def test_equal_settings_are_compared_without_a_warning(sample: Report) -> None:
 @pytest.mark.parametrize(
     ("sections", "word"),
     [
-        ({"settings": {"conf": 0.5}}, "conf"),
-        ({"settings": {"iou": 0.7}}, "iou"),
-        ({"settings": {"max_det": 100}}, "max_det"),
-        ({"settings": {"imgsz": 640}}, "imgsz"),
         ({"dataset": {"sha256": "ef" * 32}}, "data"),
         ({"machine": {"cpu": "Other CPU"}}, "machine"),
     ],
@@ -39,6 +41,20 @@ def test_a_difference_that_matters_is_a_warning_and_rows_stay_apart(
     assert len(found.rows) == 2 * len(sample.data["models"])
 
 
+@pytest.mark.parametrize("settings", [{"conf": 0.5}, {"iou": 0.7}, {"max_det": 100}, {"imgsz": 640}])
+def test_a_setting_that_differs_is_a_warning_and_rows_stay_apart(sample: Report, settings: dict[str, Any]) -> None:
+    found = compare([sample, with_settings(sample, **settings)])
+    assert [sentence.split()[0] for sentence in found.warnings] == list(settings)
+    assert len(found.rows) == 2 * len(sample.data["models"])
+
+
+def test_a_setting_that_differs_within_a_report_is_a_warning_with_all_its_values(sample: Report) -> None:
+    models = [row | {"settings": row["settings"] | {"iou": 0.45}} for row in sample.data["models"][:1]]
+    mixed = Report({**sample.data, "name": "mixed", "models": [*models, *sample.data["models"][1:]]})
+    (warning,) = compare([sample, mixed]).warnings
+    assert "0.45 and 0.6 in mixed" in warning
+
+
 def test_reports_of_two_tensorrt_versions_are_not_compared_in_silence(sample: Report) -> None:
     packages = sample.data["machine"]["packages"]
     old, new = (changed(sample, machine={"packages": packages | {"tensorrt": v}}) for v in ("10.4.0", "11.1.0"))
@@ -48,7 +64,7 @@ def test_reports_of_two_tensorrt_versions_are_not_compared_in_silence(sample: Re
 
 
 def test_warnings_are_in_every_rendering(sample: Report) -> None:
-    found = compare([sample, changed(sample, settings={"conf": 0.5})])
+    found = compare([sample, with_settings(sample, conf=0.5)])
     assert "**Warning:** conf differs" in render_markdown(found)
     assert "conf differs" in render_html(found)
     assert render_html(found) == render_html(found)

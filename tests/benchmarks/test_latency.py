@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.latency import MAX_WARMUP_MS, Span, compare_interleaved, measure, verdict, warm_up
-from benchmarks.statistics import Interval
+from benchmarks.latency import MAX_WARMUP_MS, Durations, LatencyRatio, compare_in_turns, measure, warm_up
+from benchmarks.statistics import bootstrap
 from runtime.errors import UsageError
 
 FRAMES = [np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)]
@@ -109,8 +110,8 @@ def test_frames_that_come_slowly_are_waited_for() -> None:
 
 @pytest.mark.parametrize(("n", "given"), [(10, []), (11, ["p50"]), (64, ["p50", "p90"]), (130, ["p50", "p90", "p95"])])
 def test_percentiles_need_enough_samples(n: int, given: list[str]) -> None:
-    span = Span.of(np.ones(n))
-    assert [p for p in ("p50", "p90", "p95", "p99") if getattr(span, p) is not None] == given
+    found = Durations.of(np.ones(n))
+    assert [p for p in ("p50", "p90", "p95", "p99") if getattr(found, p) is not None] == given
 
 
 def test_no_frame_is_a_usage_error() -> None:
@@ -126,24 +127,41 @@ def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
     assert warm.ms >= MAX_WARMUP_MS
 
 
+def ratio_of(*ratios: float) -> LatencyRatio:
+    """What a comparison whose rounds had these ratios gives."""
+    low, high = bootstrap(ratios, np.median, rng=np.random.default_rng(0))
+    durations = Durations.of([1.0])
+    return LatencyRatio(float(np.median(ratios)), low, high, ratios, durations, durations)
+
+
 def test_turns_are_taken_in_the_order_abba_baab() -> None:
     time, order = FakeTime(), []
 
     def run(name: str) -> Any:
         return lambda: (order.append(name), time.spend(1))
 
-    compare_interleaved({"a": run("a"), "b": run("b")}, 10, turns=1, warmup_ms=0, clock=time.clock)
+    compare_in_turns(run("a"), run("b"), 10, calls=1, warmup_ms=0, clock=time.clock)
     assert "".join(order[-8:]) == "abbabaab"
+    compare_in_turns(run("a"), run("b"), 10, calls=2, warmup_ms=0, clock=time.clock)
+    assert "".join(order[-16:]) == "aabbbbaabbaaaabb"
 
 
-@pytest.mark.parametrize(("ms", "verdict"), [(5.0, "faster"), (10.0, "same"), (10.2, "same"), (15.0, "slower")])
+@pytest.mark.parametrize(
+    ("ms", "verdict"), [(5.0, "faster"), (9.8, "faster"), (10.0, "inconclusive"), (10.2, "slower"), (15.0, "slower")]
+)
 def test_the_verdict_follows_the_ratio(ms: float, verdict: str) -> None:
     time = FakeTime()
-    runs = {"a": lambda: time.spend(ms), "b": lambda: time.spend(10)}
-    found = compare_interleaved(runs, 12, clock=time.clock)
-    assert found.verdict == verdict
+    found = compare_in_turns(lambda: time.spend(10), lambda: time.spend(ms), 12, clock=time.clock)
+    assert found.verdict() == verdict
     assert found.ratio == pytest.approx(ms / 10)
-    assert found.spans["a"].n == 12 * 10
+    assert found.low == found.high == found.ratio
+    assert found.rounds == 12
+    assert found.candidate.n == found.reference.n == 12 * 10
+
+
+def test_the_verdict_is_about_the_limit_asked_for() -> None:
+    found = ratio_of(*[1.04, 1.06] * 10)
+    assert [found.verdict(limit) for limit in (1.0, 1.05, 1.1)] == ["slower", "inconclusive", "faster"]
 
 
 def test_drift_falls_on_both_sides() -> None:
@@ -152,30 +170,58 @@ def test_drift_falls_on_both_sides() -> None:
     def drifting() -> None:
         time.spend(10 * (1 + time.now_ns / 5e10))
 
-    found = compare_interleaved({"a": drifting, "b": drifting}, 20, clock=time.clock)
-    assert found.verdict == "same"
+    found = compare_in_turns(drifting, drifting, 20, clock=time.clock)
     assert found.ratio == pytest.approx(1, abs=1e-3)
 
 
-def test_the_same_noisy_work_is_the_same_in_nearly_every_comparison() -> None:
+def test_one_slow_call_of_a_round_does_not_change_the_ratio() -> None:
+    time, calls = FakeTime(), count()
+    found = compare_in_turns(
+        lambda: time.spend(10), lambda: time.spend(90 if next(calls) % 5 == 0 else 10), 10, clock=time.clock
+    )
+    assert found.ratio == 1.0
+
+
+def test_the_same_noisy_work_gives_no_verdict_in_nearly_every_comparison() -> None:
     rng, verdicts = np.random.default_rng(0), []
     for _ in range(60):
         time = FakeTime()
-        runs = {name: lambda time=time: time.spend(10 + rng.exponential(0.3)) for name in "ab"}
-        verdicts.append(compare_interleaved(runs, 20, clock=time.clock).verdict)
-    assert verdicts.count("same") >= 0.95 * len(verdicts)
+        work = lambda time=time: time.spend(10 + rng.exponential(0.3))  # noqa: E731
+        verdicts.append(compare_in_turns(work, work, 20, clock=time.clock).verdict())
+    assert verdicts.count("inconclusive") >= 0.95 * len(verdicts)
+
+
+def test_a_difference_is_found_in_noise_that_is_smaller() -> None:
+    rng, verdicts = np.random.default_rng(0), []
+    for _ in range(60):
+        time = FakeTime()
+        found = compare_in_turns(
+            lambda time=time: time.spend(10 + rng.exponential(0.3)),
+            lambda time=time: time.spend(9 + rng.exponential(0.3)),
+            20,
+            clock=time.clock,
+        )
+        verdicts.append(found.verdict())
+    assert verdicts.count("faster") >= 0.95 * len(verdicts)
 
 
 def test_rounds_that_scatter_are_inconclusive() -> None:
     rng, time = np.random.default_rng(0), FakeTime()
-    runs = {name: lambda: time.spend(rng.uniform(1, 100)) for name in "ab"}
-    assert compare_interleaved(runs, 20, turns=1, clock=time.clock).verdict == "inconclusive"
+    work = lambda: time.spend(rng.uniform(1, 100))  # noqa: E731
+    assert compare_in_turns(work, work, 20, calls=1, clock=time.clock).verdict() == "inconclusive"
 
 
-def test_a_difference_that_some_rounds_contradict_is_ambiguous() -> None:
-    assert verdict([*[0.93, 0.94] * 9, 1.01, 1.02], Interval(0.92, 0.94)) == "ambiguous"
+def test_a_difference_that_a_quarter_of_the_rounds_contradict_is_inconclusive() -> None:
+    assert ratio_of(*[0.93, 0.94, 0.93, 1.02] * 5).verdict() == "inconclusive"
+    assert ratio_of(*[0.93, 0.94, 0.93, 0.99] * 5).verdict() == "faster"
 
 
-def test_a_comparison_takes_two_runs() -> None:
-    with pytest.raises(UsageError, match="1 runs"):
-        compare_interleaved({"a": lambda: None}, 10)
+def test_halves_that_contradict_each_other_are_inconclusive() -> None:
+    assert ratio_of(*[0.9] * 8, *[0.99] * 8, *[1.01] * 4).verdict() == "faster"
+    assert ratio_of(*[0.8] * 10, *[0.99] * 4, *[1.01] * 4, *[1.02] * 2).verdict() == "inconclusive"
+
+
+@pytest.mark.parametrize(("rounds", "calls"), [(9, 5), (10, 0)])
+def test_a_comparison_takes_ten_rounds(rounds: int, calls: int) -> None:
+    with pytest.raises(UsageError, match=f"{rounds} rounds of {calls} calls"):
+        compare_in_turns(lambda: None, lambda: None, rounds, calls=calls)

@@ -26,8 +26,9 @@ from benchmarks.report import (
     schema,
 )
 from runtime.errors import InputError
+from tests.benchmarks.conftest import SETTINGS, make_row
 
-SETTINGS = {"conf": 0.25, "iou": 0.6, "max_det": 300, "imgsz": 64, "batch": 1}
+MEASURED = {"precision": "fp32", "backend": "onnx", "device": "cpu", "settings": SETTINGS}
 NUMBER = re.compile(r"\d+(?:[.\u202f]\d+)*(?:e-?\d+)?")
 
 
@@ -38,7 +39,7 @@ def with_models(sample: Report, **changes: dict[str, Any]) -> Report:
 
 
 def minimal(models: list[dict[str, Any]] | None = None) -> Report:
-    return make_report("small", machine={}, settings=SETTINGS, models=models or [], created=datetime(2026, 1, 1))
+    return make_report("small", machine={}, models=models or [], created=datetime(2026, 1, 1))
 
 
 def numbers_in(value: Any) -> Iterator[float]:
@@ -160,6 +161,18 @@ def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:
     assert "The latency of model.fp16.onnx drifted while it was measured: repeat it on a quiet machine." in sentences
 
 
+def test_files_measured_with_different_settings_are_told_apart(sample: Report) -> None:
+    other = SETTINGS | {"iou": 0.45}
+    found = with_models(sample, fp16={"settings": other})
+    (sentence,) = (s for s in wording.findings(found.data) if s.startswith("iou differs"))
+    assert "0.45 for model.fp16.onnx" in sentence
+    assert "0.6 for model.onnx" in sentence
+    assert "iou 0.6" not in " ".join(wording.summary(found.data))
+    assert "iou 0.6" in " ".join(wording.summary(sample.data))
+    ious = [row["iou"] for row in csv.DictReader(io.StringIO(render_csv(found)))]
+    assert ious == ["0.6", "0.6", "0.45", "0.6", "0.6"]
+
+
 def test_few_images_are_said_in_words(sample: Report) -> None:
     figures = sample.data["models"][1]["accuracy"] | {"images": 4}
     assert any("4 images" in s for s in wording.findings(with_models(sample, fp16={"accuracy": figures}).data))
@@ -245,8 +258,11 @@ def test_the_schema_itself_is_valid() -> None:
 @pytest.mark.parametrize(
     ("change", "where"),
     [
-        ({"settings": SETTINGS | {"conf": "0.25"}}, "settings/conf"),
-        ({"settings": {"conf": 0.25}}, "settings"),
+        (
+            {"models": [make_row("a.onnx", "fp32", 1, None, (), settings=SETTINGS | {"conf": "0.25"})]},
+            "models/0/settings/conf",
+        ),
+        ({"models": [make_row("a.onnx", "fp32", 1, None, (), settings={"conf": 0.25})]}, "models/0/settings"),
         ({"surprise": 1}, "surprise"),
         ({"stages": [{"name": "train", "seconds": -1, "skipped": False}]}, "stages/0/seconds"),
     ],
@@ -258,7 +274,12 @@ def test_what_breaks_the_schema_is_refused_by_name(sample: Report, change: dict[
 
 def test_a_newer_report_asks_for_a_newer_edgestill(sample: Report) -> None:
     with pytest.raises(InputError, match="Update edgestill"):
-        Report({**sample.data, "schema_version": 2})
+        Report({**sample.data, "schema_version": 3})
+
+
+def test_an_older_report_asks_for_a_new_measurement(sample: Report) -> None:
+    with pytest.raises(InputError, match="Measure again"):
+        Report({**sample.data, "schema_version": 1})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", '{"schema_version": 1}'])
@@ -275,23 +296,21 @@ def test_an_absent_report_is_an_input_error(tmp_path: Path) -> None:
 
 def test_a_row_carries_digest_and_size_of_its_file(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"abc")
-    row = model_row(tmp_path / "m.onnx", precision="fp32", backend="onnx", kept=False, reason="why", gflops=1.5)
+    row = model_row(tmp_path / "m.onnx", **MEASURED, kept=False, reason="why", gflops=1.5)
     assert row["sha256"].startswith("ba7816bf")
     assert (row["bytes"], row["gate"], row["gflops"]) == (3, {"kept": False, "reason": "why"}, 1.5)
     assert minimal([row]).data["headline"] is None
 
 
 def test_the_moment_is_written_in_utc() -> None:
-    report = make_report(
-        "x", machine={}, settings=SETTINGS, models=[], created=datetime(2026, 1, 2, tzinfo=timezone.utc)
-    )
+    report = make_report("x", machine={}, models=[], created=datetime(2026, 1, 2, tzinfo=timezone.utc))
     assert report.data["created"] == "2026-01-02T00:00:00Z"
 
 
 def test_plain_values_are_plain_all_the_way_down() -> None:
-    from benchmarks.latency import Span, Warmup
+    from benchmarks.latency import Durations, Warmup
 
-    value = plain({"a": (Warmup(1, 2.0, True), Path("x")), "b": Span.of([1.0])})
+    value = plain({"a": (Warmup(1, 2.0, True), Path("x")), "b": Durations.of([1.0])})
     assert value["a"] == [{"calls": 1, "ms": 2.0, "settled": True}, "x"]
     assert value["b"]["samples"] == [1.0]
     json.dumps(value)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.data.dataset_yaml import DataConfig, load_data
+from compress.data import Dataset, index_dataset, load_data
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """10 training and 4 validation images of 64x48 pixels with one or two squares, red or green."""
     root = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
             _draw_example(root, split, index, rng)
     text = "path: .\ntrain: images/train\nval: images/val\nnames: [red, green]\n"
     (root / "data.yaml").write_text(text)
-    return load_data(root / "data.yaml")
+    return index_dataset(load_data(root / "data.yaml"))
 
 
 def _draw_example(root: Path, split: str, index: int, rng: np.random.Generator) -> None:

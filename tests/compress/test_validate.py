@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.data.dataset_yaml import DataConfig, load_data
-from compress.data.index import Sample, index_split
+from compress.data import Dataset, load_data
+from compress.data.dataset import Sample
+from compress.data.index import index_split
 from compress.data.loader import val_batches
 from compress.models.checkpoint import load_model
 from compress.training.objective import detection_loss
@@ -26,8 +27,8 @@ from runtime.errors import InputError
 
 
 @pytest.fixture
-def samples(tiny_data: DataConfig) -> tuple[Sample, ...]:
-    return index_split(tiny_data, "val").samples
+def samples(tiny_data: Dataset) -> tuple[Sample, ...]:
+    return tiny_data.splits["val"].samples
 
 
 def perfect(samples: tuple[Sample, ...]) -> list[Found]:
@@ -49,13 +50,13 @@ def test_labels_return_from_the_batch_to_original_pixels(samples: tuple[Sample, 
         np.testing.assert_allclose(one.labels[:, 1:], expected, atol=0.01)
 
 
-def test_labels_as_detections_score_one_by_both_protocols(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
+def test_labels_as_detections_score_one_by_both_protocols(samples: tuple[Sample, ...], tiny_data: Dataset) -> None:
     found = perfect(samples)
     assert yolo_metrics(found).map50_95 == pytest.approx(0.995, abs=0.01)
     assert coco_metrics(found, tiny_data.names).map50_95 == pytest.approx(1.0)
 
 
-def test_nothing_detected_scores_zero(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
+def test_nothing_detected_scores_zero(samples: tuple[Sample, ...], tiny_data: Dataset) -> None:
     found = blind(samples)
     assert yolo_metrics(found).map50 == 0
     assert coco_metrics(found, tiny_data.names).map50 == 0
@@ -85,7 +86,7 @@ def test_unusable_annotations_are_refused_in_one_line(text: str, samples: tuple[
     assert "\n" not in str(caught.value)
 
 
-def test_the_model_is_left_as_it_is_and_every_span_is_timed(samples: tuple[Sample, ...], tiny_data: DataConfig) -> None:
+def test_the_model_is_left_as_it_is_and_every_span_is_timed(samples: tuple[Sample, ...], tiny_data: Dataset) -> None:
     from compress.config import TrainConfig
 
     model = new_model(tiny_data.names, scale="p", weights=None, log=lambda _: None).train()

@@ -14,7 +14,7 @@ import cv2
 import pytest
 
 from compress.data.generate import generate
-from compress.pipeline import STAGES
+from compress.pipeline import ORDER
 
 EDGESTILL = Path(sys.executable).with_name("edgestill")
 RECIPE = """\
@@ -54,7 +54,7 @@ def first(folder: Path) -> list[dict[str, object]]:
 
 
 def test_a_first_run_does_every_stage(first: list[dict[str, object]]) -> None:
-    assert [outcome["stage"] for outcome in first] == list(STAGES)
+    assert [outcome["stage"] for outcome in first] == list(ORDER)
     assert not any(outcome["skipped"] for outcome in first)
 
 
@@ -109,7 +109,7 @@ def test_a_run_killed_in_training_goes_on_and_ends_with_the_same_student(folder:
     command = [str(EDGESTILL), "run", "tiny.yaml", *settings, "--out", str(killed)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not list(killed.glob(".work/distill-*/training/state.pt")) and time.monotonic() < deadline:
+    while not list(killed.glob(".work/distill-*/state.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

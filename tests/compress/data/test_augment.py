@@ -14,8 +14,9 @@ import pytest
 from compress.config import AugmentConfig
 from compress.data import augment, load_data
 from compress.data.augment import Warp
-from compress.data.dataset import TrainDataset
-from compress.data.index import Sample, index_split
+from compress.data.dataset import Sample
+from compress.data.index import index_split
+from compress.data.train_dataset import TrainDataset
 
 OFF = AugmentConfig(
     hsv_h=0, hsv_s=0, hsv_v=0, degrees=0, translate=0, scale=0, shear=0, perspective=0, fliplr=0, mosaic=0

@@ -9,7 +9,8 @@ import pytest
 
 from compress.data import convert, load_data
 from compress.data.coco import to_coco
-from compress.data.index import Sample, index_split
+from compress.data.dataset import Sample
+from compress.data.index import index_split
 from runtime.errors import EdgestillError, InputError, UsageError
 from tests.compress.data.conftest import folder_hash, write_image
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -7,13 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
 
-from compress.data import load_data
-from compress.data.index import image_size_hw, index_split
+from compress.data import Sample, load_data
+from compress.data.index import decoded_size_hw, index_dataset, index_image, index_split, quick_digest
 from compress.data.labels import label_path
 from runtime.errors import InputError
-from runtime.image import read_image
+from runtime.image import decode_image, read_image
 from tests.compress.data.conftest import folder_hash, write_image
 
 
@@ -48,20 +51,18 @@ def test_samples_hold_labels_and_sizes(dataset: Path) -> None:
     assert not index.problems
 
 
-@pytest.mark.parametrize("decode", [None, True, False])
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_is_reported_and_only_it_is_left_out(dataset: Path, name: str, decode: bool | None) -> None:
+def test_a_bad_image_is_reported_and_only_it_is_left_out(dataset: Path, name: str) -> None:
     bad = dataset.parent / "images/train" / name
     bad.write_bytes(BAD_IMAGES[name])
     before = folder_hash(dataset.parent)
-    index = index_split(load_data(dataset), "train", decode=decode)
+    index = index_split(load_data(dataset), "train")
     assert folder_hash(dataset.parent) == before
     kept = {sample.image.name for sample in index.samples}
     assert {f"{i}.png" for i in range(4)} <= kept
-    if decode is not False or not name.startswith("truncated"):  # headers cannot tell that the end is missing
-        assert name not in kept
-        assert [problem.path for problem in index.problems] == [bad]
-        assert "\n" not in str(index.problems[0])
+    assert name not in kept
+    assert [problem.path for problem in index.problems] == [bad]
+    assert "\n" not in str(index.problems[0])
 
 
 def test_a_listed_image_that_is_missing_is_reported(dataset: Path) -> None:
@@ -96,13 +97,47 @@ def test_a_split_without_a_usable_image_is_an_error(dataset: Path) -> None:
         index_split(load_data(dataset), "test")
 
 
+XMP_TURNED = b'<r xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def index_of(image: Path) -> Sample:
+    """The sample of an image without labels."""
+    sample, problems = index_image(image, image.parent, nc=1)
+    assert sample is not None
+    assert not problems
+    return sample
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_is_that_of_the_decoded_image_for_every_exif_orientation(tmp_path: Path, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / "turned.jpg"
-    Image.new("RGB", (60, 40)).save(path, exif=exif)
-    assert image_size_hw(path) == read_image(path).shape[:2]
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_the_size_is_that_of_the_decoded_image_for_every_orientation(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    path = tmp_path / f"turned{suffix}"
+    Image.new("RGB", (60, 40)).save(path, exif=exif(orientation))
+    assert index_of(path).size_hw == read_image(path).shape[:2]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_exif_turns_an_image_and_xmp_does_not(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (60, 40)).save(tmp_path / f"exif{suffix}", exif=exif(6))
+    image = Image.new("RGB", (60, 40))
+    if suffix == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP_TURNED.decode())
+        image.save(tmp_path / "xmp.png", pnginfo=info)
+    elif suffix == ".tif":
+        image.save(tmp_path / "xmp.tif", tiffinfo={700: XMP_TURNED})
+    else:
+        image.save(tmp_path / f"xmp{suffix}", xmp=XMP_TURNED)
+    assert index_of(tmp_path / f"exif{suffix}").size_hw == (60, 40)
+    assert index_of(tmp_path / f"xmp{suffix}").size_hw == (40, 60)
 
 
 def test_sixteen_bit_grey_cmyk_and_animated_images_are_read(tmp_path: Path) -> None:
@@ -111,16 +146,35 @@ def test_sixteen_bit_grey_cmyk_and_animated_images_are_read(tmp_path: Path) -> N
     frames = [Image.new("RGB", (30, 20), (value, 0, 0)) for value in (0, 200)]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
     for name in ("grey.png", "print.jpg", "moving.webp"):
-        assert image_size_hw(tmp_path / name) == (20, 30) == read_image(tmp_path / name).shape[:2]
+        assert index_of(tmp_path / name).size_hw == (20, 30)
 
 
-def test_very_thin_and_very_long_images_are_named(tmp_path: Path) -> None:
-    write_image(tmp_path / "thin.png", width=200, height=1)
+def test_very_thin_and_very_large_images_are_named(tmp_path: Path) -> None:
+    thin = write_image(tmp_path / "thin.png", width=200, height=1)
     with pytest.raises(InputError, match="200x1 pixels, expected at least 10"):
-        image_size_hw(tmp_path / "thin.png")
-    (tmp_path / "wide.png").write_bytes(png_header(60_000, 60_000) + b"\0\0\0\0IDAT" + b"\0" * 64)
+        decoded_size_hw(thin.read_bytes(), thin)
     with pytest.raises(InputError, match="pixels"):
-        image_size_hw(tmp_path / "wide.png")
+        decoded_size_hw(png_header(60_000, 60_000) + b"\0\0\0\0IDAT" + b"\0" * 64, tmp_path / "wide.png")
+
+
+def test_a_sample_has_the_key_and_the_digest_of_its_file(dataset: Path) -> None:
+    sample = index_split(load_data(dataset), "train").samples[0]
+    assert sample.key == "images/train/0.png"
+    assert sample.sha256 == hashlib.sha256(sample.image.read_bytes()).hexdigest()
+
+
+def test_an_image_in_two_splits_is_decoded_once(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset.write_text("train: images\nval: images/val\nnames: [cat, dog]\n")
+    decoded: list[Path] = []
+
+    def counted(data: bytes, origin: Path) -> NDArray[np.uint8]:
+        decoded.append(origin)
+        return decode_image(data, origin)
+
+    monkeypatch.setattr("compress.data.index.decode_image", counted)
+    splits = index_dataset(load_data(dataset)).splits
+    assert (len(splits["train"].samples), len(splits["val"].samples)) == (6, 2)
+    assert sorted(decoded) == sorted(dataset.parent.rglob("*.png"))
 
 
 def test_a_pickled_label_cache_is_never_opened(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +189,18 @@ def test_the_order_does_not_depend_on_the_number_of_workers(shared: Path) -> Non
     data = load_data(shared / "data/bccd/data.yaml")
     one, four = (index_split(data, "val", workers=workers).samples for workers in (1, 4))
     assert [sample.image for sample in one] == [sample.image for sample in four] == list(data.splits["val"])
+
+
+def test_the_quick_digest_follows_every_file_of_the_data(dataset: Path) -> None:
+    root = dataset.parent
+    digests = [quick_digest(load_data(dataset))]
+    assert quick_digest(load_data(dataset)) == digests[0]
+    os.utime(root / "images/train/0.png", (1, 1))
+    digests.append(quick_digest(load_data(dataset)))
+    (root / "labels/val/0.txt").unlink()
+    digests.append(quick_digest(load_data(dataset)))
+    (root / "images/val/1.png").unlink()
+    digests.append(quick_digest(load_data(dataset)))
+    dataset.write_text(dataset.read_text().replace("dog", "bird"))
+    digests.append(quick_digest(load_data(dataset)))
+    assert len(set(digests)) == len(digests)

@@ -10,9 +10,10 @@ import torch
 
 from compress.config import AugmentConfig
 from compress.data import load_data
-from compress.data.dataset import ImageStore, TrainDataset, cached_bytes, free_bytes, resized_hw
-from compress.data.index import Sample, index_split
+from compress.data.dataset import Sample
+from compress.data.index import index_split
 from compress.data.loader import Batch, map_ahead, train_batches, val_batches
+from compress.data.train_dataset import ImageStore, TrainDataset, cached_bytes, free_bytes, resized_hw
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
 from tests.compress.data.conftest import folder_hash, write_image, write_labels
@@ -111,7 +112,7 @@ def test_without_augmentation_labels_stay_on_their_objects(tmp_path: Path) -> No
 
     cv2.imwrite(str(tmp_path / "a.png"), image)
     labels = np.array([[0, 45 / 120, 0.5, 30 / 120, 0.5]], np.float32)
-    tensor, moved = TrainDataset([Sample(tmp_path / "a.png", labels, (60, 120))], 240, PLAIN).item(0, 0)
+    tensor, moved = TrainDataset([Sample(tmp_path / "a.png", "a.png", labels, (60, 120), "")], 240, PLAIN).item(0, 0)
     red = np.argwhere(tensor[0].astype(int) - tensor[2] > 128)
     (y0, x0), (y1, x1) = red.min(0), red.max(0) + 1
     cx, cy, w, h = moved[0, 1:] * 240
@@ -145,9 +146,9 @@ def test_decoded_images_are_kept_only_when_they_fit(
     store = ImageStore(samples, 64)
     assert sum(store.load(i)[0].nbytes for i in range(len(samples))) == need
     assert free_bytes() > 0
-    monkeypatch.setattr("compress.data.dataset.free_bytes", lambda: need)
+    monkeypatch.setattr("compress.data.train_dataset.free_bytes", lambda: need)
     assert not ImageStore(samples, 64).cached
-    monkeypatch.setattr("compress.data.dataset.free_bytes", lambda: 3 * need)
+    monkeypatch.setattr("compress.data.train_dataset.free_bytes", lambda: 3 * need)
     assert ImageStore(samples, 64).cached
 
 
@@ -174,7 +175,7 @@ def test_reading_a_dataset_changes_nothing_in_its_folder(dataset: Path) -> None:
 def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, batch: int) -> None:
     numbers = json.loads((reference / "data_reference.json").read_text())
     expected = numbers[f"rect_batch_shapes_bs{batch}"]
-    samples = index_split(load_data(shared / "data/coco128/data.yaml"), "val", decode=False).samples
+    samples = index_split(load_data(shared / "data/coco128/data.yaml"), "val").samples
     batches = list(val_batches(samples, imgsz=640, batch=batch, workers=2))
     assert [list(one.images.shape[2:]) for one in batches] == expected["batch_shapes"]
     ratio = {str(int(s.image.stem)): s.size_hw[0] / s.size_hw[1] for s in samples}

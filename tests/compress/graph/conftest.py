@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from compress.graph.assemble import boxes_graph, yolov5_graph
-from compress.graph.tails import HeadShape, NmsShape
-from compress.graph.trunk import Trunk, trace
+from compress.graph.decode import HeadShape
+from compress.graph.network import NetworkGraph, trace
+from compress.graph.nms import NmsShape
 
 ANCHORS = np.asarray([10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326], np.float32)
 SIZE = 160
@@ -45,7 +46,7 @@ class Small(nn.Module):
 @dataclass(frozen=True)
 class Case:
     network: Small
-    trunk: Trunk
+    traced: NetworkGraph
     head: HeadShape
     nms: NmsShape
 
@@ -64,10 +65,10 @@ class Case:
         return torch.cat(levels).numpy()
 
     def boxes(self, **settings: Any) -> Any:
-        return boxes_graph(self.trunk, self.head, self.nms, **{"opset": 19, "metadata": {}, **settings})
+        return boxes_graph(self.traced, self.head, self.nms, **{"opset": 19, "metadata": {}, **settings})
 
     def conventional(self) -> Any:
-        return yolov5_graph(self.trunk, self.head, opset=19, metadata={})
+        return yolov5_graph(self.traced, self.head, opset=19, metadata={})
 
 
 def make_case(classes: int = CLASSES, size: int = SIZE, **nms: Any) -> Case:

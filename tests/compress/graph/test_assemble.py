@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 import pytest
 
-from compress.graph.heads import LetterboxGeometry, pixels_tensor
+from compress.graph.network import fold_bgr_bytes
+from compress.graph.nms import NmsShape
+from compress.graph.parts import op_counts
+from compress.graph.preprocess import LetterboxGeometry, pixels_tensor
 from compress.graph.safe_load import ALLOWED, problems
 from compress.graph.session import exposing, open_session
-from compress.graph.tails import NmsShape
-from compress.graph.trunk import fold_bgr_bytes
 from compress.graph.verify import check_boxes, check_rows
-from compress.graph.walk import op_counts
 from runtime.image import letterbox
 
 
@@ -112,8 +112,8 @@ def test_cast_is_the_first_operator_and_the_scale_costs_nothing(case):
 
 
 def test_folding_is_refused_where_the_stem_is_no_single_convolution(case):
-    doubled = case.trunk.nodes[0]
-    twice = type(case.trunk)((doubled, *case.trunk.nodes), case.trunk.constants, case.trunk.input, case.trunk.maps)
+    doubled = case.traced.nodes[0]
+    twice = type(case.traced)((doubled, *case.traced.nodes), case.traced.constants, case.traced.input, case.traced.maps)
     assert fold_bgr_bytes(twice) is None
 
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.calibration import calibrate
 from compress.graph.fp16 import body_to_fp16
-from compress.graph.qdq import SCHEMES, calibrate, quantised
+from compress.graph.int8_trt import SCHEME
+from compress.graph.parts import GraphParts, op_counts, sort_topologically
+from compress.graph.qdq import quantised
 from compress.graph.session import open_session
-from compress.graph.walk import Walk, op_counts, sort_topologically
 from runtime.errors import EdgestillError
 
 
@@ -22,15 +26,15 @@ def casts(model: onnx.ModelProto) -> int:
 
 def test_one_cast_enters_and_one_leaves_each_detect_convolution(case):
     for model, convs in ((case.conventional(), 3), (case.boxes(), 6)):
-        assert len(Walk(model.graph).detect_convs) == convs
+        assert len(GraphParts(model.graph).detect_convs) == convs
         assert casts(body_to_fp16(model)) - casts(model) == 1 + convs
 
 
 def test_body_is_half_decode_is_single_and_io_is_kept(case):
     half = body_to_fp16(case.boxes())
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(half).graph.value_info}
-    walk = Walk(half.graph)
-    assert all(types[walk.nodes[i].output[0]] == TensorProto.FLOAT16 for i in walk.convs)
+    parts = GraphParts(half.graph)
+    assert all(types[parts.nodes[i].output[0]] == TensorProto.FLOAT16 for i in parts.convs)
     assert types["candidates.boxes"] == types["candidates.score"] == types["nms.bound"] == TensorProto.FLOAT
     assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
@@ -55,7 +59,7 @@ def test_a_body_tensor_that_is_a_graph_output_keeps_its_name_and_type(case, canv
     np.testing.assert_allclose(value, open_session(model).run([name], {"canvas": canvas})[0], atol=0.02)
 
 
-def test_a_constant_shared_with_the_tail_is_copied(case, canvas):
+def test_a_constant_shared_with_the_decode_is_copied(case, canvas):
     model = case.boxes()
     scale = next(node for node in model.graph.node if node.op_type == "Mul" and "mul" in node.name)
     shared = next(name for name in scale.input if name.startswith("scalar"))
@@ -70,9 +74,8 @@ def test_a_constant_shared_with_the_tail_is_copied(case, canvas):
 def test_quantised_bodies_become_half_with_no_cast_on_the_weights(case, canvas, pairs_on_weights):
     model = case.boxes()
     ranges = calibrate(model, [canvas], "minmax")
-    scheme = SCHEMES["int8-trt"]
-    options = {**scheme.options, "AddQDQPairToWeight": pairs_on_weights}
-    integers = quantised(model, ranges, type(scheme)(scheme.activation, scheme.operators, options))
+    options = {**SCHEME.options, "AddQDQPairToWeight": pairs_on_weights}
+    integers = quantised(model, ranges, replace(SCHEME, options=options))
     half = body_to_fp16(integers)
     assert casts(half) - casts(integers) == 7
     entering = next(node for node in half.graph.node if node.name == "canvas.nchw.to_fp16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compress.graph.tails import cluster_nms
+from compress.graph.nms import cluster_nms
 from runtime.boxes import nms
 
 

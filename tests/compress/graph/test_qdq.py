@@ -5,12 +5,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from compress.graph.qdq import METHODS, SCHEMES, calibrate, quantised
+from compress.flavours import FLAVOURS
+from compress.graph.calibration import METHODS, calibrate
+from compress.graph.parts import GraphParts, op_counts, strip_unused_opsets
 from compress.graph.safe_load import problems
 from compress.graph.session import open_session
-from compress.graph.walk import Walk, op_counts, strip_unused_opsets
 from runtime.errors import EdgestillError
 
+INT8 = [name for name, flavour in FLAVOURS.items() if flavour.calibrated]
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -22,30 +24,30 @@ def canvases():
 @pytest.fixture(scope="module")
 def flavours(case, canvases):
     ranges = calibrate(case.boxes(), canvases, "minmax")
-    return {name: quantised(case.boxes(), ranges, scheme) for name, scheme in SCHEMES.items()}
+    return {name: FLAVOURS[name].make(case.boxes(), ranges) for name in INT8}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_scores_survive_quantisation(case, canvases, flavours, name):
     full, integers = (open_session(m).run(None, {"canvas": canvases[0]})[0] for m in (case.boxes(), flavours[name]))
     assert integers[0, 0, 4] > 0.5
     assert abs(full[0, 0, 4] - integers[0, 0, 4]) < 0.1
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_detect_decode_nms_and_preprocessing_hold_no_quantised_tensor(flavours, name):
-    walk = Walk(flavours[name].graph)
-    assert not [walk.nodes[i].name for i in walk.tail if walk.nodes[i].op_type in QDQ]
-    weights = {walk.nodes[i].input[1] for i in walk.detect_convs}
-    assert weights <= walk.initializers
+    parts = GraphParts(flavours[name].graph)
+    assert not [parts.nodes[i].name for i in parts.postprocessing if parts.nodes[i].op_type in QDQ]
+    weights = {parts.nodes[i].input[1] for i in parts.detect_convs}
+    assert weights <= parts.initializers
     assert flavours[name].graph.node[0].op_type == "Cast"
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_every_other_convolution_reads_quantised_weights(flavours, name):
-    walk = Walk(flavours[name].graph)
-    for conv in set(walk.convs) - set(walk.detect_convs):
-        assert walk.nodes[walk.producer[walk.nodes[conv].input[1]]].op_type == "DequantizeLinear"
+    parts = GraphParts(flavours[name].graph)
+    for conv in set(parts.convs) - set(parts.detect_convs):
+        assert parts.nodes[parts.producer[parts.nodes[conv].input[1]]].op_type == "DequantizeLinear"
 
 
 def test_tensorrt_flavour_is_symmetric_signed_per_channel_with_float_bias(flavours):
@@ -54,9 +56,9 @@ def test_tensorrt_flavour_is_symmetric_signed_per_channel_with_float_bias(flavou
     zeros = [arrays[node.input[2]] for node in graph.node if node.op_type in QDQ]
     assert all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
     assert "int32" not in {str(array.dtype) for array in arrays.values()}
-    walk = Walk(graph)
-    conv = walk.nodes[walk.convs[1]]
-    scales = arrays[walk.nodes[walk.producer[conv.input[1]]].input[1]]
+    parts = GraphParts(graph)
+    conv = parts.nodes[parts.convs[1]]
+    scales = arrays[parts.nodes[parts.producer[conv.input[1]]].input[1]]
     assert scales.shape == (arrays[conv.input[2]].shape[0],)
 
 
@@ -66,7 +68,7 @@ def test_cpu_flavour_has_unsigned_activations(flavours):
     assert {str(arrays[node.input[2]].dtype) for node in graph.node if node.op_type == "QuantizeLinear"} == {"uint8"}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INT8)
 def test_only_the_default_domain_is_imported_and_every_operator_is_allowed(flavours, name):
     assert [entry.domain for entry in flavours[name].opset_import] == [""]
     assert not list(problems(flavours[name]))
@@ -112,6 +114,6 @@ def test_nothing_is_printed(case, canvases, capfd):
 
 
 def test_operator_counts_are_those_of_the_body(case, flavours):
-    body = len(Walk(case.boxes().graph).convs) - 6
+    body = len(GraphParts(case.boxes().graph).convs) - 6
     counts = op_counts(flavours["int8-trt"].graph)
     assert counts["DequantizeLinear"] >= 2 * body

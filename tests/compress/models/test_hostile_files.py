@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.models import load
-from compress.models.pickled import PickleError, read_pickle
+from compress.models.pickle_reader import PickleError, read_pickle
 from runtime.errors import InputError
 
 CALLS = {

@@ -1,0 +1,38 @@
+"""A recipe that shows everything in minutes on two CPU cores.
+
+Generated data, a teacher trained from scratch, a student of half its width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.config import Recipe
+from compress.data.generate import generate
+from compress.log import Log
+from compress.recipe import load_recipe
+from runtime.files import atomic_write
+
+IMAGES, SIZE, SEED = 200, 256, 0
+RECIPE = """\
+# The recipe of `edgestill demo`. Change it and run it again: `edgestill run {file} --out {out}`
+name: demo
+data: belt/data.yaml
+imgsz: 256
+teacher: {{scale: n, epochs: 36, batch: 16, val_interval: 12}}
+student: {{scale: p}}
+distill: {{epochs: 40, batch: 16, val_interval: 10, losses: {{obj_kd: 1.0}}}}
+quantize: {{calibration_images: 64, max_map_drop: 0.03}}
+"""
+
+
+def prepare(out: Path, log: Log) -> Recipe:
+    """Make the demo's data and recipe in the folder `out`; what is there already is used as it is."""
+    data, file = out / "belt", out / "recipe.yaml"
+    if not (data / "data.yaml").is_file():
+        generate(data, images=IMAGES, size=(SIZE, SIZE), seed=SEED)
+        log(f"generated {IMAGES} images of metal parts on a conveyor belt in {data}")
+    if not file.is_file():
+        with atomic_write(file) as temporary:
+            temporary.write_text(RECIPE.format(file=file, out=out))
+    return load_recipe(file)

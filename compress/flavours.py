@@ -1,0 +1,76 @@
+"""The table of flavours: the reduced precisions into which `quantize` turns `model.onnx`.
+
+A new flavour is a module with its maker and one row here. Nothing here imports torch or onnx: functions are named as
+"module:function" and opened when they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+REFERENCE = "fp32"
+"""The precision that `export` writes, from which every flavour is made and against which it is judged."""
+FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU"
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One row of the table.
+
+    `maker` names a function `(model) -> model` on `onnx.ModelProto`, or `(model, ranges) -> model` where the flavour
+    is `calibrated`; `ranges` are the activation ranges that `compress.graph.calibration.calibrate` measured. `check`
+    names a function `(model, canvases) -> str` that says why the flavour of this FP32 model fails on its own hardware
+    where this CPU cannot show it, or nothing.
+    """
+
+    name: str
+    maker: str
+    calibrated: bool
+    for_this_cpu: bool
+    """Whether latency on the CPU that quantises is latency in use, and so counts in the gate."""
+    engine: bool
+    """Whether TensorRT plans are built from it."""
+    note: str = ""
+    """Stands beside its latency on a CPU in the report."""
+    check: str = ""
+
+    @property
+    def make(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = resolve_name(self.maker)
+        return function
+
+    def fault(self, model: Any, canvases: Any) -> str:
+        """Why the flavour would fail on its own hardware, measured on the FP32 `model`; empty where it works."""
+        return str(resolve_name(self.check)(model, canvases)) if self.check else ""
+
+
+_ROWS = (
+    Flavour(
+        "fp16",
+        "compress.graph.fp16:body_to_fp16",
+        calibrated=False,
+        for_this_cpu=False,
+        engine=True,
+        note=FOR_TENSORRT,
+        check="compress.graph.fp16:overflow",
+    ),
+    Flavour(
+        "int8-trt",
+        "compress.graph.int8_trt:int8_for_tensorrt",
+        calibrated=True,
+        for_this_cpu=False,
+        engine=True,
+        note=FOR_TENSORRT,
+    ),
+    Flavour("int8-cpu", "compress.graph.int8_cpu:int8_for_x86", calibrated=True, for_this_cpu=True, engine=False),
+)
+
+FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
+"""By name. Of plans, the earlier row is tried first on the device until a benchmark there says otherwise: FP16 is safe
+in accuracy, and INT8 through explicit Q/DQ is often no faster."""
+
+PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
+"""What TensorRT plans are built from, best first."""

@@ -1,0 +1,69 @@
+"""Preprocessing inside the graph: camera bytes become the tensor that the stem convolution reads.
+
+`Cast` is always the first operator: TensorRT refuses `Transpose` on uint8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from compress.graph.builder import FLOAT, GraphBuilder
+from runtime.image import LETTERBOX_FILL, Fit, fit
+
+
+@dataclass(frozen=True)
+class LetterboxGeometry:
+    """Where a frame lands on the canvas, by the runtime's one definition of the letterbox."""
+
+    frame_hw: tuple[int, int]
+    canvas_hw: tuple[int, int]
+
+    @property
+    def fit(self) -> Fit:
+        return fit(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
+
+    @property
+    def borders(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom and right border in pixels."""
+        (left, top), (height, width) = self.fit.left_top, self.fit.resized_hw
+        return top, left, self.canvas_hw[0] - top - height, self.canvas_hw[1] - left - width
+
+
+def canvas_pixels(builder: GraphBuilder, source: str) -> str:
+    """uint8 BGR (1,S,S,3) -> float32 BGR 0..255 (1,3,S,S)."""
+    floats = builder.op("Cast", source, name="canvas.float", to=FLOAT)
+    return builder.op("Transpose", floats, name="canvas.nchw", perm=[0, 3, 1, 2])
+
+
+def frame_pixels(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) -> str:
+    """uint8 BGR (1,H,W,3) -> letterboxed float32 BGR 0..255 (1,3,S,S), within one level of cv2's bilinear letterbox."""
+    pixels = canvas_pixels(builder, source)
+    if geometry.fit.resized_hw != geometry.frame_hw:
+        sizes = builder.ints("letterbox.sizes", [1, 3, *geometry.fit.resized_hw])
+        pixels = builder.op(
+            "Resize", pixels, "", "", sizes,
+            name="letterbox.resized", mode="linear", coordinate_transformation_mode="half_pixel",
+        )  # fmt: skip
+        pixels = builder.op("Round", pixels, name="letterbox.rounded")
+    top, left, bottom, right = geometry.borders
+    if any(geometry.borders):
+        pads = builder.ints("letterbox.pads", [0, 0, top, left, 0, 0, bottom, right])
+        fill = builder.floats("letterbox.fill", LETTERBOX_FILL)
+        pixels = builder.op("Pad", pixels, pads, fill, name="letterbox.canvas", mode="constant")
+    return pixels
+
+
+def pixels_tensor(model: onnx.ModelProto) -> str:
+    """The tensor that holds the canvas as float32 BGR 0..255 (1,3,S,S), whichever preprocessing the graph has."""
+    made = {name for node in model.graph.node for name in node.output}
+    return next(name for name in ("letterbox.canvas", "letterbox.rounded", "canvas.nchw") if name in made)
+
+
+def unit_rgb(builder: GraphBuilder, pixels: str) -> str:
+    """BGR 0..255 -> RGB 0..1, for stems into whose weights it cannot be folded."""
+    order = builder.ints("rgb.order", [2, 1, 0])
+    rgb = builder.op("Gather", pixels, order, name="rgb.pixels", axis=1)
+    return builder.op("Mul", rgb, builder.floats("rgb.scale", np.float32(1.0) / np.float32(255.0)), name="rgb.unit")

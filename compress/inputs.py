@@ -1,0 +1,84 @@
+"""What stages start from: the data set with its ground truth, and the files that earlier stages left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.bench import Plan
+from compress.config import BenchConfig, Recipe
+from compress.data import INDEX, Dataset, load_data
+from compress.data.coco import to_coco
+from compress.flavours import REFERENCE
+from compress.graph.candidates import Validation
+from compress.store import Folders
+
+TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
+SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
+TEACHER_ONNX = "teacher.onnx"
+"""Beside the student's files: the teacher as the same kind of file, so that both are measured alike."""
+
+
+def dataset_of(recipe: Recipe, folders: Folders) -> Dataset:
+    """The data set as the data stage indexed it; no image is opened."""
+    return Dataset.load(folders["data"] / INDEX, load_data(recipe.data).root)
+
+
+def validation_of(dataset: Dataset) -> Validation:
+    """The usable images of the val split, numbered from 1, with their labels as COCO ground truth."""
+    samples = dataset.splits["val"].samples
+    images = [(image_id, sample.image) for image_id, sample in enumerate(samples, 1)]
+    return Validation(images, to_coco(samples, dataset.names))
+
+
+def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
+    """How files are measured, on the val split; accuracy and latency alike."""
+    data = validation_of(dataset)
+    return Plan(
+        data.images[: config.max_images or None],
+        data.ground_truth,
+        samples=config.latency_samples,
+        warmup_ms=config.warmup_ms,
+        accuracy_conf=config.accuracy_conf,
+        device=device,
+    )
+
+
+class MeasuredFile(NamedTuple):
+    """A file to measure, and what its gate said: `kept` is None where there was no gate.
+
+    `role` is teacher or student; `precision` None is that of the file's card.
+    """
+
+    path: Path
+    role: str = "student"
+    precision: str | None = None
+    kept: bool | None = None
+    reason: str = ""
+
+
+def measured_files(folders: Folders) -> list[MeasuredFile]:
+    """The teacher's file, the student's FP32, and every flavour, those that were refused too."""
+    flavours = [
+        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"])
+        for entry, file in _flavours(folders)
+        if entry["name"] != REFERENCE
+    ]
+    student = MeasuredFile(folders["export"] / SHIPPED, "student", REFERENCE)
+    return [MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE), student, *flavours]
+
+
+def kept_files(folders: Folders) -> dict[str, Path]:
+    """Precision -> ONNX file, of FP32 and every flavour that passed its gate."""
+    return {entry["name"]: file for entry, file in _flavours(folders) if entry["kept"]}
+
+
+def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
+    entries = read_json(folders["quantize"] / "quantize.json")
+    return [(e, folders["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
+
+
+def read_json(path: Path) -> Any:
+    """A document that an earlier stage wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,162 @@
+"""The network: a table of layers becomes modules; raw maps become boxes.
+
+Written from published facts (layer tables, tensor names, formulas). With a checkpoint's weights its raw maps and
+boxes equal those of YOLOv5 v7.0 to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.models.activations import ACTIVATIONS
+from compress.models.architecture import Architecture, Layer
+from compress.models.blocks import (
+    C3,
+    SPP,
+    SPPF,
+    Block,
+    BottleneckCSP,
+    Concat,
+    Conv,
+    Detect,
+    Focus,
+    ScaledLayer,
+    Upsample,
+)
+
+RARE_OBJECTS = 8
+"""Objects that an untrained head expects in a 640-pixel image, per anchor."""
+PRIOR_SIZE = 640
+CLASS_PRIOR = 0.6
+
+BLOCKS: dict[str, type[Block]] = {
+    block.__name__: block for block in (Conv, Focus, SPP, SPPF, C3, BottleneckCSP, Upsample, Concat, Detect)
+}
+"""What the rows of a layer table may name."""
+
+
+def _build(arch: Architecture) -> tuple[list[nn.Module], list[int]]:
+    """The modules of an architecture's layers, and the output channels of each."""
+    modules: list[nn.Module] = []
+    channels: list[int] = []
+    for layer in arch.layers:
+        module, out = BLOCKS[layer.block].build(scaled(layer, arch, channels))
+        modules.append(module)
+        channels.append(out)
+    return modules, channels
+
+
+def scaled(layer: Layer, arch: Architecture, channels: Sequence[int]) -> ScaledLayer:
+    """The row `layer` at the depth and width of `arch`; `channels` are the outputs of the layers before it."""
+    inputs = tuple(channels[index] for index in layer.source) if channels else (3,)
+    return ScaledLayer(
+        inputs, arch.channels(layer.channels), arch.repeats(layer.repeats), layer.options,
+        ACTIVATIONS[arch.activation], arch,
+    )  # fmt: skip
+
+
+class YOLOv5(nn.Module):
+    """A YOLOv5 detector; tensors are named `model.<layer>...` as in YOLOv5's checkpoints.
+
+    Expects float RGB 0..1 (B, 3, H, W) with H and W multiples of the largest stride. A new network has torch's
+    default weights (seeded builds are reproducible) and BatchNorm statistics as YOLOv5's builder leaves them; call
+    `init_detect_bias` before a training.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        modules, channels = _build(arch)
+        self.arch = arch
+        self.model = nn.Sequential(*modules)
+        self.feature_channels = tuple(channels[index] for index in arch.features)
+        """Channels of the features that feed the head, finest first."""
+        self._sources = [layer.source for layer in arch.layers]
+        self._kept = {index for source in self._sources for index in source if index >= 0}
+
+    @property
+    def detect(self) -> Detect:
+        head = self.model[-1]
+        assert isinstance(head, Detect)
+        return head
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of a cell, finest level first."""
+        return self.arch.strides
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Raw maps (logits) (B, na, H/s, W/s, 5+nc) of the levels, in training and in evaluation mode."""
+        return self.forward_features(images)[0]
+
+    def forward_features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Raw maps, and the features (B, C, H/s, W/s) that the head made them of."""
+        kept: dict[int, Tensor] = {}
+        x: Any = images
+        for index, (layer, source) in enumerate(zip(self.model, self._sources, strict=True)):
+            if source != (-1,):
+                x = [x if i < 0 else kept[i] for i in source]
+            x = layer(x)
+            if index in self._kept:
+                kept[index] = x
+        return x, [kept[index] for index in self.arch.features]
+
+    def decode(self, raw: Sequence[Tensor]) -> Tensor:
+        """Raw maps -> rows (B, N, 5+nc): x y w h (centre, pixels), objectness, class probabilities.
+
+        Rows are ordered by level (finest first), then anchor, y, x. Class columns are not multiplied by objectness.
+        """
+        pixels = [anchors * stride for anchors, stride in zip(self.detect.anchors, self.strides, strict=True)]
+        levels = zip(raw, pixels, self.strides, strict=True)
+        return torch.cat([decode_level(level, anchors, stride) for level, anchors, stride in levels], 1)
+
+    @torch.no_grad()
+    def init_detect_bias(self) -> None:
+        """Add to the head's biases what makes it expect few objects, and each class as often as the others.
+
+        Once on a fresh network. With one class its bias becomes +11: there is no class loss, so its probability
+        stays 1 and objectness alone decides.
+        """
+        for conv, stride in zip(self.detect.m, self.strides, strict=True):
+            assert isinstance(conv.bias, nn.Parameter)
+            bias = conv.bias.view(self.detect.na, self.detect.no)
+            bias[:, 4] += math.log(RARE_OBJECTS / (PRIOR_SIZE / stride) ** 2)
+            bias[:, 5:] += math.log(CLASS_PRIOR / (self.arch.nc - 0.99999))
+
+    def fuse(self) -> YOLOv5:
+        """A copy in evaluation mode whose BatchNorms are folded into the convolutions before them."""
+        made = copy.deepcopy(self).eval()
+        with torch.no_grad():
+            for block in made.modules():
+                if isinstance(block, Block):
+                    block.fuse()
+        return made
+
+
+def decode_level(raw: Tensor, anchors_px: Tensor, stride: int) -> Tensor:
+    """Raw map (B, na, H, W, 5+nc) and anchors (na, 2) in pixels -> rows (B, na*H*W, 5+nc).
+
+    Centre `(2σ - 0.5 + cell) * stride`, size `(2σ)² * anchor`. The half is taken off the cell first, as in YOLOv5:
+    another order rounds differently.
+    """
+    batch, na, height, width, columns = raw.shape
+    y = raw.sigmoid()
+    cells_x = torch.arange(width, device=raw.device, dtype=raw.dtype) - 0.5
+    cells_y = torch.arange(height, device=raw.device, dtype=raw.dtype) - 0.5
+    cells = torch.stack((cells_x.expand(height, width), cells_y[:, None].expand(height, width)), -1)
+    centres = (y[..., 0:2] * 2 + cells) * stride
+    sizes = (y[..., 2:4] * 2) ** 2 * anchors_px.to(raw.dtype).view(na, 1, 1, 2)
+    return torch.cat((centres, sizes, y[..., 4:]), -1).reshape(batch, na * height * width, columns)
+
+
+@lru_cache(maxsize=16)
+def network_without_memory(architecture: Architecture) -> YOLOv5:
+    """The network on torch's `meta` device: shapes and names only. Shared among callers, who must not change it."""
+    with torch.device("meta"):
+        return YOLOv5(architecture).eval()

@@ -1,0 +1,73 @@
+"""The order of the stages. In: a recipe. Out: `<out>/<stage>/` for every stage, brought up to date in order."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Collection
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from compress.config import Recipe
+from compress.log import Log
+from compress.stages import Stage
+from compress.store import Outcome, execute
+from runtime.errors import UsageError
+
+ORDER = ("data", "teacher", "distill", "export", "quantize", "build", "bench", "report", "bundle")
+"""Each is the name of a module in `compress/stages/`."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    until: str = ORDER[-1],
+    force: Collection[str] = (),
+    log: Log,
+) -> list[Outcome]:
+    """Run every stage up to `until`; those named in `force` even when they are done.
+
+    Raises UsageError when a stage is unknown or several processes were started.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(
+            f"{processes} processes were started, but stages are published by one",
+            "Start `edgestill train` or `distill` by torchrun, and the recipe alone",
+        )
+    for name in (until, *force):
+        require_stage(name)
+    outcomes = []
+    for name in ORDER[: ORDER.index(until) + 1]:
+        outcomes.append(execute(stage(name).task(recipe, out), out, log=log, force=name in force))
+        log(_line(outcomes[-1]))
+    return outcomes
+
+
+def stage(name: str) -> Stage[Any, Any]:
+    """The stage of this name. Its module is opened only now, since most of them import torch."""
+    opened: Stage[Any, Any] = import_module(f"compress.stages.{name}").STAGE
+    return opened
+
+
+def require_stage(name: str) -> None:
+    if name not in ORDER:
+        near = difflib.get_close_matches(name, ORDER, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Stages: {', '.join(ORDER)}"
+        raise UsageError(f"unknown stage {name!r}", hint)
+
+
+def _line(outcome: Outcome) -> str:
+    if outcome.skipped:
+        return f"{outcome.stage:<9} unchanged"
+    shown = "  ".join(f"{key} {_short(value)}" for key, value in outcome.figures.items() if _is_plain(value))
+    return f"{outcome.stage:<9} {outcome.seconds:7.1f} s  {shown}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) and len(str(value)) < 60
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

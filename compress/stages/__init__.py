@@ -1,0 +1,74 @@
+"""The stages of a run, a file each: what goes in, what it depends on, and `run`, which its command calls as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from compress.config import Recipe, Settings, result_settings
+from compress.log import Log
+from compress.store import Folders, Task
+from runtime.errors import InputError
+from runtime.files import sha256
+from runtime.machine import facts
+
+C = TypeVar("C", bound=Settings)
+I = TypeVar("I")  # noqa: E741  the type of a stage's inputs
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C, I]):
+    """One step of the pipeline.
+
+    `run(config, inputs, out, log)` writes into the folder `out` and nowhere else, and returns the figures that its
+    manifest keeps. `inputs(recipe, folders)` finds what it works on in a run; a command gives the same type by hand.
+    """
+
+    name: str
+    settings: type[C]
+    """The settings that it reads: a group whose fields are keys of the recipe."""
+    inputs: Callable[[Recipe, Folders], I]
+    run: Callable[[C, I, Path, Log], Figures]
+    after: tuple[str, ...] = ()
+    """Earlier stages whose folders it reads."""
+    digests: Mapping[str, Callable[[Recipe], str]] = field(default_factory=dict)
+    """What stands for files of the user."""
+    facts: Mapping[str, Callable[[], str]] = field(default_factory=dict)
+    """What of the machine changes the result."""
+    version: int = 1
+
+    def task(self, recipe: Recipe, run_folder: Path) -> Task:
+        """The stage in the run of `recipe` in the folder `run_folder`."""
+        config, folders = recipe.part(self.settings), {name: run_folder / name for name in self.after}
+        return Task(
+            self.name,
+            lambda out, log: self.run(config, self.inputs(recipe, folders), out, log),
+            result_settings(config),
+            folders,
+            {name: digest(recipe) for name, digest in self.digests.items()},
+            {name: fact() for name, fact in self.facts.items()},
+            self.version,
+        )
+
+
+def weights_digest(file: Path | None) -> str:
+    """sha256 of a checkpoint that a recipe names. Raises InputError when there is no such file."""
+    if file is None:
+        return "none"
+    if not file.is_file():
+        raise InputError(f"{file}: no such checkpoint", "Correct the weights in the recipe")
+    return sha256(file)
+
+
+def packages(*names: str) -> str:
+    """Their versions: a new TensorRT rebuilds the engines and does not train again."""
+    return " ".join(f"{name} {facts()['packages'].get(name, 'absent')}" for name in names)
+
+
+def cpu_and_runtime() -> str:
+    """What a measurement depends on."""
+    return " ".join([facts()["cpu"], str(facts()["gpus"]), packages("onnxruntime")])

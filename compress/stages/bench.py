@@ -1,0 +1,120 @@
+"""Bench: latency and mAP of every file, taken in one run on one machine, so that they may stand in one row.
+
+In: files, and the data set whose val split they are measured on. Out: `bench.json`, the rows of the report.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.bench import Plan, measure_file
+from benchmarks.report import Report, Row, make_report, plain
+from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
+from compress.data import Dataset
+from compress.flavours import FLAVOURS
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
+from compress.log import Log
+from compress.models import complexity, load_model
+from compress.stages import Figures, Stage, cpu_and_runtime
+from compress.store import Folders
+from compress.validate import validate
+from runtime.files import write_json
+from runtime.machine import facts
+
+
+class Config(Settings):
+    bench: BenchConfig = BenchConfig()
+    imgsz: ImageSize = IMGSZ
+    """Side of the images on which the torch networks are measured."""
+
+
+class Inputs(NamedTuple):
+    """`networks` are checkpoints by role, measured in torch beside the files."""
+
+    files: Sequence[MeasuredFile]
+    data: Dataset
+    networks: Mapping[str, Path] = {}
+    device: str = "cpu"
+    """A run measures on the CPU, where its gates have measured; a command may name another device."""
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Measure every file and write `bench.json` into `out`. Raises the errors of `measure_file`."""
+    plan, data = plan_of(config.bench, inputs.data, inputs.device), inputs.data
+    rows = [_row(file, plan, log) for file in inputs.files]
+    torch = [torch_row(role, file, data, config.imgsz, log) for role, file in inputs.networks.items()]
+    dataset = {
+        "name": data.path.parent.name,
+        "split": "val",
+        "images": len(data.splits["val"].samples),
+        "instances": data.splits["val"].boxes,
+        "sha256": data.sha256,
+        "names": data.names,
+    }
+    document = {"models": rows, "torch": torch, "dataset": dataset, "machine": facts()}
+    write_json(out / "bench.json", document)
+    return {"files": len(rows)}
+
+
+def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
+    flavour = FLAVOURS.get(file.precision or "")
+    row = measure_file(
+        file.path,
+        plan,
+        role=file.role,
+        precision=file.precision,
+        kept=file.kept,
+        reason=file.reason,
+        note=flavour.note if flavour and plan.device == "cpu" else "",
+    )
+    latency = row["latency"]["end_to_end"]
+    log(
+        f"{row['role']} {row['precision']}: mAP50-95 {row['accuracy']['map50_95']:.4f}, "
+        f"p50 {latency['p50']:.2f} ms end to end (n {latency['n']})"
+    )
+    return row
+
+
+def torch_row(role: str, file: Path, data: Dataset, imgsz: int, log: Log) -> Row:
+    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels a box."""
+    model = load_model(file)
+    found = validate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
+    assert found.coco is not None
+    log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
+    cost = complexity(model.arch, (imgsz, imgsz))
+    return {
+        "name": role,
+        "role": role,
+        "scale": model.arch.scale or "custom",
+        "parameters": cost.parameters,
+        "gflops": 2e-9 * cost.macs,
+        "bytes": file.stat().st_size,
+        "accuracy": plain(found.coco),
+        "note": "rectangular batches of 32, multi-label",
+    }
+
+
+def write_report(out: Path) -> Report:
+    """The report of one measurement alone: `report.json` and its renderings beside the `bench.json` in `out`."""
+    argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    report = make_report(out.name, argv=argv, **read_json(out / "bench.json"))
+    report.write(out)
+    return report
+
+
+def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
+    networks = {"teacher": folders["teacher"] / TEACHER, "student": folders["distill"] / STUDENT}
+    return Inputs(measured_files(folders), dataset_of(recipe, folders), networks)
+
+
+STAGE = Stage(
+    "bench",
+    settings=Config,
+    inputs=inputs_of,
+    run=run,
+    after=("data", "teacher", "distill", "export", "quantize"),
+    facts={"machine": cpu_and_runtime},
+)

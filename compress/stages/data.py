@@ -1,0 +1,44 @@
+"""Data: every image is decoded once, and what was found is kept for all later stages.
+
+In: data.yaml. Out: `index.json` (path, size, digest and labels of each usable image) and `data.json` (counts and
+problems of each split).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.config import NoSettings
+from compress.data import INDEX, DataConfig, index_dataset, load_data
+from compress.data.index import quick_digest
+from compress.log import Log
+from compress.stages import Figures, Stage
+from runtime.files import write_json
+
+
+def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
+    """Index the train and val splits of `data`. Raises InputError when one of them has no usable image."""
+    dataset = index_dataset(data)
+    for split, index in dataset.splits.items():
+        for problem in index.problems:
+            log(f"{split}: skipped {problem}")
+    counts = {
+        split: {
+            "images": len(index.samples),
+            "boxes": index.boxes,
+            "problems": [str(problem) for problem in index.problems],
+        }
+        for split, index in dataset.splits.items()
+    }
+    write_json(out / "data.json", {"names": data.names, "sha256": dataset.sha256, "splits": counts})
+    dataset.save(out / INDEX)
+    return {"classes": len(data.names)} | {f"{split}_images": counts[split]["images"] for split in counts}
+
+
+STAGE = Stage(
+    "data",
+    settings=NoSettings,
+    inputs=lambda recipe, _: load_data(recipe.data),
+    run=run,
+    digests={"data": lambda recipe: quick_digest(load_data(recipe.data))},
+)

@@ -1,0 +1,107 @@
+"""Distill: a small student learns from labels and from the outputs of a frozen teacher for the same batch.
+
+In: settings, a data set, a teacher's checkpoint, the student's scale. Out: `student.safetensors`, the files of the
+training that led to it, and `checks.json`. All of them hold the student alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from compress.compute.device import is_first_process
+from compress.compute.numerics import flush_denormals
+from compress.config import DistillConfig, Settings, StudentConfig
+from compress.data import Dataset
+from compress.inputs import STUDENT, TEACHER, dataset_of
+from compress.log import Log
+from compress.stages import Figures, Stage, weights_digest
+from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.objective import DistillObjective, detection_loss
+from compress.training.prepare import model_of_state, new_model, open_splits
+from compress.training.state import STATE
+from compress.training.teacher import Teacher, build_losses, examine, load_teacher
+from runtime.files import write_json
+
+
+class Config(Settings):
+    distill: DistillConfig = DistillConfig()
+    student: StudentConfig = StudentConfig()
+    device: str = "auto"
+
+
+class Inputs(NamedTuple):
+    data: Dataset
+    teacher: Path
+    resume: bool | None = None
+    """None goes on with what is begun in the folder."""
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write the student into `out`. Raises the errors of `distill`."""
+    result = distill(
+        config.distill,
+        data=inputs.data,
+        out=out,
+        teacher=inputs.teacher,
+        weights=config.student.weights,
+        scale=config.student.scale,
+        device=config.device,
+        resume=(out / STATE).is_file() if inputs.resume is None else inputs.resume,
+        log=log,
+    )
+    if is_first_process():
+        shutil.copyfile(result.best, out / STUDENT)
+    return result.figures
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    data: Dataset,
+    out: Path,
+    teacher: Path,
+    weights: Path | None = None,
+    scale: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    log: Log = print,
+) -> TrainResult:
+    """Distil `teacher` into a student of `scale` (else of the size of `weights`) for the classes of `data`.
+
+    The student takes the teacher's anchors. Before the first epoch the pair and every distillation loss are examined
+    on one batch; what would make the distillation silently useless is an error of one line. Other arguments and errors
+    as for `compress.stages.teacher.train`.
+    """
+    flush_denormals(log)  # before anything makes torch start its threads
+    state = read_resume(out, config) if resume else None
+    master = load_teacher(teacher, data.names)
+    splits = open_splits(data, config, log)
+    student = (
+        model_of_state(state, data.names)
+        if state
+        else new_model(data.names, scale=scale, weights=weights, anchors=master.arch.anchors, seed=config.seed, log=log)
+    )
+    losses = build_losses(student, master, config)
+    objective = DistillObjective(student, detection_loss(student, config), losses, config.losses)
+    guide = Teacher(master, device, half=config.amp)
+    if not state:
+        checks = examine(objective, guide, splits.train, config, log)
+        if is_first_process():
+            write_json(
+                out / "checks.json",
+                [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks],
+            )
+    job = Job(config, objective, splits.train, splits.val, out, guide=guide, decay_to=config.decay_to)
+    return fit(job, device=device, resume=state, log=log)
+
+
+STAGE = Stage(
+    "distill",
+    settings=Config,
+    inputs=lambda recipe, folders: Inputs(dataset_of(recipe, folders), folders["teacher"] / TEACHER),
+    run=run,
+    after=("data", "teacher"),
+    digests={"student_weights": lambda recipe: weights_digest(recipe.student.weights)},
+)

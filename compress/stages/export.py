@@ -1,0 +1,296 @@
+"""Export: a student (.safetensors) becomes two ONNX files, both checked against torch before they are published.
+
+In: the checkpoint, the image size, and validation images on which the number of NMS candidates is measured.
+Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
+threshold; `model.yolov5.onnx`, `images` float32 [batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it;
+`export.json`; and `teacher.onnx` where a teacher is given. The same checkpoint and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from compress.config import IMGSZ, ExportConfig, ImageSize, Recipe, Settings
+from compress.graph.assemble import boxes_graph, yolov5_graph
+from compress.graph.builder import write_model
+from compress.graph.candidates import CHOICES, CandidateStudy, Validation, canvas_of, ranked_rows, study_candidates
+from compress.graph.decode import HeadShape
+from compress.graph.metadata import metadata_of
+from compress.graph.network import NetworkGraph, trace
+from compress.graph.nms import NmsShape
+from compress.graph.preprocess import LetterboxGeometry
+from compress.graph.session import open_session
+from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
+from compress.inputs import CONVENTIONAL, SHIPPED, STUDENT, TEACHER, TEACHER_ONNX, dataset_of, validation_of
+from compress.log import Log
+from compress.models import YOLOv5, load_model
+from compress.stages import Figures, Stage
+from compress.store import Folders
+from runtime.card import ModelCard
+from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.files import sha256, write_json
+from runtime.image import read_image
+
+CHECKED_IMAGES = 4
+UNMEASURED_CANDIDATES = 300
+
+
+class Config(Settings):
+    export: ExportConfig = ExportConfig()
+    imgsz: ImageSize = IMGSZ
+
+
+class Inputs(NamedTuple):
+    """`data` is the validation split, or None where nothing is measured on it."""
+
+    student: Path
+    data: Validation | None = None
+    teacher: Path | None = None
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write both graphs and `export.json` into `out`. Raises the errors of `export`."""
+    settings, imgsz = config.export, config.imgsz
+    result = export(settings, model=inputs.student, out=out, imgsz=imgsz, data=inputs.data, log=log)
+    write_json(out / "export.json", result.to_json())
+    if inputs.teacher:
+        log("the teacher, exported in the same way for comparison:")
+        same = settings.model_copy(update={"candidates": result.card.candidates})
+        found = export(same, model=inputs.teacher, out=out / "teacher", imgsz=imgsz, log=log)
+        found.model_onnx.rename(out / TEACHER_ONNX)
+        shutil.rmtree(out / "teacher")
+    return {
+        "candidates": result.card.candidates,
+        "max_box_error_px": result.boxes.max_box_error_px,
+        "max_score_error": result.boxes.max_score_error,
+    }
+
+
+def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
+    """Raises InputError when the files of this run could not be measured on its validation images."""
+    data = validation_of(dataset_of(recipe, folders))
+    if recipe.export.frame:
+        require_frames(data, recipe.export.frame)
+    return Inputs(folders["distill"] / STUDENT, data, folders["teacher"] / TEACHER)
+
+
+def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
+    """A graph with the letterbox baked in can only be measured on frames of its own size."""
+    odd = [image for image in data.ground_truth["images"] if (image["height"], image["width"]) != tuple(frame_hw)]
+    if odd:
+        raise InputError(
+            f"export.frame is {frame_hw[0]}x{frame_hw[1]}, but {len(odd)} of {len(data.images)} validation images have "
+            f"another size ({odd[0]['file_name']}: {odd[0]['height']}x{odd[0]['width']})",
+            "Give frames of the camera's size as val, or leave export.frame out",
+        )
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The published files, their card, and what was measured on the way."""
+
+    model_onnx: Path
+    yolov5_onnx: Path
+    card: ModelCard
+    boxes: Agreement
+    rows: Agreement
+    candidates: CandidateStudy | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "files": {path.name: sha256(path) for path in (self.model_onnx, self.yolov5_onnx)},
+            "candidates": self.card.candidates,
+            "agreement": {SHIPPED: self.boxes.to_json(), CONVENTIONAL: self.rows.to_json()},
+            "candidate_study": self.candidates.to_json() if self.candidates else None,
+        }
+
+
+class RawMaps(nn.Module):
+    """The network as far as its detect convolutions: what `trace` turns into ONNX."""
+
+    def __init__(self, network: YOLOv5) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        _, features = self.network.forward_features(images)
+        return [conv(x) for conv, x in zip(self.network.detect.m, features, strict=True)]
+
+
+def export(
+    config: ExportConfig,
+    *,
+    model: Path,
+    out: Path,
+    imgsz: int,
+    data: Validation | None = None,
+    log: Log = print,
+) -> ExportResult:
+    """Write both graphs into the folder `out`.
+
+    Without `data` the check runs on noise and the candidates are `config.candidates` or 300. Raises `EdgestillError`
+    and publishes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`.
+    """
+    network = load_model(model).eval()
+    size_hw = _size(imgsz, network)
+    traced, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
+    card = _card(config, model, network, size_hw)
+    rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
+    conventional = yolov5_graph(traced, head, opset=config.opset, metadata=metadata_of(rows_card))
+    canvases = _canvases(data, size_hw)
+    rows = check_rows(conventional, canvases, torch_rows)
+    _judge(config, CONVENTIONAL, rows, log)
+
+    measured = _measure(config, conventional, data, card, log)
+    card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
+    card = replace(card, candidates=min(card.candidates, head.rows))
+    shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
+    _judge(config, SHIPPED, boxes, log)
+    files = [write_model(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
+    return ExportResult(files[0], files[1], card, boxes, rows, measured)
+
+
+def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
+    stride = max(network.strides)
+    if imgsz < stride or imgsz % stride:
+        raise UsageError(
+            f"image size {imgsz} is not a multiple of the stride {stride}", f"use {-(-imgsz // stride) * stride}"
+        )
+    return imgsz, imgsz
+
+
+def head_shape(network: YOLOv5, size_hw: tuple[int, int]) -> HeadShape:
+    """Anchors in pixels are made as `decode` makes them, so that they round alike."""
+    strides = np.asarray(network.strides, np.float32)[:, None, None]
+    grid = network.detect.anchors.detach().float().cpu().numpy()
+    return HeadShape(network.arch.nc, grid * strides, tuple(network.strides), size_hw)
+
+
+def rows_of(network: YOLOv5) -> Callable[[np.ndarray], np.ndarray]:
+    """float32 RGB 0..1 (1,3,H,W) -> decoded rows (N, 5+nc), by torch."""
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return network.decode(network(torch.from_numpy(images)))[0].numpy()
+
+    return run
+
+
+def _card(config: ExportConfig, model: Path, network: YOLOv5, size_hw: tuple[int, int]) -> ModelCard:
+    return ModelCard(
+        name=model.stem,
+        names=tuple(network.arch.names),
+        size_hw=size_hw,
+        stride=max(network.strides),
+        input="frame" if config.frame else "canvas",
+        output="boxes",
+        conf=config.conf,
+        iou=config.iou,
+        max_det=config.max_det,
+        candidates=config.candidates or UNMEASURED_CANDIDATES,
+        nms_iterations=config.nms_iterations,
+        frame_hw=config.frame,
+        precision="fp32",
+        provenance={"checkpoint": model.name, "checkpoint_sha256": sha256(model), "opset": config.opset},
+        artifacts=(),
+    )
+
+
+def _canvases(data: Validation | None, size_hw: tuple[int, int]) -> list[np.ndarray]:
+    """A few real canvases where there are images, and noise."""
+    real = [canvas_of(path, size_hw)[0] for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
+    return [*real, _noise((1, *size_hw, 3))]
+
+
+def _noise(shape: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, tuple(shape), dtype=np.uint8)
+
+
+def _measure(
+    config: ExportConfig, rows_model: onnx.ModelProto, data: Validation | None, card: ModelCard, log: Log
+) -> CandidateStudy | None:
+    if data is None or not data.images:
+        log(f"no validation images: {config.candidates or UNMEASURED_CANDIDATES} NMS candidates, not measured")
+        return None
+    session, source = open_session(rows_model), rows_model.graph.input[0].name
+    found = ranked_rows(
+        lambda canvas: session.run(None, {source: unit_rgb(nchw(canvas))})[0][0],
+        [path for _, path in data.images],
+        card.size_hw,
+        max(*CHOICES, config.candidates),
+    )
+    result = study_candidates(
+        found,
+        data,
+        card.names,
+        iou=config.iou,
+        max_det=config.max_det,
+        iterations=config.nms_iterations,
+        tolerance=config.candidates_tolerance,
+        fixed=config.candidates,
+    )
+    figures = ", ".join(f"{k}: {value:.4f}" for k, value in result.map50_95.items())
+    log(f"mAP50-95 by NMS candidates on {result.images} images: {figures}; chosen {result.chosen}")
+    log(
+        f"{config.nms_iterations} NMS iterations: one more changes {result.images_changed_by_one_more_iteration} "
+        f"images, greedy NMS {result.images_changed_by_greedy}"
+    )
+    return result
+
+
+def _shipped(
+    config: ExportConfig,
+    traced: NetworkGraph,
+    head: HeadShape,
+    card: ModelCard,
+    data: Validation | None,
+    canvases: Sequence[np.ndarray],
+    torch_rows: Callable[[np.ndarray], np.ndarray],
+) -> tuple[onnx.ModelProto, Agreement]:
+    nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
+    graph = boxes_graph(traced, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
+    geometry = LetterboxGeometry(config.frame, head.size_hw) if config.frame else None
+    sources = _frames(data, config.frame) if config.frame else canvases
+    return graph, check_boxes(graph, sources, torch_rows, nms, geometry)
+
+
+def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
+    """Frames of the camera's size: the images resized to it, and noise."""
+    import cv2
+
+    paths = [path for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
+    return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
+
+
+def _judge(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
+    log(
+        f"{name} against torch on {found.images} images: boxes within {found.max_box_error_px:.5f} px, "
+        f"scores within {found.max_score_error:.2e}"
+    )
+    limits = (
+        ("boxes differ by", found.max_box_error_px, config.max_box_error, " px", "export.max_box_error"),
+        ("scores differ by", found.max_score_error, config.max_score_error, "", "export.max_score_error"),
+        ("NMS differs from its definition in", found.nms_differences, 0, " rows", ""),
+    )
+    for what, value, limit, unit, setting in limits:
+        if not value <= limit:
+            hint = f"Nothing was published; the limit is the setting {setting}" if setting else "Nothing was published"
+            raise EdgestillError(f"{name} against torch: {what} {value:.4g}{unit}, the limit is {limit:g}", hint)
+
+
+STAGE = Stage(
+    "export",
+    settings=Config,
+    inputs=inputs_of,
+    run=run,
+    after=("data", "teacher", "distill"),
+)

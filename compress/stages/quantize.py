@@ -1,0 +1,248 @@
+"""Quantise: `model.onnx` becomes FP16 and INT8 flavours, each judged by its own measured accuracy.
+
+In: the shipped FP32 graph, training images to calibrate on, validation images to measure on.
+Out: `model.<flavour>.onnx` beside each other, and `quantize.json`, which says of each whether it is kept. One
+calibration, through the input that the device feeds, serves every INT8 flavour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import onnx
+
+from benchmarks.bench import Plan, compare_files, file_accuracy
+from benchmarks.latency import LatencyRatio
+from compress.config import BenchConfig, QuantizeConfig, Settings
+from compress.data import Dataset
+from compress.flavours import FLAVOURS, REFERENCE, Flavour
+from compress.graph.builder import write_model
+from compress.graph.calibration import calibrate
+from compress.graph.metadata import read_card, write_card
+from compress.graph.safe_load import read_model
+from compress.graph.session import open_session
+from compress.inputs import SHIPPED, dataset_of, plan_of
+from compress.log import Log
+from compress.stages import Figures, Stage, cpu_and_runtime
+from runtime.card import ModelCard
+from runtime.errors import InputError
+from runtime.files import sha256, write_json
+from runtime.image import letterbox, read_image
+
+SANITY_IMAGES = 8
+SANITY_SHARE = 0.1
+"""A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
+GATE_SAMPLES = 200
+"""Timed calls of each file, ten in each of twenty rounds."""
+SPEED = {"faster": "below the limit", "slower": "above the limit", "inconclusive": "inconclusive against the limit"}
+
+
+class Config(Settings):
+    quantize: QuantizeConfig = QuantizeConfig()
+    bench: BenchConfig = BenchConfig()
+
+
+class Inputs(NamedTuple):
+    model: Path
+    data: Dataset
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write every flavour and `quantize.json` into `out`. Raises the errors of `quantize`."""
+    plan = plan_of(config.bench, inputs.data)
+    judged = quantize(
+        config.quantize,
+        model=inputs.model,
+        images=[sample.image for sample in inputs.data.splits["train"].samples],
+        out=out,
+        gate=FileGate(replace(plan, samples=min(plan.samples, GATE_SAMPLES))),
+        log=log,
+    )
+    write_json(out / "quantize.json", [file.to_json() for file in judged])
+    return {"kept": ", ".join(file.name for file in judged if file.kept)}
+
+
+class Gate(Protocol):
+    """The two measurements that judge a flavour."""
+
+    def accuracy(self, path: Path) -> float:
+        """mAP50-95 of a file."""
+        ...
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        """Time of `candidate` over time of `reference`, taken in turns on this machine."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileGate:
+    """Measures the files themselves: accuracy on the plan's images, latency in turns."""
+
+    plan: Plan
+
+    def accuracy(self, path: Path) -> float:
+        return file_accuracy(path, self.plan).map50_95
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        return compare_files(reference, candidate, self.plan)
+
+
+@dataclass(frozen=True)
+class JudgedFile:
+    """A file of one precision, and whether its gate keeps it.
+
+    `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest; `latency` is
+    against FP32, measured only where it counts.
+    """
+
+    name: str
+    path: Path
+    map50_95: float
+    drop: float
+    kept: bool
+    reason: str
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    latency: LatencyRatio | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        ratio = self.latency
+        return {
+            "name": self.name,
+            "file": self.path.name,
+            "sha256": sha256(self.path),
+            "map50_95": self.map50_95,
+            "drop": self.drop,
+            "latency": ratio and {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
+            "kept": self.kept,
+            "reason": self.reason,
+            "calibration": dict(self.calibration),
+        }
+
+
+def quantize(
+    config: QuantizeConfig,
+    *,
+    model: Path,
+    images: Sequence[Path],
+    out: Path,
+    gate: Gate,
+    log: Log = print,
+) -> tuple[JudgedFile, ...]:
+    """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
+
+    `images` come from the training split; `config.calibration_images` of them are used, spread evenly. Raises
+    `InputError` when `model` is not a graph that `export` wrote, and `EdgestillError` when a flavour that is
+    calibrated has no images.
+    """
+    source = read_model(model)
+    card = _boxes_card(source, model.name)
+    chosen = spread(images, config.calibration_images)
+    calibration = {**_digest(chosen), "method": config.method}
+    ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
+    reference = JudgedFile(REFERENCE, model, gate.accuracy(model), 0.0, True, "the reference")
+    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}")
+    judged = [reference]
+    for flavour in (FLAVOURS[name] for name in config.flavours):
+        made = flavour.make(source, ranges()) if flavour.calibrated else flavour.make(source)
+        write_card(made, replace(card, precision=flavour.name))
+        path = write_model(made, out / f"model.{flavour.name}.onnx")
+        fault = _fault(flavour, source, path, [_input(image, card) for image in spread(chosen, SANITY_IMAGES)])
+        judged.append(_judge(config, flavour, path, reference, fault, gate, calibration if flavour.calibrated else {}))
+        log(describe(judged[-1]))
+    return tuple(judged)
+
+
+def spread(images: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` images, evenly over the sequence: neighbours in a folder are often frames of one scene."""
+    if len(images) <= count:
+        return list(images)
+    return [images[index * len(images) // count] for index in range(count)]
+
+
+def describe(judged: JudgedFile) -> str:
+    """One line: accuracy, drop against FP32, and the verdict."""
+    return (
+        f"{judged.name}: mAP50-95 {judged.map50_95:.4f} (drop {judged.drop:+.4f}); "
+        f"{'kept' if judged.kept else 'left out'}: {judged.reason}"
+    )
+
+
+def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
+    card = read_card(model, name)
+    if card.input == "tensor" or card.output != "boxes" or card.precision != REFERENCE:
+        raise InputError(
+            f"{name} is {card.precision} with input {card.input!r} and output {card.output!r}; "
+            "quantising starts from FP32 frames or canvases to boxes",
+            "Give the model.onnx that `edgestill export` wrote",
+        )
+    return card
+
+
+def _input(path: Path, card: ModelCard) -> np.ndarray:
+    """uint8 (1,H,W,3), exactly what the graph's input takes on the device."""
+    frame = read_image(path)
+    target = card.frame_hw if card.input == "frame" and card.frame_hw else card.size_hw
+    return letterbox(frame, target).image[None]
+
+
+def _digest(chosen: Sequence[Path]) -> dict[str, Any]:
+    """Number of images, and a digest over their contents in order."""
+    hashes = [sha256(path) for path in chosen]
+    return {"n": len(chosen), "sha256": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+
+
+def _fault(flavour: Flavour, source: onnx.ModelProto, path: Path, canvases: Sequence[np.ndarray]) -> str:
+    """Why the outputs of a flavour are unusable, or nothing: values that are not finite, dead scores, overflow."""
+    if not canvases:
+        return ""
+    before, after = (_outputs(model, canvases) for model in (source, onnx.load(path)))
+    if not np.isfinite(after).all():
+        return "its outputs are not finite"
+    if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
+        return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
+    return flavour.fault(source, canvases)
+
+
+def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarray:
+    """All detections. Without graph optimisation: fusing FP16 with Q/DQ makes errors that are not the file's."""
+    session = open_session(model, optimise=False)
+    return np.concatenate([session.run(None, {model.graph.input[0].name: canvas})[0] for canvas in canvases])
+
+
+def _judge(
+    config: QuantizeConfig,
+    flavour: Flavour,
+    path: Path,
+    reference: JudgedFile,
+    fault: str,
+    gate: Gate,
+    calibration: Mapping[str, Any],
+) -> JudgedFile:
+    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts."""
+    map50_95 = gate.accuracy(path)
+    drop = reference.map50_95 - map50_95
+    within = drop <= config.max_map_drop  # False for NaN
+    loss = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
+    if fault or not within or not flavour.for_this_cpu:
+        return JudgedFile(flavour.name, path, map50_95, drop, within and not fault, fault or loss, calibration)
+    latency = gate.latency(reference.path, path)
+    verdict = latency.verdict(config.max_latency_ratio)
+    reason = f"{loss}; latency against FP32 {latency}, {SPEED[verdict]} {config.max_latency_ratio:g}"
+    return JudgedFile(flavour.name, path, map50_95, drop, verdict != "slower", reason, calibration, latency)
+
+
+STAGE = Stage(
+    "quantize",
+    settings=Config,
+    inputs=lambda recipe, folders: Inputs(folders["export"] / SHIPPED, dataset_of(recipe, folders)),
+    run=run,
+    after=("data", "export"),
+    facts={"machine": cpu_and_runtime},
+)

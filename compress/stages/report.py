@@ -1,0 +1,148 @@
+"""Report: what the earlier stages left, put together on one page; nothing is measured here.
+
+In: the folders of earlier stages. Out: `report.json` and its renderings `.html`, `.md`, `.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Report, make_report
+from compress.config import DistillConfig, ExportConfig, Settings
+from compress.inputs import SHIPPED, read_json
+from compress.log import Log
+from compress.stages import Figures, Stage
+from compress.store import MANIFEST, Folders
+from compress.validate import fitness
+
+ROLES = {"teacher": "teacher", "student": "distill"}
+
+CURVES = {
+    "train/box_loss": "box",
+    "train/obj_loss": "obj",
+    "train/cls_loss": "cls",
+    "metrics/mAP_0.5": "map50",
+    "metrics/mAP_0.5:0.95": "map50_95",
+}
+"""Columns of results.csv -> names in the report."""
+
+
+class Config(Settings):
+    name: str = "run"
+    export: ExportConfig = ExportConfig()
+    distill: DistillConfig = DistillConfig()
+
+
+def run(config: Config, folders: Folders, out: Path, log: Log) -> Figures:
+    """Write the report into `out`."""
+    report = assemble(config, folders)
+    report.write(out)
+    headline = report.data["headline"] or {}
+    return {key: headline[key] for key in ("file", "map50_95", "p50_ms", "speedup") if headline.get(key) is not None}
+
+
+def assemble(config: Config, folders: Folders) -> Report:
+    """A checked report from the folders of the stages."""
+    bench, exported = read_json(folders["bench"] / "bench.json"), read_json(folders["export"] / "export.json")
+    return make_report(
+        config.name,
+        argv=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        **bench,
+        training=[row for role, stage in ROLES.items() if (row := _training(role, folders[stage]))],
+        distillation=_distillation(config.distill, folders["distill"]),
+        export=_export(config.export, exported),
+        calibration=_calibration(folders["quantize"]),
+        engines=[_engine(plan) for plan in read_json(folders["build"] / "build.json")],
+        stages=[_stage(name, folder) for name, folder in folders.items()],
+    )
+
+
+def _training(role: str, folder: Path) -> dict[str, Any] | None:
+    """The curves of a training; None where the teacher was used as it is."""
+    table = folder / "results.csv"
+    if not table.is_file():
+        return None
+    with table.open(newline="") as file:
+        rows = [{key.strip(): value.strip() for key, value in row.items()} for row in csv.DictReader(file)]
+    curves = [_point(row) for row in rows]
+    measured = [point for point in curves if point.get("map50_95") is not None]
+    best = max(measured, key=lambda point: fitness(point["map50"], point["map50_95"]), default=None)
+    return {
+        "name": role,
+        "epochs": len(curves),
+        "best_epoch": best and best["epoch"],
+        "seconds": read_json(folder / MANIFEST)["seconds"],
+        "curves": curves,
+    }
+
+
+def _point(row: Mapping[str, str]) -> dict[str, Any]:
+    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty where it was not validated."""
+    values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
+    return {"epoch": int(float(row["epoch"])) + 1, **values}
+
+
+def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
+    checks = read_json(folder / "checks.json")
+
+    def about(name: str) -> list[dict[str, Any]]:
+        others = [f"{other} " for other in config.losses if other != name]
+        return [check for check in checks if not check["name"].startswith(tuple(others))]
+
+    return {
+        "losses": [
+            {"name": name, "weight": weight, "checks": about(name)} for name, weight in config.losses.items() if weight
+        ],
+        "temperature": config.temperature if "kd" in config.losses else None,
+        "decay_to": config.decay_to,
+    }
+
+
+def _export(config: ExportConfig, document: Mapping[str, Any]) -> dict[str, Any]:
+    agreement = document["agreement"][SHIPPED]
+    return {
+        "max_box_error_px": agreement["max_box_error_px"],
+        "max_score_error": agreement["max_score_error"],
+        "box_limit_px": config.max_box_error,
+        "score_limit": config.max_score_error,
+        "images": agreement["images"],
+        "candidates": document["candidates"],
+        "nms_iterations": config.nms_iterations,
+    }
+
+
+def _calibration(folder: Path) -> dict[str, Any] | None:
+    used = [entry["calibration"] for entry in read_json(folder / "quantize.json") if entry["calibration"]]
+    if not used:
+        return None
+    return {"images": used[0]["n"], "sha256": used[0]["sha256"], "method": used[0]["method"], "split": "train"}
+
+
+def _engine(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "file": plan["file"] or f"{plan['precision']} plan",
+        "precision": plan["precision"],
+        "backend": next(iter(plan["versions"]), "none"),
+        "targets": plan["targets"],
+        "bytes": plan["bytes"],
+        "seconds": plan["seconds"],
+        "ran": False,
+        "note": plan["skipped"] or "built ahead of time; not run on the machine that made this report",
+    }
+
+
+def _stage(name: str, folder: Path) -> dict[str, Any]:
+    return {"name": name, "seconds": read_json(folder / MANIFEST)["seconds"], "skipped": False}
+
+
+STAGE = Stage(
+    "report",
+    settings=Config,
+    inputs=lambda _, folders: folders,
+    run=run,
+    after=("data", "teacher", "distill", "export", "quantize", "build", "bench"),
+)

@@ -1,0 +1,112 @@
+"""Teacher: a checkpoint that knows the data's classes is used as it is; any other is trained on the data.
+
+In: settings, a data set, a checkpoint or a scale. Out: `teacher.safetensors`, and the files of a training where one was
+needed: `best.safetensors`, `last.safetensors`, `state.pt`, `results.csv`, `curves.png`, `tensorboard/`.
+`edgestill train` is the training alone, of a teacher or of a student without one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from compress.compute.numerics import flush_denormals
+from compress.config import Settings, TeacherConfig, TrainConfig
+from compress.data import Dataset
+from compress.data.class_names import class_conflict
+from compress.inputs import TEACHER, dataset_of
+from compress.log import Log
+from compress.models import YOLOv5, checkpoint
+from compress.stages import Figures, Stage, weights_digest
+from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.objective import Objective, detection_loss
+from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
+from compress.training.state import STATE
+from runtime.errors import UsageError
+
+
+class Config(Settings):
+    teacher: TeacherConfig = TeacherConfig()
+    device: str = "auto"
+
+
+class Inputs(NamedTuple):
+    data: Dataset
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
+    """Write the teacher into `out`; a training that is begun there goes on.
+
+    Raises UsageError when a teacher of other classes may not be fine-tuned, and the errors of `train`.
+    """
+    flush_denormals()
+    teacher, weights = config.teacher, config.teacher.weights
+    if weights and _usable_as_it_is(teacher, weights, inputs.data):
+        log(f"teacher: {weights.name} knows these classes and is used as it is")
+        checkpoint.save_model(checkpoint.load_model(weights), out / TEACHER, {"origin": weights.name})
+        return {"trained": "no"}
+    result = train(
+        teacher,
+        data=inputs.data,
+        out=out,
+        weights=weights,
+        scale=None if weights else teacher.scale,
+        device=config.device,
+        resume=(out / STATE).is_file(),
+        log=log,
+    )
+    shutil.copyfile(result.best, out / TEACHER)
+    return result.figures
+
+
+def _usable_as_it_is(config: TeacherConfig, weights: Path, data: Dataset) -> bool:
+    names = checkpoint.load(weights).architecture.names
+    same = names == data.names
+    if config.finetune == "never" and not same:
+        raise UsageError(
+            class_conflict(f"teacher {weights.name}", names, "the data", data.names),
+            "Set teacher.finetune to auto, or give a teacher of these classes",
+        )
+    return same and config.finetune != "always"
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: Dataset,
+    out: Path,
+    weights: Path | None = None,
+    scale: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    log: Log = print,
+) -> TrainResult:
+    """Train a model of `scale` (else of the checkpoint's size) for the classes of `data`.
+
+    `weights` are copied where name and shape agree, so a checkpoint of other classes starts everything but the head.
+    `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Raises InputError when
+    a file cannot be used, UsageError when requests contradict each other, EdgestillError when a loss is not finite.
+    """
+    flush_denormals(log)  # before anything makes torch start its threads
+    state = read_resume(out, config) if resume else None
+    splits = open_splits(data, config, log)
+    model: YOLOv5
+    if state:
+        model = model_of_state(state, data.names)
+    else:
+        model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, log=log)
+        if config.autoanchor:
+            model = fit_anchors(model, splits.train.samples, config, log)
+    objective = Objective(model, detection_loss(model, config))
+    return fit(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)
+
+
+STAGE = Stage(
+    "teacher",
+    settings=Config,
+    inputs=lambda recipe, folders: Inputs(dataset_of(recipe, folders)),
+    run=run,
+    after=("data",),
+    digests={"teacher_weights": lambda recipe: weights_digest(recipe.teacher.weights)},
+)

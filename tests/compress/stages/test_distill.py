@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.config import DistillConfig, TrainConfig
+from compress.data import Dataset
+from compress.data.loader import train_batches
+from compress.losses import distill as losses
+from compress.models.checkpoint import load, load_model
+from compress.stages.distill import distill
+from compress.stages.teacher import train
+from compress.training.loop import Job, Trainer
+from compress.training.objective import DistillObjective, detection_loss
+from compress.training.prepare import new_model, open_splits
+from compress.training.state import load_state
+from compress.training.teacher import Teacher, build_losses
+from runtime.errors import EdgestillError, InputError, UsageError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def config(**changes: object) -> DistillConfig:
+    base = {
+        "epochs": 2, "batch": 4, "imgsz": 64, "val_interval": 2, "workers": 0, "tensorboard": False,
+        "losses": {"obj_kd": 1.0, "feat_mse": 2.0},
+    }  # fmt: skip
+    return DistillConfig.model_validate(base | changes)
+
+
+def quiet(_line: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher")
+    settings = TrainConfig(epochs=3, batch=4, imgsz=64, val_interval=3, workers=0, tensorboard=False, seed=7)
+    return train(settings, data=tiny_data, out=out, scale="n", device="cpu", log=quiet).best
+
+
+@pytest.fixture
+def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
+    """A distillation that is about to train its first batch."""
+    settings, master = config(), load_model(teacher_file)
+    student = new_model(tiny_data.names, scale="p", weights=None, anchors=master.arch.anchors, log=quiet)
+    objective = DistillObjective(
+        student, detection_loss(student, settings), build_losses(student, master, settings), settings.losses
+    )
+    splits, guide = open_splits(tiny_data, settings, quiet), Teacher(master, "cpu")
+    return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, guide, 0.1), "cpu", quiet), guide
+
+
+def test_a_step_moves_student_and_adapters_and_no_bit_of_the_teacher(trainer: tuple[Trainer, Teacher]) -> None:
+    loop, teacher = trainer
+    before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
+    student = {name: value.detach().clone() for name, value in loop.job.objective.named_parameters()}
+    loop.objective.train()
+    for number, batch in enumerate(train_batches(loop.job.train, batch=4, epoch=0)):
+        loop.train_batch(batch, number)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.model.state_dict().items())
+    assert not any(module.training for module in teacher.model.modules())
+    optimised = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
+    assert not optimised & {id(p) for p in teacher.model.parameters()}
+    still = [name for name, value in loop.job.objective.named_parameters() if torch.equal(value, student[name])]
+    assert still == []
+
+
+def test_the_teachers_answer_for_an_image_does_not_depend_on_its_neighbours(trainer: tuple[Trainer, Teacher]) -> None:
+    _, teacher = trainer
+    images = torch.rand(3, 3, 64, 64)
+    together, alone = teacher(images), teacher(images[1:2])
+    for many, one in zip(together.raw, alone.raw, strict=True):
+        torch.testing.assert_close(many[1:2], one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_total_is_the_sum_of_its_terms_times_the_batch_size(trainer: tuple[Trainer, Teacher]) -> None:
+    loop, teacher = trainer
+    images = torch.rand(3, 3, 64, 64)
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.3]])
+    total, terms = loop.job.objective(images, targets, teacher(images), 0.25)
+    assert loop.job.objective.terms == ("box", "obj", "cls", "obj_kd", "feat_mse")
+    assert total.item() == pytest.approx(3 * terms.sum().item(), rel=1e-5)
+    whole = loop.job.objective(images, targets, teacher(images), 1.0).terms
+    torch.testing.assert_close(terms[3:], 0.25 * whole[3:], rtol=1e-3, atol=0)
+
+
+def test_files_hold_the_student_alone_and_the_table_its_terms(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    result = distill(
+        config(), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p", device="cpu", log=lines.append
+    )
+    plain = new_model(tiny_data.names, scale="p", weights=None, log=quiet)
+    assert load(result.best).state_dict.keys() == plain.state_dict().keys()
+    assert load_model(result.best).arch.anchors == load_model(teacher_file).arch.anchors
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert all(float(row[f"train/{name}_loss"]) > 0 for row in rows for name in ("obj_kd", "feat_mse"))
+    assert [line for line in lines if line.startswith("teacher: ") and "ms an image" in line]
+    assert [line for line in lines if "checks passed" in line and "obj_kd" in line]
+
+
+def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("epoch 1/2"):
+            raise KeyboardInterrupt
+
+    arguments = {"data": tiny_data, "teacher": teacher_file, "scale": "p", "device": "cpu"}
+    distill(config(), out=tmp_path / "straight", log=quiet, **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config(), out=tmp_path / "cut", log=stop, **arguments)
+    distill(config(), out=tmp_path / "cut", resume=True, log=quiet, **arguments)
+    straight, cut = (load_state(tmp_path / name / "state.pt") for name in ("straight", "cut"))
+    for part in ("objective", "ema"):
+        assert all(torch.equal(value, cut[part][key]) for key, value in straight[part].items())
+
+
+def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"knows 80 classes, the data has 2") as caught:
+        distill(config(), data=tiny_data, out=tmp_path, teacher=weights, scale="p", device="cpu", log=quiet)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'objkd' is not known.*obj_kd"):
+        distill(
+            config(losses={"objkd": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
+            device="cpu", log=quiet,
+        )  # fmt: skip
+
+
+class Dead(losses.FeatMSE):
+    def distance(self, *arguments: object) -> torch.Tensor:
+        return 0 * super().distance(*arguments)
+
+
+def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.LOSSES, "dead", Dead)
+    with pytest.raises(EdgestillError, match=r"would not work: dead is finite and not zero") as caught:
+        distill(
+            config(losses={"dead": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
+            device="cpu", log=quiet,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+class Watched(torch.nn.Module):
+    """A loss that notes which gradient it was told to expect, and which one came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: torch.Tensor | None = None
+        self.came: list[torch.Tensor] = []
+
+    def forward(
+        self, student: losses.Outputs, teacher: losses.Outputs, targets: object, upstream: object
+    ) -> torch.Tensor:
+        self.expected = upstream
+        value = student.features[0].mean()
+        value.register_hook(self.came.append)
+        return value
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 24576.7])
+def test_the_gradient_that_a_loss_is_told_to_expect_is_the_one_that_comes(
+    trainer: tuple[Trainer, Teacher], scale: float
+) -> None:
+    """To the bit: one ulp between them would cost the kernels another pass over every gradient."""
+    loop, teacher = trainer
+    objective, watched = loop.job.objective, Watched()
+    objective.by_name = {"feat_mse": watched}
+    batch = next(train_batches(loop.job.train, batch=3, epoch=0))
+    images, upstream = batch.images.float() / 255, torch.tensor(scale)
+    objective(images, batch.targets, teacher(images), 0.37, upstream).total.backward(upstream)
+    assert torch.equal(watched.came[0], watched.expected)

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from compress.config import ExportConfig
+from compress.graph.candidates import Placement, RankedRows, Validation, canvas_of, study_candidates
+from compress.graph.metadata import read_card
+from compress.graph.verify import best_class, nchw, unit_rgb
+from compress.inputs import CONVENTIONAL, SHIPPED
+from compress.models import Architecture, YOLOv5, save_model
+from compress.stages.export import export, rows_of
+from runtime.boxes import detections_from_rows, unletterbox
+from runtime.errors import EdgestillError, UsageError
+
+SIZE = 160
+NAMES = ("bolt", "nut", "it's a washer")
+
+
+@dataclass(frozen=True)
+class Student:
+    path: Path
+    network: YOLOv5
+    data: Validation
+
+
+def make_network() -> YOLOv5:
+    """Seeded, with statistics and a head that spread the scores, so that some boxes are certain."""
+    torch.manual_seed(0)
+    network = YOLOv5(Architecture.of_scale("p", NAMES))
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.rand(4, 3, 5, 5).repeat_interleave(32, 2).repeat_interleave(32, 3))
+        for conv in network.detect.m:
+            torch.nn.init.normal_(conv.weight, 0, 0.5)
+    return network.eval()
+
+
+def make_images(folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    paths = []
+    for index in range(count):
+        small = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+        path = folder / f"{index}.png"
+        cv2.imwrite(str(path), cv2.resize(small, (200 - 30 * (index % 2), 150), interpolation=cv2.INTER_CUBIC))
+        paths.append(path)
+    return paths
+
+
+def own_truth(network: YOLOv5, paths: list[Path]) -> Validation:
+    """Ground truth that the network finds: its own best boxes."""
+    run, annotations = rows_of(network), []
+    for image_id, path in enumerate(paths, 1):
+        canvas, placement = canvas_of(path, (SIZE, SIZE))
+        found = detections_from_rows(run(unit_rgb(nchw(canvas))), conf=0.3, iou=0.6, max_det=12)
+        boxes = unletterbox(found[:, :4], placement.gain, placement.pad_wh, placement.frame_hw).astype(float)
+        for (x1, y1, x2, y2), label in zip(boxes.tolist(), found[:, 5], strict=True):
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(label), "iscrowd": 0,
+                 "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+            )  # fmt: skip
+    images = [{"id": i, "file_name": p.name, "height": 150, "width": 200} for i, p in enumerate(paths, 1)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
+    truth = {"images": images, "annotations": annotations, "categories": categories}
+    return Validation(list(enumerate(paths, 1)), truth)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
+    folder = tmp_path_factory.mktemp("student")
+    network = make_network()
+    save_model(network, folder / "student.safetensors", {})
+    return Student(folder / "student.safetensors", network, own_truth(network, make_images(folder / "images", 6)))
+
+
+@pytest.fixture(scope="module")
+def exported(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    lines: list[str] = []
+    out = tmp_path_factory.mktemp("export")
+    result = export(ExportConfig(), model=student.path, out=out, imgsz=SIZE, data=student.data, log=lines.append)
+    return result, lines
+
+
+def test_both_files_agree_with_torch_and_the_report_says_so(exported):
+    result, lines = exported
+    for agreement in (result.boxes, result.rows):
+        assert agreement.max_box_error_px < 0.05
+        assert agreement.max_score_error < 1e-3
+        assert agreement.nms_differences == 0
+    assert sum("against torch" in line for line in lines) == 2
+    assert set(result.to_json()["agreement"]) == {SHIPPED, CONVENTIONAL}
+
+
+def test_the_shipped_graph_is_canvas_to_boxes(exported):
+    session = onnxruntime.InferenceSession(exported[0].model_onnx)
+    (image,), (boxes,) = session.get_inputs(), session.get_outputs()
+    assert (image.type, image.shape) == ("tensor(uint8)", [1, SIZE, SIZE, 3])
+    assert (boxes.type, boxes.shape) == ("tensor(float)", [1, 300, 6])
+
+
+def test_the_conventional_graph_is_what_yolov5_writes(exported):
+    session = onnxruntime.InferenceSession(exported[0].yolov5_onnx)
+    (image,), (rows,) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type, image.shape) == ("images", "tensor(float)", ["batch", 3, SIZE, SIZE])
+    assert (rows.name, rows.shape) == ("output0", ["batch", 1575, 8])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["stride"] == "32"
+    assert ast.literal_eval(metadata["names"]) == dict(enumerate(NAMES))
+
+
+def test_the_card_inside_says_what_the_graph_does(exported):
+    result = exported[0]
+    card = read_card(onnx.load(result.model_onnx), SHIPPED)
+    assert card == result.card
+    assert (card.input, card.output, card.size_hw, card.max_det) == ("canvas", "boxes", (SIZE, SIZE), 300)
+    assert (card.names, card.nms_iterations, card.precision) == (NAMES, ExportConfig().nms_iterations, "fp32")
+    rows = read_card(onnx.load(result.yolov5_onnx), CONVENTIONAL)
+    assert (rows.input, rows.output) == ("tensor", "rows")
+
+
+def test_boxes_are_the_host_nms_of_torch_rows(student, exported):
+    """The finished boxes of the file are those of decode and greedy NMS on the host, but for ties."""
+    canvas, _ = canvas_of(student.data.images[0][1], (SIZE, SIZE))
+    session = onnxruntime.InferenceSession(exported[0].model_onnx)
+    found = session.run(None, {"canvas": canvas})[0][0]
+    rows = rows_of(student.network)(unit_rgb(nchw(canvas)))
+    candidates = np.argsort(-best_class(rows)[0], kind="stable")[: exported[0].card.candidates]
+    expected = detections_from_rows(rows[candidates], conf=0.3, iou=0.6, max_det=300)
+    assert len(expected) > 3
+    found = found[found[:, 4] > 0.3]
+    distance = np.abs(found[:, None] - expected).max(axis=2)
+    # two boxes of this net tie to 1e-7, and rounding decides which of them goes; `verify` checks the NMS exactly
+    assert abs(len(found) - len(expected)) <= 1
+    assert (distance.min(axis=0) < 0.01).mean() > 0.85
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(student, exported, tmp_path):
+    again = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lambda _: None)
+    assert again.model_onnx.read_bytes() == exported[0].model_onnx.read_bytes()
+    assert again.yolov5_onnx.read_bytes() == exported[0].yolov5_onnx.read_bytes()
+
+
+@pytest.mark.parametrize("limit", ["max_box_error", "max_score_error"])
+def test_a_difference_beyond_the_tolerance_publishes_nothing(student, tmp_path, limit):
+    config = ExportConfig(**{limit: 1e-12})
+    with pytest.raises(EdgestillError, match="against torch") as caught:
+        export(config, model=student.path, out=tmp_path / "out", imgsz=SIZE, log=lambda _: None)
+    assert f"export.{limit}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_size_off_the_stride_names_the_next_one(student, tmp_path):
+    with pytest.raises(UsageError, match="use 192"):
+        export(ExportConfig(), model=student.path, out=tmp_path, imgsz=161)
+
+
+def test_a_frame_graph_takes_the_camera_frame(student, tmp_path):
+    config = ExportConfig(frame=(108, 192), candidates=100)
+    result = export(config, model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lambda _: None)
+    assert (result.card.input, result.card.frame_hw, result.card.candidates) == ("frame", (108, 192), 100)
+    session = onnxruntime.InferenceSession(result.model_onnx)
+    assert session.get_inputs()[0].shape == [1, 108, 192, 3]
+    assert result.boxes.nms_differences == 0
+
+
+def test_without_images_the_check_runs_on_noise_and_says_that_candidates_are_unmeasured(student, tmp_path):
+    lines: list[str] = []
+    result = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, log=lines.append)
+    assert result.candidates is None
+    assert (result.card.candidates, result.boxes.images) == (300, 1)
+    assert any("not measured" in line for line in lines)
+
+
+def ranked(good_at: int) -> RankedRows:
+    """600 rows of falling score: the right box is row `good_at`, the others lie apart and are wrong."""
+    corner = np.stack([np.arange(600) % 30 * 20.0, np.arange(600) // 30 * 20.0], 1)
+    boxes = np.concatenate([corner, corner + 4], 1).astype(np.float32)
+    boxes[good_at] = [300, 500, 340, 560]
+    scores = np.linspace(0.9, 0.01, 600, dtype=np.float32)
+    return RankedRows(boxes, scores, np.zeros(600, np.int64), Placement(1.0, (0.0, 0.0), (640, 640)))
+
+
+@pytest.mark.parametrize(("tolerance", "expected"), [(0.0, 300), (0.9, 100)])
+def test_the_fewest_candidates_within_the_tolerance_are_chosen(tolerance, expected):
+    found = [ranked(50), ranked(250)]
+    box = {"category_id": 0, "bbox": [300, 500, 40, 60], "area": 2400, "iscrowd": 0}
+    truth = {
+        "images": [{"id": i, "file_name": "", "height": 640, "width": 640} for i in (1, 2)],
+        "annotations": [{**box, "id": i, "image_id": i} for i in (1, 2)],
+        "categories": [{"id": 0, "name": "part"}],
+    }
+    result = study_candidates(
+        found, Validation([(1, Path()), (2, Path())], truth), ["part"],
+        iou=0.6, max_det=600, iterations=8, tolerance=tolerance,
+    )  # fmt: skip
+    assert list(result.map50_95) == [100, 200, 300, 500, 600]
+    assert result.map50_95[100] < result.map50_95[300] == result.map50_95[600]
+    assert (result.chosen, result.images_changed_by_one_more_iteration) == (expected, 0)
+
+
+@pytest.mark.slow
+def test_the_official_checkpoint_keeps_its_map_on_coco128(shared: Path, weights: Path, tmp_path: Path):
+    from benchmarks.accuracy import coco_accuracy
+    from compress.data import load_data
+    from compress.data.coco import to_coco
+    from compress.data.index import index_split
+    from compress.models import load_model
+
+    data = load_data(shared / "data" / "coco128" / "data.yaml")
+    samples = index_split(data, "val", workers=0).samples
+    validation = Validation([(i, s.image) for i, s in enumerate(samples, 1)], to_coco(samples, data.names))
+    result = export(ExportConfig(), model=weights, out=tmp_path, imgsz=640, data=validation, log=print)
+    run = rows_of(load_model(weights))
+    session = onnxruntime.InferenceSession(result.model_onnx)
+
+    def accuracy(infer: Any) -> float:
+        found = []
+        for image_id, path in validation.images:
+            canvas, placement = canvas_of(path, (640, 640))
+            boxes = infer(canvas)
+            boxes = boxes[boxes[:, 4] > 0.001]
+            places = unletterbox(boxes[:, :4], placement.gain, placement.pad_wh, placement.frame_hw).astype(float)
+            found += [
+                {"image_id": image_id, "category_id": int(c), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(s)}
+                for (x1, y1, x2, y2), s, c in zip(places.tolist(), boxes[:, 4], boxes[:, 5], strict=True)
+            ]
+        return coco_accuracy(validation.ground_truth, found, max_det=300, names=data.names).map50_95
+
+    torch_map = accuracy(lambda c: detections_from_rows(run(unit_rgb(nchw(c))), conf=0.001, iou=0.6, max_det=300))
+    file_map = accuracy(lambda c: session.run(None, {"canvas": c})[0][0])
+    assert abs(torch_map - file_map) <= 0.005
+    assert torch_map == pytest.approx(0.3527, abs=0.001)

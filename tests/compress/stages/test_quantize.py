@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from benchmarks.latency import Durations, LatencyRatio
+from compress.config import QuantizeConfig
+from compress.graph.assemble import boxes_graph, yolov5_graph
+from compress.graph.metadata import metadata_of, read_card
+from compress.graph.network import trace
+from compress.graph.nms import NmsShape
+from compress.graph.session import open_session
+from compress.models import Architecture, YOLOv5
+from compress.stages.export import RawMaps, head_shape
+from compress.stages.quantize import quantize, spread
+from runtime.card import ModelCard
+from runtime.errors import EdgestillError, InputError
+
+SIZE = 160
+
+
+@pytest.fixture(scope="module")
+def graphs() -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    torch.manual_seed(0)
+    network = YOLOv5(Architecture.of_scale("p", ("bolt", "nut"))).eval()
+    for conv in network.detect.m:
+        torch.nn.init.normal_(conv.weight, 0, 2.0)
+    traced, head = trace(RawMaps(network.fuse()), (SIZE, SIZE)), head_shape(network, (SIZE, SIZE))
+    card = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), candidates=300, nms_iterations=8)
+    rows = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), input="tensor", output="rows")
+    return (
+        boxes_graph(traced, head, NmsShape(0.6, 300, 300, 8), opset=19, metadata=metadata_of(card)),
+        yolov5_graph(traced, head, opset=19, metadata=metadata_of(rows)),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(graphs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fp32") / "model.onnx"
+    onnx.save(graphs[0], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    paths = [folder / f"{index:02}.png" for index in range(10)]
+    for path in paths:
+        cv2.imwrite(str(path), cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), (200, 150)))
+    return paths
+
+
+class FixedGate:
+    """Accuracy by precision, else 0.5; every candidate takes `ratios` times the reference's time, round by round."""
+
+    def __init__(self, maps: Mapping[str, float], ratios: Sequence[float]) -> None:
+        self.maps, self.ratios = maps, ratios
+        self.timed: list[str] = []
+
+    def accuracy(self, path: Path) -> float:
+        return self.maps.get(read_card(onnx.load(path), path.name).precision, 0.5)
+
+    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
+        self.timed.append(f"{reference.name} {candidate.name}")
+        times = Durations.of(np.ones(20))
+        low, middle, high = np.percentile(self.ratios, (2.5, 50, 97.5))
+        return LatencyRatio(middle, low, high, tuple(self.ratios), times, times)
+
+
+SLOWER, FASTER, SCATTERED = [1.2] * 20, [0.8] * 20, [0.8, 1.25] * 10
+
+
+def run(
+    config: QuantizeConfig,
+    model: Path,
+    images: list[Path],
+    out: Path,
+    maps: dict[str, float],
+    ratios: Sequence[float] = SLOWER,
+) -> Any:
+    lines: list[str] = []
+    gate = FixedGate(maps, ratios)
+    made = quantize(config, model=model, images=images, out=out, gate=gate, log=lines.append)
+    assert set(gate.timed) <= {"model.onnx model.int8-cpu.onnx"}, "latency here counts for no other flavour"
+    return {judged.name: judged for judged in made}, lines
+
+
+@pytest.fixture(scope="module")
+def flavours(model: Path, images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("flavours")
+    return run(QuantizeConfig(calibration_images=4), model, images, out, {"int8-trt": 0.47, "fp16": 0.485})
+
+
+def test_the_gate_is_the_measured_drop(flavours):
+    found, lines = flavours
+    assert {name: flavour.kept for name, flavour in found.items()} == {
+        "fp32": True, "fp16": True, "int8-trt": False, "int8-cpu": False,
+    }  # fmt: skip
+    assert found["int8-trt"].drop == pytest.approx(0.03)
+    assert "more than 0.02" in found["int8-trt"].reason
+    assert any("int8-trt" in line and "left out" in line for line in lines)
+
+
+def test_latency_on_this_cpu_counts_only_for_flavours_that_run_on_it(flavours):
+    assert flavours[0]["fp16"].kept
+    assert flavours[0]["fp16"].latency is None
+    assert flavours[0]["int8-cpu"].latency.ratio == 1.2
+
+
+@pytest.mark.parametrize(
+    ("ratios", "kept", "reason"),
+    [
+        (SLOWER, False, "1.200 (95 % interval 1.200 to 1.200, n = 20 rounds), above the limit 1"),
+        (FASTER, True, "n = 20 rounds), below the limit 1"),
+        (SCATTERED, True, "n = 20 rounds), inconclusive against the limit 1"),
+    ],
+    ids=["slower", "faster", "inconclusive"],
+)
+def test_only_a_flavour_that_is_clearly_slower_than_fp32_is_left_out(model, images, tmp_path, ratios, kept, reason):
+    config = QuantizeConfig(flavours=("int8-cpu",), calibration_images=2)
+    found, lines = run(config, model, images, tmp_path, {}, ratios)
+    assert found["int8-cpu"].kept is kept
+    assert found["int8-cpu"].reason.endswith(reason)
+    assert found["int8-cpu"].to_json()["latency"]["rounds"] == 20
+    assert reason in lines[-1]
+
+
+def test_a_flavour_that_is_out_by_its_accuracy_is_not_timed(model, images, tmp_path):
+    config = QuantizeConfig(flavours=("int8-cpu",), calibration_images=2)
+    found, _ = run(config, model, images, tmp_path, {"int8-cpu": 0.1}, FASTER)
+    assert (found["int8-cpu"].kept, found["int8-cpu"].to_json()["latency"]) == (False, None)
+
+
+def test_every_file_carries_its_precision_and_the_rest_of_the_card(flavours, model):
+    reference = read_card(onnx.load(model), "")
+    for name, flavour in flavours[0].items():
+        card = read_card(onnx.load(flavour.path), flavour.path.name)
+        assert card.precision == name
+        assert (card.names, card.size_hw, card.candidates) == (reference.names, reference.size_hw, 300)
+
+
+def test_calibration_is_recorded_for_int8_only(flavours):
+    found = flavours[0]
+    assert found["int8-trt"].calibration == found["int8-cpu"].calibration
+    assert found["int8-trt"].calibration["n"] == 4
+    assert len(found["int8-trt"].calibration["sha256"]) == 64
+    assert not found["fp16"].calibration
+
+
+def test_scores_of_every_flavour_stay_alive(flavours, images):
+    canvas = np.random.default_rng(3).integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
+    best = {
+        name: open_session(onnx.load(flavour.path)).run(None, {"canvas": canvas})[0][0, 0, 4]
+        for name, flavour in flavours[0].items()
+    }
+    assert all(abs(score - best["fp32"]) < 0.15 for score in best.values())
+
+
+@pytest.mark.parametrize("score", [float("nan"), -1.0])
+def test_an_unmeasurable_or_worthless_flavour_is_left_out(model, images, tmp_path, score):
+    found, _ = run(QuantizeConfig(flavours=("fp16",)), model, images, tmp_path, {"fp16": score})
+    assert not found["fp16"].kept
+
+
+def test_an_fp16_overflow_is_seen_whatever_the_map_says(graphs, images, tmp_path):
+    broken = onnx.ModelProto.FromString(graphs[0].SerializeToString())
+    weight = next(tensor for tensor in broken.graph.initializer if tensor.name.endswith("model.1.conv.weight"))
+    array = numpy_helper.to_array(weight)
+    weight.CopyFrom(numpy_helper.from_array(array / np.abs(array).max() * np.float32(6e4), weight.name))
+    onnx.save(broken, tmp_path / "model.onnx")
+    found, _ = run(QuantizeConfig(flavours=("fp16",)), tmp_path / "model.onnx", images, tmp_path / "out", {})
+    assert not found["fp16"].kept
+    assert found["fp16"].reason
+
+
+def test_no_images_is_one_line(model, tmp_path):
+    with pytest.raises(EdgestillError, match="no images to calibrate"):
+        run(QuantizeConfig(), model, [], tmp_path, {})
+
+
+def test_onnx_of_another_kind_is_one_line(graphs, model, flavours, images, tmp_path):
+    onnx.save(graphs[1], tmp_path / "rows.onnx")
+    foreign = onnx.ModelProto.FromString(graphs[0].SerializeToString())
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    (tmp_path / "page.onnx").write_text("<html>not found</html>")
+    cases = {
+        "rows.onnx": "output 'rows'",
+        "foreign.onnx": "no edgestill card",
+        "page.onnx": "not an ONNX model",
+        "absent.onnx": "cannot read",
+    }
+    for name, reason in cases.items():
+        with pytest.raises(InputError, match=reason):
+            run(QuantizeConfig(), tmp_path / name, images, tmp_path, {})
+    with pytest.raises(InputError, match="is fp16"):
+        run(QuantizeConfig(), flavours[0]["fp16"].path, images, tmp_path, {})
+
+
+def test_calibration_images_are_spread_over_the_whole_set():
+    paths = [Path(str(index)) for index in range(10)]
+    assert [path.name for path in spread(paths, 4)] == ["0", "2", "5", "7"]
+    assert spread(paths, 20) == paths
+
+
+def test_the_same_images_give_the_same_bytes(model, images, flavours, tmp_path):
+    again, _ = run(QuantizeConfig(calibration_images=4), model, images, tmp_path, {})
+    for name in ("fp16", "int8-trt", "int8-cpu"):
+        assert again[name].path.read_bytes() == flavours[0][name].path.read_bytes(), name
