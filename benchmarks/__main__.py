@@ -7,9 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images, read_coco
+from benchmarks.compare import fail_on, parse_rule
+from benchmarks.environment import environment
+from benchmarks.render import require_packages, to_markdown, write
+from benchmarks.report import make_report
 from runtime.errors import EdgestillError
 
-DESCRIPTION = "Latency from frame to boxes, and mAP where there are annotations, of the same files in the same run."
+DESCRIPTION = (
+    "Measure the latency from frame to boxes, and the mAP where there are annotations, of the same files in one run."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,14 +42,31 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations of the images, for mAP")
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.json, .html, .md, .csv go here")
     made.add_argument("--variant", help="precision or file to take from a bundle (default: all that run here)")
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
-    made.add_argument("--samples", type=positive, default=200, help="timed frames (default: 200; p99 needs 662)")
-    made.add_argument("--warmup", type=float, default=200.0, metavar="MS", help="least warm-up (default: 200)")
-    made.add_argument("--interval", type=float, metavar="MS", help="frames come at this interval, as from a camera")
-    made.add_argument("--threads", type=positive, help="CPU threads of one inference")
-    made.add_argument("--max-images", type=int, default=0, metavar="N", help="use the first N images (default: all)")
-    made.add_argument("--name", help="of the report (default: the model's)")
-    made.add_argument("--fail-on", action="append", default=[], metavar="RULE", help="for example 'map50_95<0.30'")
+    made.add_argument("--device", default=Plan.device, help="auto, cpu, cuda or tensorrt (default: %(default)s)")
+    made.add_argument(
+        "--samples", type=positive, default=Plan.samples, help="timed frames (default: %(default)s; p99 needs 662)"
+    )
+    made.add_argument(
+        "--warmup", type=float, default=Plan.warmup_ms, metavar="MS", help="shortest warm-up (default: %(default)g)"
+    )
+    made.add_argument(
+        "--interval",
+        type=float,
+        metavar="MS",
+        help="time between frames, as from a camera (default: none, one frame after another)",
+    )
+    made.add_argument("--threads", type=positive, help="CPU threads of one inference (default: a thread a core)")
+    made.add_argument(
+        "--max-images", type=int, default=0, metavar="N", help="use the first N images; 0 takes all (default: 0)"
+    )
+    made.add_argument("--name", help="name of the report (default: the model's)")
+    made.add_argument(
+        "--fail-on",
+        action="append",
+        default=[],
+        metavar="RULE",
+        help="exit with 1 where this holds, for example 'map50_95<0.30'; repeatable",
+    )
     return made
 
 
@@ -54,12 +78,8 @@ def positive(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images, read_coco
-    from benchmarks.compare import fail_on, parse_rule
-    from benchmarks.environment import environment
-    from benchmarks.report import make_report, render_markdown
-
     rules = [parse_rule(text) for text in options.fail_on]  # a typo is reported before the minutes of measuring
+    require_packages()
     truth = read_coco(options.annotations) if options.annotations else None
     plan = Plan(
         images=numbered_images(options.images, truth, options.max_images),
@@ -80,8 +100,8 @@ def run(options: argparse.Namespace) -> int:
         models=rows,
         engines=idle,
     )
-    paths = report.write(options.out)
-    print(render_markdown(report), end="")
+    paths = write(report, options.out)
+    print(to_markdown(report), end="")
     print("\n".join(map(str, paths)), file=sys.stderr)
     violations = [found for rule in rules for found in fail_on(rule, report)]
     print("".join(f"failed: {violation}\n" for violation in violations), end="", file=sys.stderr)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import InputError, UnavailableError
+from benchmarks.packages import optional
+from runtime.errors import InputError
 from runtime.image import read_image
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def coco_accuracy(
     """COCO mAP of `detections` ({image_id, category_id, bbox [x, y, w, h] px, score}) against a COCO annotation dict.
 
     `names` are the printed names of the categories, in the order of `ground_truth["categories"]`; by default those
-    written there. No detection at all is an accuracy of 0. Errors: InputError where the ground truth has no object
+    written there. No detection at all is an accuracy of 0. Raises InputError when the ground truth has no object
     (no accuracy exists) or a detection is of an image that it does not have.
     """
     found = [dict(detection) for detection in detections]
@@ -94,18 +95,15 @@ def coco_accuracy(
 
 def _evaluate(ground_truth: Mapping[str, Any], found: list[dict[str, Any]], max_det: int) -> tuple[Floats, Floats]:
     """Precision (10 IoUs, 101 recalls, classes, 4 areas) and recall (10, classes, 4) at `max_det`; -1 is undefined."""
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise UnavailableError("Package faster-coco-eval is not installed", "pip install 'edgestill[bench]'") from error
-    truth = COCO(
+    package = optional("faster_coco_eval", "faster-coco-eval")
+    truth = package.COCO(
         {
             "images": list(ground_truth["images"]),
             "categories": list(ground_truth["categories"]),
             "annotations": [{"iscrowd": 0, **entry} for entry in ground_truth["annotations"]],
         }
     )
-    evaluation = COCOeval_faster(truth, truth.loadRes(found), iouType="bbox", print_function=_quiet)
+    evaluation = package.COCOeval_faster(truth, truth.loadRes(found), iouType="bbox", print_function=_quiet)
     evaluation.params.maxDets = [1, 10, max_det]
     evaluation.evaluate()
     evaluation.accumulate()
@@ -113,7 +111,7 @@ def _evaluate(ground_truth: Mapping[str, Any], found: list[dict[str, Any]], max_
 
 
 def _quiet(*_: object) -> None:
-    """The engine's progress lines are not the reader's."""
+    """Drops the progress lines of the package."""
 
 
 def _mean(values: Floats) -> float | None:
@@ -136,7 +134,7 @@ def _require_known_images(ground_truth: Mapping[str, Any], found: Iterable[Mappi
 
 
 class Detecting(Protocol):
-    """What an accuracy run needs of a detector."""
+    """The part of a detector that an accuracy run needs."""
 
     @property
     def card(self) -> Any: ...
@@ -156,10 +154,10 @@ def detector_accuracy(
     conf: float = ACCURACY_CONF,
     max_det: int = COCO_MAX_DET,
 ) -> Accuracy:
-    """COCO accuracy of what `detector` finds in the pictures (image id, path), by the same calls that are timed.
+    """COCO accuracy of what `detector` finds in the images (image id, path), by the same calls that are timed.
 
-    Classes agree with the ground truth's categories by name. Only the images of `samples` count. Errors: InputError
-    where a class has no category, and as `coco_accuracy`.
+    Classes agree with the ground truth's categories by name. Only the images of `samples` count. Raises InputError
+    when a class has no category, and as `coco_accuracy`.
     """
     pairs = list(samples)
     truth = restrict(ground_truth, {image_id for image_id, _ in pairs})
@@ -169,7 +167,7 @@ def detector_accuracy(
 def detect_all(
     detector: Detecting, samples: Iterable[tuple[int, Path]], ground_truth: Mapping[str, Any], *, conf: float
 ) -> Iterator[dict[str, Any]]:
-    """COCO result entries of all that the detector finds above `conf`."""
+    """COCO result entries of all boxes that the detector finds above `conf`."""
     categories = category_ids(detector.card.names, ground_truth["categories"])
     for image_id, path in samples:
         prepared = detector.preprocess(read_image(path))
@@ -231,8 +229,8 @@ class YoloMetrics:
 def match(detections: Floats, labels: Floats, iou_thresholds: Floats = IOU_THRESHOLDS) -> NDArray[np.bool_]:
     """Which detections are right, (n, thresholds), for one image.
 
-    `detections` (n, 6) x1 y1 x2 y2 score class; `labels` (m, 5) class x1 y1 x2 y2. A detection stands for the label of
-    its class that it overlaps most; of the detections that stand for one label, the most confident is right.
+    `detections` (n, 6) x1 y1 x2 y2 score class; `labels` (m, 5) class x1 y1 x2 y2. A detection counts for the label of
+    its class that it overlaps most; of the detections that count for one label, the most confident is right.
     """
     correct = np.zeros((len(detections), len(iou_thresholds)), bool)
     if not len(detections) or not len(labels):
@@ -243,9 +241,9 @@ def match(detections: Floats, labels: Floats, iou_thresholds: Floats = IOU_THRES
     best_iou = iou.max(axis=1)
     best_first = np.argsort(-detections[:, 4], kind="stable")
     for column, threshold in enumerate(np.asarray(iou_thresholds, np.float32)):
-        candidates = best_first[best_iou[best_first] >= threshold]
-        _, first = np.unique(label[candidates], return_index=True)
-        correct[candidates[first], column] = True
+        over = best_first[best_iou[best_first] >= threshold]
+        _, first = np.unique(label[over], return_index=True)
+        correct[over[first], column] = True
     return correct
 
 

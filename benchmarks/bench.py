@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
 from benchmarks.environment import device_name
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, measure
-from benchmarks.report import Row, model_row
-from runtime.bundle import Candidate, candidates
+from benchmarks.rows import Row, model_row
+from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import read_json, sha256
@@ -83,7 +83,7 @@ def measure_file(
         return model_row(
             file.path,
             precision=precision or detector.card.precision,
-            backend=file.backend,
+            backend=file.spec.name,
             device=device_name(detector.providers),
             role=role,
             settings=_settings(detector, plan),
@@ -93,9 +93,9 @@ def measure_file(
         )
 
 
-def _loaded(path: Path, variant: str | None, detector: Detector) -> Candidate:
+def _loaded(path: Path, variant: str | None, detector: Detector) -> ModelFile:
     """The file that `detector` runs, of those that `path` offers."""
-    return next(file for file in candidates(path, variant) if file.artifact == detector.artifact)
+    return next(file for file in model_files(path, variant) if file.artifact == detector.artifact)
 
 
 def _settings(detector: Detector, plan: Plan) -> Row:
@@ -137,7 +137,7 @@ def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[lis
 
     Raises UnavailableError when none runs; a single file raises its own error.
     """
-    offered = candidates(path, variant)
+    offered = model_files(path, variant)
     if len(offered) == 1:
         return [measure_file(path, plan, variant=variant)], []
     rows, idle = [], []
@@ -151,13 +151,13 @@ def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[lis
     return rows, idle
 
 
-def engine_row(file: Candidate, note: str) -> Row:
+def engine_row(file: ModelFile, note: str) -> Row:
     """The report's entry of an engine that did not run."""
     artifact = file.artifact
     return {
         "file": file.path.name,
         "precision": artifact.precision if artifact else "",
-        "backend": file.backend,
+        "backend": file.spec.name,
         "targets": list(artifact.targets) if artifact else [],
         "bytes": artifact.bytes if artifact else None,
         "ran": False,

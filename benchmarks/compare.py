@@ -1,6 +1,6 @@
 """Several reports beside each other, and thresholds that turn a report into an exit code.
 
-Rows are put side by side, never merged: what makes them incomparable is said above the table.
+Rows stand side by side and are never merged; differences that make them incomparable are listed above the table.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import charts, page, wording
-from benchmarks.report import MARKDOWN_COLUMNS, Report, Row, is_kept, markdown_table
+from benchmarks.formats import number
+from benchmarks.render import markdown_table
+from benchmarks.report import Report
+from benchmarks.rows import COLUMNS, TITLED, Row, cells, is_kept
 from runtime.errors import UsageError
 
 COMPARED_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "interval_ms")
 COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 """Their defaults and kernels change with the version: TensorRT 11 times other things than TensorRT 10 does."""
-COLUMNS = ("Report", *MARKDOWN_COLUMNS)
 
 
 class Comparison(NamedTuple):
-    """`rows` are (report's name, model row); `warnings` say what speaks against comparing them."""
+    """`rows` are (report's name, model row); `warnings` are reasons not to compare them."""
 
     rows: tuple[tuple[str, Row], ...]
     warnings: tuple[str, ...]
 
 
 def compare(reports: Sequence[Report]) -> Comparison:
-    """Errors: UsageError without a report."""
+    """Raises UsageError when there is no report."""
     if not reports:
         raise UsageError("There is no report to compare", "Give report.json files or their folders")
     names = distinct([report.data["name"] for report in reports])
@@ -51,7 +53,7 @@ def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list
 
 
 def comparable(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree between reports whose figures stand side by side."""
+    """The facts that must agree between reports whose figures stand side by side."""
     packages = data["machine"].get("packages", {})
     return {
         **{key: _values_of(key, data["models"]) for key in COMPARED_SETTINGS},
@@ -64,7 +66,7 @@ def comparable(data: Mapping[str, Any]) -> dict[str, Any]:
 def _values_of(setting: str, rows: Sequence[Row]) -> Any:
     """The setting's value; all its values, as text, where the files of one report differ."""
     values = list(dict.fromkeys(row["settings"][setting] for row in rows))
-    return values[0] if len(values) == 1 else " and ".join(map(wording.number, values))
+    return values[0] if len(values) == 1 else " and ".join(map(number, values))
 
 
 def _difference(what: str, names: Sequence[str], values: Sequence[Any]) -> str:
@@ -78,15 +80,17 @@ def _short(value: Any) -> str:
     return "none" if value is None else f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def render_markdown(found: Comparison) -> str:
+def to_markdown(found: Comparison) -> str:
     lines = [f"> **Warning:** {sentence}" for sentence in found.warnings]
     lines += [""] if lines else []
-    lines += markdown_table(COLUMNS, [[name, *wording.model_cells(row)] for name, row in found.rows])
+    lines += markdown_table(
+        ["Report", *(column.title for column in TITLED)], [[name, *cells(row)] for name, row in found.rows]
+    )
     return "\n".join(lines) + "\n"
 
 
-def render_html(found: Comparison) -> str:
-    """One self-contained page: the picture of all rows, and the table by report. Reports are A, B, C ... in labels."""
+def to_html(found: Comparison) -> str:
+    """One self-contained page: the chart of all rows, and the table by report. Reports are A, B, C ... in labels."""
     names = list(dict.fromkeys(name for name, _ in found.rows))
     groups: list[dict[str, Any]] = [
         {"letter": letter, "name": name, "rows": [row for owner, row in found.rows if owner == name]}
@@ -97,11 +101,9 @@ def render_html(found: Comparison) -> str:
         for group in groups
         for point in page.pareto_points(group["rows"])
     ]
-    tables = [group | {"cells": list(map(wording.model_cells, group["rows"]))} for group in groups]
+    tables = [group | {"cells": list(map(cells, group["rows"]))} for group in groups]
     template = page.environment().get_template("compare.html")
-    return template.render(
-        columns=MARKDOWN_COLUMNS, groups=tables, warnings=found.warnings, pareto=charts.pareto(points)
-    )
+    return template.render(columns=TITLED, groups=tables, warnings=found.warnings, pareto=charts.pareto(points))
 
 
 def letters(index: int) -> str:
@@ -117,24 +119,9 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-Read = Callable[[Row], Any]
-
-
-def _accuracy(key: str) -> Read:
-    return lambda row: (row["accuracy"] or {}).get(key)
-
-
-def _latency(key: str) -> Read:
-    return lambda row: row["latency"]["end_to_end"][key] if row["latency"] else None
-
-
-METRICS: Mapping[str, Read] = {
-    **{key: _accuracy(key) for key in ("map50_95", "map50", "map75", "recall")},
-    **{f"{key}_ms": _latency(key) for key in ("p50", "p90", "p95", "p99", "max", "mean")},
-    "bytes": lambda row: row["bytes"],
-}
+METRICS = {column.name: column.read for column in COLUMNS if column.is_number}
 RATIOS = ("speedup", "size_ratio", "parameter_ratio", "retained")
-"""Of the report's headline."""
+"""Figures of the report's headline."""
 RULE = re.compile(r"\s*(?:(?P<precision>[\w-]+)\.)?(?P<metric>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>[-+.\deE]+)\s*")
 
 
@@ -149,7 +136,7 @@ class Rule(NamedTuple):
 
 
 def parse_rule(text: str) -> Rule:
-    """From "map50_95<0.30" or "int8-cpu.p50_ms>20". Errors: UsageError names what is known."""
+    """From "map50_95<0.30" or "int8-cpu.p50_ms>20". Raises UsageError that lists the known figures."""
     found = RULE.fullmatch(text)
     known = (*METRICS, *RATIOS)
     if not found or not _is_number(found["limit"]):

@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import guarded, positive
-from benchmarks.bench import list_images
+from benchmarks.bench import Plan, numbered_images
+from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
-from benchmarks.wording import milliseconds
-from runtime.detector import Detector
 from runtime.errors import UsageError
-from runtime.image import read_image
-
-FRAMES = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     if options.model.suffix.lower() != ".onnx":
         raise UsageError(f"{options.model} is not an .onnx file", "A bare session exists for ONNX files only")
-    frames = [read_image(path) for path in list_images(options.images)[:FRAMES]]
-    with Detector.load(options.model, device="cpu", threads=options.threads) as detector:
+    plan = Plan(numbered_images(options.images), device="cpu", threads=options.threads)
+    with plan.detector(options.model) as detector:
         bare = bare_session(options.model, options.threads)
-        found = compare(detector, bare, frames, options.rounds)
+        found = compare(detector, bare, plan.read_frames(), options.rounds)
     print(describe(found, options.model.name))
     return 0
 

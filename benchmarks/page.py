@@ -1,36 +1,41 @@
-"""The HTML page of a report: what the template shows, prepared as plain values. A pure function of the JSON."""
+"""The HTML page of a report: plain values for the template. A pure function of the JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import charts, wording
-from benchmarks.report import STAGES, Row, ap, is_kept, p50, schema, shared_settings
-from runtime.errors import UnavailableError
+from benchmarks import charts, formats, wording
+from benchmarks.packages import optional
+from benchmarks.report import schema
+from benchmarks.rows import SPANS, TITLED, Column, Row, ap, is_kept, p50, shared_settings
 
 TEMPLATES = Path(__file__).parent
 FILTERS: Mapping[str, Callable[..., str]] = {
-    "ms": wording.milliseconds,
-    "percentile": wording.percentile,
-    "ap": wording.accuracy,
-    "short_ap": wording.short_accuracy,
-    "size": wording.size,
-    "times": wording.times,
-    "percent": wording.percent,
-    "count": wording.count,
-    "number": wording.number,
-    "duration": wording.duration,
-    "error": wording.error,
-    "gate": wording.gate,
-    "moment": wording.moment,
+    "ms": formats.milliseconds,
+    "percentile": formats.percentile,
+    "ap": formats.accuracy,
+    "short_ap": formats.short_accuracy,
+    "size": formats.size,
+    "times": formats.times,
+    "percent": formats.percent,
+    "count": formats.count,
+    "number": formats.number,
+    "duration": formats.duration,
+    "error": formats.error,
+    "moment": formats.moment,
 }
 PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "fp8": "int8"}
 """Precision (its part before "-") -> CSS class of the colour."""
+ON_PAGE = tuple(column for column in TITLED if column.on_page)
+CELL_CSS = {formats.TOO_FEW: "r small", "kept": "kept", "refused": "refused"}
+"""Text -> CSS class, where it is not its column's."""
+NOT_MEASURED = {"accuracy": "not measured", "latency": "not timed"}
 NOT_DRAWN = ("epoch", "lr", "seconds", "momentum")
-"""Columns of the training curves that tell nothing about how well it went, by their beginning."""
+"""Beginnings of the columns of the training curves that say nothing about its result."""
 CURVE_ORDER = ("map50_95", "map50")
 
 
@@ -41,15 +46,12 @@ def render(data: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=1)
 def environment() -> Any:
-    """jinja2 with escaping on and the number formats of `wording` as filters."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise UnavailableError("Package jinja2 is not installed", "pip install 'edgestill[bench]'") from error
-    made = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+    """jinja2 with escaping on and the number formats as filters."""
+    jinja2 = optional("jinja2")
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -58,10 +60,9 @@ def environment() -> Any:
 
 
 def view(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the template names."""
+    """All values that the template names."""
     data = whole(data)
-    rows = data["models"]
-    best = headline_row(data)
+    rows, best = data["models"], headline_row(data)
     return {
         "report": data,
         "machine_name": wording.machine_name(data["machine"]),
@@ -70,16 +71,42 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "summary": wording.summary(data),
         "findings": wording.findings(data),
         "best": best,
-        "best_span": span_of(data, "file"),
+        "best_latency": latency_of(data, "file"),
         "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
-        "teacher_span": span_of(data, "teacher_file"),
-        "rows": [dict(row, label=wording.label(row, rows), kind=kind_of(row), kept=is_kept(row)) for row in rows],
+        "teacher_latency": latency_of(data, "teacher_file"),
+        "columns": ON_PAGE,
+        "rows": [dict(row, kind=kind_of(row), kept=is_kept(row), cells=list(cells_of(row))) for row in rows],
         "pareto": charts.pareto(pareto_points(rows)),
-        "stages": stage_bars(rows),
+        "span_bars": span_bars(rows),
         "classes": class_bars(data, best),
         "curves": [training_view(training) for training in data["training"]],
         "pipeline": pipeline_bars(data["stages"]),
     }
+
+
+class Cell(NamedTuple):
+    """A cell of the table of files. `css` is its class, `span` the number of columns that it takes."""
+
+    text: str
+    css: str
+    detail: str = ""
+    span: int = 1
+
+
+def cells_of(row: Row) -> Iterator[Cell]:
+    """The row's cells; the columns of a part that was not measured are one cell."""
+    for part, group in groupby(ON_PAGE, key=lambda column: column.part):
+        columns = list(group)
+        if part and row[part] is None:
+            yield Cell(NOT_MEASURED[part], "r small", span=len(columns))
+        else:
+            yield from (_cell(row, column) for column in columns)
+
+
+def _cell(row: Row, column: Column) -> Cell:
+    text = column.cell(row)
+    css = CELL_CSS.get(text, "r" if column.is_number else "")
+    return Cell(text, css, (column.detail and column.detail(row)) or "")
 
 
 def whole(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +133,7 @@ def headline_row(data: Mapping[str, Any], key: str = "file") -> Row | None:
     return next((row for row in data["models"] if headline and row["file"] == headline[key]), None)
 
 
-def span_of(data: Mapping[str, Any], key: str) -> Row | None:
+def latency_of(data: Mapping[str, Any], key: str) -> Row | None:
     """Its end-to-end latency."""
     row = headline_row(data, key)
     return row["latency"]["end_to_end"] if row and row["latency"] else None
@@ -130,7 +157,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif isinstance(value, (list, tuple)):
             pairs += [(name, " ".join(map(str, value)))] if value else []
         elif value not in (None, ""):
-            pairs.append((name, wording.size(value) if key.endswith("bytes") else wording.number(value)))
+            pairs.append((name, formats.size(value) if key.endswith("bytes") else formats.number(value)))
     return pairs
 
 
@@ -151,11 +178,11 @@ def pareto_points(rows: Sequence[Row]) -> list[charts.Point]:
     ]
 
 
-def _tail(span: Row) -> float:
-    return next(span[p] for p in ("p99", "p95", "p90", "p50") if span[p] is not None)
+def _tail(latency: Row) -> float:
+    return next(latency[p] for p in ("p99", "p95", "p90", "p50") if latency[p] is not None)
 
 
-def stage_bars(rows: Sequence[Row]) -> list[Row]:
+def span_bars(rows: Sequence[Row]) -> list[Row]:
     """Means of the three spans (means add up, percentiles do not), all bars on one scale."""
     timed = [row for row in rows if row["latency"]]
     longest = max((row["latency"]["end_to_end"]["mean"] for row in timed), default=1.0)
@@ -163,9 +190,7 @@ def stage_bars(rows: Sequence[Row]) -> list[Row]:
         {
             "label": wording.label(row, rows),
             "latency": row["latency"],
-            "bar": charts.stacked_bar(
-                [charts.Part(stage, row["latency"][stage]["mean"]) for stage in STAGES], longest, row["file"]
-            ),
+            "spans": [(span, 100 * row["latency"][span]["mean"] / longest) for span in SPANS],
         }
         for row in timed
     ]
@@ -182,7 +207,7 @@ def class_bars(data: Mapping[str, Any], best: Row | None) -> list[Row]:
 
 
 def training_view(training: Row) -> Row:
-    """One small picture for each column of the curves, mAP first."""
+    """One small chart for each column of the curves, mAP first."""
     known = sorted({key for epoch in training["curves"] for key in epoch if not key.startswith(NOT_DRAWN)})
     columns = sorted(known, key=lambda key: (CURVE_ORDER.index(key) if key in CURVE_ORDER else len(CURVE_ORDER), key))
     drawn = [(column, _points(training["curves"], column)) for column in columns]
@@ -196,7 +221,7 @@ def _points(curves: Sequence[Row], column: str) -> list[tuple[float, float]]:
 def _chart(name: str, points: Sequence[tuple[float, float]], best_epoch: int | None) -> Row:
     is_map = name.startswith("map")
     values = [value for _, value in points]
-    svg = charts.curve(points, "gain" if is_map else "loss", name, best_epoch if is_map else None)
+    svg = charts.curve(points, "good" if is_map else "inference", name, best_epoch if is_map else None)
     return {"name": name, "svg": svg, "first": values[0], "last": values[-1], "best": max(values) if is_map else None}
 
 

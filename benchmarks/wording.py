@@ -1,83 +1,17 @@
-"""Numbers as text, and the sentences that a report says in words. Pure functions of the report's JSON."""
+"""Names of rows, and the sentences that a report says in words. Pure functions of the report's JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report import Row, is_kept, p50, shared_settings
+from benchmarks.formats import count, milliseconds, moment, number
+from benchmarks.rows import Row, is_kept, p50, shared_settings
 
-NOTHING = "–"
-TOO_FEW = "n too small"
-KIB = 1024
-UNITS = ("bytes", "KiB", "MiB", "GiB")
 FEW_IMAGES = 100
-MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
 SAME_TOLERANCE = 0.05
-
-
-def milliseconds(value: float | None) -> str:
-    """Three significant figures: 0.123, 1.23, 12.3, 123."""
-    if value is None:
-        return NOTHING
-    whole_digits = len(str(int(value))) if value >= 1 else 0
-    return f"{value:.{max(0, 3 - whole_digits)}f}"
-
-
-def percentile(value: float | None) -> str:
-    return TOO_FEW if value is None else milliseconds(value)
-
-
-def accuracy(value: float | None) -> str:
-    """Five figures, as COCO results are published."""
-    return NOTHING if value is None else f"{value:.5f}"
-
-
-def short_accuracy(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
-
-
-def size(value: float | None) -> str:
-    """Bytes in the unit that leaves 1 to 1024 of it."""
-    if value is None:
-        return NOTHING
-    power = 3 if value >= KIB**3 else 2 if value >= KIB**2 else 1
-    return f"{value / KIB**power:.2f} {UNITS[power]}"
-
-
-def times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}×"
-
-
-def percent(value: float | None) -> str:
-    return NOTHING if value is None else f"{100 * value:.1f} %"
-
-
-def count(value: float | None) -> str:
-    """Thousands are grouped: 1 765 930."""
-    return NOTHING if value is None else f"{value:,.0f}".replace(",", "\u202f")
-
-
-def number(value: Any) -> str:
-    """A setting as it was given."""
-    return NOTHING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float | None) -> str:
-    return NOTHING if seconds is None else f"{seconds:.1f} s"
-
-
-def error(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2g}"
-
-
-def moment(created: str) -> str:
-    """An ISO date and time in UTC, to the minute."""
-    return f"{created[:16].replace('T', ' ')} UTC"
-
-
-def gate(row: Row) -> str:
-    return NOTHING if row["gate"] is None else "kept" if row["gate"]["kept"] else "refused"
+"""Medians that differ by less are called equal."""
+MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
 
 
 def label(row: Row, rows: Sequence[Row] = ()) -> str:
@@ -92,22 +26,8 @@ def label(row: Row, rows: Sequence[Row] = ()) -> str:
     return next(unique, own[-1])
 
 
-def model_cells(row: Row) -> list[str]:
-    """A row of the table, in the order of `report.MARKDOWN_COLUMNS`."""
-    span = row["latency"]["end_to_end"] if row["latency"] else None
-    figures = row["accuracy"] or {}
-    tail = [percentile(span[p]) if span else NOTHING for p in ("p50", "p90", "p99")]
-    return [
-        *(row["file"], row["precision"], row["backend"], size(row["bytes"])),
-        *(accuracy(figures.get(key)) for key in ("map50_95", "map50")),
-        *tail,
-        count(span["n"]) if span else NOTHING,
-        gate(row),
-    ]
-
-
 def summary(data: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before comparing the figures with others."""
+    """The facts to know before the figures are compared with others."""
     settings, dataset = shared_settings(data["models"]), data["dataset"]
     lines = [f"Measured {moment(data['created'])} on {machine_name(data['machine'])}"]
     if dataset:
@@ -132,7 +52,7 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 
 
 def findings(data: Mapping[str, Any]) -> list[str]:
-    """What the figures say, refusals and disappointments first of all."""
+    """Conclusions from the figures; first those that speak against a file."""
     rows = data["models"]
     parts = (_settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]
@@ -194,4 +114,4 @@ def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:
     images = [row["accuracy"]["images"] for row in data["models"] if row["accuracy"]]
     if images and min(images) < FEW_IMAGES:
-        yield f"Accuracy stands on {min(images)} images: differences of a few points are noise."
+        yield f"Accuracy is measured on {min(images)} images: differences of a few points are noise."

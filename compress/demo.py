@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.config import Recipe
-from compress.data.generate import generate
+from compress.data.demo.generate import generate
 from compress.log import Log
 from compress.recipe import load_recipe
 from runtime.files import atomic_write

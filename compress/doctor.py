@@ -1,4 +1,4 @@
-"""What this machine can do. Out: one `Finding` per capability, with the command that mends what is missing."""
+"""Examine this machine: one `Finding` for each capability, with the command that installs what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOW_DISK_GIB = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor. `ok` None means: not needed here, but good to know."""
+    """One capability. `ok` is None where it is not needed here; `remedy` is a command or an instruction."""
 
     name: str
     ok: bool | None
@@ -36,7 +36,7 @@ PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "bench": (("faster-coco-eval", "jinja2", "jsonschema", "matplotlib"), "measure and report"),
     "cpu": (("onnxruntime",), "run .onnx on this CPU"),
 }
-"""Extra -> (its packages, what they are for)."""
+"""Extra -> (its packages, their use)."""
 
 
 def examine() -> list[Finding]:
@@ -87,7 +87,7 @@ def _extra(extra: str, names: Iterable[str], use: str) -> Finding:
 
 
 def _probe(name: str, module: str, look: Callable[[Any], Finding], remedy: str) -> Finding:
-    """What `look` finds in an optional module; its absence or a failing import is a finding too."""
+    """The finding of `look` in an optional module; a missing module or a failing import is a finding too."""
     try:
         return look(importlib.import_module(module))
     except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
@@ -104,7 +104,7 @@ def _torch_device() -> Finding:
 
 
 def _fused_kernels() -> Finding:
-    """Whether distillation losses run as CUDA kernels: needs a GPU, NVRTC and CUDA's headers."""
+    """Distillation losses run as CUDA kernels where there are a GPU, NVRTC and CUDA's headers."""
     here = gpus()
     try:
         compiler = f"NVRTC {toolchain.compiler_version()}, headers in {toolchain.header_folders()[0]}"

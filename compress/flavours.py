@@ -30,9 +30,9 @@ class Flavour:
     maker: str
     calibrated: bool
     for_this_cpu: bool
-    """Whether latency on the CPU that quantises is latency in use, and so counts in the gate."""
+    """It runs on the kind of CPU that quantises, so its latency here counts in the gate."""
     engine: bool
-    """Whether TensorRT plans are built from it."""
+    """TensorRT plans are built from it."""
     note: str = ""
     """Stands beside its latency on a CPU in the report."""
     check: str = ""
@@ -43,7 +43,7 @@ class Flavour:
         return function
 
     def fault(self, model: Any, canvases: Any) -> str:
-        """Why the flavour would fail on its own hardware, measured on the FP32 `model`; empty where it works."""
+        """The reason why the flavour fails on its own hardware, measured on the FP32 `model`; empty without one."""
         return str(resolve_name(self.check)(model, canvases)) if self.check else ""
 
 
@@ -73,4 +73,4 @@ FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
 in accuracy, and INT8 through explicit Q/DQ is often no faster."""
 
 PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
-"""What TensorRT plans are built from, best first."""
+"""TensorRT plans are built from these, best first."""

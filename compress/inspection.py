@@ -1,4 +1,4 @@
-"""What a file holds, told without running anything in it."""
+"""Describe a model file without running anything in it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import candidates
+from runtime.backends import SUFFIXES
+from runtime.bundle import model_files
 from runtime.card import METADATA_KEY, ModelCard
 from runtime.errors import InputError
 from runtime.files import sha256
 
-Facts = dict[str, Any]
+Description = dict[str, Any]
 
 
-def inspect_file(path: Path) -> Facts:
-    """Facts of a checkpoint, an ONNX file, a TensorRT plan, a model card or a bundle. Raises InputError for others,
-    EngineError for a plan that no card vouches for.
+def inspect_file(path: Path) -> Description:
+    """The contents of a checkpoint, an ONNX file, a TensorRT plan, a model card or a bundle.
+
+    Raises InputError when it is another file or there is none, EngineError when no card lists a plan.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file")
@@ -30,13 +32,13 @@ def inspect_file(path: Path) -> Facts:
     return {"file": str(path), **common, **READERS[kind](path)}
 
 
-def _checkpoint(path: Path) -> Facts:
+def _checkpoint(path: Path) -> Description:
     from compress.models.checkpoint import describe
 
     return describe(path)
 
 
-def _onnx(path: Path) -> Facts:
+def _onnx(path: Path) -> Description:
     from compress.graph.parts import op_counts
     from compress.graph.safe_load import read_model
 
@@ -64,46 +66,44 @@ def _shape(value: Any) -> str:
     return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{', '.join(sides)}]"
 
 
-def _plan(path: Path) -> Facts:
-    """A plan is native code: only its sidecar is read."""
-    _, _, card, artifact = candidates(path)[0]
-    assert card is not None
-    assert artifact is not None
-    return {
-        "format": "TensorRT plan",
-        "intact": sha256(path) == artifact.sha256,
-        "precision": artifact.precision,
-        "targets": list(artifact.targets),
-        "versions": dict(artifact.versions),
-        "card": {key: value for key, value in card.to_dict().items() if key != "artifacts"},
-    }
+def _engine(path: Path) -> Description:
+    """Only the card is read: an engine is native code."""
+    file = model_files(path)[0]
+    known: Description = {"format": f"file for {file.spec.name}"}
+    if file.artifact is not None:
+        known |= {
+            "intact": sha256(path) == file.artifact.sha256,
+            "precision": file.artifact.precision,
+            "targets": list(file.artifact.targets),
+            "versions": dict(file.artifact.versions),
+        }
+    card = file.card.to_dict() if file.card else {}
+    return known | {"card": {key: value for key, value in card.items() if key != "artifacts"}}
 
 
-def _bundle(path: Path) -> Facts:
+def _bundle(path: Path) -> Description:
     return {"format": "model card", "card": ModelCard.load(path).to_dict()}
 
 
-READERS: Mapping[str, Callable[[Path], Facts]] = {
+READERS: Mapping[str, Callable[[Path], Description]] = {
     ".pt": _checkpoint,
     ".pth": _checkpoint,
     ".safetensors": _checkpoint,
+    **dict.fromkeys(SUFFIXES, _engine),
     ".onnx": _onnx,
-    ".plan": _plan,
-    ".engine": _plan,
-    ".trt": _plan,
     ".json": _bundle,
     "folder": _bundle,
 }
 
 
-def as_text(facts: Mapping[str, Any], indent: str = "") -> str:
-    """Nested facts as indented `key: value` lines."""
+def as_text(description: Mapping[str, Any], indent: str = "") -> str:
+    """A nested description as indented `key: value` lines."""
     lines = []
-    for key, value in facts.items():
+    for key, value in description.items():
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}{key}:", as_text(value, indent + "  ")]
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
-            lines += [f"{indent}{key}:", *(as_text(entry, indent + "  ") + "\n" for entry in value)]
+            lines += [f"{indent}{key}:", *(as_text(entry, indent + "  ") for entry in value)]
         else:
             lines.append(f"{indent}{key}: {value}")
-    return "\n".join(line.rstrip("\n") for line in lines)
+    return "\n".join(lines)

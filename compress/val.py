@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import Accuracy, YoloMetrics, detector_accuracy
-from benchmarks.report import plain
+from benchmarks.rows import plain
 from compress.compute.numerics import flush_denormals
 from compress.data import DataConfig, index_dataset, load_data
 from compress.data.class_names import class_conflict

@@ -7,11 +7,10 @@ Follows YOLOv5 v7.0's validation: rectangular batches half a stride wider than n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +21,12 @@ from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_a
 from compress.compute.device import pick_device, place, settle
 from compress.compute.numerics import flush_denormals
 from compress.compute.timing import Stopwatch, timed_items
-from compress.data.coco import to_coco
+from compress.data.coco import read_annotations, to_coco
 from compress.data.dataset import Sample
 from compress.data.loader import ValBatch, val_batches
 from compress.models import YOLOv5
 from runtime.boxes import detections_from_rows, unletterbox, xywh_to_xyxy
 from runtime.detections import Detections
-from runtime.errors import InputError
 
 Loss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 """(raw maps, targets (n, 6)) -> (total, the three parts)."""
@@ -205,31 +203,3 @@ def coco_metrics(found: Sequence[Found], names: Sequence[str], annotations: Path
     boxes = ((image_id, Detections.from_rows(one.boxes)) for image_id, one in enumerate(found, 1))
     rows = [row for image_id, own in boxes for row in coco_rows(image_id, own, range(len(names)))]
     return coco_accuracy(truth, rows, names=names)
-
-
-def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
-    """The part of a COCO JSON that is about `samples`, with image ids 1.. in sample order and class-index categories.
-
-    Images agree by file name, categories by class name. Errors: InputError where either has no partner.
-    """
-    try:
-        raw = json.loads(path.read_text())
-        images = {image["file_name"].rsplit("/", 1)[-1]: image for image in raw["images"]}
-        categories = {category["name"]: category["id"] for category in raw["categories"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a COCO annotation file ({error})") from error
-    missing = [name for name in names if name not in categories]
-    absent = [sample.image.name for sample in samples if sample.image.name not in images]
-    if missing or absent:
-        raise InputError(f"{path} knows no {'class' if missing else 'image'} {(missing or absent)[0]}")
-    image_ids = {images[sample.image.name]["id"]: number for number, sample in enumerate(samples, 1)}
-    class_ids = {categories[name]: index for index, name in enumerate(names)}
-    return {
-        "images": [images[s.image.name] | {"id": number} for number, s in enumerate(samples, 1)],
-        "annotations": [
-            entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
-            for entry in raw["annotations"]
-            if entry["image_id"] in image_ids and entry["category_id"] in class_ids
-        ],
-        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
-    }

@@ -1,4 +1,4 @@
-"""Detection on the device: one model file in, boxes out. NumPy, OpenCV and one inference library are all it needs.
+"""Detection on the device: a model file and frames in, boxes out. It needs NumPy, OpenCV and one inference library.
 
 from runtime import Detector
 with Detector.load("bundle/") as detector:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from runtime.detections import Detections
     from runtime.detector import Detector
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Detections",
     "Detector",
@@ -26,13 +28,14 @@ __all__ = [
     "ModelCard",
     "UnavailableError",
     "UsageError",
+    "__version__",
 ]
 
 _LAZY = {"Detections": "runtime.detections", "Detector": "runtime.detector", "ModelCard": "runtime.card"}
 
 
 def __getattr__(name: str) -> Any:
-    """OpenCV takes 0.15 s to load, so it waits until something that needs it is asked for."""
+    """OpenCV takes 0.15 s to load, so it is loaded with the first name that needs it."""
     if name not in _LAZY:
         raise AttributeError(f"module 'runtime' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime import __version__
 from runtime.errors import EdgestillError, one_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
@@ -36,18 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m runtime", description=DESCRIPTION)
+    root.add_argument("--version", action="version", version=f"edgestill {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
-    detect_ = commands.add_parser("detect", help="find objects in pictures, videos or a camera's frames")
+    detect_ = commands.add_parser("detect", help="find objects in images, videos or a camera's frames")
     detect_.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="picture, folder, pattern, video, URL, camera number"
+        "sources", nargs="+", metavar="SOURCE", help="image, folder, pattern, video, URL, camera number"
     )
     detect_.add_argument("--model", required=True, help=".onnx file, engine with its model.json, or bundle folder")
     detect_.add_argument("--conf", type=float, help="least score (default: the model's own)")
     detect_.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
     detect_.add_argument("--variant", help="precision or file to take from a bundle")
     detect_.add_argument("--threads", type=int, help="CPU threads of one inference")
-    detect_.add_argument("--save", type=Path, metavar="DIR", help="write pictures with drawn boxes here")
+    detect_.add_argument("--save", type=Path, metavar="DIR", help="write images with drawn boxes here")
     detect_.add_argument("--json", action="store_true", help="one JSON object a frame on standard output")
     detect_.set_defaults(command=detect)
 
@@ -119,11 +121,11 @@ def save_drawn(folder: Path, frame: Any, found: Any, names: Sequence[str]) -> No
         name = f"{stem}.jpg"
     with atomic_write(folder / name) as temporary:
         if not cv2.imwrite(str(temporary), draw(frame.image, found, names)):
-            raise EdgestillError(f"{folder / name}: the picture cannot be written")
+            raise EdgestillError(f"{folder / name}: the image cannot be written")
 
 
 def build(options: argparse.Namespace) -> None:
-    from runtime.engine import build_engine, card_for, enter_plan
+    from runtime.engine import build_engine, card_for, record_plan
 
     out = options.out or options.onnx.with_suffix(".plan")
     card, precision = card_for(options.onnx, out)
@@ -138,7 +140,7 @@ def build(options: argparse.Namespace) -> None:
     )
     for line in report.log:
         print(f"warning: {line}", file=sys.stderr)
-    enter_plan(card, precision, out, report)
+    record_plan(card, precision, out, report)
     targets = ", ".join(report.targets)
     print(f"{out}: {report.bytes / 1e6:.1f} MB for {targets}, {report.seconds:.1f} s, sha256 {report.sha256}")
 
@@ -153,13 +155,11 @@ def info(options: argparse.Namespace) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     from runtime import machine
-    from runtime.bundle import candidates
-    from runtime.onnx_file import read_metadata
+    from runtime.bundle import metadata_of, model_files
 
-    offered = candidates(path)
-    card = offered[0].card
+    card = model_files(path)[0].card
     if card is None:
-        return {"file": str(path), "metadata": read_metadata(path), "note": "no edgestill card: a foreign ONNX file"}
+        return {"file": str(path), "metadata": metadata_of(path), "note": "no edgestill card: a foreign file"}
     facts = machine.facts()
     runs = {item.file: machine.mismatches(item, facts) or "yes" for item in card.artifacts}
     return {"file": str(path), "card": card.to_dict(), "runs_here": runs}

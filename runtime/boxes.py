@@ -1,4 +1,4 @@
-"""Boxes as arrays: conversions, overlap, suppression, and the way back to the frame. NumPy only, no state.
+"""Boxes as arrays: conversions, overlap, NMS, and conversion to frame pixels. NumPy only, no state.
 
 `boxes_xyxy` are float32 (N, 4) corners [x1, y1, x2, y2] in pixels. Rules and constants are those of YOLOv5 v7.0.
 """

@@ -1,7 +1,7 @@
-"""From a path to files that may be loaded: the card that describes each one, and its bytes once their hash agrees.
+"""From a path to the model files that may be loaded: the card of each one, and its bytes once their hash agrees.
 
-A path is an ONNX file, an engine with `model.json` beside it, or a bundle folder whose `model.json` lists the files in
-order of preference. An engine is native code, so it is read only where the card knows its hash.
+A path is a portable file (ONNX), an engine with `model.json` beside it, or a bundle folder whose `model.json` lists the
+files in order of preference. An engine is native code, so it is read only where the card knows its hash.
 """
 
 from __future__ import annotations
@@ -12,41 +12,40 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.backends import kind_of
-from runtime.card import CARD_FILE, METADATA_KEY, Artifact, ModelCard
+from runtime.backends import BACKENDS, BackendSpec, backend_of
+from runtime.card import CARD_FILE, METADATA_KEY, Artifact, FileDigest, ModelCard
 from runtime.errors import EngineError, InputError, UsageError
-from runtime.onnx_file import read_metadata
 
-REBUILD = "Build it again from its ONNX file with `python -m runtime build`"
 MAX_PREFIX_BYTES = 1 << 20
 
 
-class Candidate(NamedTuple):
-    """A file that may be loaded. Foreign ONNX files have no `card`; `artifact` holds the hash, where one is known."""
+class ModelFile(NamedTuple):
+    """A file that may be loaded. A foreign file has no `card`; `artifact` holds the hash, where one is known."""
 
     path: Path
-    backend: str
+    spec: BackendSpec
     card: ModelCard | None
     artifact: Artifact | None
 
 
-def candidates(path: str | Path, variant: str | None = None) -> list[Candidate]:
-    """What `path` offers, in order of preference. `variant` picks from a bundle by precision or file name.
+def model_files(path: str | Path, variant: str | None = None) -> list[ModelFile]:
+    """The model files at `path`, in order of preference. `variant` picks from a bundle by precision or file name.
 
-    Raises InputError when there is no such file or card, EngineError for an engine without one, UsageError on an
-    unknown variant.
+    Raises InputError when there is no such file or card, EngineError when an engine has no card, UsageError when the
+    variant is unknown.
     """
     path = Path(path)
     if path.is_dir():
-        return _of_bundle(path, variant)
+        return _bundle_files(path, variant)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder", "Give an .onnx file, an engine or a bundle folder")
     if variant:
         raise UsageError(f"variant {variant!r} picks from a bundle, {path} is one file", "Leave it out")
-    return [_of_onnx(path) if kind_of(path) == "onnx" else _of_engine(path)]
+    spec = backend_of(path)
+    return [ModelFile(path, spec, card_inside(path), None) if spec.portable else _engine_file(path, spec)]
 
 
-def _of_bundle(folder: Path, variant: str | None) -> list[Candidate]:
+def _bundle_files(folder: Path, variant: str | None) -> list[ModelFile]:
     card = ModelCard.load(folder)
     if not card.artifacts:
         raise InputError(f"{folder / CARD_FILE}: lists no artifacts", "Build the bundle again")
@@ -54,41 +53,43 @@ def _of_bundle(folder: Path, variant: str | None) -> list[Candidate]:
     if not chosen:
         known = ", ".join(dict.fromkeys(item.precision for item in card.artifacts))
         raise UsageError(f"{folder}: no variant {variant!r}", f"It has {known}")
-    return [_listed(folder, card, artifact) for artifact in chosen]
+    return [_listed_file(folder, card, artifact) for artifact in chosen]
 
 
-def _listed(folder: Path, card: ModelCard, artifact: Artifact) -> Candidate:
+def _listed_file(folder: Path, card: ModelCard, artifact: Artifact) -> ModelFile:
     own = replace(card, precision=artifact.precision)
-    return Candidate(folder / artifact.file, artifact.backend, own, artifact)
+    return ModelFile(folder / artifact.file, BACKENDS[artifact.backend], own, artifact)
 
 
-def _of_onnx(path: Path) -> Candidate:
-    """With the card inside the file. Conventional YOLOv5 exports have none: their card is made from the session."""
-    return Candidate(path, "onnx", _card_inside(path), None)
+def _engine_file(path: Path, spec: BackendSpec) -> ModelFile:
+    refuse_foreign_prefix(path)
+    if not (path.parent / CARD_FILE).is_file():
+        raise EngineError(f"{path}: no {CARD_FILE} beside it, so its native code cannot be checked", spec.remedy)
+    card = ModelCard.load(path.parent)
+    artifact = card.artifact(path.name)
+    if artifact is None:
+        raise EngineError(f"{path}: the {CARD_FILE} beside it does not list it", spec.remedy)
+    return _listed_file(path.parent, card, artifact)
 
 
-def _card_inside(path: Path) -> ModelCard | None:
-    text = read_metadata(path).get(METADATA_KEY)
+def metadata_of(path: Path) -> dict[str, str]:
+    """The text that a file carries; empty for a kind of file that carries none."""
+    read = backend_of(path).metadata
+    return read(path) if read else {}
+
+
+def card_inside(path: Path) -> ModelCard | None:
+    """The card that edgestill wrote into the file. YOLOv5's own exports have none."""
+    text = metadata_of(path).get(METADATA_KEY)
     return ModelCard.from_json(text, str(path)) if text else None
 
 
 def card_of(path: Path) -> ModelCard:
-    """The card inside an ONNX file that edgestill wrote. Raises InputError for any other file."""
-    card = _card_inside(path)
+    """The card inside an ONNX file that edgestill wrote. Raises InputError when there is none."""
+    card = card_inside(path)
     if card is None:
         raise InputError(f"{path} carries no edgestill card", "Give a model.onnx that `edgestill export` wrote")
     return card
-
-
-def _of_engine(path: Path) -> Candidate:
-    refuse_foreign_prefix(path)
-    if not (path.parent / CARD_FILE).is_file():
-        raise EngineError(f"{path}: no {CARD_FILE} beside it, so nobody vouches for this native code", REBUILD)
-    card = ModelCard.load(path.parent)
-    artifact = card.artifact(path.name)
-    if artifact is None:
-        raise EngineError(f"{path}: the {CARD_FILE} beside it does not list it", REBUILD)
-    return _listed(path.parent, card, artifact)
 
 
 def refuse_foreign_prefix(path: Path) -> None:
@@ -98,7 +99,8 @@ def refuse_foreign_prefix(path: Path) -> None:
         text = file.read(length) if 0 < length <= MAX_PREFIX_BYTES else b""
     if text.startswith(b"{") and _is_json(text):
         raise EngineError(
-            f"{path}: starts with {length} bytes of Ultralytics metadata, expected a raw TensorRT plan", REBUILD
+            f"{path}: starts with {length} bytes of Ultralytics metadata, expected a raw TensorRT plan",
+            backend_of(path).remedy,
         )
 
 
@@ -109,26 +111,30 @@ def _is_json(text: bytes) -> bool:
         return False
 
 
-def read_checked(candidate: Candidate) -> bytes | None:
-    """The file's bytes after their hash agreed with the card; None where no hash is known (never for an engine).
+def read_checked(file: ModelFile) -> dict[str, bytes]:
+    """Bytes of the file and of its parts by name, after their hashes agreed with the card; empty where none is known.
 
-    The bytes that were hashed are the bytes that get loaded: the file is read once. Raises InputError when it is
-    missing, EngineError when it is not the file that was built.
+    The bytes that were hashed are the bytes that get loaded: each file is read once. Raises InputError when one is
+    missing, EngineError when one is not the file that was built.
     """
-    path, artifact = candidate.path, candidate.artifact
-    if artifact is None:
-        return None
+    if file.artifact is None:
+        return {}
+    digests = (file.artifact, *file.artifact.parts)
+    return {item.file: _read_checked(file.path.parent / item.file, item, file.spec.remedy) for item in digests}
+
+
+def _read_checked(path: Path, expected: FileDigest, remedy: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) != artifact.bytes:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", remedy) from error
+    if len(data) != expected.bytes:
         raise EngineError(
-            f"{path}: has {len(data)} bytes, its card says {artifact.bytes}: changed or cut short", REBUILD
+            f"{path}: has {len(data)} bytes, its card says {expected.bytes}: changed or cut short", remedy
         )
     digest = hashlib.sha256(data).hexdigest()
-    if digest != artifact.sha256:
+    if digest != expected.sha256:
         raise EngineError(
-            f"{path}: sha256 is {digest[:16]}…, its card says {artifact.sha256[:16]}…: changed since built", REBUILD
+            f"{path}: sha256 is {digest[:16]}…, its card says {expected.sha256[:16]}…: changed since built", remedy
         )
     return data

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from runtime.backends import BACKENDS
 from runtime.errors import InputError
 from runtime.files import write_json
 
@@ -19,38 +20,54 @@ MAX_CARD_BYTES = 4 << 20
 
 Input = Literal["canvas", "frame", "tensor"]
 Output = Literal["boxes", "rows"]
-BackendName = Literal["onnx", "tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """One file of a bundle. `targets` are the GPUs it was built for ("sm86"); `versions` what built it."""
+class FileDigest:
+    """A file of a bundle by its name, with the hash and size of its content. Raises InputError on a wrong value."""
 
     file: str
     sha256: str
     bytes: int
-    precision: str
-    backend: BackendName
-    targets: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        plain = Path(self.file)
-        _require(self.file != "" and plain.name == self.file, "artifacts.file", self.file, "a file name, no folder")
+        named = self.file != "" and Path(self.file).name == self.file
+        _require(named, "artifacts.file", self.file, "a file name, no folder")
         is_digest = len(self.sha256) == 64 and set(self.sha256) <= set("0123456789abcdef")
         _require(is_digest, "artifacts.sha256", self.sha256, "64 lower-case hex digits")
         _require(self.bytes >= 0, "artifacts.bytes", self.bytes, "0 or more")
-        _require(self.backend in get_args(BackendName), "artifacts.backend", self.backend, get_args(BackendName))
+
+
+@dataclass(frozen=True)
+class Artifact(FileDigest):
+    """A model file of a bundle. `backend` is a name of the table of backends, `targets` are the GPUs it was built for
+    ("sm86"), `versions` those of the libraries that built it, `parts` further files that it cannot be loaded without.
+    """
+
+    precision: str
+    backend: str
+    targets: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[FileDigest, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.backend in BACKENDS, "artifacts.backend", self.backend, tuple(BACKENDS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `parts` only where there are some, so that older readers take all other cards."""
+        values = asdict(self)
+        return _plain({key: value for key, value in values.items() if key != "parts" or value})
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What goes in, what comes out, and where the model came from.
+    """The model's input, output, defaults and origin.
 
     `input`: "canvas" is uint8 BGR [1, S, S, 3] that the host letterboxes; "frame" is uint8 BGR [1, H, W, 3] of
     `frame_hw`, letterboxed inside the graph; "tensor" is float32 RGB NCHW in 0..1 (YOLOv5's convention).
     `output`: "boxes" is float32 [1, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
-    rows with score 0 are empty; "rows" is float32 [B, N, 5 + C], and suppression is the host's. `artifacts` are in
+    rows with score 0 are empty; "rows" is float32 [B, N, 5 + C], and the host does the NMS. `artifacts` are in
     order of preference. Raises InputError when a value is of the wrong kind.
     """
 
@@ -84,21 +101,22 @@ class ModelCard:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, `schema_version` first."""
-        return {"schema_version": SCHEMA_VERSION, **_plain(asdict(self))}
+        values = {**asdict(self), "artifacts": [artifact.to_dict() for artifact in self.artifacts]}
+        return {"schema_version": SCHEMA_VERSION, **_plain(values)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_dict(cls, data: object, source: str = "model card") -> ModelCard:
-        """Raises InputError that starts with `source` on unknown, missing or wrong values."""
+        """Raises InputError, which starts with `source`, when a value is unknown, missing or wrong."""
         try:
             values = _checked(data, cls, extra=("schema_version",))
             version = values.pop("schema_version", None)
             _require(
                 version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}, which this edgestill reads"
             )
-            values["artifacts"] = tuple(Artifact(**_checked(item, Artifact)) for item in values.get("artifacts", ()))
+            values["artifacts"] = tuple(_artifact(item) for item in values.get("artifacts", ()))
             return cls(**values)
         except InputError as error:
             raise InputError(f"{source}: {error.message}", error.hint) from error
@@ -136,6 +154,12 @@ class ModelCard:
 def _require(condition: bool, key: str, value: object, expected: object) -> None:
     if not condition:
         raise InputError(f"{key} is {value!r}, expected {expected}")
+
+
+def _artifact(data: object) -> Artifact:
+    values = _checked(data, Artifact)
+    values["parts"] = tuple(FileDigest(**_checked(item, FileDigest)) for item in values.get("parts", ()))
+    return Artifact(**values)
 
 
 def _plain(value: Any) -> Any:
@@ -186,16 +210,16 @@ def _items(value: object) -> list[Any]:
     return list(value)
 
 
-KINDS = {
+READERS_BY_KIND = {
     "text": (_text, ("name", "input", "output", "precision", "file", "sha256", "backend")),
     "a list of texts": (_strings, ("names", "targets")),
     "a list of whole numbers": (_sizes, ("size_hw", "frame_hw")),
     "a whole number": (_whole, ("stride", "max_det", "candidates", "nms_iterations", "bytes", "schema_version")),
     "a number": (_number, ("conf", "iou")),
     "an object": (_mapping, ("provenance", "versions")),
-    "a list": (_items, ("artifacts",)),
+    "a list": (_items, ("artifacts", "parts")),
 }
-READERS = {key: (kind, reader) for kind, (reader, keys) in KINDS.items() for key in keys}
+READERS = {key: (kind, reader) for kind, (reader, keys) in READERS_BY_KIND.items() for key in keys}
 
 
 def _checked(data: object, owner: type[Any], extra: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -215,6 +239,7 @@ def _checked(data: object, owner: type[Any], extra: tuple[str, ...] = ()) -> dic
 REQUIRED = {
     ModelCard: ("schema_version", "name", "names", "size_hw", "stride", "input", "output"),
     Artifact: ("file", "sha256", "bytes", "precision", "backend"),
+    FileDigest: ("file", "sha256", "bytes"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a detector returns: checked when made, sliced like an array, drawn and written by plain functions."""
+"""The result of a detector: checked when made, sliced like an array, drawn and written by plain functions."""
 
 from __future__ import annotations
 

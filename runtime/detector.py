@@ -1,11 +1,12 @@
-"""In: a model file or bundle, then frames. Out: `Detections` in frame pixels.
+"""Load a model file or bundle, then turn frames into `Detections` in frame pixels.
 
-The three steps of a call are public, because benchmarks time them apart: `preprocess` letterboxes, `infer` runs the
-model, `postprocess` filters and leads the boxes back to the frame.
+The three steps of a call are public, because benchmarks time each of them: `preprocess` letterboxes, `infer` runs the
+model, `postprocess` filters the boxes and converts them to frame pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -14,22 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import machine
-from runtime.backends import DEVICES, Array, Backend, Opening, open_backend
-from runtime.backends.probe import probe
+from runtime.backends import DEVICES, Array, Backend, LoadRequest, load_backend
 from runtime.boxes import detections_from_rows, unletterbox
-from runtime.bundle import Candidate, candidates, read_checked
+from runtime.bundle import ModelFile, metadata_of, model_files, read_checked
 from runtime.card import Artifact, ModelCard
-from runtime.conventional import conventional_card
 from runtime.detections import Detections
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
-from runtime.image import Fit, Picture, fit, paint, paint_border, to_tensor
-from runtime.onnx_file import read_metadata
+from runtime.image import Geometry, Image, fill_border, geometry, paste, to_tensor
+from runtime.yolov5_export import yolov5_card
 
 MISMATCH = "Build it again on this machine, or give the bundle's ONNX file"
 
 
 class Prepared(NamedTuple):
-    """`array` is what the model takes; a box leads back to the frame by `(box - pad_wh) / gain`."""
+    """`array` is the model's input; `(box - pad_wh) / gain` converts a box to frame pixels."""
 
     array: Array
     gain: float
@@ -40,8 +39,8 @@ class Prepared(NamedTuple):
 class Detector:
     """A loaded model. Calls may come from several threads; close it, or use it as a context manager.
 
-    `card` describes the model, `artifact` the file that was taken from a bundle (None for a stray ONNX file),
-    `skipped` the files before it and why they do not run here, `providers` what computes.
+    `card` describes the model, `artifact` the file that was taken from a bundle (None for a file without a bundle),
+    `skipped` lists the files before it with the reason why each does not run here, `providers` names what computes.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Detector:
         self.skipped: list[tuple[str, str]] = []
         self.conf = card.conf if conf is None else checked_conf(conf)
         self._backend = backend
-        check_ports(backend, card)
+        check_specs(backend, card)
 
     @classmethod
     def load(
@@ -76,36 +75,33 @@ class Detector:
             checked_conf(conf)
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}, expected 1 or more")
-        offered = candidates(path, variant)
-        if len(offered) == 1:
-            return cls._open(offered[0], read_checked(offered[0]), conf, device, threads)
+        files = model_files(path, variant)
+        if len(files) == 1:
+            return cls._open(files[0], read_checked(files[0]), conf, device, threads)
         skipped: list[tuple[str, str]] = []
-        for candidate in offered:
-            data = read_checked(candidate) if candidate.path.is_file() else None  # a changed file is never passed over
+        for file in files:
+            contents = read_checked(file) if file.path.is_file() else {}  # a changed file is never passed over
             try:
-                refuse_unsuited(candidate, device)
-                detector = cls._open(candidate, data, conf, device, threads)
+                refuse_unsuited(file, device)
+                detector = cls._open(file, contents, conf, device, threads)
             except EdgestillError as error:
-                skipped.append((candidate.path.name, str(error)))
+                skipped.append((file.path.name, str(error)))
                 continue
             detector.skipped = skipped
             return detector
-        reasons = "; ".join(f"{file}: {reason}" for file, reason in skipped)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
         raise UnavailableError(f"{path}: none of its {len(skipped)} files runs here on device {device}: {reasons}")
 
     @classmethod
     def _open(
-        cls, candidate: Candidate, data: bytes | None, conf: float | None, device: str, threads: int | None
+        cls, file: ModelFile, contents: Mapping[str, bytes], conf: float | None, device: str, threads: int | None
     ) -> Detector:
-        refuse_mismatch(candidate)
-        if candidate.card is None:
-            probe(candidate.path)
-        backend = open_backend(Opening(candidate.backend, candidate.path, data, device, threads))
+        refuse_mismatch(file)
+        has_card = file.card is not None
+        backend = load_backend(LoadRequest(file.spec.name, file.path, contents, device, threads, has_card))
         try:
-            card = candidate.card or conventional_card(
-                candidate.path, read_metadata(candidate.path), backend.input, backend.output
-            )
-            return cls(backend, card, artifact=candidate.artifact, conf=conf)
+            card = file.card or yolov5_card(file.path, metadata_of(file.path), backend.input, backend.output)
+            return cls(backend, card, artifact=file.artifact, conf=conf)
         except EdgestillError:
             backend.close()
             raise
@@ -114,26 +110,26 @@ class Detector:
     def providers(self) -> tuple[str, ...]:
         return self._backend.providers
 
-    def __call__(self, frame: Picture) -> Detections:
+    def __call__(self, frame: Image) -> Detections:
         """Boxes of one uint8 BGR frame (H, W, 3). Raises InputError when it is something else."""
         prepared = self.preprocess(frame)
         return self.postprocess(self.infer(prepared), prepared)
 
-    def preprocess(self, frame: Picture) -> Prepared:
-        """What the model takes for this frame: the frame itself, a canvas, or a float tensor."""
+    def preprocess(self, frame: Image) -> Prepared:
+        """The model's input for this frame: the frame itself, a canvas, or a float tensor."""
         height, width = checked_frame(frame)
         if self.card.input == "frame":
             return self._whole_frame(frame, (height, width))
-        place = fit((height, width), self.card.size_hw, auto=False, scale_up=True, stride=self.card.stride)
+        place = geometry((height, width), self.card.size_hw, auto=False, scale_up=True, stride=self.card.stride)
         canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change under queued frames
-        paint_border(canvas[0], place)
-        paint(canvas[0], frame, place)
+        fill_border(canvas[0], place)
+        paste(canvas[0], frame, place)
         array: Array = canvas
         if self.card.input == "tensor":
             array = to_tensor(canvas).astype(self._backend.input.dtype, copy=False)
         return Prepared(array, place.gain, centred_pad_wh(place, (height, width)), (height, width))
 
-    def _whole_frame(self, frame: Picture, frame_hw: tuple[int, int]) -> Prepared:
+    def _whole_frame(self, frame: Image, frame_hw: tuple[int, int]) -> Prepared:
         if frame_hw != self.card.frame_hw:
             raise InputError(
                 f"frame has (height, width) {frame_hw}, this model takes {self.card.frame_hw}",
@@ -198,14 +194,14 @@ def checked_frame(frame: Any) -> tuple[int, int]:
     return frame.shape[0], frame.shape[1]
 
 
-def centred_pad_wh(place: Fit, frame_hw: tuple[int, int]) -> tuple[float, float]:
-    """The border as YOLOv5's detect subtracts it: from the unrounded scaled size, so its boxes and ours agree."""
+def centred_pad_wh(place: Geometry, frame_hw: tuple[int, int]) -> tuple[float, float]:
+    """The border as YOLOv5's detect subtracts it: from the unrounded scaled size, so that its boxes and ours agree."""
     (height, width), (canvas_height, canvas_width) = frame_hw, place.canvas_hw
     return (canvas_width - width * place.gain) / 2, (canvas_height - height * place.gain) / 2
 
 
-def check_ports(backend: Backend, card: ModelCard) -> None:
-    """The file takes and gives what its card promises. Raises InputError with both."""
+def check_specs(backend: Backend, card: ModelCard) -> None:
+    """Raises InputError when the file's input is not the one that its card describes."""
     sizes = {
         "canvas": (1, *card.size_hw, 3),
         "frame": (1, *(card.frame_hw or ()), 3),
@@ -216,22 +212,22 @@ def check_ports(backend: Backend, card: ModelCard) -> None:
     if not fits or (backend.input.dtype == np.uint8) != (card.input != "tensor"):
         raise InputError(
             f"{card.name}: input is {backend.input.dtype} {list(got)}, its card says {card.input} {list(wanted)}",
-            "Card and file do not belong together: export again",
+            "Card and file do not belong together, export again",
         )
 
 
-def refuse_unsuited(candidate: Candidate, device: str) -> None:
-    """An engine is no answer to "cpu" or "cuda"; ONNX Runtime's TensorRT provider is one to "tensorrt"."""
-    if not candidate.path.is_file():
+def refuse_unsuited(file: ModelFile, device: str) -> None:
+    """Raises InputError when the file is absent, UsageError when its backend does not serve the device."""
+    if not file.path.is_file():
         raise InputError("not in the folder")
-    if candidate.backend != "onnx" and device in ("cpu", "cuda"):
-        raise UsageError(f"an engine, device is {device}")
+    if device not in ("auto", *file.spec.devices):
+        raise UsageError(f"a file for {file.spec.name}, device is {device}")
 
 
-def refuse_mismatch(candidate: Candidate) -> None:
-    """An engine for another version, platform or GPU is refused before it is loaded, with both values."""
-    if candidate.artifact is None or candidate.backend == "onnx":
+def refuse_mismatch(file: ModelFile) -> None:
+    """Raises UnavailableError, with both values, when an engine is for another version, platform or GPU."""
+    if file.artifact is None:
         return
-    reasons = machine.mismatches(candidate.artifact, machine.facts())
+    reasons = machine.mismatches(file.artifact, machine.facts())
     if reasons:
-        raise UnavailableError(f"{candidate.path.name} cannot run here: {'; '.join(reasons)}", MISMATCH)
+        raise UnavailableError(f"{file.path.name} cannot run here: {'; '.join(reasons)}", MISMATCH)

@@ -1,4 +1,4 @@
-"""In: an ONNX file and a target. Out: a TensorRT plan, for TensorRT 8.6 to 11 and for TensorRT-RTX.
+"""Build the TensorRT plan of an ONNX file, with TensorRT 8.6 to 11 or with TensorRT-RTX.
 
 Precision lives in the ONNX file, never in builder flags: TensorRT 11 has none. One function serves every version by
 asking what its module offers, not which version it is. Any ERROR line that TensorRT logs is a failed build, because
@@ -17,18 +17,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from runtime import machine
 from runtime.backends.tensorrt import INSTALL, collecting_logger, errors_of, import_tensorrt
 from runtime.bundle import card_of
-from runtime.card import CARD_FILE, Artifact, BackendName, ModelCard
-from runtime.child import last_line, run_child
+from runtime.card import CARD_FILE, Artifact, ModelCard
+from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
 from runtime.onnx_file import read_metadata
 
-BACKENDS = ("tensorrt", "tensorrt_rtx")
+BUILDERS = ("tensorrt", "tensorrt_rtx")
 Hardware = Literal["this", "ampere_plus", "same_compute_capability"]
 HARDWARE = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 NO_TARGET = ("NONE", "CURRENT")
@@ -36,7 +36,7 @@ MIB = 1 << 20
 SAME_MODEL = ("names", "input", "output", "size_hw", "frame_hw")
 
 
-class Shapes(NamedTuple):
+class ShapeRange(NamedTuple):
     """Smallest, usual and largest shape of an input with open dimensions."""
 
     smallest: tuple[int, ...]
@@ -45,14 +45,14 @@ class Shapes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """All that one build depends on, as plain values, because it crosses into a child process."""
 
     onnx: str
     backend: str
     targets: tuple[str, ...] = ()
     workspace_mib: int = 2048
-    shapes: Mapping[str, Shapes] = field(default_factory=dict)
+    shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
     dla_core: int | None = None
     hardware: Hardware = "this"
     timing_cache: str | None = None
@@ -60,9 +60,11 @@ class Request:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built and by what. `targets` are the compute capabilities it runs on; `log` TensorRT's warnings."""
+    """Result of a build. `versions` are those of the builder, `targets` the compute capabilities that the plan runs on,
+    `log` TensorRT's warnings.
+    """
 
-    backend: BackendName
+    backend: str
     versions: Mapping[str, str]
     seconds: float
     bytes: int
@@ -99,7 +101,7 @@ def build_engine(
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file", "Give an .onnx file")
     read_metadata(onnx_path)  # refuses what is no ONNX file: TensorRT's parser takes some as an empty network
-    request = Request(
+    request = BuildRequest(
         onnx=str(onnx_path.resolve()),
         backend=resolve_backend(backend),
         targets=tuple(targets),
@@ -117,26 +119,26 @@ def build_engine(
 
 def resolve_backend(backend: str) -> str:
     """The module to build with: "auto" takes tensorrt where it is installed, else tensorrt_rtx."""
-    if backend not in ("auto", *BACKENDS):
-        raise UsageError(f"backend is {backend!r}, expected auto, {', '.join(BACKENDS)}")
-    options = BACKENDS if backend == "auto" else (backend,)
+    if backend not in ("auto", *BUILDERS):
+        raise UsageError(f"backend is {backend!r}, expected auto, {', '.join(BUILDERS)}")
+    options = BUILDERS if backend == "auto" else (backend,)
     installed = [name for name in options if find_spec(name)]
     if not installed:
         raise UnavailableError(f"{' and '.join(options)} not installed", INSTALL[options[-1]])
     return installed[0]
 
 
-def checked_shapes(name: str, triple: Sequence[Sequence[int]]) -> Shapes:
+def checked_shapes(name: str, triple: Sequence[Sequence[int]]) -> ShapeRange:
     """Raises UsageError unless smallest <= usual <= largest in every dimension."""
     rows = [tuple(row) for row in triple]
     if len(rows) != 3 or len({len(row) for row in rows}) != 1:
         raise UsageError(f"shapes of {name} are {rows}, expected (smallest, usual, largest) of one length")
     if not all(0 < low <= usual <= high for low, usual, high in zip(*rows, strict=True)):
         raise UsageError(f"shapes of {name} are {rows}, expected smallest <= usual <= largest in every dimension")
-    return Shapes(*rows)
+    return ShapeRange(*rows)
 
 
-def refuse_ignored(request: Request) -> None:
+def refuse_ignored(request: BuildRequest) -> None:
     """TensorRT-RTX takes these requests, logs nothing or a warning, and builds as if they had not been made."""
     if request.workspace_mib < 1:
         raise UsageError(f"workspace is {request.workspace_mib} MiB, expected 1 or more")
@@ -148,7 +150,7 @@ def refuse_ignored(request: Request) -> None:
         raise UsageError(f"tensorrt_rtx ignores hardware {request.hardware!r}", "Name the GPUs as targets instead")
 
 
-def _build_in_child(request: Request, plan: Path) -> BuildReport:
+def _build_in_child(request: BuildRequest, plan: Path) -> BuildReport:
     """Run this file's `main` in a fresh interpreter; the plan comes as a file, the rest as JSON on a second one."""
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         answer = Path(folder) / "answer.json"
@@ -161,10 +163,10 @@ def _build_in_child(request: Request, plan: Path) -> BuildReport:
         raise _crash(done, Path(request.onnx).name)
 
 
-def _report(request: Request, plan: Path, answer: Mapping[str, Any]) -> BuildReport:
+def _report(request: BuildRequest, plan: Path, answer: Mapping[str, Any]) -> BuildReport:
     data = plan.read_bytes()
     return BuildReport(
-        backend=cast(BackendName, request.backend),
+        backend=request.backend,
         versions=answer["versions"],
         seconds=answer["seconds"],
         bytes=len(data),
@@ -174,11 +176,11 @@ def _report(request: Request, plan: Path, answer: Mapping[str, Any]) -> BuildRep
     )
 
 
-KINDS = {kind.__name__: kind for kind in (EngineError, InputError, UnavailableError, UsageError, EdgestillError)}
+ERRORS = {kind.__name__: kind for kind in (EngineError, InputError, UnavailableError, UsageError, EdgestillError)}
 
 
 def _error_from(answer: Mapping[str, Any]) -> EdgestillError:
-    return KINDS[answer["kind"]](answer["message"], answer["hint"])
+    return ERRORS[answer["kind"]](answer["message"], answer["hint"])
 
 
 def _crash(done: subprocess.CompletedProcess[bytes], name: str) -> EngineError:
@@ -189,10 +191,10 @@ def _crash(done: subprocess.CompletedProcess[bytes], name: str) -> EngineError:
 
 
 def main() -> None:
-    """The child: read a request from standard input, write the plan and the answer, exit 0 or 1."""
+    """Run in the child: read a request from standard input, write the plan and the answer, exit 0 or 1."""
     work = json.load(sys.stdin)
-    request = Request(**work["request"])
-    request = replace(request, shapes={name: Shapes(*map(tuple, rows)) for name, rows in request.shapes.items()})
+    request = BuildRequest(**work["request"])
+    request = replace(request, shapes={name: ShapeRange(*map(tuple, rows)) for name, rows in request.shapes.items()})
     answer = Path(work["answer"])
     try:
         answer.write_text(json.dumps(_build_here(request, Path(work["plan"]))))
@@ -201,7 +203,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _build_here(request: Request, path: Path) -> dict[str, Any]:
+def _build_here(request: BuildRequest, path: Path) -> dict[str, Any]:
     trt = import_tensorrt(request.backend)
     started = time.perf_counter()
     plan, targets, log = build_plan(trt, request)
@@ -214,7 +216,7 @@ def _build_here(request: Request, path: Path) -> dict[str, Any]:
     return {"versions": versions, "seconds": seconds, "targets": targets, "log": log}
 
 
-def build_plan(trt: Any, request: Request) -> tuple[bytes, list[str], list[str]]:
+def build_plan(trt: Any, request: BuildRequest) -> tuple[bytes, list[str], list[str]]:
     """(plan, targets, warnings) by the module `trt`, of any supported version. Raises EngineError on any error line."""
     name = Path(request.onnx).name
     logger = collecting_logger(trt)
@@ -261,7 +263,7 @@ def set_precision_flags(trt: Any, config: Any, network: Any) -> None:
             config.set_flag(getattr(trt.BuilderFlag, name))
 
 
-def set_profile(builder: Any, config: Any, network: Any, request: Request) -> None:
+def set_profile(builder: Any, config: Any, network: Any, request: BuildRequest) -> None:
     """One optimisation profile when an input has open dimensions; `shapes` must then name exactly those inputs."""
     inputs = {tensor.name: tuple(tensor.shape) for tensor in (network.get_input(i) for i in range(network.num_inputs))}
     dynamic = {name: shape for name, shape in inputs.items() if -1 in shape}
@@ -279,7 +281,7 @@ def set_profile(builder: Any, config: Any, network: Any, request: Request) -> No
         raise EngineError(f"TensorRT refused the shapes {dict(request.shapes)} for inputs {dynamic}")
 
 
-def set_hardware(trt: Any, builder: Any, config: Any, request: Request) -> None:
+def set_hardware(trt: Any, builder: Any, config: Any, request: BuildRequest) -> None:
     """DLA and portability between GPUs; asked for and not offered is an error."""
     if request.dla_core is not None:
         if not 0 <= request.dla_core < builder.num_DLA_cores:
@@ -294,7 +296,7 @@ def set_hardware(trt: Any, builder: Any, config: Any, request: Request) -> None:
         config.hardware_compatibility_level = level
 
 
-def set_targets(trt: Any, config: Any, request: Request) -> tuple[list[str], list[str]]:
+def set_targets(trt: Any, config: Any, request: BuildRequest) -> tuple[list[str], list[str]]:
     """(compute capabilities of the plan, notes). Modules with `set_compute_capability` build ahead of time."""
     choose = getattr(config, "set_compute_capability", None)
     if choose is None:
@@ -320,7 +322,7 @@ def set_targets(trt: Any, config: Any, request: Request) -> tuple[list[str], lis
     return list(wanted), []
 
 
-def set_timing_cache(trt: Any, config: Any, request: Request) -> None:
+def set_timing_cache(trt: Any, config: Any, request: BuildRequest) -> None:
     """Measured kernel times of earlier builds; TensorRT-RTX measures nothing and is about to drop the call."""
     if request.timing_cache is None or request.backend == "tensorrt_rtx":
         return
@@ -330,7 +332,7 @@ def set_timing_cache(trt: Any, config: Any, request: Request) -> None:
         raise EngineError(f"{path}: {trt.__name__} refused the timing cache", "Delete it")
 
 
-def save_timing_cache(config: Any, request: Request) -> None:
+def save_timing_cache(config: Any, request: BuildRequest) -> None:
     if request.timing_cache is not None and request.backend != "tensorrt_rtx":
         with atomic_write(request.timing_cache) as temporary:
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
@@ -361,7 +363,7 @@ def card_for(onnx_path: str | Path, plan: str | Path) -> tuple[ModelCard, str]:
     return card, inside.precision
 
 
-def enter_plan(card: ModelCard, precision: str, plan: str | Path, report: BuildReport) -> ModelCard:
+def record_plan(card: ModelCard, precision: str, plan: str | Path, report: BuildReport) -> ModelCard:
     """Write the card beside the plan with the plan as the first of its artifacts."""
     plan = Path(plan)
     entry = report.artifact(plan.name, precision)

@@ -1,7 +1,7 @@
 """The errors that edgestill raises on purpose.
 
-Every one carries what a reader needs on one line: the value, what was expected, and the remedy.
-The command line prints them and exits with `exit_code`; anything else that escapes is a bug.
+Each is one line: the value, the expectation and the remedy. The command line prints it and exits with `exit_code`; any
+other exception is a bug.
 """
 
 from __future__ import annotations
@@ -40,6 +40,6 @@ class EngineError(EdgestillError):
 
 
 def one_line(error: Exception, most: int = 300) -> str:
-    """What another library's error says, for a message of ours; its kind where it says nothing."""
+    """The text of another library's error on one line; the name of its class where it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -52,7 +52,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
-    """Of our own file or a folder above it; a full disk is told without a name. Others' errors are not ours to tell."""
+    """True for an error of the file itself or a folder above it. The error of a full disk names no file."""
     if error.filename is None:
         return error.errno in REMEDIES
     return Path(error.filename) == temporary or path.is_relative_to(error.filename)
@@ -73,11 +73,11 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return  # the first error, which is on its way up, says more
+        return  # the error that is being raised says more
 
 
 def unwritable(path: Path, error: OSError) -> EdgestillError:
-    """What went wrong, and what helps."""
+    """The error of a file that could not be written, with the remedy."""
     return EdgestillError(f"{path}: cannot be written: {error.strerror or error}", REMEDIES.get(error.errno or 0, ""))
 
 

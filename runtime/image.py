@@ -1,6 +1,6 @@
-"""Reading, letterboxing and normalising pictures: the only preprocessing there is.
+"""Reading, letterboxing and normalising images: the only preprocessing in edgestill.
 
-Training, calibration, validation, benchmarks and the device all call this file. Pictures are uint8 (H, W, 3) BGR.
+Training, calibration, validation, benchmarks and the device all call this file. Images are uint8 (H, W, 3) BGR.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Twice Pillow's warning limit, where it calls a picture a decompression bomb: half a gigabyte decoded."""
+"""Twice Pillow's warning limit, where it calls an image a decompression bomb: half a gigabyte decoded."""
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PIXELS))  # OpenCV reads it once, when it is loaded
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders' complaints would stand beside our one-line error
 
@@ -35,21 +35,21 @@ JPEG = b"\xff\xd8\xff"
 SIGNATURES = (JPEG, b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*", b"RIFF")
 """First bytes of JPEG (and MPO), PNG, BMP, TIFF, WebP. No other decoder of OpenCV is ever tried."""
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 
-def read_image(path: str | Path) -> Picture:
-    """Decode a picture to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
+def read_image(path: str | Path) -> Image:
+    """Decode an image to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
 
-    Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not a picture.
+    Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not an image.
     """
     return decode_image(read_bytes(Path(path)), path)
 
 
-def decode_image(data: bytes, origin: str | Path) -> Picture:
+def decode_image(data: bytes, origin: str | Path) -> Image:
     """`read_image` of a file's bytes; `origin` names the file in errors."""
     if not data.startswith(SIGNATURES):
-        raise InputError(f"{origin}: not a picture", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{origin}: not an image", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -64,9 +64,9 @@ def decode_image(data: bytes, origin: str | Path) -> Picture:
 
 
 def reaches_its_end(jpeg: bytes) -> bool:
-    """Whether the JPEG's own end marker is there: OpenCV fills what is missing with grey and says nothing.
+    """True when the JPEG's own end marker is there: OpenCV fills a missing part with grey and reports nothing.
 
-    Walks the markers, because a thumbnail before the picture and a video behind it have end markers too.
+    Follows the markers, because a thumbnail before the image and a video behind it have end markers too.
     """
     position = 2
     while found := NEXT_MARKER.search(jpeg, position):
@@ -94,13 +94,13 @@ def _too_large(path: str | Path) -> InputError:
 class Letterboxed(NamedTuple):
     """`image` uint8 BGR; frame pixel p lies at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
 
-    image: Picture
+    image: Image
     gain: float
     pad_wh: tuple[float, float]
 
 
-class Fit(NamedTuple):
-    """Where a frame lands on its canvas, all in canvas pixels; `pad_wh` is what un-letterboxing subtracts."""
+class Geometry(NamedTuple):
+    """The place of a frame on its canvas, all in canvas pixels; `unletterbox` subtracts `pad_wh`."""
 
     canvas_hw: tuple[int, int]
     resized_hw: tuple[int, int]
@@ -110,38 +110,40 @@ class Fit(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def fit(frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int) -> Fit:
+def geometry(
+    frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int
+) -> Geometry:
     """Geometry of YOLOv5's letterbox: scale to fit, split the rest, the odd pixel right and below."""
-    (height, width), (goal_height, goal_width) = frame_hw, size_hw
-    gain = min(goal_height / height, goal_width / width)
+    (height, width), (canvas_height, canvas_width) = frame_hw, size_hw
+    gain = min(canvas_height / height, canvas_width / width)
     if not scale_up:
         gain = min(gain, 1.0)
     resized = max(1, round(height * gain)), max(1, round(width * gain))
-    missing = goal_height - resized[0], goal_width - resized[1]
+    missing = canvas_height - resized[0], canvas_width - resized[1]
     if auto:
         missing = missing[0] % stride, missing[1] % stride
     pad_height, pad_width = missing[0] / 2, missing[1] / 2
     top, bottom = round(pad_height - 0.1), round(pad_height + 0.1)
     left, right = round(pad_width - 0.1), round(pad_width + 0.1)
     canvas = resized[0] + top + bottom, resized[1] + left + right
-    return Fit(canvas, resized, gain, (pad_width, pad_height), (left, top))
+    return Geometry(canvas, resized, gain, (pad_width, pad_height), (left, top))
 
 
 def letterbox(
-    image: Picture, size_hw: tuple[int, int], *, auto: bool = False, scale_up: bool = True, stride: int = 32
+    image: Image, size_hw: tuple[int, int], *, auto: bool = False, scale_up: bool = True, stride: int = 32
 ) -> Letterboxed:
     """Scale to fit `size_hw` (bilinear) and pad with grey 114; returns a new array.
 
     `auto` pads only to the next multiple of `stride` (YOLOv5's minimum rectangle); `scale_up` False never enlarges.
     """
-    place = fit(_size_hw(image), size_hw, auto=auto, scale_up=scale_up, stride=stride)
+    place = geometry(_size_hw(image), size_hw, auto=auto, scale_up=scale_up, stride=stride)
     canvas = np.empty((*place.canvas_hw, 3), np.uint8)
-    paint_border(canvas, place)
-    paint(canvas, image, place)
+    fill_border(canvas, place)
+    paste(canvas, image, place)
     return Letterboxed(canvas, place.gain, place.pad_wh)
 
 
-def paint(canvas: Picture, image: Picture, place: Fit) -> None:
+def paste(canvas: Image, image: Image, place: Geometry) -> None:
     """Write the resized image to its place on the canvas; the border is not touched."""
     (height, width), (left, top) = place.resized_hw, place.left_top
     window = canvas[top : top + height, left : left + width]
@@ -151,7 +153,7 @@ def paint(canvas: Picture, image: Picture, place: Fit) -> None:
         cv2.resize(image, (width, height), dst=window, interpolation=cv2.INTER_LINEAR)
 
 
-def paint_border(canvas: Picture, place: Fit) -> None:
+def fill_border(canvas: Image, place: Geometry) -> None:
     (height, width), (left, top) = place.resized_hw, place.left_top
     canvas[:top] = LETTERBOX_FILL
     canvas[top + height :] = LETTERBOX_FILL
@@ -159,7 +161,7 @@ def paint_border(canvas: Picture, place: Fit) -> None:
     canvas[:, left + width :] = LETTERBOX_FILL
 
 
-def resize_longest(image: Picture, size: int, *, enlarge_or_augment_linear: bool) -> Picture:
+def resize_longest(image: Image, size: int, *, enlarge_or_augment_linear: bool) -> Image:
     """Scale so that the longest side is `size`, as YOLOv5 v7.0's data loader does: sizes are truncated.
 
     Bilinear when enlarging or when `enlarge_or_augment_linear` (images that augmentation will warp), else INTER_AREA.
@@ -170,11 +172,11 @@ def resize_longest(image: Picture, size: int, *, enlarge_or_augment_linear: bool
     if ratio == 1:
         return image
     linear = enlarge_or_augment_linear or ratio > 1
-    goal_wh = max(1, int(width * ratio)), max(1, int(height * ratio))
-    return cv2.resize(image, goal_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
+    resized_wh = max(1, int(width * ratio)), max(1, int(height * ratio))
+    return cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
 
 
-def to_tensor(images_bgr: Picture) -> NDArray[np.float32]:
+def to_tensor(images_bgr: Image) -> NDArray[np.float32]:
     """(H, W, 3) or (B, H, W, 3) uint8 BGR -> contiguous (B, 3, H, W) float32 RGB in 0..1."""
     batch = images_bgr[None] if images_bgr.ndim == 3 else images_bgr
     tensor = np.empty((len(batch), 3, *batch.shape[1:3]), np.float32)
@@ -184,5 +186,5 @@ def to_tensor(images_bgr: Picture) -> NDArray[np.float32]:
     return tensor
 
 
-def _size_hw(image: Picture) -> tuple[int, int]:
+def _size_hw(image: Image) -> tuple[int, int]:
     return image.shape[0], image.shape[1]

@@ -1,4 +1,4 @@
-"""What this machine is, and why an engine that was built elsewhere may not run on it."""
+"""The facts of this machine, and the reasons why an engine that was built elsewhere cannot run on it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from runtime.backends import BACKENDS
 from runtime.card import Artifact
 
 PACKAGES = {
     "numpy": ("numpy",),
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
-    "tensorrt_rtx": (
-        "tensorrt-rtx",
-        "tensorrt-rtx-cu13",
-        "tensorrt-rtx-cu12",
-        "tensorrt_rtx",
-        "tensorrt-rtx-cu13-bindings",
-    ),
+    **{spec.library: spec.distributions for spec in BACKENDS.values()},
     "cuda-bindings": ("cuda-bindings",),
     "pycuda": ("pycuda",),
     "torch": ("torch",),
 }
 """Import name -> the distributions that bring it."""
-SYSTEM_PACKAGES = ("tensorrt",)
-"""JetPack installs these without the metadata that tells a version."""
 UNKNOWN = "unknown"
+"""Version of a backend's library that is there without metadata, as JetPack installs TensorRT."""
 VERSION_PARTS = 3
 GPU_FIELDS = {
     "name": "name",
@@ -47,8 +39,8 @@ GPU_FIELDS = {
 }
 JETSON_MODEL = Path("/proc/device-tree/model")
 JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3"}
-"""nvidia-smi of a Jetson, where there is one, does not tell the compute capability. Orin Nano is found as Orin: the
-order matters."""
+"""nvidia-smi of a Jetson, where there is one, does not give the compute capability. The order matters: an Orin Nano
+must be found as Orin."""
 NVIDIA_BOARD = re.compile("NVIDIA|Jetson")
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 """Logical CPUs that share the core of this one."""
@@ -80,7 +72,7 @@ def usable_cpus() -> list[int]:
 
 
 def compute_threads() -> int:
-    """How many threads an inference should have: one a core that this process may use, hyper-threads not counted."""
+    """Threads of one inference: one for each core that this process may use, hyper-threads not counted."""
     return len({_read_text(Path(SIBLINGS.format(cpu))) or str(cpu) for cpu in usable_cpus()})
 
 
@@ -140,7 +132,8 @@ def jetson_gpu(board: str) -> list[dict[str, str]]:
 def package_versions() -> dict[str, str]:
     """Version of every package of `PACKAGES` that is installed."""
     found = {name: installed_version(*options) for name, options in PACKAGES.items()}
-    found |= {name: UNKNOWN for name in SYSTEM_PACKAGES if not found[name] and find_spec(name)}
+    libraries = [spec.library for spec in BACKENDS.values()]
+    found |= {name: UNKNOWN for name in libraries if not found.get(name) and find_spec(name)}
     return {name: version for name, version in found.items() if version}
 
 
@@ -167,24 +160,25 @@ def sm_name(compute_capability: str) -> str:
 
 
 def mismatches(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
-    """Why the artifact cannot run on the machine, each with both values; empty when nothing speaks against it.
+    """The reasons why the artifact cannot run on the machine, each with both values; empty when there is none.
 
-    A plan is bound to the exact version of its runtime, to the platform, and to the compute capabilities it was
-    built for. ONNX files run anywhere.
+    An engine needs the exact version of its library, the platform, and a GPU that it was built for. Files of a
+    portable backend run anywhere.
     """
-    if artifact.backend == "onnx":
+    if BACKENDS[artifact.backend].portable:
         return []
     checks = (_version_mismatch, _platform_mismatch, _target_mismatch)
     return [reason for check in checks if (reason := check(artifact, machine))]
 
 
 def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
-    built = artifact.versions.get(artifact.backend, "")
-    here = machine["packages"].get(artifact.backend, "")
+    library = BACKENDS[artifact.backend].library
+    built = artifact.versions.get(library, "")
+    here = machine["packages"].get(library, "")
     if not here:
-        return f"it needs {artifact.backend} {built}".rstrip() + ", which is not installed"
+        return f"it needs {library} {built}".rstrip() + ", which is not installed"
     same = not built or here == UNKNOWN or same_version(built, here)
-    return "" if same else f"it was built with {artifact.backend} {built}, here is {here}"
+    return "" if same else f"it was built with {library} {built}, here is {here}"
 
 
 def same_version(left: str, right: str) -> bool:

@@ -1,7 +1,7 @@
 """The metadata of an ONNX file, read without an ONNX library and without looking at the graph.
 
-An ONNX file is a protobuf message `ModelProto`; its field 14 repeats key/value pairs. Every other field is stepped
-over, so a file of any size costs a few reads. Source: onnx.proto, and protobuf's encoding of varints and tags.
+An ONNX file is a protobuf message `ModelProto`; its field 14 repeats key/value pairs. Every other field is skipped, so
+a file of any size costs a few reads. Source: onnx.proto, and protobuf's encoding of varints and tags.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _pair(entry: bytes) -> tuple[str, str]:
 
 
 def _fields(file: BinaryIO, size: int, *, keep_all: bool = False) -> Iterator[tuple[int, bytes]]:
-    """(field number, bytes) of every length-delimited field; those that nobody wants are stepped over as empty."""
+    """(field number, bytes) of every length-delimited field; the bytes are empty where the field is not wanted."""
     for _ in range(MAX_FIELDS):
         if file.tell() == size:
             return

@@ -1,4 +1,4 @@
-"""Where frames come from: picture files, folders, videos and cameras, one after the other."""
+"""Frames of image files, folders, videos, streams and cameras, one source after the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 
 from runtime.errors import InputError
-from runtime.image import IMAGE_SUFFIXES, Picture, read_image
+from runtime.image import IMAGE_SUFFIXES, Image, read_image
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 URL_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://")
@@ -21,12 +21,12 @@ class Frame(NamedTuple):
 
     source: str
     number: int
-    image: Picture
+    image: Image
     is_video: bool
 
 
 def frames(sources: Iterable[str | Path]) -> Iterator[Frame]:
-    """Every frame of every source. A source is a picture, a folder of pictures, a pattern, a video, a URL or a camera's
+    """Every frame of every source. A source is an image, a folder of images, a pattern, a video, a URL or a camera's
     number. Raises InputError on one that is none of these, or that cannot be opened.
     """
     for source in map(str, sources):
@@ -50,10 +50,10 @@ def expand(source: str) -> list[Path]:
     elif path.is_dir():
         found = list(path.iterdir())
     else:
-        raise InputError(f"{source}: no such file or folder", "Give pictures, a folder, a video or a camera's number")
+        raise InputError(f"{source}: no such file or folder", "Give images, a folder, a video or a camera's number")
     usable = sorted(file for file in found if file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
     if not usable:
-        raise InputError(f"{source}: holds no picture or video", f"Pictures are {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{source}: holds no image or video", f"Images are {', '.join(IMAGE_SUFFIXES)}")
     return usable
 
 

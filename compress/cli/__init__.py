@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from runtime import __version__
 from runtime.errors import EdgestillError, UsageError
 
 COMMANDS = {
@@ -59,7 +60,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
-@click.version_option(package_name="edgestill")
+@click.version_option(__version__, prog_name="edgestill")
 def cli() -> None:
     """Distil a YOLOv5 teacher into an edge-ready engine, and prove it.
 

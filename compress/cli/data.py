@@ -22,7 +22,7 @@ def data() -> None:
 @click.option("--seed", type=int, default=0, help="Seed of every random number.")
 def make(out: Path, images: int, size: int, seed: int) -> None:
     """Generate metal parts on a conveyor belt into the folder OUT; the same seed gives the same bytes."""
-    from compress.data.generate import generate
+    from compress.data.demo.generate import generate
 
     say(f"wrote {generate(out, images=images, size=(size, size), seed=seed)}")
 

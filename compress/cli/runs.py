@@ -76,7 +76,7 @@ def demo(out: Path, as_json: bool) -> None:
 @as_json
 def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Compare runs (folders or report.json files) and gate them for CI."""
-    from benchmarks.compare import compare, render_markdown
+    from benchmarks.compare import compare, to_markdown
     from benchmarks.compare import fail_on as violated
     from benchmarks.report import Report
 
@@ -87,7 +87,7 @@ def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, a
     if as_json:
         print_json(found._asdict())
     elif not out:
-        click.echo(render_markdown(found), nl=False)
+        click.echo(to_markdown(found), nl=False)
     broken = [sentence for rule in fail_on for report in reports for sentence in violated(rule, report)]
     if broken:
         raise EdgestillError("; ".join(broken))
@@ -102,7 +102,7 @@ def _write_comparison(found: Any, out: Path) -> None:
     from benchmarks import compare
     from runtime.files import atomic_write
 
-    renderers = {".md": compare.render_markdown, ".html": compare.render_html}
+    renderers = {".md": compare.to_markdown, ".html": compare.to_html}
     if out.suffix not in renderers:
         raise UsageError(f"--out {out}: expected a file ending in {' or '.join(renderers)}")
     with atomic_write(out) as temporary:

@@ -7,7 +7,7 @@ YOLOv5 v7.0: mosaic on a canvas of twice the size, then one affine or perspectiv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.config import AugmentConfig
-from runtime.image import LETTERBOX_FILL
+from runtime.image import LETTERBOX_FILL, Image, letterbox
 
 Boxes = NDArray[np.float32]
-Picture = NDArray[np.uint8]
+Load = Callable[[int], tuple[Image, Boxes]]
+"""Index of an image -> the image, its longest side `size`, and its boxes in its own pixels."""
 
 MIN_SIDE_PX = 2.0
 MIN_AREA_LEFT = 0.10
@@ -55,7 +56,7 @@ class Mixup(NamedTuple):
     share: float
 
 
-class Plan(NamedTuple):
+class AugmentPlan(NamedTuple):
     """Every random decision for one training item. Without `mosaic` the image is letterboxed and takes `warp`."""
 
     mosaic: Mosaic | None
@@ -68,7 +69,7 @@ class Plan(NamedTuple):
 
 def draw_plan(
     config: AugmentConfig, *, seed: int, epoch: int, index: int, count: int, imgsz: int, mosaic: bool = True
-) -> Plan:
+) -> AugmentPlan:
     """The plan of item `index` of `count` in `epoch`: the same numbers on every machine, worker and resume."""
     rng = np.random.default_rng([seed % 2**64, epoch, index])
     use_mosaic, use_mixup = rng.random(2) < (config.mosaic, config.mixup)
@@ -78,7 +79,7 @@ def draw_plan(
     warp = draw_warp(rng, config)
     first = draw_mosaic(rng, config, index, count, imgsz) if use_mosaic else None
     second = _draw_mixup(rng, config, count, imgsz) if use_mosaic and use_mixup else None
-    return Plan(first, second, warp, (float(hue), float(saturation), float(value)), bool(flip_ud), bool(flip_lr))
+    return AugmentPlan(first, second, warp, (float(hue), float(saturation), float(value)), bool(flip_ud), bool(flip_lr))
 
 
 def draw_warp(rng: np.random.Generator, config: AugmentConfig) -> Warp:
@@ -99,9 +100,40 @@ def _draw_mixup(rng: np.random.Generator, config: AugmentConfig, count: int, img
     return Mixup(draw_mosaic(rng, config, index, count, imgsz), float(rng.beta(MIXUP_BETA, MIXUP_BETA)))
 
 
+def apply_plan(plan: AugmentPlan, load: Load, index: int, size: int) -> tuple[Image, NDArray[np.float32]]:
+    """Image `index` as `plan` says: (size, size, 3) BGR and labels (n, 5) [class, cx, cy, w, h] normalised."""
+    image, boxes = compose(plan, load, index, size)
+    image = jitter_hsv(image, plan.hsv)
+    return flip(image, to_normalised(boxes, size, size), up_down=plan.flip_ud, left_right=plan.flip_lr)
+
+
+def compose(plan: AugmentPlan, load: Load, index: int, size: int) -> tuple[Image, Boxes]:
+    """The geometry of `apply_plan` alone: mosaic, mixup and warp; boxes in pixels of the (size, size) image."""
+    if plan.mosaic is None:
+        image, boxes = load(index)
+        framed = letterbox(image, (size, size), auto=False, scale_up=True)
+        boxes[:, 1:] *= framed.gain
+        return _warped(framed.image, shift_boxes(boxes, *framed.pad_wh), plan.warp, size)
+    image, boxes = _mosaic_of(plan.mosaic, load, size)
+    if plan.mixup is None:
+        return image, boxes
+    return mix(image, boxes, *_mosaic_of(plan.mixup.mosaic, load, size), plan.mixup.share)
+
+
+def _mosaic_of(plan: Mosaic, load: Load, size: int) -> tuple[Image, Boxes]:
+    images, boxes = zip(*(load(index) for index in plan.indices), strict=True)
+    return _warped(*mosaic(images, boxes, plan.centre_xy, size), plan.warp, size)
+
+
+def _warped(image: Image, boxes: Boxes, warp: Warp, size: int) -> tuple[Image, Boxes]:
+    out_hw = (size, size)
+    matrix = warp_matrix(warp, (image.shape[0], image.shape[1]), out_hw)
+    return warp_image(image, matrix, out_hw), warp_boxes(boxes, matrix, out_hw, warp.scale)
+
+
 def mosaic(
-    images: Sequence[Picture], boxes: Sequence[Boxes], centre_xy: tuple[int, int], size: int
-) -> tuple[Picture, Boxes]:
+    images: Sequence[Image], boxes: Sequence[Boxes], centre_xy: tuple[int, int], size: int
+) -> tuple[Image, Boxes]:
     """Four images around `centre_xy` on a (2 size, 2 size) canvas, each touching the centre with its own corner.
 
     `boxes` are in pixels of their image; those returned are in canvas pixels, clipped to the canvas.
@@ -123,7 +155,7 @@ def _mosaic_offset(quadrant: int, size_hw: tuple[int, ...], centre_xy: tuple[int
     return (x if quadrant % 2 else x - size_hw[1]), (y if quadrant >= 2 else y - size_hw[0])
 
 
-def _paste(canvas: Picture, image: Picture, left: int, top: int) -> None:
+def _paste(canvas: Image, image: Image, left: int, top: int) -> None:
     height, width = canvas.shape[:2]
     x0, y0 = max(left, 0), max(top, 0)
     x1, y1 = min(left + image.shape[1], width), min(top + image.shape[0], height)
@@ -146,7 +178,7 @@ def _rotation(angle: float, scale: float) -> NDArray[np.float64]:
     return np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
 
 
-def warp_image(image: Picture, matrix: NDArray[np.float64], out_hw: tuple[int, int]) -> Picture:
+def warp_image(image: Image, matrix: NDArray[np.float64], out_hw: tuple[int, int]) -> Image:
     """`image` under `matrix`, bilinear, 114 outside."""
     if image.shape[:2] == tuple(out_hw) and np.array_equal(matrix, np.eye(3)):
         return image
@@ -185,7 +217,7 @@ def _worth_keeping(before: NDArray[np.float32], after: NDArray[np.float32]) -> N
     return (w1 > MIN_SIDE_PX) & (h1 > MIN_SIDE_PX) & (left > MIN_AREA_LEFT) & (aspect < MAX_ASPECT)
 
 
-def jitter_hsv(image: Picture, gains: tuple[float, float, float]) -> Picture:
+def jitter_hsv(image: Image, gains: tuple[float, float, float]) -> Image:
     """Hue, saturation and value times `gains`, in OpenCV's 8-bit HSV (hue 0..179), truncated."""
     if gains == (1.0, 1.0, 1.0):
         return image
@@ -195,7 +227,7 @@ def jitter_hsv(image: Picture, gains: tuple[float, float, float]) -> Picture:
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR), np.uint8)
 
 
-def mix(image: Picture, boxes: Boxes, other: Picture, other_boxes: Boxes, share: float) -> tuple[Picture, Boxes]:
+def mix(image: Image, boxes: Boxes, other: Image, other_boxes: Boxes, share: float) -> tuple[Image, Boxes]:
     """`share` of `image` and the rest of `other`, truncated to uint8; boxes of both, unweighted."""
     blended = (image * share + other * (1 - share)).astype(np.uint8)
     return blended, np.concatenate([boxes, other_boxes])
@@ -226,8 +258,8 @@ def to_normalised(boxes: Boxes, width: int, height: int) -> NDArray[np.float32]:
 
 
 def flip(
-    image: Picture, labels: NDArray[np.float32], *, up_down: bool, left_right: bool
-) -> tuple[Picture, NDArray[np.float32]]:
+    image: Image, labels: NDArray[np.float32], *, up_down: bool, left_right: bool
+) -> tuple[Image, NDArray[np.float32]]:
     """Mirrored image and normalised labels."""
     mirrored = labels.copy()
     if up_down:

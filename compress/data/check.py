@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.data.dataset import Index, Sample, all_labels
+from compress.data.dataset import Index, Sample, all_labels, key_of
 from compress.data.dataset_yaml import DataConfig
 from compress.data.index import index_images
 from compress.data.labels import label_path
@@ -79,7 +78,7 @@ class CheckReport:
 def check(config: DataConfig) -> CheckReport:
     """Read every label and every pixel of every split."""
     indices = index_images(config, tuple(config.splits))
-    leaks, duplicates = _identical_files(config, indices)
+    leaks, duplicates = _identical_files(indices)
     return CheckReport(
         data=str(config.path),
         names=config.names,
@@ -125,46 +124,31 @@ def _sides_px(samples: Sequence[Sample]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros((0, 2)), *rows])
 
 
-def _identical_files(
-    config: DataConfig, indices: Mapping[str, Index]
-) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """Groups of usable files with equal bytes: across splits, and within one. Only files of equal size are read."""
-    places: dict[Path, set[str]] = defaultdict(set)
+Groups = tuple[tuple[str, ...], ...]
+
+
+def _identical_files(indices: Mapping[str, Index]) -> tuple[Groups, Groups]:
+    """Keys of usable files with equal bytes: those that are in several splits, and those within one."""
+    places: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for split, index in indices.items():
         for sample in index.samples:
-            places[sample.image].add(split)
-    by_size: dict[int, list[Path]] = defaultdict(list)
-    for image in places:
-        by_size[image.stat().st_size].append(image)
-    groups = [group for images in by_size.values() for group in _equal(images)]
-    shared = [group for group in groups if len(set.union(*(places[image] for image in group))) > 1]
-    repeated = [group for group in groups if len(group) > 1 and group not in shared]
-    return _as_text(config, shared), _as_text(config, repeated)
+            places[sample.sha256].add((split, sample.key))
+    shared = [group for group in places.values() if len({split for split, _ in group}) > 1]
+    repeated = [group for group in places.values() if len(group) > 1 and group not in shared]
+    return _keys(shared), _keys(repeated)
 
 
-def _equal(images: Sequence[Path]) -> list[list[Path]]:
-    if len(images) == 1:
-        return [list(images)]
-    by_digest: dict[bytes, list[Path]] = defaultdict(list)
-    for image in images:
-        by_digest[hashlib.sha256(image.read_bytes()).digest()].append(image)
-    return list(by_digest.values())
-
-
-def _as_text(config: DataConfig, groups: Iterable[Sequence[Path]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(_relative(image, config.root) for image in group) for group in groups)
-
-
-def _relative(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+def _keys(groups: Iterable[set[tuple[str, str]]]) -> Groups:
+    return tuple(tuple(sorted({key for _, key in group})) for group in groups)
 
 
 def _unusual(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
-    """What is allowed but often a mistake."""
+    """Findings that are allowed but often a mistake."""
     yield from config.notices
     yield from _class_balance(config, indices)
     for split, index in indices.items():
         yield from _odd_boxes(split, index)
+        yield from _shared_labels(split, index)
         yield from _orphans(config, split)
 
 
@@ -194,6 +178,16 @@ def _odd_boxes(split: str, index: Index) -> Iterable[str]:
         yield f"{split}: {background} of {len(index.samples)} images have no labels; labels are looked for in labels/"
 
 
+def _shared_labels(split: str, index: Index) -> Iterable[str]:
+    """Images that differ in nothing but the suffix read one label file."""
+    files: dict[Path, list[str]] = defaultdict(list)
+    for sample in index.samples:
+        files[label_path(sample.image)].append(sample.key)
+    shared = [keys for keys in files.values() if len(keys) > 1]
+    if shared:
+        yield f"{split}: {len(shared)} label files belong to several images, first {' and '.join(shared[0])}"
+
+
 def _orphans(config: DataConfig, split: str) -> Iterable[str]:
     """Label files that belong to no image of the split's folders."""
     expected = {label_path(image) for group in config.splits.values() for image in group}
@@ -201,7 +195,7 @@ def _orphans(config: DataConfig, split: str) -> Iterable[str]:
     found = {file for folder in folders if folder.is_dir() for file in folder.glob("*.txt")}
     orphans = sorted(found - expected - {file for file in found if file.name == "classes.txt"})
     if orphans:
-        yield f"{split}: {len(orphans)} label files without an image, first {_relative(orphans[0], config.root)}"
+        yield f"{split}: {len(orphans)} label files without an image, first {key_of(orphans[0], config.root)}"
 
 
 def _summary(split: SplitReport) -> str:

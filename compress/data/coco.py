@@ -1,13 +1,18 @@
-"""In: samples. Out: their labels as COCO ground truth, in pixels of the original images."""
+"""Samples and COCO ground truth: their labels as COCO JSON, and the part of a COCO JSON that is about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from compress.data.dataset import Sample
+from runtime.errors import InputError
+from runtime.files import read_json
+
+MAX_JSON_BYTES = 2 << 30
 
 
 def to_coco(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
@@ -46,3 +51,50 @@ def _boxes_px(sample: Sample) -> list[list[float]]:
     rows = sample.labels.astype(np.float64)
     rows[:, 1:3] -= rows[:, 3:5] / 2
     return (rows * [1, width, height, width, height]).tolist()
+
+
+def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
+    """The part of a COCO JSON that is about `samples`, with image ids 1.. in sample order and class-index categories.
+
+    Categories agree by class name. An image is that whose `file_name` ends the sample's path: `0001.jpg` and
+    `cam1/0001.jpg` both fit `val/cam1/0001.jpg`, and the longer one wins. Raises InputError when the file is not COCO
+    JSON, when a class or an image is not in it, or when one of its images fits several samples.
+    """
+    raw = read_json(path, most_bytes=MAX_JSON_BYTES, hint="Give COCO's instances JSON")
+    try:
+        by_file = {PurePosixPath(image["file_name"].replace("\\", "/")).parts: image for image in raw["images"]}
+        images = [_image_of(sample, by_file, path) for sample in samples]
+        categories = {category["name"]: category["id"] for category in raw["categories"]}
+        absent = [name for name in names if name not in categories]
+        if absent:
+            raise InputError(f"{path}: no category {absent[0]!r}", "Categories and the data's classes agree by name")
+        image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
+        if len(image_ids) < len(images):
+            raise InputError(
+                f"{path}: {_repeated(images)} fits several images of the data", "Write more of the path into file_name"
+            )
+        class_ids = {categories[name]: index for index, name in enumerate(names)}
+        return {
+            "images": [image | {"id": number} for number, image in enumerate(images, 1)],
+            "annotations": [
+                entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
+                for entry in raw["annotations"]
+                if entry["image_id"] in image_ids and entry["category_id"] in class_ids
+            ],
+            "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a COCO annotation file ({error!r})", "Give COCO's instances JSON") from error
+
+
+def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]], path: Path) -> dict[str, Any]:
+    parts = sample.image.parts
+    found = next((by_file[parts[start:]] for start in range(len(parts)) if parts[start:] in by_file), None)
+    if found is None:
+        raise InputError(f"{path}: no image {sample.key}", "Give file_name as it ends the path of the image")
+    return found
+
+
+def _repeated(images: Iterable[Mapping[str, Any]]) -> str:
+    seen: set[int] = set()
+    return next(image["file_name"] for image in images if image["id"] in seen or seen.add(image["id"]))  # type: ignore[func-returns-value]

@@ -14,13 +14,11 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
-import yaml
 
 from compress.data.dataset import Problem
-from compress.data.generate import VAL_EVERY, label_text, split_of
 from compress.data.index import decoded_size_hw
 from compress.data.labels import label_path
-from compress.data.publish import new_folder
+from compress.data.writing import VAL_EVERY, label_text, new_folder, split_of, write_data_yaml
 from runtime.errors import InputError
 from runtime.files import read_json
 from runtime.image import IMAGE_SUFFIXES, read_bytes
@@ -44,7 +42,7 @@ class Annotated(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written, and what was left out. `skipped` counts crowd regions and objects marked difficult."""
+    """Figures of a conversion and what it left out. `skipped` counts crowd regions and objects marked difficult."""
 
     data_yaml: Path
     images: int
@@ -70,8 +68,12 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
     path = Path(annotations)
     content = _read_coco(path)
     problems: list[Problem] = []
-    classes, names = _coco_classes(path, content)
-    by_id = {image["id"]: Annotated(*_coco_image(path, image), []) for image in _entries(path, content, "images")}
+    classes, names = _coco_classes(path, content, problems)
+    by_id: dict[int, Annotated] = {}
+    for image in _entries(path, content, "images"):
+        file_name, size_hw = _coco_image(path, image)
+        if by_id.setdefault(image["id"], Annotated(file_name, size_hw, [])).file_name != file_name:
+            raise InputError(f"{path}: image id {image['id']} stands for two files", "Give every image its own id")
     skipped = 0
     for number, annotation in enumerate(_entries(path, content, "annotations"), 1):
         if annotation.get("iscrowd") == 1:
@@ -126,15 +128,33 @@ def _entries(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str,
     return entries
 
 
-def _coco_classes(path: Path, content: Mapping[str, Any]) -> tuple[dict[int, int], list[str]]:
-    """Category id -> class index, and the class names."""
+def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem]) -> tuple[dict[int, int], list[str]]:
+    """Category id -> class index, and the class names.
+
+    A category that only groups others (an exporter's root) is no class, and is reported.
+    """
     names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
     if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
+    for key in _headings(path, content):
+        problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: two categories have one name", "Give every class its own name")
     ordered = sorted(names)  # type: ignore[type-var]
     return {key: index for index, key in enumerate(ordered)}, [names[key] for key in ordered]  # type: ignore[misc]
+
+
+def _headings(path: Path, content: Mapping[str, Any]) -> set[int]:
+    """Ids of the categories that another one names as its supercategory and that no annotation has."""
+    categories = _entries(path, content, "categories")
+    below = [(entry["id"], entry.get("supercategory")) for entry in categories]
+    annotated = (annotation.get("category_id") for annotation in _entries(path, content, "annotations"))
+    used = {category_id for category_id in annotated if _is_whole(category_id)}
+    return {
+        entry["id"]
+        for entry in categories
+        if entry["id"] not in used and any(key != entry["id"] and above == entry["name"] for key, above in below)
+    }
 
 
 def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
@@ -257,25 +277,24 @@ def _write(
         raise InputError(f"{images}: no such folder", "Give the folder of the images")
     annotated = sorted(annotated, key=lambda one: one.file_name)
     relatives = [safe_relative(one.file_name, origin=images) for one in annotated]
-    counts: list[int] = []
+    counts: dict[PurePosixPath, int] = {}
     with new_folder(out) as folder:
         for one, relative in zip(annotated, relatives, strict=True):
+            if relative.with_suffix("") in counts:
+                problems.append(Problem(images / relative, 0, "shares its label file with another image"))
+                continue
             split = split_of(len(counts), len(annotated))
             boxes = _write_image(folder / "images" / split / relative, images / relative, one, problems)
             if boxes is not None:
-                counts.append(boxes)
+                counts[relative.with_suffix("")] = boxes
         if not counts:
             raise InputError(f"{images}: none of {len(annotated)} images can be used", _first(problems))
-        _write_data_yaml(folder, names)
-    return Converted(out / "data.yaml", len(counts), sum(counts), skipped, tuple(problems))
+        write_data_yaml(folder, names)
+    return Converted(out / "data.yaml", len(counts), sum(counts.values()), skipped, tuple(problems))
 
 
 def _write_image(target: Path, source: Path, one: Annotated, problems: list[Problem]) -> int | None:
     """Copy one image and write its labels; returns the number of boxes, None where the image was left out."""
-    labels = label_path(target)
-    if labels.exists():
-        problems.append(Problem(source, 0, "shares its label file with another image"))
-        return None
     try:
         data = read_bytes(source)
         size_hw = decoded_size_hw(data, source)
@@ -286,6 +305,7 @@ def _write_image(target: Path, source: Path, one: Annotated, problems: list[Prob
         stated, real = one.size_hw[::-1], size_hw[::-1]  # type: ignore[index]
         problems.append(Problem(source, 0, f"is {real[0]}x{real[1]} but annotated as {stated[0]}x{stated[1]}"))
         return None
+    labels = label_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     labels.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(data)
@@ -307,10 +327,3 @@ def _clipped(boxes: Sequence[Box], size_hw: tuple[int, int], source: Path, probl
 
 def _first(problems: Sequence[Problem]) -> str:
     return f"First: {problems[0]}" if problems else ""
-
-
-def _write_data_yaml(folder: Path, names: Sequence[str]) -> None:
-    has_val = (folder / "images" / "val").is_dir()
-    content = {"path": ".", "train": "images/train", "val": f"images/{'val' if has_val else 'train'}"}
-    text = yaml.safe_dump(content | {"names": dict(enumerate(names))}, sort_keys=False, allow_unicode=True)
-    (folder / "data.yaml").write_text(text, encoding="utf-8")

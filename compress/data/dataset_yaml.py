@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from compress.data.labels import lines_of
 from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
 
@@ -23,9 +24,10 @@ MAX_LIST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset: where it lies, what it shows.
+    """The content of a data.yaml: where the images lie and the names of their classes.
 
     `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
+    `keypoint_values` is the number of values behind the box in a row of labels, by `kpt_shape`; they are not used.
     `notices` says what was left out and why.
     """
 
@@ -34,6 +36,7 @@ class DataConfig:
     splits: dict[str, tuple[Path, ...]]
     names: tuple[str, ...]
     notices: tuple[str, ...] = ()
+    keypoint_values: int = 0
 
 
 def load_data(path: Path | str) -> DataConfig:
@@ -51,7 +54,8 @@ def load_data(path: Path | str) -> DataConfig:
     except (OSError, ValueError) as error:  # a name that is too long or holds a zero byte, a folder without access
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: a path in it cannot be used ({reason})", "Check path, train, val and test") from None
-    return DataConfig(path.resolve(), root, splits, _names(path, raw), tuple(notices))
+    names, keypoint_values = _names(path, raw, notices), _keypoint_values(path, raw, notices)
+    return DataConfig(path.resolve(), root, splits, names, tuple(notices), keypoint_values)
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -128,7 +132,7 @@ def _splits(
             except InputError as error:
                 if split != "test":
                     raise
-                notices.append(f"test split left out: {error}")
+                notices.append(f"test split left out: {error.message.removeprefix(f'{path}: test: ')}")
         elif split != "test":
             raise InputError(f"{path}: no `{split}` entry", f"Add `{split}: images/{split}` or a list file")
 
@@ -152,14 +156,14 @@ def _images(path: Path, root: Path, split: str, places: Iterable[str]) -> tuple[
 
 def _expand(path: Path, root: Path, split: str, place: str) -> list[Path]:
     """Image files of one entry: a folder, searched recursively, or a text file with one path per line."""
-    target = _locate(root, place)
+    target = without_parents(_locate(root, place))
     if target.is_dir():
-        return [file for file in target.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        return list(image_files(target))
     if target.suffix.lower() == ".txt" and target.is_file():
         return _listed(root, target)
     if target.exists():
         raise InputError(f"{path}: {split}: {place} is neither a folder nor a .txt list of images")
-    raise InputError(f"{path}: {split}: {target} does not exist", "Paths are relative to `path`, or absolute")
+    raise InputError(f"{path}: {split}: {place} does not exist", f"Paths are relative to {root}, or absolute")
 
 
 def _locate(root: Path, place: str) -> Path:
@@ -173,12 +177,40 @@ def _locate(root: Path, place: str) -> Path:
 
 def _listed(root: Path, list_file: Path) -> list[Path]:
     """Paths of a list file: `./` lines are relative to its folder, other relative ones to the dataset's root."""
-    lines = _read_text(list_file, MAX_LIST_BYTES, what="list of images").splitlines()
+    lines = lines_of(_read_text(list_file, MAX_LIST_BYTES, what="list of images"))
     entries = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    return [(list_file.parent if entry.startswith("./") else root) / entry for entry in entries]
+    return [without_parents((list_file.parent if entry.startswith("./") else root) / entry) for entry in entries]
 
 
-def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
+def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
+    """Image files below `folder`. Links to folders are followed, except to a folder that holds one of `above`: a cycle.
+
+    A broken link is listed too, so that the index reports it.
+    """
+    real = folder.resolve()
+    if any(one.is_relative_to(real) for one in above):
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from image_files(entry, (*above, real))
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
+            yield entry
+
+
+def without_parents(path: Path) -> Path:
+    """The same file without `..` in its path; links behind the last `..` are kept, because labels lie beside them."""
+    if ".." not in path.parts:
+        return path
+    end = len(path.parts) - path.parts[::-1].index("..")
+    return Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
+
+
+def _names(path: Path, raw: Mapping[str, Any], notices: list[str]) -> tuple[str, ...]:
+    """The class names; `class0`, `class1` and so on where only `nc` is given, as YOLOv5 names them."""
+    nc = raw.get("nc", "")
+    if "names" not in raw and _is_count(nc) and int(nc) > 0:
+        notices.append(f"no names: the {nc} classes are called class0 to class{int(nc) - 1}")
+        return tuple(f"class{number}" for number in range(int(nc)))
     names = _name_list(path, raw.get("names"))
     wrong = next((name for name in names if not isinstance(name, str) or not name.strip()), None)
     if wrong is not None or not names:
@@ -186,10 +218,24 @@ def _names(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
     repeated = _first_repeated(names)
     if repeated is not None:
         raise InputError(f"{path}: names has {reprlib.repr(repeated)} twice", "Give every class its own name")
-    nc = raw.get("nc", "")
     if nc != "" and nc != str(len(names)):
         raise InputError(f"{path}: nc is {_kind(nc)} but names has {len(names)}", "Correct or remove nc")
     return tuple(names)
+
+
+def _keypoint_values(path: Path, raw: Mapping[str, Any], notices: list[str]) -> int:
+    """Points times values of a point, by `kpt_shape: [points, 2 or 3]`; 0 without that key."""
+    shape = raw.get("kpt_shape", "")
+    if shape == "":
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape)) and shape[1] in ("2", "3")):
+        raise InputError(f"{path}: kpt_shape is {_kind(shape)}, expected [points, 2 or 3]", "Correct or remove it")
+    notices.append("key points are not used: boxes alone are read from the labels")
+    return int(shape[0]) * int(shape[1])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) <= 4
 
 
 def _name_list(path: Path, names: Any) -> list[Any]:
@@ -213,6 +259,6 @@ def _first_repeated(texts: Iterable[str]) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    """What a value of the file is, in words; never its whole text (aliases can make that endless)."""
+    """A value of the file in words, never its whole text (aliases can make that endless)."""
     kinds = {list: "a list", dict: "a mapping", type(None): "nothing"}
     return kinds.get(type(value), reprlib.repr(value)) if value != "" else "nothing"

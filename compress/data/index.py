@@ -58,9 +58,8 @@ def index_split(config: DataConfig, split: str, *, workers: int | None = None) -
 def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, Index]:
     """Split -> index; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})
-    nc = len(config.names)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        found = dict(zip(images, pool.map(lambda image: index_image(image, config.root, nc), images), strict=True))
+        found = dict(zip(images, pool.map(lambda image: index_image(image, config), images), strict=True))
     return {split: _index(found[image] for image in config.splits[split]) for split in splits}
 
 
@@ -70,7 +69,7 @@ def _index(found: Iterable[Indexed]) -> Index:
     return Index(samples, tuple(problem for one in found for problem in one.problems))
 
 
-def index_image(image: Path, root: Path, nc: int) -> Indexed:
+def index_image(image: Path, config: DataConfig) -> Indexed:
     """Decode one image file and read its labels."""
     try:
         data = read_bytes(image)
@@ -78,9 +77,9 @@ def index_image(image: Path, root: Path, nc: int) -> Indexed:
     except InputError as error:
         return Indexed(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
     labels_file = label_path(image)
-    labels, rows = read_labels(labels_file, nc)
+    labels, rows = read_labels(labels_file, len(config.names), config.keypoint_values)
     labels.setflags(write=False)
-    sample = Sample(image, key_of(image, root), labels, size_hw, hashlib.sha256(data).hexdigest())
+    sample = Sample(image, key_of(image, config.root), labels, size_hw, hashlib.sha256(data).hexdigest())
     return Indexed(sample, [Problem(labels_file, *row) for row in rows])
 
 
@@ -100,7 +99,7 @@ def quick_digest(config: DataConfig) -> str:
 
     Opens no image, so it tells cheaply whether a data set has to be indexed again; `Dataset.sha256` is about content.
     """
-    digest = hashlib.sha256(repr((config.names, config.notices)).encode())
+    digest = hashlib.sha256(repr((config.names, config.keypoint_values, config.notices)).encode())
     for split, images in sorted(config.splits.items()):
         for image in images:
             digest.update(repr((split, key_of(image, config.root), *_state(image))).encode())

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_LABEL_BYTES = 16 << 20
+POLYGON = "a polygon (class x1 y1 x2 y2 x3 y3 ...)"
 ROUNDING = 1e-6
 """Coordinates may leave 0..1 by this much: the last digit of what most tools write."""
 
@@ -34,7 +35,7 @@ def label_path(image: Path) -> Path:
     return Path(*parts)
 
 
-def read_labels(path: Path, nc: int) -> tuple[NDArray[np.float32], list[RowProblem]]:
+def read_labels(path: Path, nc: int, keypoint_values: int = 0) -> tuple[NDArray[np.float32], list[RowProblem]]:
     """`parse_labels` of a file; a file that is not there is an image without objects."""
     try:
         if path.stat().st_size > MAX_LABEL_BYTES:
@@ -44,11 +45,20 @@ def read_labels(path: Path, nc: int) -> tuple[NDArray[np.float32], list[RowProbl
         return _no_boxes(), []
     except OSError as error:
         return _no_boxes(), [RowProblem(0, f"cannot be read ({error.strerror})")]
-    return parse_labels(text.split("\n"), nc)
+    return parse_labels(lines_of(text), nc, keypoint_values)
 
 
-def parse_labels(lines: Iterable[str], nc: int) -> tuple[NDArray[np.float32], list[RowProblem]]:
+def lines_of(text: str) -> list[str]:
+    """Lines that end in LF, CR LF or CR, and in nothing else."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def parse_labels(
+    lines: Iterable[str], nc: int, keypoint_values: int = 0
+) -> tuple[NDArray[np.float32], list[RowProblem]]:
     """Rows `class cx cy w h` or polygons `class x1 y1 x2 y2 x3 y3 ...`, coordinates normalised to 0..1.
+
+    With `keypoint_values` there are no polygons: a box may be followed by that many values, which are not read.
 
     Returns labels (n, 5) float32 [class, cx, cy, w, h] in file order, polygons as their bounding boxes, and one
     problem per row that was skipped: wrong, or the repetition of an earlier row.
@@ -59,7 +69,7 @@ def parse_labels(lines: Iterable[str], nc: int) -> tuple[NDArray[np.float32], li
         fields = line.split()
         if not fields:
             continue
-        row = _parse_row(fields, nc)
+        row = _parse_row(fields, nc, keypoint_values)
         if isinstance(row, tuple) and row in rows:
             row = "repeats an earlier row"
         if isinstance(row, str):
@@ -73,11 +83,14 @@ def _no_boxes() -> NDArray[np.float32]:
     return np.zeros((0, 5), np.float32)
 
 
-def _parse_row(fields: list[str], nc: int) -> Row | str:
+def _parse_row(fields: list[str], nc: int, keypoint_values: int) -> Row | str:
     """The box of one row, or what is wrong with it."""
-    is_polygon = len(fields) >= 7 and len(fields) % 2 == 1
+    if keypoint_values and len(fields) == 5 + keypoint_values:
+        fields = fields[:5]
+    is_polygon = not keypoint_values and len(fields) >= 7 and len(fields) % 2 == 1
     if len(fields) != 5 and not is_polygon:
-        return f"{len(fields)} columns, expected 5 (class cx cy w h) or a polygon (class x1 y1 x2 y2 x3 y3 ...)"
+        other = f"{5 + keypoint_values} (key points behind it)" if keypoint_values else POLYGON
+        return f"{len(fields)} columns, expected 5 (class cx cy w h) or {other}"
     try:
         class_id, *values = (float(field) for field in fields)
     except ValueError:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.data import augment
+from compress.data.augment import to_normalised, to_pixels
 from compress.data.dataset import Sample
-from compress.data.train_dataset import TrainDataset, read_resized, to_chw_rgb
-from runtime.image import letterbox
+from compress.data.image_store import read_resized, to_chw_rgb
+from compress.data.train_dataset import TrainDataset
+from runtime.image import Image, letterbox
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -38,7 +39,7 @@ class ValBatch(NamedTuple):
     """A validation batch; all per-image fields are in batch order.
 
     images uint8 (B, 3, H, W) RGB; targets as in `Batch`. `gains` is resized height / original height, `pads_wh` the
-    float letterbox pad in pixels: together they lead back to the original image of `sizes_hw`.
+    float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and `sizes_hw`, the original sizes.
     """
 
     images: torch.Tensor
@@ -82,7 +83,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def rank_slices(order: NDArray[np.int64], *, batch: int, rank: int, world: int) -> list[NDArray[np.int64]]:
-    """What one rank takes of each global batch."""
+    """The indices that one rank takes of each global batch."""
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     if batches and len(batches[-1]) < world:
         batches[-1] = np.resize(batches[-1], world)
@@ -141,17 +142,17 @@ def _val_batch(samples: Sequence[Sample], imgsz: int, indices: Sequence[int], sh
 
 def _val_item(
     sample: Sample, imgsz: int, shape_hw: tuple[int, int]
-) -> tuple[tuple[augment.Picture, NDArray[np.float32]], float, tuple[float, float]]:
+) -> tuple[tuple[Image, NDArray[np.float32]], float, tuple[float, float]]:
     """((image, labels), gain, pad) of one sample. An image that cannot be read is an error: mAP must not skip it."""
     image = read_resized(sample, imgsz, linear=False)
     height, width = image.shape[:2]
     framed = letterbox(image, shape_hw, auto=False, scale_up=False)
-    boxes = augment.to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
-    labels = augment.to_normalised(boxes, shape_hw[1], shape_hw[0])
+    boxes = to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
+    labels = to_normalised(boxes, shape_hw[1], shape_hw[0])
     return (to_chw_rgb(framed.image), labels), height / sample.size_hw[0], framed.pad_wh
 
 
-def _stack(items: Iterable[tuple[augment.Picture, NDArray[np.float32]]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(items: Iterable[tuple[Image, NDArray[np.float32]]]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*items, strict=True)
     rows = [np.insert(own, 0, image, axis=1) for image, own in enumerate(labels)]
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))

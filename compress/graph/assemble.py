@@ -10,7 +10,7 @@ from compress.graph.builder import FLOAT, UINT8, GraphBuilder
 from compress.graph.decode import HeadShape, decode_all_rows, decode_candidates
 from compress.graph.network import NetworkGraph, fold_bgr_bytes, rename_input, split_detect
 from compress.graph.nms import NmsShape, detections
-from compress.graph.preprocess import LetterboxGeometry, canvas_pixels, frame_pixels, unit_rgb
+from compress.graph.preprocess import FrameLetterbox, canvas_pixels, frame_pixels, unit_rgb
 
 CANVAS, FRAME, DETECTIONS = "canvas", "frame", "detections"
 """Names of the shipped graph's input, of the input with the letterbox inside, and of the output."""
@@ -39,16 +39,16 @@ def boxes_graph(
 ) -> onnx.ModelProto:
     """uint8 BGR canvas [1,S,S,3] (or camera frame [1,H,W,3]) -> `detections` [1,max_det,6] in its pixels."""
     builder = GraphBuilder(opset)
-    geometry = LetterboxGeometry(frame_hw, head.size_hw) if frame_hw else None
+    letterbox = FrameLetterbox(frame_hw, head.size_hw) if frame_hw else None
     source, size_hw = (FRAME, frame_hw) if frame_hw else (CANVAS, head.size_hw)
-    pixels = frame_pixels(builder, source, geometry) if geometry else canvas_pixels(builder, source)
+    pixels = frame_pixels(builder, source, letterbox) if letterbox else canvas_pixels(builder, source)
     folded = fold_bgr_bytes(network)
     if folded is None:
         pixels = unit_rgb(builder, pixels)
     split, pairs = split_detect(rename_input(folded or network, pixels), head.na)
     builder.extend(split.nodes, split.constants)
     count = min(nms.candidates, head.rows)
-    output = detections(builder, decode_candidates(builder, pairs, head, count), count, nms, geometry)
+    output = detections(builder, decode_candidates(builder, pairs, head, count), count, nms, letterbox)
     return builder.build(
         {source: (UINT8, [1, *size_hw, 3])},
         {output: (FLOAT, [1, nms.max_det, 6])},

@@ -1,7 +1,8 @@
-"""How many rows must enter NMS: the network runs once an image, NMS on the host once for each number tried.
+"""The number of candidates, rows that enter NMS, is measured: the fewest that lose almost no mAP.
 
-In: images with their COCO ground truth. Out: mAP50-95 for each number of candidates, and how often one more
-iteration of Cluster-NMS, or exact greedy NMS, would have kept other boxes.
+The network runs once an image, NMS on the host once for each number that is tried. In: images with their COCO ground
+truth. Out: mAP50-95 for each number, and how often one more iteration of Cluster-NMS, or exact greedy NMS, would have
+kept other boxes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MIN_SCORE = 0.001
 
 
 class Placement(NamedTuple):
-    """Where the canvas lies on its image."""
+    """Where the letterboxed image lies on its canvas; `pad_wh` in canvas pixels."""
 
     gain: float
     pad_wh: tuple[float, float]
@@ -33,7 +34,7 @@ class Placement(NamedTuple):
 
 
 class RankedRows(NamedTuple):
-    """The best rows of one image before NMS, best first; boxes in canvas pixels."""
+    """The K best rows of one image before NMS, best first: boxes (K,4) in canvas pixels, scores (K,), classes (K,)."""
 
     boxes_xyxy: np.ndarray
     scores: np.ndarray
@@ -64,7 +65,7 @@ class CandidateStudy:
 
 
 def canvas_of(path: Path, size_hw: tuple[int, int]) -> tuple[np.ndarray, Placement]:
-    """An image file -> uint8 BGR canvas (1,S,S,3) by the runtime's letterbox, and where it lies."""
+    """An image file -> uint8 BGR canvas (1,S,S,3) by the runtime's letterbox, and where the image lies on it."""
     frame = read_image(path)
     image, gain, pad_wh = letterbox(frame, size_hw)
     height, width = frame.shape[:2]
@@ -74,7 +75,7 @@ def canvas_of(path: Path, size_hw: tuple[int, int]) -> tuple[np.ndarray, Placeme
 def ranked_rows(
     run: Callable[[np.ndarray], np.ndarray], paths: Iterable[Path], size_hw: tuple[int, int], most: int
 ) -> list[RankedRows]:
-    """`run` maps a canvas to decoded rows (N, 5+nc); the `most` best rows of each image are kept."""
+    """The `most` best rows of each image; `run` maps a canvas to decoded rows (N, 5+nc)."""
     found = []
     for path in paths:
         canvas, placement = canvas_of(path, size_hw)
@@ -96,7 +97,7 @@ def study_candidates(
     tolerance: float,
     fixed: int = 0,
 ) -> CandidateStudy:
-    """The fewest candidates that cost at most `tolerance` mAP50-95 against the most; `fixed` names them instead."""
+    """The fewest candidates that lose at most `tolerance` mAP50-95 against the most; above 0, `fixed` is the number."""
     limit = max(len(rows.scores) for rows in found)
     choices = sorted({min(k, limit) for k in ((fixed,) if fixed else CHOICES)})
     scores = {

@@ -17,7 +17,7 @@ from compress.graph.builder import FLOAT, GraphBuilder
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The geometry of the raw maps. `anchors_px` is (nl, na, 2) width and height in pixels."""
+    """The detection head: its raw maps, and `anchors_px` (nl, na, 2), width and height in pixels."""
 
     nc: int
     anchors_px: np.ndarray
@@ -94,8 +94,8 @@ def decode_candidates(
 ) -> Candidates:
     """(box, class) maps of each level -> the `count` best rows, decoded."""
     row, score = _best_rows(builder, maps, head, count)
-    geometry, box_logits, class_logits = _gather(builder, maps, head, row)
-    boxes = _decode(builder, box_logits, *geometry)
+    cells, box_logits, class_logits = _gather(builder, maps, head, row)
+    boxes = _decode(builder, box_logits, *cells)
     best = builder.op("ArgMax", class_logits, name="candidates.index", axis=1, keepdims=0)
     return Candidates(boxes, score, builder.op("Cast", best, name="candidates.class", to=FLOAT))
 
@@ -103,8 +103,8 @@ def decode_candidates(
 def _best_rows(b: GraphBuilder, maps: Sequence[tuple[str, str]], head: HeadShape, count: int) -> tuple[str, str]:
     """The `count` best rows: flat row number (K,) int64 and score (K,).
 
-    The maximum over classes is taken on logits in the layout that the convolution wrote: σ is monotone, so two
-    sigmoids a row remain of 1 + nc, and nothing is transposed.
+    The maximum over classes is taken on logits, in the layout that the convolution wrote: σ is monotone, so a row takes
+    two sigmoids instead of 1 + nc, and nothing is transposed.
     """
     levels = []
     for level, (box, cls) in enumerate(maps):
@@ -137,8 +137,8 @@ def _gather(
 ) -> tuple[tuple[str, str, str], str, str]:
     """Candidate rows -> ((cell − 0.5, stride, anchor), box logits (K,5), class logits (K,nc)), levels merged.
 
-    Each level is read at every candidate, clipped into its range, and the level that owns the row is chosen after:
-    K gathered rows a level cost less than joining the maps.
+    Each level is read at every candidate, with the index clipped into its range; then the level that has the row is
+    chosen. Gathering K rows a level costs less than joining the maps.
     """
     column = b.op("Reshape", row, b.ints("column", [-1, 1]), name="candidates.column")
     merged: list[str] = []

@@ -1,4 +1,4 @@
-"""Body-only FP16: everything from the stem to the detect convolutions, nothing else.
+"""FP16 for the body only: from the stem to the detect convolutions.
 
 Preprocessing, decode and NMS stay FP32: an FP16 decode alone moves boxes by 0.23 px at 640. One cast enters the
 body and one leaves each detect convolution.
@@ -42,7 +42,7 @@ def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
-    """Which activation of the FP32 `model` is beyond FP16 on these canvases, or nothing.
+    """The name of an activation of the FP32 `model` that FP16 cannot hold, and its value; empty when all fit.
 
     Measured in FP32: ONNX Runtime's CPU computes FP16 graphs in FP32, where nothing overflows. `canvases` are uint8
     (1,H,W,3), what the graph's input takes.
@@ -64,7 +64,7 @@ def _raise_opset_for_quantised(model: onnx.ModelProto) -> None:
 
 
 def _is_resize_setting(node: onnx.NodeProto, position: int) -> bool:
-    """Region, scales and sizes of Resize are no data: ONNX wants them as they are."""
+    """ONNX allows no FP16 for the region, scales and sizes of Resize."""
     return node.op_type == "Resize" and position > 0
 
 
@@ -109,7 +109,7 @@ def _to_half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
 
 
 def _casts_in(parts: GraphParts, body: frozenset[int]) -> list[onnx.NodeProto]:
-    """One cast for each tensor that enters; every reader in the body then reads the cast."""
+    """One cast for each tensor that enters the body; all its readers in the body then read the cast."""
     entering: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for i in sorted(body):
         node = parts.nodes[i]
@@ -151,7 +151,7 @@ def _casts_out(graph: onnx.GraphProto, parts: GraphParts, body: frozenset[int]) 
 def _cast_out(
     parts: GraphParts, body: frozenset[int], node: onnx.NodeProto, at: int, outside: list[int], published: bool
 ) -> onnx.NodeProto:
-    """A graph output keeps its name, so there the body's own tensor is renamed; elsewhere the cast has the new name."""
+    """The cast of one tensor to FP32. A graph output keeps its name, so there the tensor of the body is renamed."""
     name = node.output[at]
     half, full = (f"{name}.fp16_value", name) if published else (name, f"{name}.to_fp32")
     readers = [j for j in parts.consumers.get(name, ()) if j in body] if published else outside

@@ -1,8 +1,8 @@
 """A torch network becomes ONNX nodes, through `torch.export` and a table of the operators that YOLOv5 uses.
 
 In: a fused network in eval mode that returns the raw maps. Out: `NetworkGraph`, ONNX nodes and NumPy constants.
-torch's own ONNX exporters are not used: the legacy one is leaving, the new one renames and reorders with every
-release, and a graph whose bytes depend on the exporter's version cannot be fingerprinted.
+torch's own ONNX exporters are not used: the older one is deprecated, the new one renames and reorders nodes with
+every release, and equal bytes for equal weights need a graph that depends on neither.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ import numpy as np
 
 from compress.graph.builder import FLOAT, GraphBuilder
 from compress.graph.decode import Candidates
-from compress.graph.preprocess import LetterboxGeometry
+from compress.graph.preprocess import FrameLetterbox
 
 
 @dataclass(frozen=True)
 class NmsShape:
-    """What is fixed inside the graph: IoU, rows that enter NMS, rows that leave, unrolled iterations."""
+    """Settings that are fixed inside the graph: `candidates` rows enter NMS, at most `max_det` leave it."""
 
     iou: float
     candidates: int
@@ -31,18 +31,18 @@ def detections(
     candidates: Candidates,
     count: int,
     nms: NmsShape,
-    geometry: LetterboxGeometry | None = None,
+    letterbox: FrameLetterbox | None = None,
 ) -> str:
     """`count` candidates -> `detections` (1, max_det, 6): x1 y1 x2 y2 score class, best first.
 
-    Rows without a detection are all zero and come last. Pixels of the canvas, or of the frame with a `geometry`.
+    Rows without a detection are all zero and come last. Pixels of the canvas, or of the frame with a `letterbox`.
     """
     keep = _cluster_nms(builder, candidates.boxes, candidates.classes, count, nms)
-    return _compact(builder, candidates, keep, min(nms.max_det, count), nms.max_det, geometry)
+    return _compact(builder, candidates, keep, min(nms.max_det, count), nms.max_det, letterbox)
 
 
 def _cluster_nms(b: GraphBuilder, boxes: str, classes: str, count: int, nms: NmsShape) -> str:
-    """`nms.keep` (1,K): 1 for the rows that survive."""
+    """The tensor `nms.keep` (1,K): 1 for the rows that are kept."""
     overlaps = _overlaps(b, boxes, nms.iou)
     column, line = (b.op("Reshape", classes, b.ints(shape, dims), name=f"nms.class_{shape}")
                     for shape, dims in (("column", [-1, 1]), ("line", [1, -1])))  # fmt: skip
@@ -83,15 +83,15 @@ def _overlaps(b: GraphBuilder, boxes: str, iou: float) -> str:
 
 
 def _compact(
-    b: GraphBuilder, candidates: Candidates, keep: str, count: int, max_det: int, geometry: LetterboxGeometry | None
+    b: GraphBuilder, candidates: Candidates, keep: str, count: int, max_det: int, letterbox: FrameLetterbox | None
 ) -> str:
-    """Survivors first: (1, max_det, 6), padded with zero rows where there are fewer candidates than `max_det`."""
+    """Kept rows first: (1, max_det, 6), with zero rows behind them."""
     flat_keep = b.op("Reshape", keep, b.ints("flat", [-1]), name="out.keep")
     kept = b.op("Mul", candidates.scores, flat_keep, name="out.kept")
     best, order = b.ops("TopK", kept, b.ints("out.count", [count]), names=("out.score", "out.order"), axis=0)
     picked = b.op("Gather", candidates.boxes, order, name="out.boxes", axis=0)
-    if geometry is not None:
-        picked = _to_frame(b, picked, geometry)
+    if letterbox is not None:
+        picked = _to_frame(b, picked, letterbox)
     column = b.ints("column", [-1, 1])
     classes = b.op("Gather", candidates.classes, order, name="out.class", axis=0)
     label = b.op("Reshape", classes, column, name="out.class_column")
@@ -106,12 +106,12 @@ def _compact(
     return b.op("Reshape", rows, b.ints("out.shape", [1, max_det, 6]), name="detections")
 
 
-def _to_frame(b: GraphBuilder, boxes: str, geometry: LetterboxGeometry) -> str:
+def _to_frame(b: GraphBuilder, boxes: str, letterbox: FrameLetterbox) -> str:
     """Canvas pixels -> frame pixels, clipped to the frame."""
-    height, width = geometry.frame_hw
-    shift = b.floats("frame.pad", [[*geometry.fit.pad_wh, *geometry.fit.pad_wh]])
+    height, width = letterbox.frame_hw
+    shift = b.floats("frame.pad", [[*letterbox.geometry.pad_wh, *letterbox.geometry.pad_wh]])
     moved = b.op("Sub", boxes, shift, name="frame.moved")
-    scaled = b.op("Div", moved, b.floats("frame.gain", geometry.fit.gain), name="frame.scaled")
+    scaled = b.op("Div", moved, b.floats("frame.gain", letterbox.geometry.gain), name="frame.scaled")
     low = b.op("Max", scaled, b.floats("nought", 0.0), name="frame.low")
     return b.op("Min", low, b.floats("frame.limit", [[width, height, width, height]]), name="frame.boxes")
 
@@ -120,7 +120,7 @@ def _to_frame(b: GraphBuilder, boxes: str, geometry: LetterboxGeometry) -> str:
 
 
 def cluster_nms(boxes_xyxy: np.ndarray, classes: np.ndarray, iou: float, iterations: int) -> np.ndarray:
-    """The same NMS in NumPy, operation by operation in float32: rows (K,4) best first -> keep (K,) bool."""
+    """The same NMS in NumPy, each operation in float32 as in the graph: boxes (K,4), best first -> keep (K,) bool."""
     x1, y1, x2, y2 = boxes_xyxy.astype(np.float32).T
     width = np.maximum(np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1), np.float32(0))
     height = np.maximum(np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1), np.float32(0))

@@ -11,24 +11,24 @@ import numpy as np
 import onnx
 
 from compress.graph.builder import FLOAT, GraphBuilder
-from runtime.image import LETTERBOX_FILL, Fit, fit
+from runtime.image import LETTERBOX_FILL, Geometry, geometry
 
 
 @dataclass(frozen=True)
-class LetterboxGeometry:
-    """Where a frame lands on the canvas, by the runtime's one definition of the letterbox."""
+class FrameLetterbox:
+    """The letterbox of one frame size, by the definition in `runtime.image`."""
 
     frame_hw: tuple[int, int]
     canvas_hw: tuple[int, int]
 
     @property
-    def fit(self) -> Fit:
-        return fit(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
+    def geometry(self) -> Geometry:
+        return geometry(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
 
     @property
     def borders(self) -> tuple[int, int, int, int]:
         """Top, left, bottom and right border in pixels."""
-        (left, top), (height, width) = self.fit.left_top, self.fit.resized_hw
+        (left, top), (height, width) = self.geometry.left_top, self.geometry.resized_hw
         return top, left, self.canvas_hw[0] - top - height, self.canvas_hw[1] - left - width
 
 
@@ -38,18 +38,18 @@ def canvas_pixels(builder: GraphBuilder, source: str) -> str:
     return builder.op("Transpose", floats, name="canvas.nchw", perm=[0, 3, 1, 2])
 
 
-def frame_pixels(builder: GraphBuilder, source: str, geometry: LetterboxGeometry) -> str:
+def frame_pixels(builder: GraphBuilder, source: str, letterbox: FrameLetterbox) -> str:
     """uint8 BGR (1,H,W,3) -> letterboxed float32 BGR 0..255 (1,3,S,S), within one level of cv2's bilinear letterbox."""
     pixels = canvas_pixels(builder, source)
-    if geometry.fit.resized_hw != geometry.frame_hw:
-        sizes = builder.ints("letterbox.sizes", [1, 3, *geometry.fit.resized_hw])
+    if letterbox.geometry.resized_hw != letterbox.frame_hw:
+        sizes = builder.ints("letterbox.sizes", [1, 3, *letterbox.geometry.resized_hw])
         pixels = builder.op(
             "Resize", pixels, "", "", sizes,
             name="letterbox.resized", mode="linear", coordinate_transformation_mode="half_pixel",
         )  # fmt: skip
         pixels = builder.op("Round", pixels, name="letterbox.rounded")
-    top, left, bottom, right = geometry.borders
-    if any(geometry.borders):
+    top, left, bottom, right = letterbox.borders
+    if any(letterbox.borders):
         pads = builder.ints("letterbox.pads", [0, 0, top, left, 0, 0, bottom, right])
         fill = builder.floats("letterbox.fill", LETTERBOX_FILL)
         pixels = builder.op("Pad", pixels, pads, fill, name="letterbox.canvas", mode="constant")

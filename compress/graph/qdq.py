@@ -21,7 +21,7 @@ from runtime.errors import EdgestillError
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one inference library wants its integers; `options` are those of ONNX Runtime's quantiser."""
+    """The form of INT8 that one inference library runs fast; `options` are those of ONNX Runtime's quantiser."""
 
     activation: QuantType
     operators: tuple[str, ...] = BODY_OPERATORS

@@ -1,9 +1,9 @@
 """Read an ONNX file that may come from anyone.
 
-Parsing, checking and planning ONNX have crashed and exhausted memory in ways no checker foresees (zero strides,
-deep local functions, 85-byte bombs). So the bytes go first through a child process with limits on memory and time,
-which applies our own list of operators, the full checker, and ONNX Runtime's loader. Only bytes that the child
-survived are parsed here, and they are the same bytes: the file is read once.
+Parsing, checking and loading ONNX have crashed or exhausted memory in ways that no checker foresees (zero strides,
+deep local functions, 85 bytes that expand to terabytes). So a child process with limits on memory and time tries the
+bytes first, with our own list of operators, the full checker, and ONNX Runtime's loader. Only bytes that the child
+accepted are parsed here, and they are the same bytes: the file is read once.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import onnx
 
-from runtime.backends.probe import refusal
-from runtime.child import limit, run_child
+from runtime.backends.onnx_trial import load_error
+from runtime.child_process import limit, run_child
 from runtime.errors import InputError, one_line
 
 MAX_BYTES = 1 << 30
 MAX_NODES = 20_000
 MAX_ELEMENTS = 1 << 28
-"""Of one declared tensor."""
+"""Most elements that one tensor may declare."""
 
 _MEMORY_BYTES = 6 << 30
 _CPU_SECONDS = 120
-_REMEDY = "give a model.onnx that `edgestill export` wrote"
+_REMEDY = "Give a model.onnx that `edgestill export` wrote"
 
 _STANDARD = """
     Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear
@@ -41,7 +41,7 @@ ALLOWED = frozenset(_STANDARD.split())
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The model in `path`, after a limited child process has judged it. Raises `InputError` with one line."""
+    """The model in `path`. Raises `InputError` when the limited child process refuses it or ends on it."""
     data = _read_bytes(path)
     verdict = _judge(data)
     if verdict:
@@ -54,15 +54,15 @@ def _read_bytes(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise InputError(
-                f"{path.name} has {size} bytes; ONNX models of up to {MAX_BYTES} are read", "give a smaller model"
+                f"{path.name} has {size} bytes; ONNX models of up to {MAX_BYTES} are read", "Give a smaller model"
             )
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", "give an existing .onnx file") from error
+        raise InputError(f"cannot read {path}: {error.strerror}", "Give an existing .onnx file") from error
 
 
 def _judge(data: bytes) -> str:
-    """Empty when the child accepted the bytes, else its reason."""
+    """The reason why the child refused the bytes; empty when it accepted them."""
     try:
         done = run_child("from compress.graph.safe_load import main; main()", data=data, timeout_s=2 * _CPU_SECONDS)
     except subprocess.TimeoutExpired:
@@ -77,7 +77,7 @@ def _judge(data: bytes) -> str:
 
 
 def problems(model: onnx.ModelProto) -> Iterator[str]:
-    """What keeps a parsed model from being used, cheapest first."""
+    """Reasons why a parsed model may not be used, cheapest check first."""
     graph = model.graph
     if not graph.node:
         yield "it has no nodes"
@@ -131,7 +131,7 @@ def _load(data: bytes) -> str:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         return f"the checker says: {one_line(error)}"
-    reason = refusal(data)
+    reason = load_error(data)
     return f"ONNX Runtime says: {reason}" if reason else ""
 
 

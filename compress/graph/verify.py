@@ -1,11 +1,11 @@
-"""Compare an exported graph with torch, in three links that each allow an exact answer.
+"""Compare an exported graph with torch, in three steps that each have an exact answer.
 
 1. Every decoded row of the conventional graph equals torch's row: box in pixels, objectness and classes.
 2. Every candidate of the boxes graph is torch's row of the same number, and no better row was left out.
-3. The graph's survivors are what Cluster-NMS in NumPy keeps of the graph's own candidates, bit for bit.
+3. The rows that the graph keeps are those that Cluster-NMS in NumPy keeps of the graph's own candidates, bit for bit.
 
-Comparing finished boxes alone would not do: a rounding of 1e-7 swaps two near-equal scores, greedy NMS then keeps
-other boxes, and a sound graph looks wrong.
+Comparing finished boxes alone would not be enough: a rounding of 1e-7 can swap two near-equal scores, greedy NMS then
+keeps other boxes, and a correct graph looks wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from compress.graph.nms import NmsShape, cluster_nms
-from compress.graph.preprocess import LetterboxGeometry, pixels_tensor
+from compress.graph.preprocess import FrameLetterbox, pixels_tensor
 from compress.graph.session import exposing, open_session
 
 PROBES = ("candidates.row", "candidates.boxes", "candidates.score", "candidates.class", "nms.keep")
@@ -52,7 +52,7 @@ def nchw(canvas: np.ndarray) -> np.ndarray:
 
 
 def check_rows(model: onnx.ModelProto, canvases: Sequence[np.ndarray], torch_rows: TorchRows) -> Agreement:
-    """Link 1, on uint8 BGR canvases (1,S,S,3)."""
+    """Step 1, on uint8 BGR canvases (1,S,S,3)."""
     session = open_session(model)
     box, score = 0.0, 0.0
     for canvas in canvases:
@@ -67,11 +67,11 @@ def check_boxes(
     sources: Sequence[np.ndarray],
     torch_rows: TorchRows,
     nms: NmsShape,
-    geometry: LetterboxGeometry | None = None,
+    letterbox: FrameLetterbox | None = None,
 ) -> Agreement:
-    """Links 2 and 3, on what the graph takes: uint8 BGR canvases, or frames with a `geometry`.
+    """Steps 2 and 3, on the graph's own input: uint8 BGR canvases, or frames with a `letterbox`.
 
-    Torch reads the very pixels that the graph's stem reads, so a frame's resampling is not counted here.
+    Torch reads the same pixels as the graph's stem, so a frame's resampling is not counted here.
     """
     pixels = pixels_tensor(model)
     probes = exposing(model, [pixels, *PROBES])
@@ -82,7 +82,7 @@ def check_boxes(
         detections, seen, *values = session.run(None, feed)
         found = dict(zip(PROBES, values, strict=True))
         box, score = _candidate_errors(found, torch_rows(unit_rgb(seen)))
-        expected = _expected(found, nms, geometry)
+        expected = _expected(found, nms, letterbox)
         differences = _row_differences(detections[0], expected) + _row_differences(
             plain.run(None, feed)[0][0], expected
         )
@@ -118,19 +118,19 @@ def _candidate_errors(found: dict[str, np.ndarray], rows: np.ndarray) -> tuple[f
     return box, max(missed, _largest(scores - found["candidates.score"]))
 
 
-def _expected(found: dict[str, np.ndarray], nms: NmsShape, geometry: LetterboxGeometry | None) -> np.ndarray:
+def _expected(found: dict[str, np.ndarray], nms: NmsShape, letterbox: FrameLetterbox | None) -> np.ndarray:
     """Rows (n,6) that the graph must return for its own candidates."""
     boxes, score, label = (found[f"candidates.{part}"] for part in ("boxes", "score", "class"))
     keep = np.flatnonzero(cluster_nms(boxes, label, nms.iou, nms.iterations))[: nms.max_det]
-    placed = boxes[keep] if geometry is None else to_frame(boxes[keep], geometry)
+    placed = boxes[keep] if letterbox is None else to_frame(boxes[keep], letterbox)
     return np.concatenate([placed, score[keep, None], label[keep, None]], axis=1)
 
 
-def to_frame(boxes_xyxy: np.ndarray, geometry: LetterboxGeometry) -> np.ndarray:
+def to_frame(boxes_xyxy: np.ndarray, letterbox: FrameLetterbox) -> np.ndarray:
     """Canvas pixels -> frame pixels, clipped, in float32 as the graph does it."""
-    height, width = geometry.frame_hw
-    moved = boxes_xyxy - np.asarray([*geometry.fit.pad_wh, *geometry.fit.pad_wh], np.float32)
-    return np.clip(moved / np.float32(geometry.fit.gain), 0, np.asarray([width, height, width, height], np.float32))
+    (height, width), place = letterbox.frame_hw, letterbox.geometry
+    moved = boxes_xyxy - np.asarray([*place.pad_wh, *place.pad_wh], np.float32)
+    return np.clip(moved / np.float32(place.gain), 0, np.asarray([width, height, width, height], np.float32))
 
 
 def _row_differences(detections: np.ndarray, expected: np.ndarray) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.bench import Plan, measure_file
+from benchmarks.render import write
 from benchmarks.report import Report, Row, make_report, plain
 from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
 from compress.data import Dataset
@@ -101,7 +102,7 @@ def write_report(out: Path) -> Report:
     """The report of one measurement alone: `report.json` and its renderings beside the `bench.json` in `out`."""
     argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
     report = make_report(out.name, argv=argv, **read_json(out / "bench.json"))
-    report.write(out)
+    write(report, out)
     return report
 
 

@@ -1,4 +1,4 @@
-"""Build: ONNX files that passed their gates become TensorRT plans, with one `model.json` that describes them all.
+"""Build: ONNX files that passed their gates become TensorRT plans, described by one `model.json`.
 
 In: the ONNX file of each precision. Out: `<name of the model>.<precision>.plan`, `model.json`, and `build.json`, which
 says of each plan what built it or why there is none.
@@ -58,8 +58,8 @@ def by_precision(models: Sequence[Path]) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One engine and what built it. `skipped` says why there is none."""
+class EnginePlan:
+    """The plan of one precision and the seconds that it took. `skipped` says why there is none."""
 
     precision: str
     artifact: Artifact | None
@@ -86,16 +86,16 @@ def build(
     out: Path,
     card: ModelCard,
     log: Log = print,
-) -> tuple[Plan, ...]:
+) -> tuple[EnginePlan, ...]:
     """Build a plan for each precision of `config` that `models` has, into the folder `out`, and write `model.json`.
 
-    The artifacts of `card` stay behind the new plans. Where backend is "auto" and no TensorRT is installed, each
-    plan is skipped with the reason; a named backend that is missing raises `UnavailableError`. Raises
-    `EngineError` when TensorRT logs any error, `InputError` when a model is not one that edgestill wrote.
+    The artifacts of `card` stay, after the new plans. Where backend is "auto" and no TensorRT is installed, each plan
+    is skipped with the reason. Raises `UnavailableError` when a named backend is missing, `EngineError` when TensorRT
+    logs any error, and `InputError` when a model is not one that edgestill wrote.
     """
     wanted = [precision for precision in PLAN_PRECISIONS if precision in config.precisions and precision in models]
     if config.backend == "none":
-        plans = [Plan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
+        plans = [EnginePlan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
     else:
         plans = [_plan(config, precision, models[precision], card, out) for precision in wanted]
     for plan in plans:
@@ -105,7 +105,7 @@ def build(
     return tuple(plans)
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: EnginePlan) -> str:
     if plan.artifact is None:
         return f"{plan.precision}: {plan.skipped}"
     made = plan.artifact
@@ -113,7 +113,7 @@ def describe(plan: Plan) -> str:
     return f"{plan.precision}: {made.file}, {made.bytes / 1e6:.1f} MB for {targets}, {plan.seconds:.1f} s"
 
 
-def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out: Path) -> Plan:
+def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out: Path) -> EnginePlan:
     _check(model, precision, card)
     target = out / f"{card.name}.{precision}.plan"
     out.mkdir(parents=True, exist_ok=True)
@@ -128,12 +128,12 @@ def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out
     except UnavailableError as error:
         if config.backend != "auto":
             raise
-        return Plan(precision, None, 0.0, f"skipped: {error}")
-    return Plan(precision, built.artifact(target.name, precision), built.seconds)
+        return EnginePlan(precision, None, 0.0, f"skipped: {error}")
+    return EnginePlan(precision, built.artifact(target.name, precision), built.seconds)
 
 
 def _check(model: Path, precision: str, card: ModelCard) -> None:
-    """The file says itself what it is, and it must be this model in this precision."""
+    """Raises `InputError` when the card inside the file is not that of this model in this precision."""
     found = read_card(read_model(model), model.name)
     same: Sequence[tuple[str, Any, Any]] = (
         ("precision", found.precision, precision),

@@ -1,4 +1,4 @@
-"""Export: a student (.safetensors) becomes two ONNX files, both checked against torch before they are published.
+"""Export: a student (.safetensors) becomes two ONNX files, both checked against torch before they are written.
 
 In: the checkpoint, the image size, and validation images on which the number of NMS candidates is measured.
 Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
@@ -27,7 +27,7 @@ from compress.graph.decode import HeadShape
 from compress.graph.metadata import metadata_of
 from compress.graph.network import NetworkGraph, trace
 from compress.graph.nms import NmsShape
-from compress.graph.preprocess import LetterboxGeometry
+from compress.graph.preprocess import FrameLetterbox
 from compress.graph.session import open_session
 from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
 from compress.inputs import CONVENTIONAL, SHIPPED, STUDENT, TEACHER, TEACHER_ONNX, dataset_of, validation_of
@@ -96,7 +96,7 @@ def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The published files, their card, and what was measured on the way."""
+    """The written files, their card, their agreement with torch, and the study of the number of candidates."""
 
     model_onnx: Path
     yolov5_onnx: Path
@@ -135,10 +135,11 @@ def export(
     data: Validation | None = None,
     log: Log = print,
 ) -> ExportResult:
-    """Write both graphs into the folder `out`.
+    """Write both graphs of the checkpoint `model` into the folder `out`, at `imgsz` x `imgsz` pixels.
 
     Without `data` the check runs on noise and the candidates are `config.candidates` or 300. Raises `EdgestillError`
-    and publishes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`.
+    and writes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`, and
+    `UsageError` when `imgsz` is not a multiple of the network's stride.
     """
     network = load_model(model).eval()
     size_hw = _size(imgsz, network)
@@ -148,13 +149,13 @@ def export(
     conventional = yolov5_graph(traced, head, opset=config.opset, metadata=metadata_of(rows_card))
     canvases = _canvases(data, size_hw)
     rows = check_rows(conventional, canvases, torch_rows)
-    _judge(config, CONVENTIONAL, rows, log)
+    _require_agreement(config, CONVENTIONAL, rows, log)
 
-    measured = _measure(config, conventional, data, card, log)
+    measured = _measure_candidates(config, conventional, data, card, log)
     card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
     card = replace(card, candidates=min(card.candidates, head.rows))
     shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
-    _judge(config, SHIPPED, boxes, log)
+    _require_agreement(config, SHIPPED, boxes, log)
     files = [write_model(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
 
@@ -163,7 +164,7 @@ def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
     stride = max(network.strides)
     if imgsz < stride or imgsz % stride:
         raise UsageError(
-            f"image size {imgsz} is not a multiple of the stride {stride}", f"use {-(-imgsz // stride) * stride}"
+            f"image size {imgsz} is not a multiple of the stride {stride}", f"Use {-(-imgsz // stride) * stride}"
         )
     return imgsz, imgsz
 
@@ -215,7 +216,7 @@ def _noise(shape: Sequence[int]) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, tuple(shape), dtype=np.uint8)
 
 
-def _measure(
+def _measure_candidates(
     config: ExportConfig, rows_model: onnx.ModelProto, data: Validation | None, card: ModelCard, log: Log
 ) -> CandidateStudy | None:
     if data is None or not data.images:
@@ -258,9 +259,9 @@ def _shipped(
 ) -> tuple[onnx.ModelProto, Agreement]:
     nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
     graph = boxes_graph(traced, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
-    geometry = LetterboxGeometry(config.frame, head.size_hw) if config.frame else None
+    letterbox = FrameLetterbox(config.frame, head.size_hw) if config.frame else None
     sources = _frames(data, config.frame) if config.frame else canvases
-    return graph, check_boxes(graph, sources, torch_rows, nms, geometry)
+    return graph, check_boxes(graph, sources, torch_rows, nms, letterbox)
 
 
 def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
@@ -271,7 +272,7 @@ def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarr
     return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
 
 
-def _judge(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
+def _require_agreement(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
     log(
         f"{name} against torch on {found.images} images: boxes within {found.max_box_error_px:.5f} px, "
         f"scores within {found.max_score_error:.2e}"
@@ -281,10 +282,10 @@ def _judge(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
         ("scores differ by", found.max_score_error, config.max_score_error, "", "export.max_score_error"),
         ("NMS differs from its definition in", found.nms_differences, 0, " rows", ""),
     )
-    for what, value, limit, unit, setting in limits:
+    for difference, value, limit, unit, setting in limits:
         if not value <= limit:
-            hint = f"Nothing was published; the limit is the setting {setting}" if setting else "Nothing was published"
-            raise EdgestillError(f"{name} against torch: {what} {value:.4g}{unit}, the limit is {limit:g}", hint)
+            hint = f"Nothing was written; the limit is the setting {setting}" if setting else "Nothing was written"
+            raise EdgestillError(f"{name} against torch: {difference} {value:.4g}{unit}, the limit is {limit:g}", hint)
 
 
 STAGE = Stage(

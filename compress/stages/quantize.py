@@ -199,7 +199,7 @@ def _digest(chosen: Sequence[Path]) -> dict[str, Any]:
 
 
 def _fault(flavour: Flavour, source: onnx.ModelProto, path: Path, canvases: Sequence[np.ndarray]) -> str:
-    """Why the outputs of a flavour are unusable, or nothing: values that are not finite, dead scores, overflow."""
+    """The reason why a flavour's outputs are unusable, or empty: values that are not finite, dead scores, overflow."""
     if not canvases:
         return ""
     before, after = (_outputs(model, canvases) for model in (source, onnx.load(path)))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from compress.config import DistillConfig, ExportConfig, Settings
 from compress.inputs import SHIPPED, read_json
@@ -40,7 +41,7 @@ class Config(Settings):
 def run(config: Config, folders: Folders, out: Path, log: Log) -> Figures:
     """Write the report into `out`."""
     report = assemble(config, folders)
-    report.write(out)
+    write(report, out)
     headline = report.data["headline"] or {}
     return {key: headline[key] for key in ("file", "map50_95", "p50_ms", "speedup") if headline.get(key) is not None}
 

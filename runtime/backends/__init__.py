@@ -1,7 +1,11 @@
-"""What runs a model file: one array in, one array out. Which module serves which file is a table."""
+"""Backends: each runs one kind of model file, one array in, one array out. `BACKENDS` is the table of them.
+
+A new backend is a module with `load(request) -> Backend` and a row here; nothing else in `runtime` names a backend.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,20 +14,93 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import UsageError
+from runtime.onnx_file import read_metadata
 
 Array = NDArray[Any]
 
-SUFFIXES = {".onnx": "onnx", ".engine": "tensorrt", ".plan": "tensorrt", ".trt": "tensorrt"}
-MODULES = {
-    "onnx": "runtime.backends.onnx",
-    "tensorrt": "runtime.backends.tensorrt",
-    "tensorrt_rtx": "runtime.backends.tensorrt",
+
+class BackendSpec(NamedTuple):
+    """A row of the table. A file of a backend that is not `portable` is native code: it runs only with the version of
+    the library, the platform and the NVIDIA GPUs it was built for, and is loaded only where a card knows its hash.
+    """
+
+    name: str
+    """The backend's name in model cards, and the import name of its library unless `package` says another."""
+    module: str
+    """Module with `load(request)`; imported when a file is loaded, so that only the needed library is."""
+    suffixes: tuple[str, ...]
+    """Suffixes of its files. Where two rows have the same one, the card decides; without a card the first row does."""
+    distributions: tuple[str, ...]
+    """Distributions that bring its library, for the version."""
+    remedy: str
+    """Hint of an error where a file is missing, altered or has no card."""
+    package: str = ""
+    devices: tuple[str, ...] = ()
+    """Values of `device`, beside "auto", for which a bundle's files of this backend are taken."""
+    portable: bool = True
+    metadata: Callable[[Path], dict[str, str]] | None = None
+    """Reads the text that a file carries, a model card for example, without the backend's library."""
+
+    @property
+    def library(self) -> str:
+        """Import name of the library."""
+        return self.package or self.name
+
+
+BACKENDS: Mapping[str, BackendSpec] = {
+    spec.name: spec
+    for spec in (
+        BackendSpec(
+            name="onnx",
+            module="runtime.backends.onnx",
+            suffixes=(".onnx",),
+            distributions=("onnxruntime", "onnxruntime-gpu"),
+            remedy="Copy or export it again",
+            package="onnxruntime",
+            devices=("cpu", "cuda", "tensorrt"),
+            metadata=read_metadata,
+        ),
+        BackendSpec(
+            name="tensorrt",
+            module="runtime.backends.tensorrt",
+            suffixes=(".engine", ".plan", ".trt"),
+            distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
+            remedy="Build it again from its ONNX file with `python -m runtime build`",
+            devices=("tensorrt",),
+            portable=False,
+        ),
+        BackendSpec(
+            name="tensorrt_rtx",
+            module="runtime.backends.tensorrt",
+            suffixes=(".engine", ".plan", ".trt"),
+            distributions=(
+                "tensorrt-rtx",
+                "tensorrt-rtx-cu13",
+                "tensorrt-rtx-cu12",
+                "tensorrt_rtx",
+                "tensorrt-rtx-cu13-bindings",
+            ),
+            remedy="Build it again from its ONNX file with `python -m runtime build`",
+            devices=("tensorrt",),
+            portable=False,
+        ),
+    )
 }
-"""Backend of an artifact -> the module that runs it; opened by name, so that only the needed library is loaded."""
-DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+SUFFIXES = tuple(dict.fromkeys(suffix for spec in BACKENDS.values() for suffix in spec.suffixes))
+DEVICES = ("auto", *dict.fromkeys(device for spec in BACKENDS.values() for device in spec.devices))
 
 
-class Port(NamedTuple):
+def backend_of(path: Path) -> BackendSpec:
+    """The backend of a file by its suffix. Raises UsageError when no backend has it."""
+    suffix = path.suffix.lower()
+    for spec in BACKENDS.values():
+        if suffix in spec.suffixes:
+            return spec
+    known = ", ".join(SUFFIXES)
+    raise UsageError(f"{path}: no backend runs {suffix or 'a file without suffix'}", f"Give {known}, or a bundle")
+
+
+class TensorSpec(NamedTuple):
     """An input or output of a model. A dimension that the file leaves open is None."""
 
     name: str
@@ -32,39 +109,38 @@ class Port(NamedTuple):
 
 
 class Backend(Protocol):
-    """A loaded model. `providers` says what computes it, fastest first. `run` may be called from several threads."""
+    """A loaded model. `providers` names what computes it, fastest first. `run` may be called from several threads."""
 
-    input: Port
-    output: Port
+    input: TensorSpec
+    output: TensorSpec
     providers: tuple[str, ...]
 
     def run(self, array: Array) -> Array:
         """The first output for `array`, which has the input's dtype and shape, in memory that the caller owns."""
 
     def close(self) -> None:
-        """Give memory and device back; calling twice is harmless."""
+        """Free memory and device; calling twice is harmless."""
 
 
-def kind_of(path: Path) -> str:
-    """Backend by the suffix. Raises UsageError on another one."""
-    if path.suffix.lower() not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise UsageError(
-            f"{path}: no backend runs {path.suffix or 'a file without suffix'}", f"Give {known}, or a bundle"
-        )
-    return SUFFIXES[path.suffix.lower()]
-
-
-class Opening(NamedTuple):
-    """What to load: `data` are the file's bytes where its hash was checked; `threads` limits the CPU's."""
+class LoadRequest(NamedTuple):
+    """A file to load. `contents` maps the file's name, and the names of its parts, to their bytes where their hashes
+    were checked; it is empty where no hash is known. A file with `has_card` comes from edgestill's own export.
+    `threads` limits the threads of the CPU.
+    """
 
     backend: str
     path: Path
-    data: bytes | None = None
+    contents: Mapping[str, bytes] = {}
     device: str = "auto"
     threads: int | None = None
+    has_card: bool = True
+
+    @property
+    def data(self) -> bytes | None:
+        """The file's own bytes, where its hash was checked."""
+        return self.contents.get(self.path.name)
 
 
-def open_backend(opening: Opening) -> Backend:
+def load_backend(request: LoadRequest) -> Backend:
     """Raises UnavailableError when a library, provider or GPU is missing, EngineError when the file does not suit."""
-    return import_module(MODULES[opening.backend]).open_model(opening)
+    return import_module(BACKENDS[request.backend].module).load(request)

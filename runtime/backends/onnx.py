@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends import Array, Opening, Port
+from runtime.backends import Array, LoadRequest, TensorSpec
+from runtime.backends.onnx_trial import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.machine import compute_threads
 
@@ -35,14 +36,14 @@ REMEDY = "Install onnxruntime-gpu with its CUDA libraries, or use --device cpu"
 
 
 class OnnxBackend:
-    """A session with one input. Of several outputs the first counts (YOLOv5's older exports add the raw maps)."""
+    """A session with one input. The first output counts (YOLOv5's older exports have more: the raw maps)."""
 
     def __init__(self, session: Any, path: Path) -> None:
         inputs, outputs = session.get_inputs(), session.get_outputs()
         if len(inputs) != 1:
-            names = ", ".join(port.name for port in inputs)
+            names = ", ".join(node.name for node in inputs)
             raise InputError(f"{path}: has {len(inputs)} inputs ({names}), expected 1", "Give a detector's export")
-        self.input, self.output = port_of(inputs[0], path), port_of(outputs[0], path)
+        self.input, self.output = tensor_spec(inputs[0], path), tensor_spec(outputs[0], path)
         self.providers = tuple(session.get_providers())
         self._session = session
         self._wanted = [self.output.name]
@@ -54,21 +55,26 @@ class OnnxBackend:
         self._session = None
 
 
-def open_model(opening: Opening) -> OnnxBackend:
-    """A session; without a thread limit it takes a thread a core."""
-    path = opening.path
-    providers = choose_providers(opening.device, onnxruntime.get_available_providers())
+def load(request: LoadRequest) -> OnnxBackend:
+    """A session; without a thread limit it has a thread for each core. A file without a card is tried in a child first.
+
+    Raises InputError when the file cannot be loaded, UnavailableError when the device is not there.
+    """
+    path = request.path
+    if not request.has_card:
+        load_in_child(path)
+    providers = choose_providers(request.device, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ONLY_FATAL  # its errors also arrive as exceptions
-    # left to choose, ONNX Runtime nails its workers to cores, and the caller's thread may share one of them for a
+    # without a number, ONNX Runtime pins each worker to a core, and the caller's thread may share one of them for the
     # session's whole life: on two cores the same file then took 13 ms in one session and 6.3 ms in the next
-    options.intra_op_num_threads = opening.threads or compute_threads()
+    options.intra_op_num_threads = request.threads or compute_threads()
     options.inter_op_num_threads = 1
     try:
-        session = onnxruntime.InferenceSession(opening.data or str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(request.data or str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no other base
         raise InputError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    require(opening.device, providers, session.get_providers())
+    require_provider(request.device, providers, session.get_providers())
     return OnnxBackend(session, path)
 
 
@@ -86,14 +92,14 @@ def choose_providers(device: str, available: list[str]) -> tuple[str, ...]:
     return wanted
 
 
-def require(device: str, wanted: tuple[str, ...], got: list[str]) -> None:
-    """ONNX Runtime falls back to the CPU with a warning when a provider's libraries are missing: an error for us."""
+def require_provider(device: str, wanted: tuple[str, ...], got: list[str]) -> None:
+    """Raises UnavailableError when the provider did not start: ONNX Runtime only warns, and falls back to the CPU."""
     if device != "auto" and wanted[0] not in got:
         raise UnavailableError(f"device {device}: {wanted[0]} did not start, the session got {', '.join(got)}", REMEDY)
 
 
-def port_of(node: Any, path: Path) -> Port:
+def tensor_spec(node: Any, path: Path) -> TensorSpec:
     if node.type not in DTYPES:
         raise InputError(f"{path}: {node.name} is {node.type}, expected one of {', '.join(DTYPES)}")
     shape = tuple(side if isinstance(side, int) and side > 0 else None for side in node.shape)
-    return Port(node.name, np.dtype(DTYPES[node.type]), shape)
+    return TensorSpec(node.name, np.dtype(DTYPES[node.type]), shape)

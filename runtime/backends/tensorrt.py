@@ -1,6 +1,6 @@
-"""Plans by TensorRT 8.6 to 11 or TensorRT-RTX: tensor names, `execute_async_v3`, dtypes from the engine.
+"""Run plans with TensorRT 8.6 to 11 or TensorRT-RTX: tensor names, `execute_async_v3`, dtypes from the engine.
 
-Only bytes whose hash stands in the model card come here: a plan is native code.
+A plan is native code, so only bytes whose hash is in the model card are loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends import Array, Opening, Port
+from runtime.backends import Array, LoadRequest, TensorSpec
 from runtime.backends.cuda import Cuda, Host, open_cuda
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError, one_line
 
@@ -79,7 +79,7 @@ class TensorRTBackend:
 
     def __init__(self, loaded: Loaded, trt: Any, cuda: Cuda, path: Path, provider: str) -> None:
         engine = loaded.engine
-        self.input, self.output = ports_of(engine, trt, path)
+        self.input, self.output = input_and_output(engine, trt, path)
         self.providers = (provider,)
         self._loaded: Loaded | None = loaded
         self._cuda, self._path = cuda, path
@@ -117,10 +117,10 @@ class TensorRTBackend:
         pointers = [self._cuda.allocate(host.nbytes) for host in (input_host, output_host)]
         for name, pointer in zip((self.input.name, self.output.name), pointers, strict=True):
             self._context.set_tensor_address(name, pointer)
-        for port in self._extra:  # outputs that nobody reads still need an address
-            pointer = self._cuda.allocate(int(np.prod(self._shape_of(port.name))) * port.dtype.itemsize)
+        for spec in self._extra:  # outputs that are not read need an address too
+            pointer = self._cuda.allocate(int(np.prod(self._shape_of(spec.name))) * spec.dtype.itemsize)
             self._extra_pointers.append(pointer)
-            self._context.set_tensor_address(port.name, pointer)
+            self._context.set_tensor_address(spec.name, pointer)
         return Buffers(shape, pointers[0], pointers[1], input_host, output_host)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
@@ -154,17 +154,20 @@ class Loaded(NamedTuple):
     logger: Any
 
 
-def open_model(opening: Opening) -> TensorRTBackend:
-    path = opening.path
-    if opening.device == "cpu":
+def load(request: LoadRequest) -> TensorRTBackend:
+    """Raises UsageError when the device is the CPU, UnavailableError without TensorRT or a GPU, EngineError when the
+    hash of the bytes was not checked or TensorRT refuses them.
+    """
+    path, data = request.path, request.data
+    if request.device == "cpu":
         raise UsageError(
             f"{path}: an engine needs a GPU, device is cpu", "Give the bundle's .onnx file, or --device auto"
         )
-    if opening.data is None:
+    if data is None:
         raise EngineError(f"{path}: an engine is loaded only from bytes whose hash was checked")
-    trt = import_tensorrt(opening.backend)
+    trt = import_tensorrt(request.backend)
     cuda = open_cuda()
-    return TensorRTBackend(deserialize(trt, opening.data, path), trt, cuda, path, PROVIDER[opening.backend])
+    return TensorRTBackend(deserialize(trt, data, path), trt, cuda, path, PROVIDER[request.backend])
 
 
 def deserialize(trt: Any, data: bytes, path: Path) -> Loaded:
@@ -179,23 +182,23 @@ def deserialize(trt: Any, data: bytes, path: Path) -> Loaded:
     return Loaded(engine, runtime, logger)
 
 
-def ports_of(engine: Any, trt: Any, path: Path) -> tuple[Port, Port]:
+def input_and_output(engine: Any, trt: Any, path: Path) -> tuple[TensorSpec, TensorSpec]:
     """The one input and the first output."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
     if len(inputs) != 1:
         raise InputError(f"{path}: has {len(inputs)} inputs ({', '.join(inputs)}), expected 1")
-    return _port(engine, inputs[0]), outputs_of(engine, trt)[0]
+    return _tensor_spec(engine, inputs[0]), outputs_of(engine, trt)[0]
 
 
-def outputs_of(engine: Any, trt: Any) -> list[Port]:
+def outputs_of(engine: Any, trt: Any) -> list[TensorSpec]:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    return [_port(engine, name) for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+    return [_tensor_spec(engine, name) for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
 
 
-def _port(engine: Any, name: str) -> Port:
+def _tensor_spec(engine: Any, name: str) -> TensorSpec:
     dtype = engine.get_tensor_dtype(name).name
     if dtype not in DTYPES:
         raise InputError(f"tensor {name} is {dtype}, expected one of {', '.join(DTYPES)}")
     shape = tuple(side if side >= 0 else None for side in engine.get_tensor_shape(name))
-    return Port(name, np.dtype(DTYPES[dtype]), shape)
+    return TensorSpec(name, np.dtype(DTYPES[dtype]), shape)

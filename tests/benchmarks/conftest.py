@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.accuracy import Accuracy
 from benchmarks.latency import Durations, Latency, Warmup
-from benchmarks.report import Report, make_report, plain
+from benchmarks.report import Report, make_report
+from benchmarks.rows import plain
 
 NAMES = ("bolt", "nut", "washer", "screw", "spring", "rivet", "bearing", "gear")
 
@@ -161,3 +162,13 @@ def build_sample() -> Report:
 @pytest.fixture(scope="session")
 def sample() -> Report:
     return build_sample()
+
+
+def with_models(sample: Report, **changes: dict[str, Any]) -> Report:
+    """The sample with some keys of some files changed."""
+    models = [row | changes.get(row["precision"].replace("-", "_"), {}) for row in sample.data["models"]]
+    return Report({**sample.data, "models": models})
+
+
+def minimal(models: list[dict[str, Any]] | None = None) -> Report:
+    return make_report("small", machine={}, models=models or [], created=datetime(2026, 1, 1))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,15 @@ def test_a_file_is_timed_and_judged_in_one_run(folder: Path, tmp_path: Path, cap
         "report.json",
         "report.md",
     ]
+
+
+@pytest.mark.parametrize("package", ["jinja2", "jsonschema", "matplotlib"])
+def test_a_missing_package_is_one_line_before_anything_is_measured(
+    folder: Path, tmp_path: Path, package: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert bench(folder, tmp_path, "--model", "nowhere.onnx") == 1
+    assert capsys.readouterr().err == f"error: Package {package} is not installed. pip install 'edgestill[bench]'\n"
 
 
 def test_without_annotations_there_is_no_accuracy(folder: Path, tmp_path: Path) -> None:

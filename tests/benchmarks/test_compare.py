@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare import compare, fail_on, render_html, render_markdown
+from benchmarks.compare import compare, fail_on, to_html, to_markdown
 from benchmarks.report import Report
 from runtime.errors import UsageError
 
@@ -65,10 +65,10 @@ def test_reports_of_two_tensorrt_versions_are_not_compared_in_silence(sample: Re
 
 def test_warnings_are_in_every_rendering(sample: Report) -> None:
     found = compare([sample, with_settings(sample, conf=0.5)])
-    assert "**Warning:** conf differs" in render_markdown(found)
-    assert "conf differs" in render_html(found)
-    assert render_html(found) == render_html(found)
-    assert render_markdown(found).count("model.fp16.onnx") == 2
+    assert "**Warning:** conf differs" in to_markdown(found)
+    assert "conf differs" in to_html(found)
+    assert to_html(found) == to_html(found)
+    assert to_markdown(found).count("model.fp16.onnx") == 2
 
 
 def test_nothing_to_compare_is_a_usage_error() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,10 @@ from compress.validate import (
     Found,
     batch_labels,
     coco_metrics,
-    read_annotations,
     validate,
     yolo_metrics,
 )
 from runtime.boxes import xywh_to_xyxy
-from runtime.errors import InputError
 
 
 @pytest.fixture
@@ -60,30 +57,6 @@ def test_nothing_detected_scores_zero(samples: tuple[Sample, ...], tiny_data: Da
     found = blind(samples)
     assert yolo_metrics(found).map50 == 0
     assert coco_metrics(found, tiny_data.names).map50 == 0
-
-
-def test_annotations_replace_the_labels_by_file_and_class_name(samples: tuple[Sample, ...], tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({
-        "images": [{"id": 100 + i, "file_name": f"val/{s.image.name}"} for i, s in enumerate(samples)]
-        + [{"id": 7, "file_name": "other.png"}],
-        "categories": [{"id": 90, "name": "green"}, {"id": 5, "name": "red"}, {"id": 6, "name": "blue"}],
-        "annotations": [
-            {"id": 1, "image_id": 101, "category_id": 90, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 1},
-            {"id": 2, "image_id": 7, "category_id": 5, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0},
-            {"id": 3, "image_id": 100, "category_id": 6, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0},
-        ],
-    }))  # fmt: skip
-    truth = read_annotations(tmp_path / "a.json", samples, ("red", "green"))
-    assert [(a["image_id"], a["category_id"], a["iscrowd"]) for a in truth["annotations"]] == [(2, 1, 1)]
-    assert [image["id"] for image in truth["images"]] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": [], "annotations": [], "categories": []}'])
-def test_unusable_annotations_are_refused_in_one_line(text: str, samples: tuple[Sample, ...], tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(InputError) as caught:
-        read_annotations(tmp_path / "a.json", samples, ("red", "green"))
-    assert "\n" not in str(caught.value)
 
 
 def test_the_model_is_left_as_it_is_and_every_span_is_timed(samples: tuple[Sample, ...], tiny_data: Dataset) -> None:

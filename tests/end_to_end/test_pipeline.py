@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from compress.data.generate import generate
+from compress.data.demo.generate import generate
 from compress.pipeline import ORDER
 
 EDGESTILL = Path(sys.executable).with_name("edgestill")

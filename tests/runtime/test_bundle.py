@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from runtime import bundle
+from runtime.backends import BACKENDS
 from runtime.backends import tensorrt as tensorrt_backend
-from runtime.bundle import candidates, read_checked
-from runtime.card import Artifact
+from runtime.bundle import model_files, read_checked
+from runtime.card import Artifact, FileDigest
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError, UsageError
 from runtime.files import sha256
@@ -44,21 +44,21 @@ def deserialised(monkeypatch):
 
 
 def test_a_bundle_offers_its_files_in_order_of_preference(folder):
-    offered = candidates(folder)
+    offered = model_files(folder)
     assert [item.path.name for item in offered] == ["toy.fp16.plan", "toy.onnx", "toy.int8.onnx"]
     assert [item.card.precision for item in offered] == ["fp16", "fp32", "int8-cpu"]
 
 
 @pytest.mark.parametrize("variant", ["int8-cpu", "toy.int8.onnx", "toy.int8"])
 def test_a_variant_is_picked_by_precision_or_file(folder, variant):
-    assert [item.path.name for item in candidates(folder, variant)] == ["toy.int8.onnx"]
+    assert [item.path.name for item in model_files(folder, variant)] == ["toy.int8.onnx"]
 
 
 def test_an_unknown_variant_names_the_known(folder):
     with pytest.raises(UsageError, match="fp16, fp32, int8-cpu"):
-        candidates(folder, "int4")
+        model_files(folder, "int4")
     with pytest.raises(UsageError, match="bundle"):
-        candidates(folder / "toy.onnx", "fp32")
+        model_files(folder / "toy.onnx", "fp32")
 
 
 def test_the_first_file_that_works_here_is_loaded_and_the_others_explained(folder, deserialised, white_frame):
@@ -114,7 +114,7 @@ def test_an_engine_without_a_card_is_refused(folder, deserialised):
     assert deserialised == []
 
 
-def test_another_models_card_does_not_vouch(folder, toys, deserialised):
+def test_a_card_that_lists_other_files_is_no_card_of_the_engine(folder, toys, deserialised):
     toys.card(artifacts=(artifact(folder / "toy.onnx"),)).save(folder / "model.json")
     with pytest.raises(EngineError, match="does not list it"):
         Detector.load(folder / "toy.fp16.plan")
@@ -123,8 +123,8 @@ def test_another_models_card_does_not_vouch(folder, toys, deserialised):
 
 
 def test_the_bytes_that_were_hashed_are_the_bytes_that_get_loaded(folder):
-    candidate = candidates(folder / "toy.fp16.plan")[0]
-    data = read_checked(candidate)
+    file = model_files(folder / "toy.fp16.plan")[0]
+    data = read_checked(file)["toy.fp16.plan"]
     (folder / "toy.fp16.plan").write_bytes(b"swapped")
     assert data.startswith(b"vtrt")
 
@@ -134,7 +134,7 @@ def test_ultralytics_prefix_is_recognised_and_explained(folder):
     text = json.dumps({"description": "YOLO", "stride": 32}).encode()
     path.write_bytes(struct.pack("<I", len(text)) + text + b"ptrt")
     with pytest.raises(EngineError, match=f"{len(text)} bytes of Ultralytics metadata"):
-        candidates(path)
+        model_files(path)
 
 
 def test_paths_that_are_nothing_are_one_line(tmp_path):
@@ -145,14 +145,30 @@ def test_paths_that_are_nothing_are_one_line(tmp_path):
         (tmp_path, InputError),
     ):
         with pytest.raises(error) as caught:
-            candidates(path)
+            model_files(path)
         assert "\n" not in str(caught.value)
 
 
+def test_every_part_of_a_file_is_checked_and_given_to_the_backend(folder, toys):
+    """OpenVINO, for example, keeps a network's weights in a second file."""
+    weights = folder / "toy.bin"
+    weights.write_bytes(b"weights")
+    parts = (FileDigest("toy.bin", sha256(weights), 7),)
+    toys.card(artifacts=(replace(artifact(folder / "toy.onnx"), parts=parts),)).save(folder / "model.json")
+    (file,) = model_files(folder)
+    assert read_checked(file) == {"toy.onnx": file.path.read_bytes(), "toy.bin": b"weights"}
+    weights.write_bytes(b"another")
+    with pytest.raises(EngineError, match=r"toy\.bin: sha256"):
+        Detector.load(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"toy\.bin: cannot be read"):
+        Detector.load(folder)
+
+
 def test_a_bundle_without_files_is_refused(folder):
-    replace(candidates(folder)[0].card, artifacts=()).save(folder / "model.json")
+    replace(model_files(folder)[0].card, artifacts=()).save(folder / "model.json")
     with pytest.raises(InputError, match="no artifacts"):
-        candidates(folder)
+        model_files(folder)
 
 
 def test_a_plan_may_not_lie_outside_its_bundle(folder):
@@ -160,11 +176,12 @@ def test_a_plan_may_not_lie_outside_its_bundle(folder):
     data["artifacts"][1]["file"] = "../toy.onnx"
     (folder / "model.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match="no folder"):
-        candidates(folder)
+        model_files(folder)
 
 
-def test_remedies_are_runnable_commands():
-    assert "python -m runtime build" in bundle.REBUILD
+def test_the_remedy_fits_the_kind_of_file():
+    assert "python -m runtime build" in BACKENDS["tensorrt"].remedy
+    assert "python -m runtime build" not in BACKENDS["onnx"].remedy
 
 
 def test_a_wrong_threshold_is_wrong_usage_and_no_reason_to_skip_a_file(folder):

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from runtime.card import Artifact, ModelCard
+from runtime.card import Artifact, FileDigest, ModelCard
 from runtime.errors import InputError
 
 ARTIFACT = Artifact("model.plan", "0" * 64, 12, "fp16", "tensorrt_rtx", ("sm86",), {"tensorrt_rtx": "1.7.1"})
@@ -83,6 +84,16 @@ def test_defaults_may_be_left_out():
     data = {key: value for key, value in CARD.to_dict().items() if key in required} | {"input": "canvas"}
     card = ModelCard.from_dict(data)
     assert (card.conf, card.max_det, card.artifacts) == (0.25, 300, ())
+
+
+def test_only_files_of_several_parts_list_them():
+    assert "parts" not in CARD.to_dict()["artifacts"][0]
+    card = replace(CARD, artifacts=(replace(ARTIFACT, parts=(FileDigest("model.bin", "0" * 64, 7),)),))
+    assert ModelCard.from_json(card.to_json()) == card
+    data = card.to_dict()
+    data["artifacts"][0]["parts"][0]["file"] = "../model.bin"
+    with pytest.raises(InputError, match="no folder"):
+        ModelCard.from_dict(data)
 
 
 def test_artifacts_are_found_by_file():

@@ -205,8 +205,8 @@ def test_a_device_that_is_not_there_is_an_error_never_a_fallback(toys, tmp_path,
 def test_a_provider_that_does_not_start_is_an_error():
     """ONNX Runtime itself warns and goes on with the CPU."""
     with pytest.raises(UnavailableError, match="CUDAExecutionProvider did not start"):
-        onnx_backend.require("cuda", onnx_backend.PROVIDERS["cuda"], ["CPUExecutionProvider"])
-    onnx_backend.require("auto", onnx_backend.PROVIDERS["cuda"], ["CPUExecutionProvider"])
+        onnx_backend.require_provider("cuda", onnx_backend.PROVIDERS["cuda"], ["CPUExecutionProvider"])
+    onnx_backend.require_provider("auto", onnx_backend.PROVIDERS["cuda"], ["CPUExecutionProvider"])
 
 
 def test_auto_takes_cuda_where_it_is_built_in():
@@ -255,7 +255,7 @@ def test_threads_share_a_detector_without_mixing_frames(detector):
 
 
 @pytest.mark.parametrize("asked", [None, 1, 3])
-def test_the_number_of_threads_is_always_told_so_that_none_is_nailed_to_a_core(toys, tmp_path, asked):
+def test_the_number_of_threads_is_always_set_so_that_no_worker_is_pinned_to_a_core(toys, tmp_path, asked):
     with Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), threads=asked) as detector:
         chosen = detector._backend._session.get_session_options().intra_op_num_threads
     assert chosen == (asked or compute_threads())

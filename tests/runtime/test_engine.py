@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime import child, engine
-from runtime.bundle import candidates, read_checked
-from runtime.engine import Request, Shapes, build_engine, card_for, enter_plan
+from runtime import child_process, engine
+from runtime.bundle import model_files, read_checked
+from runtime.engine import BuildRequest, ShapeRange, build_engine, card_for, record_plan
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
 
@@ -114,7 +114,7 @@ main()
 def test_the_same_builder_serves_a_module_called_tensorrt(toys, tmp_path):
     """The module name is all that the two share for certain; every other difference is asked for, not assumed."""
     answer, plan = tmp_path / "answer.json", tmp_path / "a.plan"
-    request = Request(onnx=str(toys.canvas_model(tmp_path / "toy.onnx")), backend="tensorrt", targets=("sm86",))
+    request = BuildRequest(onnx=str(toys.canvas_model(tmp_path / "toy.onnx")), backend="tensorrt", targets=("sm86",))
     work = {"request": asdict(request), "plan": str(plan), "answer": str(answer)}
     done = subprocess.run(
         [sys.executable, "-c", ALIASED], input=json.dumps(work), text=True, capture_output=True, cwd=REPOSITORY
@@ -125,19 +125,19 @@ def test_the_same_builder_serves_a_module_called_tensorrt(toys, tmp_path):
 
 
 @rtx
-def test_a_built_plan_enters_the_card_beside_it(toys, tmp_path):
+def test_a_built_plan_is_listed_in_the_card_beside_it(toys, tmp_path):
     model, out = toys.canvas_model(tmp_path / "toy.onnx"), tmp_path / "toy.plan"
     card, precision = card_for(model, out)
     report = build_engine(model, out, targets=("sm86",))
-    enter_plan(card, precision, out, report)
-    enter_plan(*card_for(model, out), out, report)  # building again replaces the entry
-    (candidate,) = candidates(out)
-    assert (candidate.backend, candidate.artifact.targets) == ("tensorrt_rtx", ("sm86",))
-    assert read_checked(candidate) == out.read_bytes()
-    assert len(candidate.card.artifacts) == 1
+    record_plan(card, precision, out, report)
+    record_plan(*card_for(model, out), out, report)  # building again replaces the entry
+    (file,) = model_files(out)
+    assert (file.spec.name, file.artifact.targets) == ("tensorrt_rtx", ("sm86",))
+    assert read_checked(file) == {out.name: out.read_bytes()}
+    assert len(file.card.artifacts) == 1
 
 
-def test_a_model_without_a_card_cannot_become_an_engine_that_nobody_could_load(toys, tmp_path):
+def test_a_model_without_a_card_cannot_become_an_engine_that_could_not_be_loaded(toys, tmp_path):
     with pytest.raises(InputError, match="no edgestill card"):
         card_for(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "a.plan")
 
@@ -188,7 +188,7 @@ def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, data, wor
 
 def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "find_spec", lambda name: True)
-    monkeypatch.setattr(child.sys, "executable", str(_script(tmp_path, "echo half; kill -9 $$")))
+    monkeypatch.setattr(child_process.sys, "executable", str(_script(tmp_path, "echo half; kill -9 $$")))
     with pytest.raises(EngineError, match="signal 9") as caught:
         build_engine(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "out" / "a.plan", targets=("sm86",))
     assert "\n" not in str(caught.value)
@@ -202,7 +202,7 @@ def _script(folder: Path, line: str) -> Path:
     return path
 
 
-def test_a_goal_that_cannot_be_written_is_found_before_the_build(toys, tmp_path, monkeypatch):
+def test_a_target_that_cannot_be_written_is_found_before_the_build(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_build_in_child", lambda *_: pytest.fail("the build was started"))
     monkeypatch.setattr(engine, "find_spec", lambda name: True)
     (tmp_path / "file").write_text("")
@@ -275,14 +275,14 @@ def test_a_profile_that_tensorrt_refuses_silently_is_an_error():
     builder = SimpleNamespace(
         create_optimization_profile=lambda: SimpleNamespace(refused=True, set_shape=lambda *shapes: None)
     )
-    request = Request("a.onnx", "tensorrt", shapes={"images": Shapes((1, 3), (1, 3), (1, 3))})
+    request = BuildRequest("a.onnx", "tensorrt", shapes={"images": ShapeRange((1, 3), (1, 3), (1, 3))})
     with pytest.raises(EngineError, match="refused the shapes"):
         engine.set_profile(builder, FakeConfig(), network, request)
 
 
 def test_dla_is_set_where_it_exists_and_refused_where_not():
     trt, config = fake_tensorrt(EXPLICIT_BATCH=0), FakeConfig()
-    request = Request("a.onnx", "tensorrt", dla_core=1)
+    request = BuildRequest("a.onnx", "tensorrt", dla_core=1)
     engine.set_hardware(trt, SimpleNamespace(num_DLA_cores=2), config, request)
     assert (config.default_device_type, config.DLA_core, config.flags) == ("DLA", 1, ["GPU_FALLBACK"])
     with pytest.raises(UnavailableError, match="0 cores"):
@@ -290,14 +290,14 @@ def test_dla_is_set_where_it_exists_and_refused_where_not():
 
 
 def test_a_hardware_level_that_the_version_lacks_is_refused():
-    request = Request("a.onnx", "tensorrt", hardware="same_compute_capability")
+    request = BuildRequest("a.onnx", "tensorrt", hardware="same_compute_capability")
     with pytest.raises(UnavailableError, match="same_compute_capability"):
         engine.set_hardware(fake_tensorrt(), None, FakeConfig(), request)
 
 
 def test_plain_tensorrt_builds_for_the_gpu_that_is_there_and_says_so(monkeypatch):
     monkeypatch.setattr(engine.machine, "gpus", lambda: [{"compute_capability": "8.7"}])
-    request = Request("a.onnx", "tensorrt", targets=("sm86", "sm87"))
+    request = BuildRequest("a.onnx", "tensorrt", targets=("sm86", "sm87"))
     targets, notes = engine.set_targets(fake_tensorrt(), FakeConfig(), request)
     assert targets == ["sm87"]
     assert "sm86" in notes[0]
@@ -323,6 +323,6 @@ def test_any_error_line_fails_a_build_that_returned_a_plan(monkeypatch, severity
     monkeypatch.setattr(engine, "collecting_logger", lambda _: logger)
     monkeypatch.setattr(engine.machine, "gpus", list)
     with pytest.raises(EngineError, match="corrupt cache"):
-        engine.build_plan(trt, Request("a.onnx", "tensorrt"))
+        engine.build_plan(trt, BuildRequest("a.onnx", "tensorrt"))
     logger.lines.pop()
-    assert engine.build_plan(trt, Request("a.onnx", "tensorrt")) == (b"plan", [], ["slow"])
+    assert engine.build_plan(trt, BuildRequest("a.onnx", "tensorrt")) == (b"plan", [], ["slow"])

@@ -17,30 +17,30 @@ def names_in(folder):
     return [path.name for path in folder.iterdir()]
 
 
-def write(goal, text, error):
+def write(target, text, error):
     """A block that writes and then fails."""
-    with atomic_write(goal) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(text)
         raise error(temporary)
 
 
 def test_the_file_appears_whole_when_the_block_ends(tmp_path):
-    goal = tmp_path / "new" / "folder" / "model.onnx"
-    with atomic_write(goal) as temporary:
+    target = tmp_path / "new" / "folder" / "model.onnx"
+    with atomic_write(target) as temporary:
         temporary.write_bytes(b"weights")
-        assert temporary.parent == goal.parent
+        assert temporary.parent == target.parent
         assert temporary.suffix == ".onnx"
-        assert not goal.exists()
-    assert goal.read_bytes() == b"weights"
-    assert names_in(goal.parent) == ["model.onnx"]
+        assert not target.exists()
+    assert target.read_bytes() == b"weights"
+    assert names_in(target.parent) == ["model.onnx"]
 
 
 def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
-    goal = tmp_path / "a.txt"
-    goal.write_text("old")
+    target = tmp_path / "a.txt"
+    target.write_text("old")
     with pytest.raises(ZeroDivisionError):
-        write(goal, "half", lambda _: ZeroDivisionError())
-    assert goal.read_text() == "old"
+        write(target, "half", lambda _: ZeroDivisionError())
+    assert target.read_text() == "old"
     assert names_in(tmp_path) == ["a.txt"]
 
 
@@ -66,7 +66,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_another_files_error_is_not_blamed_on_the_goal(tmp_path):
+def test_another_files_error_is_not_blamed_on_the_target(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
         (tmp_path / "other").read_text()
 

@@ -15,14 +15,14 @@ from PIL import Image
 
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
-from runtime.image import LETTERBOX_FILL, fit, letterbox, read_image, resize_longest, to_tensor
+from runtime.image import LETTERBOX_FILL, geometry, letterbox, read_image, resize_longest, to_tensor
 
-PICTURE = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8), (5, 5), 0)
+PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8), (5, 5), 0)
 
 
-def encoded(kind: str, picture: np.ndarray = PICTURE, **options: object) -> bytes:
+def encoded(kind: str, pixels: np.ndarray = PIXELS, **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **options)
+    Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -47,15 +47,15 @@ def test_every_format_decodes_to_bgr(tmp_path, kind):
     path.write_bytes(encoded(kind))
     image = read_image(path)
     assert (image.shape, image.dtype) == ((60, 80, 3), np.uint8)
-    assert np.abs(image[..., ::-1].astype(int) - PICTURE).mean() < 12
+    assert np.abs(image[..., ::-1].astype(int) - PIXELS).mean() < 12
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "P"])
 def test_every_colour_mode_becomes_three_channels(tmp_path, mode):
     path = tmp_path / "a"
-    source = Image.fromarray(PICTURE)
-    picture = Image.fromarray(PICTURE[..., 0].astype(np.uint16) * 257) if mode == "I;16" else source.convert(mode)
-    picture.save(path, "JPEG" if mode == "CMYK" else "PNG")
+    source = Image.fromarray(PIXELS)
+    pixels = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257) if mode == "I;16" else source.convert(mode)
+    pixels.save(path, "JPEG" if mode == "CMYK" else "PNG")
     assert read_image(path).shape == (60, 80, 3)
 
 
@@ -80,9 +80,9 @@ def test_fill_bytes_before_a_marker_are_no_damage(tmp_path):
 
 BAD = {
     "empty": (b"", "empty"),
-    "text": (b"not a picture", "not a picture"),
-    "fits": (b"SIMPLE  =                    T" + b" " * 3000, "not a picture"),
-    "gif": (encoded("GIF"), "not a picture"),
+    "text": (b"not an image", "not an image"),
+    "fits": (b"SIMPLE  =                    T" + b" " * 3000, "not an image"),
+    "gif": (encoded("GIF"), "not an image"),
     "half jpeg": (encoded("JPEG")[:900], "cut short"),
     "half progressive jpeg": (encoded("JPEG", progressive=True)[:900], "cut short"),
     "jpeg without its last ten bytes": (encoded("JPEG")[:-10], "cut short"),
@@ -98,7 +98,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_picture_is_one_line_that_names_the_file(tmp_path, name):
+def test_a_bad_image_is_one_line_that_names_the_file(tmp_path, name):
     data, word = BAD[name]
     path = tmp_path / "bad.jpg"
     path.write_bytes(data)
@@ -130,11 +130,11 @@ def test_letterbox_agrees_with_all_224_reference_cases(reference):
 
 def test_letterboxed_pixels_and_tensors_are_bit_equal_to_the_reference(shared, reference):
     runs = json.loads((reference / "inference_reference.json").read_text())["runs"]
-    pictures = {path.name: path for path in (shared / "data").rglob("*.jpg")}
+    paths = {path.name: path for path in (shared / "data").rglob("*.jpg")}
     with np.load(reference / "letterboxed_bgr_uint8.npz") as canvases:
         for name, canvas in canvases.items():
             number, size = name[2:].split("_")
-            framed = letterbox(read_image(pictures[f"{int(number):012d}.jpg"]), (int(size), int(size)))
+            framed = letterbox(read_image(paths[f"{int(number):012d}.jpg"]), (int(size), int(size)))
             assert np.array_equal(framed.image, canvas)
             digest = hashlib.sha256(to_tensor(framed.image).tobytes()).hexdigest()
             assert digest == runs[name]["input_rgb_chw_f32_sha256"]
@@ -146,7 +146,7 @@ sides = st.integers(1, 400)
 @settings(max_examples=60, deadline=None)
 @given(frame=st.tuples(sides, sides), size=st.tuples(st.integers(32, 320), st.integers(32, 320)), up=st.booleans())
 def test_letterbox_then_unletterbox_is_identity(frame, size, up):
-    place = fit(frame, size, auto=False, scale_up=up, stride=32)
+    place = geometry(frame, size, auto=False, scale_up=up, stride=32)
     assert place.canvas_hw == size
     boxes = np.array([[0, 0, frame[1], frame[0]], [0, 0, frame[1] / 2, frame[0] / 3]], np.float32)
     on_canvas = boxes * place.gain + np.array([*place.pad_wh, *place.pad_wh])
@@ -165,7 +165,7 @@ def test_letterbox_returns_memory_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("size_hw", "goal", "linear", "expected", "interpolation"),
+    ("size_hw", "size", "linear", "expected", "interpolation"),
     [
         ((481, 640), 320, False, (240, 320), cv2.INTER_AREA),
         ((481, 640), 320, True, (240, 320), cv2.INTER_LINEAR),
@@ -173,9 +173,9 @@ def test_letterbox_returns_memory_of_its_own():
         ((1, 3000), 640, False, (1, 640), cv2.INTER_AREA),
     ],
 )
-def test_resize_longest_truncates_and_picks_the_loaders_interpolation(size_hw, goal, linear, expected, interpolation):
+def test_resize_longest_truncates_and_picks_the_loaders_interpolation(size_hw, size, linear, expected, interpolation):
     image = np.random.default_rng(1).integers(0, 256, (*size_hw, 3), np.uint8)
-    resized = resize_longest(image, goal, enlarge_or_augment_linear=linear)
+    resized = resize_longest(image, size, enlarge_or_augment_linear=linear)
     assert resized.shape[:2] == expected
     assert np.array_equal(resized, cv2.resize(image, expected[::-1], interpolation=interpolation))
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+import runtime
 from runtime.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,27 +21,25 @@ def model(toys, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path, white_frame):
-    folder = tmp_path / "pictures"
+def images(tmp_path, white_frame):
+    folder = tmp_path / "images"
     folder.mkdir()
     for name in ("b.jpg", "a.png"):
         cv2.imwrite(str(folder / name), white_frame)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
-def test_detect_prints_a_line_a_picture_in_order(model, pictures, capsys):
-    assert main(["detect", str(pictures), "--model", model]) == 0
+def test_detect_prints_a_line_an_image_in_order(model, images, capsys):
+    assert main(["detect", str(images), "--model", model]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [Path(line.split(" ")[0]).name for line in lines] == ["a.png", "b.jpg"]
     assert all("1 bolt, 1 nut" in line for line in lines)
 
 
-def test_detect_prints_json_and_saves_pictures(model, pictures, tmp_path, capsys):
+def test_detect_prints_json_and_saves_images(model, images, tmp_path, capsys):
     out = tmp_path / "drawn"
-    assert (
-        main(["detect", str(pictures / "*.png"), "--model", model, "--json", "--save", str(out), "--conf", "0.6"]) == 0
-    )
+    assert main(["detect", str(images / "*.png"), "--model", model, "--json", "--save", str(out), "--conf", "0.6"]) == 0
     captured = capsys.readouterr()
     (line,) = map(json.loads, captured.out.splitlines())
     assert [found["name"] for found in line["detections"]] == ["nut"]
@@ -50,9 +49,9 @@ def test_detect_prints_json_and_saves_pictures(model, pictures, tmp_path, capsys
     assert (drawn != 255).any()
 
 
-def test_a_picture_of_a_name_that_cannot_be_written_is_saved_as_jpeg(model, pictures, tmp_path):
+def test_an_image_of_a_name_that_cannot_be_written_is_saved_as_jpeg(model, images, tmp_path):
     for name in ("plain", "photo.jfif"):
-        (tmp_path / name).write_bytes((pictures / "b.jpg").read_bytes())
+        (tmp_path / name).write_bytes((images / "b.jpg").read_bytes())
         assert main(["detect", str(tmp_path / name), "--model", model, "--save", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["photo.jpg", "plain.jpg"]
 
@@ -108,6 +107,13 @@ def test_info_tells_of_the_machine_and_of_foreign_models(toys, tmp_path, capsys)
     assert json.loads(capsys.readouterr().out)["packages"]["numpy"] == np.__version__
     assert main(["info", str(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))]) == 0
     assert json.loads(capsys.readouterr().out)["metadata"]["names"] == "{0: 'bolt', 1: 'nut'}"
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"edgestill {runtime.__version__}\n"
 
 
 def test_wrong_usage_exits_with_two():

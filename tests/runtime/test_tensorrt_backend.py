@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from runtime.backends import Opening
+from runtime.backends import LoadRequest
 from runtime.backends import cuda as cuda_module
 from runtime.backends import tensorrt as backend_module
 from runtime.backends.tensorrt import Loaded, TensorRTBackend, collecting_logger, deserialize, errors_of
@@ -121,7 +121,7 @@ def canvas(value=10, batch=1):
     return np.full((batch, 4, 4, 3), value, np.uint8)
 
 
-def test_ports_come_from_the_engine():
+def test_input_and_output_come_from_the_engine():
     backend, _, _ = opened(batch=-1)
     assert (backend.input.name, backend.input.dtype, backend.input.shape) == ("canvas", np.uint8, (None, 4, 4, 3))
     assert (backend.output.name, backend.output.dtype, backend.output.shape) == ("mean", np.float32, (1, 2))
@@ -254,9 +254,9 @@ def test_the_real_logger_is_the_same():
 
 def test_engines_want_a_gpu_and_checked_bytes():
     with pytest.raises(UsageError, match="GPU"):
-        backend_module.open_model(Opening("tensorrt", PATH, b"plan", "cpu"))
+        backend_module.load(LoadRequest("tensorrt", PATH, {PATH.name: b"plan"}, "cpu"))
     with pytest.raises(EngineError, match="hash"):
-        backend_module.open_model(Opening("tensorrt", PATH, None))
+        backend_module.load(LoadRequest("tensorrt", PATH))
 
 
 def test_a_missing_library_says_how_to_get_it(monkeypatch):

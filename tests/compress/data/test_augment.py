@@ -29,7 +29,7 @@ def numbers(reference: Path) -> dict[str, Any]:
 
 
 def noise() -> np.ndarray:
-    """The picture that the reference warped and jittered."""
+    """The image that the reference warped and jittered."""
     return np.random.RandomState(0).randint(0, 255, (480, 640, 3), dtype=np.uint8)
 
 
@@ -101,13 +101,14 @@ def test_mosaics_are_those_of_yolov5(numbers: dict[str, Any], shared: Path, case
 
     dataset = TrainDataset(samples, 320, OFF)
     mosaic = augment.Mosaic((centre_x, centre_y), (indices[0], indices[1], indices[2], indices[3]), warp)
-    image, boxes = dataset._mosaic(mosaic)
+    plan = augment.AugmentPlan(mosaic, None, Warp(), (1.0, 1.0, 1.0), flip_ud=False, flip_lr=False)
+    image, boxes = augment.compose(plan, dataset.load, one["index"], 320)
     assert image.shape == (320, 320, 3)
     np.testing.assert_allclose(boxes, one["labels_xyxy_pixels"], atol=1e-3)
 
 
 def test_the_plan_of_an_item_depends_on_seed_epoch_and_index_alone() -> None:
-    def plan(seed: int, epoch: int, index: int) -> augment.Plan:
+    def plan(seed: int, epoch: int, index: int) -> augment.AugmentPlan:
         return augment.draw_plan(AugmentConfig(), seed=seed, epoch=epoch, index=index, count=9, imgsz=64)
 
     assert plan(1, 2, 3) == plan(1, 2, 3)
@@ -132,7 +133,7 @@ def test_draws_stay_within_their_settings_and_the_own_image_is_in_the_mosaic() -
 
 def test_without_augmentation_the_plan_is_neutral() -> None:
     plan = augment.draw_plan(OFF, seed=5, epoch=1, index=2, count=3, imgsz=64)
-    assert plan == augment.Plan(None, None, Warp(), (1.0, 1.0, 1.0), False, False)
+    assert plan == augment.AugmentPlan(None, None, Warp(), (1.0, 1.0, 1.0), False, False)
 
 
 def test_boxes_that_became_thin_small_or_mostly_hidden_are_left_out() -> None:

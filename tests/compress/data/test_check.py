@@ -6,8 +6,8 @@ from pathlib import Path
 
 from compress.data import load_data
 from compress.data.check import check
-from compress.data.generate import generate
-from tests.compress.data.conftest import folder_hash, write_image
+from compress.data.demo.generate import generate
+from tests.compress.data.conftest import folder_hash, write_image, write_labels
 
 
 def test_a_sound_dataset_is_ok_and_unchanged(dataset: Path) -> None:
@@ -67,7 +67,7 @@ def test_one_folder_for_both_splits_is_a_leak(dataset: Path) -> None:
     assert len(check(load_data(dataset)).leaks) == 4
 
 
-def test_unusual_things_are_told(dataset: Path) -> None:
+def test_unusual_things_are_reported(dataset: Path) -> None:
     root = dataset.parent
     dataset.write_text("train: images/train\nval: images/val\ntest: images/nowhere\nnames: [cat, dog, bird, fish]\n")
     (root / "labels/val/0.txt").write_text("2 0.5 0.5 0.01 0.5\n0 0.0 0.5 0.5 0.5\n0 0.5 0.5 1 1\n")
@@ -87,6 +87,24 @@ def test_unusual_things_are_told(dataset: Path) -> None:
         "1 label files without an image",
     ):
         assert what in told
+
+
+def test_images_that_share_a_label_file_are_reported(dataset: Path) -> None:
+    write_image(dataset.parent / "images/train/0.jpg", seed=50)
+    report = check(load_data(dataset))
+    assert (
+        "train: 1 label files belong to several images, first images/train/0.jpg and images/train/0.png"
+        in report.unusual
+    )
+
+
+def test_images_of_one_base_name_in_two_folders_are_two_images(dataset: Path) -> None:
+    for camera in ("cam1", "cam2"):
+        write_image(dataset.parent / f"images/train/{camera}/0.png", seed=ord(camera[-1]))
+        write_labels(dataset.parent / f"labels/train/{camera}/0.txt", "0 0.5 0.5 0.2 0.2\n")
+    report = check(load_data(dataset))
+    assert (report.splits["train"].usable, report.splits["train"].boxes) == (6, 6)
+    assert report.ok
 
 
 def test_a_generated_set_is_ok(tmp_path: Path) -> None:

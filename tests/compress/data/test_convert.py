@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from compress.data import convert, load_data
+from compress.data.check import check
 from compress.data.coco import to_coco
 from compress.data.dataset import Sample
 from compress.data.index import index_split
@@ -18,7 +19,7 @@ CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def source(tmp_path: Path) -> Path:
     for i in range(6):
         write_image(tmp_path / "in" / f"{i}.png", 100, 50, seed=i)
     return tmp_path / "in"
@@ -40,13 +41,13 @@ def all_samples(data_yaml: Path) -> list[Sample]:
     return sorted((s for split in data.splits for s in index_split(data, split).samples), key=lambda s: s.image.name)
 
 
-def test_coco_boxes_become_normalised_rows_and_crowds_are_counted(pictures: Path, tmp_path: Path) -> None:
-    source = coco_file(
-        pictures, [box(1, 3, 10, 10, 20, 10), box(1, 7, 0, 0, 100, 50), box(2, 7, 5, 5, 5, 5, iscrowd=1)]
+def test_coco_boxes_become_normalised_rows_and_crowds_are_counted(source: Path, tmp_path: Path) -> None:
+    annotations = coco_file(
+        source, [box(1, 3, 10, 10, 20, 10), box(1, 7, 0, 0, 100, 50), box(2, 7, 5, 5, 5, 5, iscrowd=1)]
     )
-    before = folder_hash(pictures)
-    result = convert.coco(source, pictures, tmp_path / "out")
-    assert folder_hash(pictures) == before
+    before = folder_hash(source)
+    result = convert.coco(annotations, source, tmp_path / "out")
+    assert folder_hash(source) == before
     assert (result.images, result.boxes, result.skipped, result.problems) == (6, 2, 1, ())
     assert load_data(result.data_yaml).names == ("cat", "dog")
     samples = all_samples(result.data_yaml)
@@ -73,38 +74,77 @@ def test_coco_boxes_become_normalised_rows_and_crowds_are_counted(pictures: Path
     ],
 )
 def test_a_bad_annotation_is_reported_and_only_it_is_skipped(
-    pictures: Path, tmp_path: Path, annotation: dict[str, Any], what: str
+    source: Path, tmp_path: Path, annotation: dict[str, Any], what: str
 ) -> None:
-    result = convert.coco(coco_file(pictures, [annotation, box(1, 3, 1, 1, 5, 5)]), pictures, tmp_path / "out")
+    result = convert.coco(coco_file(source, [annotation, box(1, 3, 1, 1, 5, 5)]), source, tmp_path / "out")
     assert result.boxes == 1
     assert len(result.problems) == 1
     assert what in str(result)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "a/../../b.png", "..\\b.png", "C:/b.png", "", "\0"])
-def test_image_names_that_leave_the_folder_are_refused(pictures: Path, tmp_path: Path, name: str) -> None:
+def test_image_names_that_leave_the_folder_are_refused(source: Path, tmp_path: Path, name: str) -> None:
     write_image(tmp_path / "secret.png")
     images = [{"id": 1, "file_name": name, "width": 64, "height": 48}]
     with pytest.raises(InputError, match="leaves the image folder"):
-        convert.coco(coco_file(pictures, [], images=images), pictures, tmp_path / "out")
+        convert.coco(coco_file(source, [], images=images), source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_images_and_wrong_sizes_are_left_out(pictures: Path, tmp_path: Path) -> None:
-    (pictures / "0.png").write_bytes(b"")
-    (pictures / "1.png").unlink()
-    write_image(pictures / "2.png", 30, 30)
-    result = convert.coco(coco_file(pictures, [box(4, 3, 1, 1, 5, 5)]), pictures, tmp_path / "out")
+def test_a_category_that_groups_others_and_has_no_box_is_no_class(source: Path, tmp_path: Path) -> None:
+    categories = [
+        {"id": 0, "name": "parts", "supercategory": "none"},
+        {"id": 1, "name": "part", "supercategory": "parts"},
+        {"id": 2, "name": "tool", "supercategory": "tool"},
+        {"id": 3, "name": "bolt", "supercategory": "part"},
+        {"id": 4, "name": "parts", "supercategory": "parts"},
+    ]
+    boxes = [box(1, 1, 10, 10, 20, 10), box(2, 4, 10, 10, 20, 10)]
+    result = convert.coco(coco_file(source, boxes, categories=categories), source, tmp_path / "out")
+    assert load_data(result.data_yaml).names == ("part", "tool", "bolt", "parts")
+    assert len(result.problems) == 1
+    assert "category 'parts' groups others" in str(result.problems[0])
+
+
+def test_bad_images_and_wrong_sizes_are_left_out(source: Path, tmp_path: Path) -> None:
+    (source / "0.png").write_bytes(b"")
+    (source / "1.png").unlink()
+    write_image(source / "2.png", 30, 30)
+    result = convert.coco(coco_file(source, [box(4, 3, 1, 1, 5, 5)]), source, tmp_path / "out")
     assert (result.images, result.boxes, len(result.problems)) == (3, 1, 3)
     assert "is 30x30 but annotated as 100x50" in str(result)
 
 
-def test_two_images_with_one_label_file_do_not_overwrite_each_other(pictures: Path, tmp_path: Path) -> None:
-    write_image(pictures / "0.jpg", 100, 50)
+def test_two_images_with_one_label_file_do_not_overwrite_each_other(source: Path, tmp_path: Path) -> None:
+    write_image(source / "0.jpg", 100, 50)
     images = [{"id": i, "file_name": f"{i}.png"} for i in range(6)] + [{"id": 6, "file_name": "0.jpg"}]
-    result = convert.coco(coco_file(pictures, [box(0, 3, 1, 1, 5, 5)], images=images), pictures, tmp_path / "out")
+    result = convert.coco(coco_file(source, [box(0, 3, 1, 1, 5, 5)], images=images), source, tmp_path / "out")
     assert result.images == 6
     assert "shares its label file" in str(result)
+
+
+def test_an_image_that_is_named_twice_is_in_one_split(source: Path, tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i // 2}.png"} for i in range(10)]
+    result = convert.coco(coco_file(source, [], images=images), source, tmp_path / "out")
+    assert (result.images, len(result.problems)) == (5, 5)
+    assert not check(load_data(result.data_yaml)).leaks
+
+
+def test_an_id_of_two_images_is_refused(source: Path, tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": f"{i}.png"} for i in range(2)]
+    with pytest.raises(InputError, match="image id 1 stands for two files"):
+        convert.coco(coco_file(source, [], images=images), source, tmp_path / "out")
+
+
+def test_images_of_one_base_name_in_two_folders_are_both_kept(source: Path, tmp_path: Path) -> None:
+    files = [f"cam{i % 2}/{i // 2}.png" for i in range(6)]
+    for i, file in enumerate(files):
+        write_image(source / file, 100, 50, seed=i)
+    images = [{"id": i, "file_name": file, "width": 100, "height": 50} for i, file in enumerate(files)]
+    boxes = [box(i, 3, 0, 0, 10 * (i + 1), 10) for i in range(6)]
+    result = convert.coco(coco_file(source, boxes, images=images), source, tmp_path / "out")
+    widths = {"/".join(s.image.parts[-2:]): round(float(s.labels[0, 3]), 3) for s in all_samples(result.data_yaml)}
+    assert widths == {file: (i + 1) / 10 for i, file in enumerate(files)}
 
 
 @pytest.mark.parametrize(
@@ -112,10 +152,10 @@ def test_two_images_with_one_label_file_do_not_overwrite_each_other(pictures: Pa
     ["", "[]", "{", "[" * 100_000, '{"images": 1}', '{"images": [], "annotations": [], "categories": []}'],
     ids=range(6),
 )
-def test_what_is_not_coco_is_one_line(pictures: Path, tmp_path: Path, content: str) -> None:
+def test_what_is_not_coco_is_one_line(source: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(InputError) as caught:
-        convert.coco(tmp_path / "x.json", pictures, tmp_path / "out")
+        convert.coco(tmp_path / "x.json", source, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -150,7 +190,7 @@ def voc_folder(tmp_path: Path, **files: str) -> Path:
     return folder
 
 
-def test_voc_boxes_count_from_one_and_difficult_objects_are_counted(pictures: Path, tmp_path: Path) -> None:
+def test_voc_boxes_count_from_one_and_difficult_objects_are_counted(source: Path, tmp_path: Path) -> None:
     objects = OBJECT.format(1, 1, 100, 50, name="dog", difficult=0) + OBJECT.format(
         11, 11, 30, 20, name="cat", difficult=0
     )
@@ -158,7 +198,7 @@ def test_voc_boxes_count_from_one_and_difficult_objects_are_counted(pictures: Pa
     folder = voc_folder(
         tmp_path, a=XML.format(name="0.png", objects=objects), **{"1": XML.format(name="wrong.jpg", objects="")}
     )
-    result = convert.voc(folder, pictures, tmp_path / "out")
+    result = convert.voc(folder, source, tmp_path / "out")
     assert (result.images, result.boxes, result.skipped) == (2, 2, 1)
     assert load_data(result.data_yaml).names == ("cat", "dog")
     np.testing.assert_allclose(
@@ -180,36 +220,36 @@ BOMB = f'<!DOCTYPE a [<!ENTITY x0 "xxxxxxxxxx">{ENTITIES}'
     ids=["bomb", "file", "network"],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_entities_are_refused(pictures: Path, tmp_path: Path, text: str, encoding: str) -> None:
+def test_entities_are_refused(source: Path, tmp_path: Path, text: str, encoding: str) -> None:
     folder = voc_folder(tmp_path)
     (folder / "a.xml").write_bytes(text.encode(encoding))
     with pytest.raises(InputError, match="DOCTYPE"):
-        convert.voc(folder, pictures, tmp_path / "out")
+        convert.voc(folder, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_voc_image_name_that_leaves_the_folder_is_refused(pictures: Path, tmp_path: Path) -> None:
+def test_a_voc_image_name_that_leaves_the_folder_is_refused(source: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "secret.png")
     text = XML.format(name="../secret.png", objects=OBJECT.format(1, 1, 9, 9, name="a", difficult=0))
     with pytest.raises(InputError, match="leaves the image folder"):
-        convert.voc(voc_folder(tmp_path, a=text), pictures, tmp_path / "out")
+        convert.voc(voc_folder(tmp_path, a=text), source, tmp_path / "out")
 
 
-def test_damaged_xml_is_reported_and_only_it_is_skipped(pictures: Path, tmp_path: Path) -> None:
+def test_damaged_xml_is_reported_and_only_it_is_skipped(source: Path, tmp_path: Path) -> None:
     good = XML.format(name="0.png", objects=OBJECT.format(1, 1, 9, 9, name="a", difficult=0))
     bad = XML.format(name="1.png", objects=OBJECT.format("x", 1, 9, 9, name="a", difficult=0))
     folder = voc_folder(tmp_path, a=good, b="<annotation>", c="", d=bad, e="not xml")
-    result = convert.voc(folder, pictures, tmp_path / "out")
+    result = convert.voc(folder, source, tmp_path / "out")
     assert result.boxes == 1
     assert len(result.problems) == 4
 
 
-def test_nothing_to_convert_is_an_error(pictures: Path, tmp_path: Path) -> None:
+def test_nothing_to_convert_is_an_error(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.xml"):
-        convert.voc(tmp_path, pictures, tmp_path / "out")
+        convert.voc(tmp_path, source, tmp_path / "out")
     with pytest.raises(InputError, match="cannot be read"):
-        convert.coco(tmp_path / "none.json", pictures, tmp_path / "out")
+        convert.coco(tmp_path / "none.json", source, tmp_path / "out")
     with pytest.raises(EdgestillError):
-        convert.coco(coco_file(pictures, []), tmp_path / "nowhere", tmp_path / "out")
+        convert.coco(coco_file(source, []), tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UsageError, match="not empty"):
-        convert.coco(coco_file(pictures, []), pictures, pictures)
+        convert.coco(coco_file(source, []), source, source)

@@ -100,7 +100,7 @@ def test_an_image_outside_the_root_has_a_key_too(dataset: Path, tmp_path: Path) 
     assert Dataset.load(tmp_path / "index.json", indexed.root).splits["train"].samples[0].image == outside
 
 
-def test_keys_have_slashes_and_lead_back(tmp_path: Path) -> None:
+def test_keys_have_slashes_and_give_the_path_again(tmp_path: Path) -> None:
     for path in (tmp_path / "set/a b/c.png", tmp_path / "other/c.png", tmp_path / "set"):
         key = key_of(path, tmp_path / "set")
         assert "\\" not in key

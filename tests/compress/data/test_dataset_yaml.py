@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from compress.data import load_data
 from runtime.errors import EdgestillError, InputError, UsageError
+from tests.compress.data.conftest import write_image
 
 Write = Callable[[str], Path]
 NAMES = "names: [cat, dog]\n"
@@ -37,6 +38,8 @@ def test_folders_are_read_sorted_and_recursively(dataset: Path) -> None:
         ("names:\n- cat\n- dog\nnc: 2", ("cat", "dog")),
         ("names: {0: no, 1: on}", ("no", "on")),
         ("names: ['0', 1.0]", ("0", "1.0")),
+        ("names: [0, 1, 2]", ("0", "1", "2")),
+        ("names: {0: true, 1: 007}", ("true", "007")),
         ("nc: 1\nnames: ['traffic light']", ("traffic light",)),
     ],
 )
@@ -59,11 +62,29 @@ def test_names_are_a_list_or_a_map_and_always_text(write_yaml: Write, names: str
         ("names: 7", "names is '7'"),
     ],
 )
-def test_wrong_names_are_told_in_one_line(write_yaml: Write, names: str, what: str) -> None:
+def test_wrong_names_are_named_in_one_line(write_yaml: Write, names: str, what: str) -> None:
     with pytest.raises(InputError, match=r"data\.yaml") as caught:
         load_data(write_yaml(f"train: images/train\nval: images/val\n{names}\n"))
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", ["3", "[3]", "[3, 4]", "[0x3, 2]", "[-1, 2]", "[[3], 2]", "{a: b}"])
+def test_a_wrong_shape_of_key_points_is_named(write_yaml: Write, shape: str) -> None:
+    with pytest.raises(InputError, match=r"kpt_shape is .*, expected"):
+        load_data(write_yaml(f"train: images/train\nval: images/val\n{NAMES}kpt_shape: {shape}\n"))
+
+
+def test_classes_without_names_are_numbered(write_yaml: Write) -> None:
+    data = load_data(write_yaml("train: images/train\nval: images/val\nnc: 3\n"))
+    assert data.names == ("class0", "class1", "class2")
+    assert data.notices == ("no names: the 3 classes are called class0 to class2",)
+
+
+@pytest.mark.parametrize("nc", ["0", "-1", "many", "[1]", "1e3", "99999"])
+def test_a_wrong_number_of_classes_is_no_list_of_names(write_yaml: Write, nc: str) -> None:
+    with pytest.raises(InputError, match="names is nothing"):
+        load_data(write_yaml(f"train: images/train\nval: images/val\nnc: {nc}\n"))
 
 
 def test_a_relative_path_starts_at_the_folder_of_the_yaml_and_an_absolute_one_is_taken(
@@ -89,6 +110,49 @@ def test_list_files_folders_and_lists_of_both_can_be_mixed(dataset: Path) -> Non
     assert all(image.is_file() for image in data.splits["train"])
 
 
+def test_an_image_listed_in_two_ways_is_one_image(dataset: Path) -> None:
+    root = dataset.parent
+    (root / "list.txt").write_text(f"images/train/0.png\nimages/val/../train/0.png\n{root}/../set/images/train/0.png\n")
+    dataset.write_text(f"train: list.txt\nval: images/val\n{NAMES}")
+    assert load_data(dataset).splits["train"] == (root / "images/train/0.png",)
+
+
+def test_a_link_to_a_folder_is_followed_and_known_by_its_own_path(dataset: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "disk2/a.png")
+    (dataset.parent / "images/train/more").symlink_to(tmp_path / "disk2")
+    train = load_data(dataset).splits["train"]
+    assert len(train) == 5
+    assert dataset.parent / "images/train/more/a.png" in train
+
+
+def test_two_links_to_one_folder_are_both_followed(dataset: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "disk2/a.png")
+    for name in ("one", "two"):
+        (dataset.parent / "images/train" / name).symlink_to(tmp_path / "disk2")
+    assert len(load_data(dataset).splits["train"]) == 6
+
+
+@pytest.mark.parametrize("target", ["images/train", "images", ".", "../disk2"])
+def test_a_link_into_a_folder_above_it_is_not_followed(dataset: Path, tmp_path: Path, target: str) -> None:
+    root = dataset.parent
+    write_image(tmp_path / "disk2/a.png")
+    (tmp_path / "disk2/back").symlink_to(root / "images/train")
+    (root / "images/train/loop").symlink_to(root / target)
+    assert len(load_data(dataset).splits["train"]) == 4 + (target == "../disk2")
+
+
+def test_a_broken_link_is_listed_so_that_it_is_reported(dataset: Path) -> None:
+    (dataset.parent / "images/train/gone.png").symlink_to("nowhere.png")
+    assert len(load_data(dataset).splits["train"]) == 5
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_a_list_may_end_in_any_way(dataset: Path, end: str) -> None:
+    (dataset.parent / "list.txt").write_bytes(end.join(f"images/train/{i}.png" for i in range(3)).encode())
+    dataset.write_bytes(end.join(["train: list.txt", "val: images/val", "names: [cat, dog]"]).encode())
+    assert [image.name for image in load_data(dataset).splits["train"]] == ["0.png", "1.png", "2.png"]
+
+
 def test_a_dot_slash_line_is_relative_to_the_list_file(dataset: Path) -> None:
     (dataset.parent / "images/list.txt").write_text("./train/0.png\n")
     dataset.write_text(f"train: images/list.txt\nval: images/val\n{NAMES}")
@@ -98,7 +162,7 @@ def test_a_dot_slash_line_is_relative_to_the_list_file(dataset: Path) -> None:
 def test_an_exported_dot_dot_is_retried_within_the_folder(write_yaml: Write) -> None:
     data = load_data(write_yaml(f"train: ../images/train\nval: ../images/val\ntest: ../images/test\n{NAMES}"))
     assert len(data.splits["train"]) == 4
-    assert "test split left out" in data.notices[0]
+    assert data.notices == ("test split left out: ../images/test does not exist",)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from compress.data import Sample, load_data
+from compress.data import DataConfig, Sample, load_data
 from compress.data.index import decoded_size_hw, index_dataset, index_image, index_split, quick_digest
 from compress.data.labels import label_path
 from runtime.errors import InputError
@@ -108,7 +108,7 @@ def exif(orientation: int) -> Image.Exif:
 
 def index_of(image: Path) -> Sample:
     """The sample of an image without labels."""
-    sample, problems = index_image(image, image.parent, nc=1)
+    sample, problems = index_image(image, DataConfig(image.parent / "data.yaml", image.parent, {}, names=("part",)))
     assert sample is not None
     assert not problems
     return sample
@@ -204,3 +204,14 @@ def test_the_quick_digest_follows_every_file_of_the_data(dataset: Path) -> None:
     dataset.write_text(dataset.read_text().replace("dog", "bird"))
     digests.append(quick_digest(load_data(dataset)))
     assert len(set(digests)) == len(digests)
+
+
+def test_key_points_behind_the_box_are_not_read_as_a_polygon(dataset: Path) -> None:
+    dataset.write_text(dataset.read_text() + "kpt_shape: [3, 2]\nflip_idx: [0, 1, 2]\n")
+    row = "0 0.70 0.30 0.10 0.20 0.67 0.25 0.70 0.30 0.73 0.35\n"
+    (dataset.parent / "labels/train/0.txt").write_text(f"{row}0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n")
+    data = load_data(dataset)
+    index = index_split(data, "train")
+    np.testing.assert_allclose(index.samples[0].labels, [[0, 0.7, 0.3, 0.1, 0.2]], atol=1e-6)
+    assert "9 columns, expected 5 (class cx cy w h) or 11" in str(index.problems[0])
+    assert "key points are not used" in data.notices[0]

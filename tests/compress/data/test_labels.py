@@ -60,6 +60,14 @@ def test_polygons_become_their_bounding_boxes() -> None:
     assert not problems
 
 
+def test_key_points_may_have_a_visibility_and_any_place() -> None:
+    labels, problems = parse_labels(
+        ["0 0.5 0.5 0.2 0.1 0.4 0.4 2 -0.1 1.2 0", "0 0.1 0.1 0.2 0.2"], 1, keypoint_values=6
+    )
+    np.testing.assert_allclose(labels, [[0, 0.5, 0.5, 0.2, 0.1], [0, 0.1, 0.1, 0.2, 0.2]])
+    assert not problems
+
+
 @given(st.lists(st.text(), max_size=5), st.integers(1, 3))
 def test_any_text_gives_valid_boxes_or_problems(lines: list[str], nc: int) -> None:
     labels, problems = parse_labels(lines, nc)
@@ -101,3 +109,12 @@ def test_the_public_labels_of_coco128_have_no_problem(shared: Path) -> None:
     parsed = [read_labels(file, 80) for file in files]
     assert sum(len(labels) for labels, _ in parsed) == 929
     assert not [problem for _, problems in parsed for problem in problems]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_in_any_way(tmp_path: Path, end: str) -> None:
+    rows = ("0 0.5 0.5 0.1 0.1", "1 0.2 0.2 0.1 0.1", "0 0.7 0.7 0.1 0.1", "9 0.5 0.5 0.1 0.1")
+    (tmp_path / "a.txt").write_bytes(end.join(rows).encode())
+    labels, problems = read_labels(tmp_path / "a.txt", nc=2)
+    np.testing.assert_allclose(labels[:, :2], [[0, 0.5], [1, 0.2], [0, 0.7]])
+    assert [problem.line for problem in problems] == [4]

@@ -11,9 +11,10 @@ import torch
 from compress.config import AugmentConfig
 from compress.data import load_data
 from compress.data.dataset import Sample
+from compress.data.image_store import ImageStore, cached_bytes, free_bytes, resized_hw
 from compress.data.index import index_split
 from compress.data.loader import Batch, map_ahead, train_batches, val_batches
-from compress.data.train_dataset import ImageStore, TrainDataset, cached_bytes, free_bytes, resized_hw
+from compress.data.train_dataset import TrainDataset
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
 from tests.compress.data.conftest import folder_hash, write_image, write_labels
@@ -119,7 +120,7 @@ def test_without_augmentation_labels_stay_on_their_objects(tmp_path: Path) -> No
     np.testing.assert_allclose([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], [x0, y0, x1, y1], atol=1.01)
 
 
-def test_an_image_that_breaks_during_training_is_told_once_and_loses_its_labels(
+def test_an_image_that_breaks_during_training_is_reported_once_and_loses_its_labels(
     samples: tuple[Sample, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     samples[2].image.write_bytes(b"broken")
@@ -146,9 +147,9 @@ def test_decoded_images_are_kept_only_when_they_fit(
     store = ImageStore(samples, 64)
     assert sum(store.load(i)[0].nbytes for i in range(len(samples))) == need
     assert free_bytes() > 0
-    monkeypatch.setattr("compress.data.train_dataset.free_bytes", lambda: need)
+    monkeypatch.setattr("compress.data.image_store.free_bytes", lambda: need)
     assert not ImageStore(samples, 64).cached
-    monkeypatch.setattr("compress.data.train_dataset.free_bytes", lambda: 3 * need)
+    monkeypatch.setattr("compress.data.image_store.free_bytes", lambda: 3 * need)
     assert ImageStore(samples, 64).cached
 
 
@@ -194,7 +195,7 @@ def test_square_batches_keep_the_given_order(samples: tuple[Sample, ...]) -> Non
     assert [index for one in batches for index in one.indices] == list(range(11))
 
 
-def test_validation_labels_lead_back_to_the_original_boxes(samples: tuple[Sample, ...]) -> None:
+def test_validation_labels_can_be_mapped_to_the_original_boxes(samples: tuple[Sample, ...]) -> None:
     for one in val_batches(samples, imgsz=96, batch=4):
         height, width = one.images.shape[2:]
         for position, sample in enumerate(one.samples):

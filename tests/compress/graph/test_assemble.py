@@ -7,7 +7,7 @@ import pytest
 from compress.graph.network import fold_bgr_bytes
 from compress.graph.nms import NmsShape
 from compress.graph.parts import op_counts
-from compress.graph.preprocess import LetterboxGeometry, pixels_tensor
+from compress.graph.preprocess import FrameLetterbox, pixels_tensor
 from compress.graph.safe_load import ALLOWED, problems
 from compress.graph.session import exposing, open_session
 from compress.graph.verify import check_boxes, check_rows
@@ -93,8 +93,8 @@ def test_letterbox_in_the_graph_is_the_runtime_letterbox_within_one_level(case, 
 def test_frame_boxes_are_in_frame_pixels_and_inside(case):
     frame = np.random.default_rng(1).integers(0, 256, (1, 108, 192, 3), dtype=np.uint8)
     model = case.boxes(frame_hw=(108, 192))
-    geometry = LetterboxGeometry((108, 192), (160, 160))
-    agreement = check_boxes(model, [frame], case.rows, case.nms, geometry)
+    letterbox = FrameLetterbox((108, 192), (160, 160))
+    agreement = check_boxes(model, [frame], case.rows, case.nms, letterbox)
     assert agreement.nms_differences == 0
     found = detections(model, frame)
     assert found[:, [0, 2]].max() <= 192

@@ -151,7 +151,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(student, exported, tmp_path):
 
 
 @pytest.mark.parametrize("limit", ["max_box_error", "max_score_error"])
-def test_a_difference_beyond_the_tolerance_publishes_nothing(student, tmp_path, limit):
+def test_a_difference_beyond_the_tolerance_writes_nothing(student, tmp_path, limit):
     config = ExportConfig(**{limit: 1e-12})
     with pytest.raises(EdgestillError, match="against torch") as caught:
         export(config, model=student.path, out=tmp_path / "out", imgsz=SIZE, log=lambda _: None)
@@ -160,7 +160,7 @@ def test_a_difference_beyond_the_tolerance_publishes_nothing(student, tmp_path, 
 
 
 def test_an_image_size_off_the_stride_names_the_next_one(student, tmp_path):
-    with pytest.raises(UsageError, match="use 192"):
+    with pytest.raises(UsageError, match="Use 192"):
         export(ExportConfig(), model=student.path, out=tmp_path, imgsz=161)
 
 

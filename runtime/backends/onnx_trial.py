@@ -1,7 +1,7 @@
-"""Load a stranger's ONNX file first in a child process with limits on memory and time.
+"""Load a foreign ONNX file first in a child process with limits on memory and time.
 
-Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes out of a
-hundred bytes. The child takes that blow. It is a guard against broken files, not a judgement of the model: files with
+Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes for a file of
+a hundred bytes. Here only the child crashes. This protects from broken files and does not judge the model: files with
 an edgestill card skip it, because they come from our own export.
 """
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime.child import last_line, limit, run_child
+from runtime.child_process import last_line, limit, run_child
 from runtime.errors import InputError, one_line
 
 MEMORY_BYTES = 6 << 30
@@ -20,11 +20,11 @@ CPU_SECONDS = 60
 REMEDY = "Do not use this file; export it again from a checkpoint that you trust"
 
 
-def probe(path: Path) -> None:
+def load_in_child(path: Path) -> None:
     """Raises InputError when the file does not load within the limits."""
     try:
         done = run_child(
-            "from runtime.backends.probe import main; main()",
+            "from runtime.backends.onnx_trial import main; main()",
             data=os.fsencode(path.resolve()),
             timeout_s=2 * CPU_SECONDS,
         )
@@ -41,13 +41,13 @@ def main() -> None:
     """The child: exit 0 when the file whose path is on standard input loads."""
     path = os.fsdecode(sys.stdin.buffer.read())
     limit(MEMORY_BYTES, CPU_SECONDS)
-    if reason := refusal(path):
+    if reason := load_error(path):
         print(reason, file=sys.stderr)
         sys.exit(1)
 
 
-def refusal(model: str | bytes) -> str:
-    """Why ONNX Runtime does not load the file of this path, or these bytes; empty where it does."""
+def load_error(model: str | bytes) -> str:
+    """ONNX Runtime's error on loading the file of this path, or these bytes; empty when it loads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""One picture of a conveyor belt with metal parts, and a tight box for the visible portion of each.
+"""An image of a conveyor belt with metal parts, and a tight box around the visible portion of each.
 
 Parts are height fields lit by one lamp: bevels and threads get their highlights from the same direction in which the
 shadows fall. All randomness comes from the generator that is passed in.
@@ -13,14 +13,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.data.belt_parts import PARTS, Outline, Part
+from compress.data.demo.belt_parts import PARTS, Outline, Part
 
 Field = NDArray[np.float32]
 """(H, W) or (H, W, 3) float32; colours are BGR with 1 for white."""
 
 OVERSAMPLING = 2
 MIN_VISIBLE = 0.45
-"""Of a part that later ones cover, or the frame cuts, at least this much stays in sight."""
+"""Least share of a part that stays visible where later ones cover it or the frame cuts it."""
 MIN_BOX_PX = 6
 PLACEMENT_TRIES = 8
 
@@ -48,7 +48,7 @@ class Lamp(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A part ready to be laid down: colour (h, w, 3), coverage (h, w) 0..1, and its top left corner in the picture."""
+    """A part ready to be laid down: colour (h, w, 3), coverage (h, w) 0..1, and its top left corner in the image."""
 
     colour: Field
     coverage: Field
@@ -72,7 +72,7 @@ class Scene:
 def draw_scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> Scene:
     """A belt with four to nine parts on it, seen from above."""
     lamp = _draw_lamp(rng)
-    picture, free_rows = _belt(rng, size_hw)
+    image, free_rows = _belt(rng, size_hw)
     part_ids = np.zeros(size_hw, np.int16)
     classes: dict[int, int] = {}
     areas = [0]
@@ -83,15 +83,15 @@ def draw_scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> Scene:
         if placed is not None:
             areas.append(_area(placed))
             classes[len(classes) + 1] = class_id
-            _lay_down(picture, part_ids, placed, len(classes), lamp)
-    return _finish(rng, picture, part_ids, classes)
+            _lay_down(image, part_ids, placed, len(classes), lamp)
+    return _finish(rng, image, part_ids, classes)
 
 
-def _finish(rng: np.random.Generator, picture: Field, part_ids: NDArray[np.int16], classes: dict[int, int]) -> Scene:
+def _finish(rng: np.random.Generator, image: Field, part_ids: NDArray[np.int16], classes: dict[int, int]) -> Scene:
     boxes = {part: _box(part_ids, part) for part in classes}
     kept = [part for part, box in boxes.items() if min(box[2] - box[0], box[3] - box[1]) >= MIN_BOX_PX]
     rows = np.array([(classes[part], *boxes[part]) for part in kept], np.float32).reshape(-1, 5)
-    return Scene(_photograph(rng, picture), rows, part_ids, tuple(kept))
+    return Scene(_photograph(rng, image), rows, part_ids, tuple(kept))
 
 
 def _box(part_ids: NDArray[np.int16], part: int) -> tuple[int, int, int, int]:
@@ -147,10 +147,10 @@ def _area(placed: Rendered) -> int:
 
 def _leaves_enough(placed: Rendered, part_ids: NDArray[np.int16], areas: list[int]) -> bool:
     """True where the new part and all that it covers keep `MIN_VISIBLE` of their area in sight."""
-    picture, own = _overlap(placed, part_ids.shape)
+    image, own = _overlap(placed, part_ids.shape)
     mask = placed.coverage[own] > 0.5
     before = np.bincount(part_ids.ravel(), minlength=len(areas))
-    covered = np.bincount(part_ids[picture][mask], minlength=len(areas))
+    covered = np.bincount(part_ids[image][mask], minlength=len(areas))
     needed = MIN_VISIBLE * np.array(areas)
     touched = covered > 0
     touched[0] = False
@@ -158,7 +158,7 @@ def _leaves_enough(placed: Rendered, part_ids: NDArray[np.int16], areas: list[in
 
 
 def _overlap(placed: Rendered, size_hw: tuple[int, ...]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """The window of the picture that the part touches, and the same window in the part."""
+    """The window of the image that the part touches, and the same window in the part."""
     y0, x0 = max(placed.top, 0), max(placed.left, 0)
     y1 = max(y0, min(placed.top + placed.coverage.shape[0], size_hw[0]))
     x1 = max(x0, min(placed.left + placed.coverage.shape[1], size_hw[1]))
@@ -166,15 +166,15 @@ def _overlap(placed: Rendered, size_hw: tuple[int, ...]) -> tuple[tuple[slice, s
     return (slice(y0, y1), slice(x0, x1)), own
 
 
-def _lay_down(picture: Field, part_ids: NDArray[np.int16], placed: Rendered, number: int, lamp: Lamp) -> None:
-    _cast_shadow(picture, placed, lamp)
-    window, own = _overlap(placed, picture.shape[:2])
+def _lay_down(image: Field, part_ids: NDArray[np.int16], placed: Rendered, number: int, lamp: Lamp) -> None:
+    _cast_shadow(image, placed, lamp)
+    window, own = _overlap(placed, image.shape[:2])
     alpha = placed.coverage[own][..., None]
-    picture[window] += alpha * (placed.colour[own] - picture[window])
+    image[window] += alpha * (placed.colour[own] - image[window])
     part_ids[window][placed.coverage[own] > 0.5] = number
 
 
-def _cast_shadow(picture: Field, placed: Rendered, lamp: Lamp) -> None:
+def _cast_shadow(image: Field, placed: Rendered, lamp: Lamp) -> None:
     reach = 0.045 * placed.coverage.shape[0]
     pad = int(2 * reach) + 3
     shadow = cv2.copyMakeBorder(placed.coverage, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0.0)
@@ -183,8 +183,8 @@ def _cast_shadow(picture: Field, placed: Rendered, lamp: Lamp) -> None:
     shadow = cv2.warpAffine(shadow, matrix, dsize=shadow.shape[::-1], borderValue=0.0)
     shadow = cv2.GaussianBlur(shadow, (0, 0), 0.6 + reach * 0.35)
     soft = placed._replace(coverage=np.asarray(shadow, np.float32), left=placed.left - pad, top=placed.top - pad)
-    window, own = _overlap(soft, picture.shape[:2])
-    picture[window] *= 1 - 0.62 * soft.coverage[own][..., None]
+    window, own = _overlap(soft, image.shape[:2])
+    image[window] *= 1 - 0.62 * soft.coverage[own][..., None]
 
 
 def _render(rng: np.random.Generator, part: Part, length: float, angle: float, lamp: Lamp) -> Rendered:
@@ -277,7 +277,7 @@ def _brushed(rng: np.random.Generator, size_hw: tuple[int, ...], angle: float) -
 
 
 def _sheen(rng: np.random.Generator, size_hw: tuple[int, ...]) -> Field:
-    """What a flat face mirrors of the lamp: brighter towards one side of the part."""
+    """The lamp's reflection on a flat face: brighter towards one side of the part."""
     towards, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.35)
     ys, xs = (np.linspace(-1, 1, side, dtype=np.float32) for side in size_hw)
     return np.asarray(strength * (xs[None] * np.cos(towards) + ys[:, None] * np.sin(towards)), np.float32)
@@ -303,13 +303,13 @@ BELT_COLOURS_BGR = ((0.17, 0.17, 0.16), (0.20, 0.22, 0.16), (0.26, 0.21, 0.17), 
 def _belt(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[Field, tuple[int, int]]:
     """Rubber with a woven texture, wear along the direction of travel (x) and stains, half the time with a guide rail.
 
-    Returns the picture and the first and last row (exclusive) of the belt.
+    Returns the image and the first and last row (exclusive) of the belt.
     """
     tone = 1 + 0.14 * _cloud(rng, size_hw, 6) + 0.08 * _cloud(rng, size_hw, 40) + _weave(rng, size_hw)
     tone += _wear(rng, size_hw)
     base = np.array(BELT_COLOURS_BGR[rng.integers(len(BELT_COLOURS_BGR))], np.float32) * rng.uniform(0.85, 1.25)
-    picture = np.ascontiguousarray(tone[..., None] * base, np.float32)
-    return picture, (_rail(rng, picture) if rng.random() < 0.5 else (0, size_hw[0]))
+    image = np.ascontiguousarray(tone[..., None] * base, np.float32)
+    return image, (_rail(rng, image) if rng.random() < 0.5 else (0, size_hw[0]))
 
 
 def _cloud(rng: np.random.Generator, size_hw: tuple[int, int], cells: int) -> Field:
@@ -341,9 +341,9 @@ def _wear(rng: np.random.Generator, size_hw: tuple[int, int]) -> Field:
     return np.asarray(cv2.GaussianBlur(marks, (0, 0), 1.1), np.float32)
 
 
-def _rail(rng: np.random.Generator, picture: Field) -> tuple[int, int]:
+def _rail(rng: np.random.Generator, image: Field) -> tuple[int, int]:
     """Draw a guide rail along one edge, with the shadow it throws; returns the rows that are still belt."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     depth = int(height * rng.uniform(0.04, 0.09))
     profile = 0.35 + 0.3 * np.sin(np.linspace(0.3, 2.8, depth, dtype=np.float32))
     streaks = np.repeat(rng.standard_normal((depth, 1), dtype=np.float32) * 0.03, width, axis=1)
@@ -352,10 +352,10 @@ def _rail(rng: np.random.Generator, picture: Field) -> tuple[int, int]:
         stripe = (np.add.outer(np.arange(depth), np.arange(width)) // max(4, depth)) % 2 == 0
         band = np.where(stripe[..., None], HAZARD_BGR, 0.07).astype(np.float32)
     at_top = rng.random() < 0.5
-    picture = picture if at_top else picture[::-1]
-    picture[:depth] = band
+    image = image if at_top else image[::-1]
+    image[:depth] = band
     fade = 1 - 0.5 * np.exp(-np.arange(2 * depth, dtype=np.float32) / (0.5 * depth))
-    picture[depth : 3 * depth] *= fade[:, None, None]
+    image[depth : 3 * depth] *= fade[:, None, None]
     return (depth, height) if at_top else (0, height - depth)
 
 
@@ -365,9 +365,9 @@ def _rail(rng: np.random.Generator, picture: Field) -> tuple[int, int]:
 GAMMA = 1.35
 
 
-def _photograph(rng: np.random.Generator, picture: Field) -> NDArray[np.uint8]:
+def _photograph(rng: np.random.Generator, image: Field) -> NDArray[np.uint8]:
     """Uneven light, motion along the belt, focus, exposure, sensor noise, gamma; uint8."""
-    lit: Any = picture * _light(rng, picture.shape[:2])[..., None]
+    lit: Any = image * _light(rng, image.shape[:2])[..., None]
     if rng.random() < 0.5:
         lit = cv2.filter2D(lit, -1, _line(int(rng.integers(2, 6)), rng.uniform(-0.05, 0.05)))
     lit = cv2.GaussianBlur(lit, (0, 0), float(rng.uniform(0.4, 1.1)))
@@ -380,7 +380,7 @@ def _photograph(rng: np.random.Generator, picture: Field) -> NDArray[np.uint8]:
 
 
 def _light(rng: np.random.Generator, size_hw: tuple[int, int]) -> Field:
-    """A gradient across the picture and a darker border."""
+    """A gradient across the image and a darker border."""
     ys, xs = (np.linspace(-1, 1, side, dtype=np.float32) for side in size_hw)
     azimuth, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.3)
     gradient = 1 + slope * (xs[None] * np.cos(azimuth) + ys[:, None] * np.sin(azimuth))

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from compress.data import load_data
-from compress.data.belt_parts import PARTS
-from compress.data.belt_scene import MIN_VISIBLE
-from compress.data.generate import generate, scene, split_of
+from compress.data.demo.belt_parts import PARTS
+from compress.data.demo.belt_scene import MIN_VISIBLE
+from compress.data.demo.generate import generate, scene
 from compress.data.index import index_split
+from compress.data.writing import split_of
 from runtime.errors import UsageError
 from tests.compress.data.conftest import folder_hash
 
@@ -93,7 +94,7 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.data.generate._write_data_yaml", fail)
+    monkeypatch.setattr("compress.data.demo.generate.write_data_yaml", fail)
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "set", images=2, size=(64, 64))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A fresh interpreter for work that may crash, leak or never end, so that the caller's process does none of it."""
+"""Run work that may crash, leak or never end in a fresh interpreter, so that the caller's process survives it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _import_path() -> list[str]:
 
 
 def limit(memory_bytes: int, cpu_seconds: int) -> None:
-    """Called by the child before anything else: beyond this memory it fails, beyond this time it is ended."""
+    """Limit this process, the child: allocations beyond the memory fail, and the system ends it after the CPU time."""
     try:
         import resource
     except ImportError:  # Windows: the child still keeps a crash away
@@ -43,6 +43,6 @@ def limit(memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What the child said last on its standard error."""
+    """The last line of the child's standard error."""
     lines = done.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""The card of an ONNX file that YOLOv5's own tools wrote: from its `names` and `stride` metadata and its shapes."""
+"""The card of a file that YOLOv5's own export wrote, made from its `names` and `stride` metadata and its shapes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import ast
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.backends import Port
+from runtime.backends import TensorSpec
 from runtime.card import ModelCard
 from runtime.errors import InputError
 
 DEFAULT_SIZE = 640
-"""Where the file leaves height and width open."""
+"""Height and width of the input where the file leaves them open."""
 CONF, IOU, MAX_DET = 0.25, 0.45, 1000
 """Defaults of YOLOv5's detect."""
 MAX_NAMES_CHARS = 1 << 20
 WANTED = "expected YOLOv5's float [1, 3, H, W] -> [1, N, 5 + classes]"
 
 
-def conventional_card(path: Path, metadata: Mapping[str, str], input_: Port, output: Port) -> ModelCard:
+def yolov5_card(path: Path, metadata: Mapping[str, str], input_: TensorSpec, output: TensorSpec) -> ModelCard:
     """Raises InputError when the shapes or the metadata are not those of a YOLOv5 detector."""
     size_hw = _size_hw(path, input_)
     names = _names(path, metadata.get("names"), _class_count(path, output))
@@ -36,20 +36,20 @@ def conventional_card(path: Path, metadata: Mapping[str, str], input_: Port, out
     )
 
 
-def _size_hw(path: Path, port: Port) -> tuple[int, int]:
-    shape = port.shape
-    if port.dtype.kind != "f" or len(shape) != 4 or shape[0] not in (1, None) or shape[1] not in (3, None):
-        raise InputError(f"{path}: input is {port.dtype} {list(shape)}, {WANTED}", "Export with batch size 1")
+def _size_hw(path: Path, spec: TensorSpec) -> tuple[int, int]:
+    shape = spec.shape
+    if spec.dtype.kind != "f" or len(shape) != 4 or shape[0] not in (1, None) or shape[1] not in (3, None):
+        raise InputError(f"{path}: input is {spec.dtype} {list(shape)}, {WANTED}", "Export with batch size 1")
     return shape[2] or DEFAULT_SIZE, shape[3] or DEFAULT_SIZE
 
 
-def _class_count(path: Path, port: Port) -> int | None:
+def _class_count(path: Path, spec: TensorSpec) -> int | None:
     """Classes by the output's last dimension, None where it is open."""
-    shape = port.shape
+    shape = spec.shape
     channels = shape[-1] if shape else None
     transposed = len(shape) == 3 and shape[1] and channels and shape[1] < channels
-    if port.dtype.kind != "f" or len(shape) != 3 or transposed or (channels and channels < 6):
-        raise InputError(f"{path}: output is {port.dtype} {list(shape)}, {WANTED}", "Later YOLOs are not supported")
+    if spec.dtype.kind != "f" or len(shape) != 3 or transposed or (channels and channels < 6):
+        raise InputError(f"{path}: output is {spec.dtype} {list(shape)}, {WANTED}", "Later YOLOs are not supported")
     return channels - 5 if channels else None
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from runtime import Detector, child
-from runtime.backends import probe as module
-from runtime.backends.probe import probe
+from runtime import Detector, child_process
+from runtime.backends import onnx, onnx_trial
+from runtime.backends.onnx_trial import load_in_child
 from runtime.errors import InputError
 
 
@@ -22,7 +22,7 @@ def bomb(toys, path, side):
     return toys.save(path, nodes, [images], [out], {"shape": np.array([side, side], np.int64)}, {})
 
 
-def test_a_memory_bomb_goes_off_in_the_child(toys, tmp_path):
+def test_a_memory_bomb_ends_the_child_only(toys, tmp_path):
     import resource
 
     path = bomb(toys, tmp_path / "bomb.onnx", 60_000)  # 14 GB
@@ -38,25 +38,25 @@ def test_a_crash_of_the_reader_is_one_line(toys, tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nkill -SEGV $$\n")
     script.chmod(0o755)
-    monkeypatch.setattr(child.sys, "executable", str(script))
+    monkeypatch.setattr(child_process.sys, "executable", str(script))
     with pytest.raises(InputError, match="signal 11"):
-        probe(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
+        load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
 
 
 def test_a_reader_that_never_ends_is_stopped(toys, tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
-    monkeypatch.setattr(child.sys, "executable", str(script))
-    monkeypatch.setattr(module, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(child_process.sys, "executable", str(script))
+    monkeypatch.setattr(onnx_trial, "CPU_SECONDS", 0.2)
     with pytest.raises(InputError, match="takes more than"):
-        probe(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
+        load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
 
 
 def test_a_sound_file_passes(toys, tmp_path):
-    probe(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
+    load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
 
 
-def test_files_with_a_card_are_not_probed(toys, tmp_path, monkeypatch):
-    monkeypatch.setattr("runtime.detector.probe", lambda path: pytest.fail("it was probed"))
+def test_files_with_a_card_are_not_tried_first(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "load_in_child", lambda path: pytest.fail("it was tried in a child"))
     Detector.load(toys.canvas_model(tmp_path / "toy.onnx"))

@@ -1,0 +1,70 @@
+"""Numbers as text, as they stand in a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NOTHING = "–"
+TOO_FEW = "n too small"
+KIB = 1024
+UNITS = ("bytes", "KiB", "MiB", "GiB")
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant figures: 0.123, 1.23, 12.3, 123."""
+    if value is None:
+        return NOTHING
+    whole_digits = len(str(int(value))) if value >= 1 else 0
+    return f"{value:.{max(0, 3 - whole_digits)}f}"
+
+
+def percentile(value: float | None) -> str:
+    return TOO_FEW if value is None else milliseconds(value)
+
+
+def accuracy(value: float | None) -> str:
+    """Five figures, as COCO results are published."""
+    return NOTHING if value is None else f"{value:.5f}"
+
+
+def short_accuracy(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in the unit that leaves 1 to 1024 of it."""
+    if value is None:
+        return NOTHING
+    power = 3 if value >= KIB**3 else 2 if value >= KIB**2 else 1
+    return f"{value / KIB**power:.2f} {UNITS[power]}"
+
+
+def times(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def count(value: float | None) -> str:
+    """Thousands are grouped: 1 765 930."""
+    return NOTHING if value is None else f"{value:,.0f}".replace(",", "\u202f")
+
+
+def number(value: Any) -> str:
+    """A setting as it was given."""
+    return NOTHING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float | None) -> str:
+    return NOTHING if seconds is None else f"{seconds:.1f} s"
+
+
+def error(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2g}"
+
+
+def moment(created: str) -> str:
+    """An ISO date and time in UTC, to the minute."""
+    return f"{created[:16].replace('T', ' ')} UTC"

@@ -1,0 +1,194 @@
+"""The row of a measured file, and the one table of its columns that every rendering reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.accuracy import Accuracy
+from benchmarks.formats import NOTHING, accuracy, count, milliseconds, number, percentile, size
+from benchmarks.latency import Latency
+from runtime.files import sha256
+
+Row = dict[str, Any]
+
+
+def model_row(
+    path: str | Path,
+    *,
+    precision: str,
+    backend: str,
+    device: str,
+    settings: Mapping[str, Any],
+    role: str = "student",
+    latency: Latency | None = None,
+    accuracy: Accuracy | None = None,
+    kept: bool | None = None,
+    reason: str = "",
+    **more: Any,
+) -> Row:
+    """The row of one file, with its digest and size. `kept` is its gate's answer, None where there was no gate.
+
+    `settings` say how the file was measured. `more` are further values of one number or text: parameters, gflops, note.
+    """
+    path = Path(path)
+    return {
+        "file": path.name,
+        "role": role,
+        "sha256": sha256(path),
+        "bytes": path.stat().st_size,
+        "precision": precision,
+        "backend": backend,
+        "device": device,
+        "settings": plain(settings),
+        "latency": plain(latency),
+        "accuracy": plain(accuracy),
+        "gate": None if kept is None else {"kept": kept, "reason": reason},
+        **more,
+    }
+
+
+def plain(value: Any) -> Any:
+    """JSON values of dataclasses, named tuples, mappings and sequences, all the way down."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+# ---------------------------------------------------------------------------------------------------------- accessors
+
+Read = Callable[[Row], Any]
+
+
+def at(*keys: str) -> Read:
+    """Reads a nested value; None where it or a part on the way is absent."""
+
+    def read(row: Row) -> Any:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if value else None
+        return value
+
+    return read
+
+
+p50 = at("latency", "end_to_end", "p50")
+"""Median milliseconds end to end, where the row has it."""
+ap = at("accuracy", "map50_95")
+"""mAP50-95, where the row has it."""
+
+
+def is_kept(row: Row) -> bool:
+    return row["gate"] is None or row["gate"]["kept"]
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def shared_settings(rows: Sequence[Row]) -> Row:
+    """The settings that all rows have in common."""
+    first = rows[0]["settings"] if rows else {}
+    return {key: value for key, value in first.items() if all(row["settings"][key] == value for row in rows)}
+
+
+# ------------------------------------------------------------------------------------------------------------ columns
+
+
+class Column(NamedTuple):
+    """One figure of a file. All columns stand in the CSV; those with a title also in HTML, Markdown and comparisons."""
+
+    name: str
+    """Heading in the CSV, and the name of the figure in `--fail-on`."""
+    read: Read
+    title: str = ""
+    text: Callable[[Any], str] = number
+    part: str = ""
+    """Key of the row's part that holds the figure; a part that is None was not measured."""
+    is_number: bool = True
+    """False is text: aligned left, and no figure for `--fail-on`."""
+    on_page: bool = True
+    """Whether the HTML gives it a column of its own, where it has a title."""
+    detail: Read | None = None
+    """Small print below the cell in the HTML."""
+
+    def cell(self, row: Row) -> str:
+        return NOTHING if self.part and row[self.part] is None else self.text(self.read(row))
+
+
+def _words(key: str, title: str = "", **more: Any) -> Column:
+    return Column(key, at(key), title, is_number=False, **more)
+
+
+def _setting(key: str) -> Column:
+    return Column(key, at("settings", key))
+
+
+def _accuracy(key: str, title: str = "") -> Column:
+    return Column(key, at("accuracy", key), title, accuracy, "accuracy")
+
+
+def _percentile(key: str, title: str = "") -> Column:
+    return Column(f"{key}_ms", at("latency", "end_to_end", key), title, percentile, "latency")
+
+
+def _milliseconds(key: str, title: str = "", *, span: str = "end_to_end", name: str = "") -> Column:
+    return Column(f"{name or key}_ms", at("latency", span, key), title, milliseconds, "latency")
+
+
+def _about(row: Row) -> str:
+    where = f"{row['backend']} on {row['device']}"
+    return " · ".join(filter(None, (row["role"], row["precision"], where, row.get("note"))))
+
+
+def gate(kept: bool | None) -> str:
+    return NOTHING if kept is None else "kept" if kept else "refused"
+
+
+SPANS = ("preprocess", "inference", "postprocess")
+COLUMNS: tuple[Column, ...] = (
+    _words("file", "File", detail=_about),
+    _words("role"),
+    _words("precision", "Precision", on_page=False),
+    _words("backend", "Backend", on_page=False),
+    _words("device"),
+    _words("sha256"),
+    Column("bytes", at("bytes"), "Size", size),
+    Column("parameters", at("parameters")),
+    Column("gflops", at("gflops")),
+    *map(_setting, ("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "threads")),
+    _accuracy("map50_95", "mAP50-95"),
+    _accuracy("map50", "mAP50"),
+    *map(_accuracy, ("map75", "small", "medium", "large", "recall")),
+    Column("images", at("accuracy", "images"), part="accuracy"),
+    Column("instances", at("accuracy", "instances"), part="accuracy"),
+    _percentile("p50", "p50"),
+    _percentile("p90", "p90"),
+    _percentile("p95"),
+    _percentile("p99", "p99"),
+    _milliseconds("max", "max"),
+    Column("n", at("latency", "end_to_end", "n"), "n", count, "latency"),
+    *map(_milliseconds, ("mean", "std", "min")),
+    *(_milliseconds("mean", span=span, name=f"{span}_mean") for span in SPANS),
+    Column("steady", at("latency", "steady"), part="latency"),
+    Column("kept", at("gate", "kept"), "Gate", gate, is_number=False, detail=at("gate", "reason")),
+    Column("reason", at("gate", "reason"), is_number=False),
+)
+TITLED = tuple(column for column in COLUMNS if column.title)
+"""The columns of the Markdown table and of comparisons."""
+
+
+def cells(row: Row) -> list[str]:
+    """The row's texts, in the order of `TITLED`."""
+    return [column.cell(row) for column in TITLED]

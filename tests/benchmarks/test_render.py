@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import FILTERS, flat
+from benchmarks.render import to_csv, to_html, to_markdown, write
+from benchmarks.report import REPORT_FILE, Report
+from tests.benchmarks.conftest import minimal, with_models
+
+NUMBER = re.compile(r"\d+(?:[.\u202f]\d+)*(?:e-?\d+)?")
+WORDS = ("mAP50-95", "p90", "p99", "at 99 % confidence", "sha256")
+"""Digits that are names, not figures."""
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        yield from (found for item in value.values() for found in numbers_in(item))
+    elif isinstance(value, list):
+        yield from (found for item in value for found in numbers_in(item))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+def shown(page: str) -> str:
+    """The text that a reader sees: no styles, no markup, no ticks of the axes."""
+    page = re.sub(r"<svg.*?</svg>", lambda found: text_of(ElementTree.fromstring(found[0])), page, flags=re.DOTALL)
+    return re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+
+
+def text_of(element: ElementTree.Element) -> str:
+    """All text of a chart but that of its axes."""
+    if element.get("class") == "axis":
+        return ""
+    return " ".join([element.text or "", *map(text_of, element), element.tail or ""])
+
+
+def test_the_same_report_renders_to_the_same_bytes(sample: Report, tmp_path: Path) -> None:
+    sample.save(tmp_path / REPORT_FILE)
+    assert to_html(sample) == to_html(Report.load(tmp_path))
+    assert to_csv(sample) == to_csv(Report.load(tmp_path))
+
+
+def test_every_number_on_the_page_stands_in_the_report(sample: Report) -> None:
+    formats = [f for name, f in FILTERS.items() if name != "moment"]
+    texts = [json.dumps(sample.data, ensure_ascii=False)]
+    texts += [format_(value) for value in numbers_in(sample.data) for format_ in formats]
+    known = set(NUMBER.findall(" ".join([*texts, *WORDS])))
+    page = to_html(sample)
+    assert set(NUMBER.findall(shown(page))) - known == set()
+    assert set(NUMBER.findall(shown(page.replace("<footer>", "<footer>41.87 ")))) - known == {"41.87"}
+
+
+def test_the_page_loads_nothing_from_elsewhere(sample: Report) -> None:
+    page = to_html(sample)
+    assert not re.search(r"(?:src|href)\s*=|url\(|@import|<script|https?:", page)
+
+
+def test_text_from_the_run_is_escaped(sample: Report) -> None:
+    page = to_html(Report({**sample.data, "name": "<script>alert(1)</script>", "notes": ["a < b & c"]}))
+    assert "<script>" not in page
+    assert "a &lt; b &amp; c" in page
+    row = sample.data["models"][0] | {"precision": "<i>"}
+    assert "<i>" not in to_html(Report({**sample.data, "models": [row]}))
+
+
+def test_a_report_with_nothing_optional_renders() -> None:
+    page = to_html(minimal())
+    assert "small" in page
+    assert "Accuracy against latency" not in page
+    assert to_markdown(minimal()).startswith("# small\n")
+
+
+def test_a_row_without_figures_says_so(sample: Report) -> None:
+    page = to_html(with_models(sample, fp16={"latency": None, "accuracy": None}))
+    assert "not timed" in page
+    assert "not measured" in page
+
+
+def test_a_percentile_without_enough_samples_is_not_printed(sample: Report) -> None:
+    table = to_markdown(sample).splitlines()
+    fp32 = next(line for line in table if line.startswith("| model.onnx "))
+    fp16 = next(line for line in table if line.startswith("| model.fp16.onnx "))
+    assert "n too small" in fp32
+    assert "n too small" not in fp16
+
+
+def test_csv_has_one_row_a_file_with_the_settings_beside_the_figures(sample: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(sample))))
+    assert [row["file"] for row in rows] == [row["file"] for row in sample.data["models"]]
+    assert {(row["conf"], row["iou"], row["max_det"], row["imgsz"]) for row in rows} == {("0.25", "0.6", "300", "320")}
+    assert float(rows[1]["p50_ms"]) == sample.data["models"][1]["latency"]["end_to_end"]["p50"]
+    assert rows[1]["p99_ms"] == ""
+    assert rows[4]["kept"] == "False"
+
+
+def test_all_four_files_are_written(sample: Report, tmp_path: Path) -> None:
+    paths = write(sample, tmp_path / "bench")
+    assert [path.name for path in paths] == ["report.json", "report.html", "report.md", "report.csv"]
+    assert paths[1].read_text(encoding="utf-8") == to_html(sample)
+
+
+def test_nested_facts_become_pairs() -> None:
+    facts = {"a": 1, "b": {"c": "x"}, "gpus": [{"name": "T4"}], "none": None, "list": [], "ram_bytes": 2**30}
+    pairs = [("a", "1"), ("b · c", "x"), ("gpus · name", "T4"), ("ram_bytes", "1.00 GiB")]
+    assert flat(facts) == pairs
