@@ -100,7 +100,7 @@ class Detector:
         has_card = file.card is not None
         backend = load_backend(LoadRequest(file.spec.name, file.path, contents, device, threads, has_card))
         try:
-            card = file.card or yolov5_card(file.path, metadata_of(file.path), backend.input, backend.output)
+            card = file.card or yolov5_card(file.path, metadata_of(file.path), backend)
             return cls(backend, card, artifact=file.artifact, conf=conf)
         except EdgestillError:
             backend.close()

@@ -6,7 +6,9 @@ import ast
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.backends import TensorSpec
+import numpy as np
+
+from runtime.backends import Backend, TensorSpec
 from runtime.card import ModelCard
 from runtime.errors import InputError
 
@@ -16,12 +18,27 @@ CONF, IOU, MAX_DET = 0.25, 0.45, 1000
 """Defaults of YOLOv5's detect."""
 MAX_NAMES_CHARS = 1 << 20
 WANTED = "expected YOLOv5's float [1, 3, H, W] -> [1, N, 5 + classes]"
+STRIDES = (4, 8, 16, 32, 64, 128)
+"""A detector has neighbouring ones of these, 16 among them; YOLOv5's own have 8 to 32, or 8 to 64."""
+ANCHORS = ((2, (3,)), (3, range(1, 10)))
+"""Fewest levels -> anchors of a level that are looked for. With more choices for two levels, grids of small images
+have as many rows as files with NMS inside: five anchors at strides 16 and 32 of 64x64 are 100."""
 
 
-def yolov5_card(path: Path, metadata: Mapping[str, str], input_: TensorSpec, output: TensorSpec) -> ModelCard:
-    """Raises InputError when the shapes or the metadata are not those of a YOLOv5 detector."""
+def yolov5_card(path: Path, metadata: Mapping[str, str], backend: Backend) -> ModelCard:
+    """The card of the loaded file. Where the file leaves the output's shape open, a black image shows it.
+
+    Raises InputError when the shapes or the metadata are not those of a YOLOv5 detector: a file with NMS inside has
+    [1, N, 6] too, but not one row for each anchor of its grids.
+    """
+    input_ = backend.input
     size_hw = _size_hw(path, input_)
-    names = _names(path, metadata.get("names"), _class_count(path, output))
+    output = backend.output
+    if None in output.shape:
+        output = output._replace(shape=backend.run(np.zeros((1, 3, *size_hw), input_.dtype)).shape)
+    count = _class_count(path, output)
+    _require_grid(path, size_hw, output)
+    names = _names(path, metadata.get("names"), count)
     return ModelCard(
         name=path.stem,
         names=names,
@@ -43,25 +60,40 @@ def _size_hw(path: Path, spec: TensorSpec) -> tuple[int, int]:
     return shape[2] or DEFAULT_SIZE, shape[3] or DEFAULT_SIZE
 
 
-def _class_count(path: Path, spec: TensorSpec) -> int | None:
-    """Classes by the output's last dimension, None where it is open."""
-    shape = spec.shape
-    channels = shape[-1] if shape else None
-    transposed = len(shape) == 3 and shape[1] and channels and shape[1] < channels
-    if spec.dtype.kind != "f" or len(shape) != 3 or transposed or (channels and channels < 6):
-        raise InputError(f"{path}: output is {spec.dtype} {list(shape)}, {WANTED}", "Later YOLOs are not supported")
-    return channels - 5 if channels else None
+def _class_count(path: Path, spec: TensorSpec) -> int:
+    """Classes by the output's last dimension."""
+    shape = [side or 0 for side in spec.shape]
+    if spec.dtype.kind != "f" or len(shape) != 3 or shape[2] < 6 or 0 < shape[1] < shape[2]:
+        raise InputError(f"{path}: output is {spec.dtype} {shape}, {WANTED}", "Later YOLOs are not supported")
+    return shape[2] - 5
 
 
-def _names(path: Path, text: str | None, count: int | None) -> tuple[str, ...]:
+def _require_grid(path: Path, size_hw: tuple[int, int], spec: TensorSpec) -> None:
+    """Raises InputError when no grids of a detector at this size have as many rows as the output."""
+    height, width = size_hw
+    cells = [(height // stride) * (width // stride) for stride in STRIDES]
+    known = {
+        anchors * sum(cells[first:last])
+        for fewest, choices in ANCHORS
+        for first in range(STRIDES.index(16) + 1)
+        for last in range(max(first + fewest, STRIDES.index(16) + 1), len(cells) + 1)
+        for anchors in choices
+    }
+    if spec.shape[1] not in known:
+        raise InputError(
+            f"{path}: output is {spec.dtype} {list(spec.shape)}, but at {height}x{width} YOLOv5 has "
+            f"{3 * sum(cells[1:4])} rows: NMS seems to be inside",
+            "Export it without NMS",
+        )
+
+
+def _names(path: Path, text: str | None, count: int) -> tuple[str, ...]:
     """From `{0: 'person', ...}` or `['person', ...]`; numbered classes where the file does not name them."""
     if text is None:
-        if count is None:
-            raise InputError(f"{path}: neither names nor the number of classes is in the file", "Export it again")
         return tuple(f"class{index}" for index in range(count))
     names = _parse_names(text[:MAX_NAMES_CHARS])
-    if names is None or (count is not None and len(names) != count):
-        raise InputError(f"{path}: names {text[:60]!r} do not name {count or 'its'} classes", "Export it again")
+    if names is None or len(names) != count:
+        raise InputError(f"{path}: names {text[:60]!r} do not name {count} classes", "Export it again")
     return names
 
 

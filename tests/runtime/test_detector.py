@@ -191,9 +191,40 @@ def test_a_stride_that_is_no_size_is_refused(toys, tmp_path, stride):
 
 def test_later_yolos_and_batches_are_refused_by_their_shapes(toys, tmp_path):
     with pytest.raises(InputError, match="YOLOv5"):
-        Detector.load(toys.rows_model(tmp_path / "v8.onnx", np.zeros((6, 84), np.float32)))
+        Detector.load(toys.rows_model(tmp_path / "v8.onnx", np.zeros((6, 84), np.float32), grid=False))
     with pytest.raises(InputError, match="batch"):
         Detector.load(toys.rows_model(tmp_path / "b.onnx", ROWS, input_shape=[4, 3, 64, 64]))
+
+
+FINISHED = np.array([[4, 4, 40, 40, 0.92, 0], [10, 20, 30, 60, 0.81, 0]], np.float32)
+
+
+@pytest.mark.parametrize("names", ["{0: 'bolt'}", "{0: 'bolt', 1: 'nut'}"], ids=["one class", "two classes"])
+@pytest.mark.parametrize("count", [100, 300, 1000])
+@pytest.mark.parametrize("open_output", [False, True], ids=["fixed", "open"])
+def test_a_file_with_nms_inside_is_refused_and_not_read_as_rows(toys, tmp_path, names, count, open_output):
+    """Both are [1, N, 6]: x1 y1 x2 y2 score class, and xywh objectness class score."""
+    boxes = np.pad(FINISHED, ((0, count - len(FINISHED)), (0, 0)))
+    path = toys.rows_model(tmp_path / "e2e.onnx", boxes, names=names, grid=False, open_output=open_output)
+    with pytest.raises(InputError, match=r"at 64x64 YOLOv5 has 252 rows: NMS seems to be inside") as caught:
+        Detector.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "strides"),
+    [(3, (8, 16, 32)), (3, (8, 16, 32, 64)), (3, (4, 8, 16, 32)), (3, (16, 32)), (1, (16, 32, 64)), (5, (8, 16, 32))],
+    ids=["P5", "P6", "P2", "two levels", "one anchor", "five anchors"],
+)
+def test_a_head_with_other_levels_or_anchors_is_read(toys, tmp_path, anchors, strides):
+    rows = np.zeros((anchors * sum((64 // stride) ** 2 for stride in strides), 6), np.float32)
+    path = toys.rows_model(tmp_path / "head.onnx", rows, names="{0: 'bolt'}", grid=False)
+    assert Detector.load(path).card.names == ("bolt",)
+
+
+def test_the_number_of_classes_of_an_open_output_is_seen(toys, tmp_path):
+    path = toys.rows_model(tmp_path / "open.onnx", ROWS, names=None, open_output=True)
+    assert Detector.load(path).card.names == ("class0", "class1")
 
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])

@@ -81,10 +81,19 @@ def rows_model(
     size: int = SIZE,
     dtype: int = TensorProto.FLOAT,
     input_shape: list | None = None,
+    grid: bool = True,
+    open_output: bool = False,
 ) -> Path:
-    """float [1,3,S,S] -> the fixed rows [1,N,5+C] plus 0 x the input's sum: a conventional YOLOv5 export."""
+    """float [1,3,S,S] -> the fixed rows [1,N,5+C] plus 0 x the input's sum: a conventional YOLOv5 export.
+
+    With `grid`, rows of zeros follow until there is one for each of three anchors at strides 8, 16 and 32.
+    """
     numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
     shape = [1, 3, size, size] if input_shape is None else input_shape
+    if grid:
+        side = shape[2] if isinstance(shape[2], int) else 640
+        rows = np.pad(rows, ((0, 3 * sum((side // stride) ** 2 for stride in (8, 16, 32)) - len(rows)), (0, 0)))
+    output = ["batch", "rows", "channels"] if open_output else [1, *rows.shape]
     nodes = [
         helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=0),
         helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
@@ -94,7 +103,7 @@ def rows_model(
         path,
         nodes,
         [helper.make_tensor_value_info("images", dtype, shape)],
-        [helper.make_tensor_value_info("output0", dtype, [1, *rows.shape])],
+        [helper.make_tensor_value_info("output0", dtype, output)],
         {"rows": rows[None].astype(numpy_type), "zero": np.array(0, numpy_type)},
         {"stride": "32"} | ({"names": names} if names is not None else {}),
     )
