@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from benchmarks.bench import Plan, measure_file
 from benchmarks.render import write
-from benchmarks.report import Report, Row, make_report, plain
+from benchmarks.report import Report, make_report
+from benchmarks.rows import Row, plain
 from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
 from compress.data import Dataset
 from compress.flavours import FLAVOURS

@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import cv2
 import pytest
 
+from compress.data import index
 from compress.data.demo.generate import generate
-from compress.pipeline import ORDER
+from compress.data.index import Indexed, index_image
+from compress.pipeline import ORDER, run_recipe
+from compress.recipe import load_recipe
+from compress.store import Outcome
 
 EDGESTILL = Path(sys.executable).with_name("edgestill")
 RECIPE = """\
@@ -28,6 +33,8 @@ quantize: {calibration_images: 4, max_map_drop: 1.0, max_latency_ratio: 1000}
 build: {targets: [sm86]}
 bench: {latency_samples: 11}
 """
+
+REPORTS = {f"report.{kind}" for kind in ("json", "html", "md", "csv")}
 
 pytestmark = pytest.mark.slow
 
@@ -49,33 +56,88 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> list[dict[str, object]]:
-    return run(folder)[0]
+def indexed() -> Counter[str]:
+    """How often the first run has indexed each image."""
+    return Counter()
 
 
-def test_a_first_run_does_every_stage(first: list[dict[str, object]]) -> None:
-    assert [outcome["stage"] for outcome in first] == list(ORDER)
-    assert not any(outcome["skipped"] for outcome in first)
+@pytest.fixture(scope="module")
+def first(folder: Path, indexed: Counter[str]) -> list[Outcome]:
+    """The outcomes of a first run, in this process, so that its calls can be counted."""
+
+    def counted(image: Path, *arguments: object) -> Indexed:
+        indexed[image.relative_to(folder).as_posix()] += 1
+        return index_image(image, *arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "index_image", counted)
+        return run_recipe(load_recipe(folder / "tiny.yaml"), folder / "runs/tiny", log=lambda _: None)
 
 
-def test_a_second_run_skips_every_stage(folder: Path, first: list[dict[str, object]]) -> None:
+def test_a_first_run_does_every_stage(first: list[Outcome]) -> None:
+    assert [outcome.stage for outcome in first] == list(ORDER)
+    assert not any(outcome.skipped for outcome in first)
+
+
+def test_a_run_indexes_every_image_once(folder: Path, first: list[Outcome], indexed: Counter[str]) -> None:
+    images = [path.relative_to(folder).as_posix() for path in folder.glob("belt/images/*/*")]
+    assert len(images) == 10
+    assert indexed == dict.fromkeys(images, 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "more", "fewer"),
+    [
+        ("export", "--weights runs/tiny/distill/student.safetensors --imgsz 64", set(), {"teacher.onnx"}),
+        (
+            "quantize",
+            "--model runs/tiny/export/model.onnx --set quantize.calibration_images=4 --set max_map_drop=1 "
+            "--set max_latency_ratio=1000 --set bench.latency_samples=11",
+            set(),
+            set(),
+        ),
+        ("build", "--model runs/tiny/export/model.onnx --set build.backend=none", set(), set()),
+        ("bench", "--model runs/tiny/export/model.onnx --set latency_samples=11", REPORTS, set()),
+    ],
+)
+def test_a_command_alone_leaves_the_files_of_its_stage(
+    folder: Path,
+    first: list[Outcome],
+    tmp_path: Path,
+    stage: str,
+    arguments: str,
+    more: set[str],
+    fewer: set[str],
+) -> None:
+    data = [] if stage == "build" else ["--data", "belt/data.yaml"]
+    command = [str(EDGESTILL), stage, *arguments.split(), *data, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, of_run = ({p.name: p for p in where.iterdir()} for where in (tmp_path, folder / "runs/tiny" / stage))
+    plans = {name for name in of_run if name.endswith(".plan")}
+    assert alone.keys() == (of_run.keys() - {"stage.json"} - fewer - plans) | more
+    same = [name for name in alone if name.endswith(".onnx")]
+    assert all(alone[name].read_bytes() == of_run[name].read_bytes() for name in same)
+
+
+def test_a_second_run_skips_every_stage(folder: Path, first: list[Outcome]) -> None:
     outcomes, _ = run(folder)
     assert all(outcome["skipped"] for outcome in outcomes)
 
 
-def test_a_changed_setting_runs_its_stage_and_later_ones_only(folder: Path, first: list[dict[str, object]]) -> None:
+def test_a_changed_setting_runs_its_stage_and_later_ones_only(folder: Path, first: list[Outcome]) -> None:
     outcomes, _ = run(folder, "--set", "quantize.calibration_images=2")
     redone = [outcome["stage"] for outcome in outcomes if not outcome["skipped"]]
     assert redone[0] == "quantize"
     assert set(redone) >= {"quantize", "bench", "report", "bundle"}
 
 
-def test_force_runs_a_stage_that_is_done(folder: Path, first: list[dict[str, object]]) -> None:
+def test_force_runs_a_stage_that_is_done(folder: Path, first: list[Outcome]) -> None:
     outcomes, _ = run(folder, "--force", "export", "--until", "export")
     assert [outcome["stage"] for outcome in outcomes if not outcome["skipped"]] == ["export"]
 
 
-def test_the_bundle_detects_on_a_device_without_torch(folder: Path, first: list[dict[str, object]]) -> None:
+def test_the_bundle_detects_on_a_device_without_torch(folder: Path, first: list[Outcome]) -> None:
     code = (
         "import sys, cv2\nfrom runtime import Detector\n"
         f"image = cv2.imread({str(min((folder / 'belt/images/val').iterdir()))!r})\n"
@@ -91,7 +153,7 @@ def test_the_bundle_detects_on_a_device_without_torch(folder: Path, first: list[
     assert file.endswith(".onnx")
 
 
-def test_the_report_holds_every_file_and_its_renderings(folder: Path, first: list[dict[str, object]]) -> None:
+def test_the_report_holds_every_file_and_its_renderings(folder: Path, first: list[Outcome]) -> None:
     report = json.loads((folder / "runs/tiny/report/report.json").read_text())
     student = {row["precision"] for row in report["models"] if row["role"] == "student"}
     assert student == {"fp32", "fp16", "int8-trt", "int8-cpu"}

@@ -134,6 +134,12 @@ def test_resuming_with_other_settings_names_the_setting(tiny_data: Dataset, tmp_
         train(config(epochs=2), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
 
 
+def test_a_resumed_training_may_change_what_no_number_depends_on(tiny_data: Dataset, tmp_path: Path) -> None:
+    done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    other = config(epochs=1, workers=2, checkpoint_interval=3)
+    assert train(other, data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet) == done
+
+
 def test_resuming_nothing_says_so(tiny_data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to resume"):
         train(config(), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)

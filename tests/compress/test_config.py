@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from compress.config import DistillConfig, Recipe, TeacherConfig, TrainConfig, result_settings
+
+
+@pytest.mark.parametrize("change", [{"workers": 7}, {"tensorboard": False}, {"checkpoint_interval": 9}])
+def test_a_marked_setting_is_none_that_a_result_depends_on(change: dict[str, object]) -> None:
+    for kind in (TrainConfig, TeacherConfig, DistillConfig):
+        assert result_settings(kind.model_validate(change)) == result_settings(kind())
+
+
+def test_groups_within_groups_are_reached() -> None:
+    recipe = Recipe.model_validate({"data": "d", "teacher": {"workers": 5, "optimizer": {"lr0": 0.5}}})
+    found = result_settings(recipe)
+    assert "workers" not in found["teacher"]
+    assert found["teacher"]["optimizer"]["lr0"] == 0.5
+    assert found["data"] == "d"
+
+
+def test_every_other_setting_of_a_training_is_one() -> None:
+    dumped = TrainConfig().model_dump(mode="json")
+    assert dumped.keys() - result_settings(TrainConfig()).keys() == {"workers", "tensorboard", "checkpoint_interval"}
+    assert all(dumped[key] == value for key, value in result_settings(TrainConfig()).items())

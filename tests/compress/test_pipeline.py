@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.config import Recipe
+from compress.data import Dataset
+from compress.pipeline import ORDER, run_recipe, stage
+from compress.store import fingerprint
+from runtime.errors import UsageError
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_word_in_the_order_names_a_stage_that_reads_earlier_ones_and_settings_of_the_recipe(name: str) -> None:
+    found = stage(name)
+    assert found.name == name
+    assert set(found.after) <= set(ORDER[: ORDER.index(name)])
+    assert found.settings.model_fields.keys() <= Recipe.model_fields.keys()
+
+
+def test_an_unknown_stage_names_the_near_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'quantize'"):
+        run_recipe(Recipe(data=tmp_path), tmp_path, until="quantise", log=print)
+
+
+def mark(tiny_data: Dataset, run_folder: Path, **teacher: object) -> str:
+    """The teacher stage's fingerprint."""
+    recipe = Recipe.model_validate({"data": tiny_data.path, "teacher": teacher})
+    return fingerprint(stage("teacher").task(recipe, run_folder))
+
+
+def test_a_setting_on_which_no_number_depends_trains_nothing_again(tiny_data: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    before = mark(tiny_data, tmp_path)
+    assert mark(tiny_data, tmp_path, workers=8, tensorboard=False) == before
+    assert mark(tiny_data, tmp_path, epochs=8) != before
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 processes"):
+        run_recipe(Recipe(data=tmp_path), tmp_path, log=print)
