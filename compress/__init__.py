@@ -1,5 +1,5 @@
 """The compression half of edgestill: from a YOLOv5 checkpoint to a measured engine."""
 
-from importlib.metadata import version
+from runtime import __version__
 
-__version__ = version("edgestill")
+__all__ = ["__version__"]

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from runtime import Detector, EdgestillError, InputError
+from runtime import Detector, EdgestillError
 from runtime.files import write_json
-from runtime.image import read_image
-from runtime.sources import expand
+from runtime.frames import FrameReader
+from runtime.sources import find_sources
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,23 +20,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sources", nargs="+", help="image files, folders or patterns")
     parser.add_argument("--model", required=True, help="bundle folder, .onnx file or engine")
     parser.add_argument("--out", default="detections.json", help="(default: detections.json)")
-    parser.add_argument("--conf", type=float, help="least score (default: the model's own)")
+    parser.add_argument("--conf", type=float, help="least score (default: that of the model)")
     options = parser.parse_args(arguments)
-    found: dict[str, list[dict[str, Any]]] = {}
-    unreadable: dict[str, str] = {}
     try:
+        reader = FrameReader(find_sources(options.sources))
         with Detector.load(options.model, conf=options.conf) as detector:
-            for path in (path for source in options.sources for path in expand(source)):
-                try:
-                    found[str(path)] = detector(read_image(path)).to_list(detector.card.names)
-                except InputError as error:
-                    unreadable[str(path)] = str(error)
-            write_json(options.out, {"model": detector.card.name, "images": found, "unreadable": unreadable})
+            names = detector.card.names
+            images = {frame.source: detector(frame.image).to_list(names) for frame in reader}
+            write_json(options.out, {"model": detector.card.name, "images": images, "skipped": reader.losses})
     except EdgestillError as error:
         sys.exit(f"error: {error}")
-    boxes = sum(map(len, found.values()))
-    print(f"{options.out}: {boxes} boxes in {len(found)} images, {len(unreadable)} files cannot be read")
-    sys.exit(1 if unreadable else 0)
+    print(f"{options.out}: {sum(map(len, images.values()))} boxes in {len(images)} images")
+    sys.exit(1 if reader.losses else 0)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,57 @@
-"""`python -m runtime detect | build | info`: the device's own command line, on the standard library alone."""
+"""`python -m runtime detect | build | info | verify`: the command line of the device, on the standard library alone."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from runtime import __version__
-from runtime.errors import EdgestillError, one_line
+from runtime.detect import add_detect_options, detect
+from runtime.errors import EdgestillError, EngineError, InputError, UsageError, one_line
+from runtime.terminal import escape_what_cannot_be_printed, log, print_json, print_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage as one line, without the credentials of an address. Raises UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"See `{self.prog} --help`")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the work failed, 2 wrong usage. An error is one line on standard error."""
-    options = parser().parse_args(arguments)
+    """Run the command line. Exit code: 0 done, 1 the work failed, 2 wrong usage. An error is one line on stderr."""
+    escape_what_cannot_be_printed()
     try:
+        options = parser().parse_args(arguments)
         options.command(options)
+        sys.stdout.flush()
     except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`: nothing more may be written to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a path that cannot even be looked at, a disk that fails
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        log(f"error: {one_line(error)}")
         return 1
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(prog="python -m runtime", description=DESCRIPTION)
+    root = Parser(prog="python -m runtime", description=DESCRIPTION)
     root.add_argument("--version", action="version", version=f"edgestill {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
-    detect_ = commands.add_parser("detect", help="find objects in images, videos or a camera's frames")
-    detect_.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="image, folder, pattern, video, URL, camera number"
-    )
-    detect_.add_argument("--model", required=True, help=".onnx file, engine with its model.json, or bundle folder")
-    detect_.add_argument("--conf", type=float, help="least score (default: the model's own)")
-    detect_.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
-    detect_.add_argument("--variant", help="precision or file to take from a bundle")
-    detect_.add_argument("--threads", type=int, help="CPU threads of one inference")
-    detect_.add_argument("--save", type=Path, metavar="DIR", help="write images with drawn boxes here")
-    detect_.add_argument("--json", action="store_true", help="one JSON object a frame on standard output")
+    detect_ = commands.add_parser("detect", help="find objects in images, videos or the frames of a camera")
+    add_detect_options(detect_)
     detect_.set_defaults(command=detect)
 
     build_ = commands.add_parser("build", help="build a TensorRT engine from an ONNX file")
@@ -66,62 +67,11 @@ def parser() -> argparse.ArgumentParser:
     info_ = commands.add_parser("info", help="this machine, or what a model file is")
     info_.add_argument("path", nargs="?", type=Path, help=".onnx file, engine or bundle folder")
     info_.set_defaults(command=info)
+
+    verify_ = commands.add_parser("verify", help="check the hash of every file of a bundle")
+    verify_.add_argument("path", type=Path, metavar="BUNDLE", help="bundle folder")
+    verify_.set_defaults(command=verify)
     return root
-
-
-def detect(options: argparse.Namespace) -> None:
-    from runtime.detector import Detector
-    from runtime.sources import frames
-
-    with Detector.load(
-        options.model, conf=options.conf, device=options.device, variant=options.variant, threads=options.threads
-    ) as detector:
-        print_choice(detector)
-        for frame in frames(options.sources):
-            started = time.perf_counter()
-            found = detector(frame.image)
-            milliseconds = (time.perf_counter() - started) * 1e3
-            if options.json:
-                line = {"source": frame.source, "frame": frame.number, "detections": found.to_list(detector.card.names)}
-                print(json.dumps(line, ensure_ascii=False), flush=True)
-            else:
-                print(f"{frame.source} [{frame.number}]: {summary(found, detector.card.names)}, {milliseconds:.1f} ms")
-            if options.save:
-                save_drawn(options.save, frame, found, detector.card.names)
-
-
-def print_choice(detector: Any) -> None:
-    """Which file runs, and why not an earlier one; on standard error, so that standard output stays data."""
-    for file, reason in detector.skipped:
-        print(f"skipped {file}: {reason}", file=sys.stderr)
-    file = detector.artifact.file if detector.artifact else detector.card.name
-    print(f"running {file} ({detector.card.precision}) on {detector.providers[0]}", file=sys.stderr)
-
-
-def summary(found: Any, names: Sequence[str]) -> str:
-    """For example "2 bolt, 1 nut"."""
-    from collections import Counter
-
-    from runtime.detections import name_of
-
-    counts = Counter(name_of(class_id, names) for class_id in found.class_id.tolist())
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
-
-
-def save_drawn(folder: Path, frame: Any, found: Any, names: Sequence[str]) -> None:
-    import cv2
-
-    from runtime.detections import draw
-    from runtime.files import atomic_write
-    from runtime.image import WRITABLE
-
-    stem = Path(frame.source).stem or "frame"
-    name = f"{stem}-{frame.number:06d}.jpg" if frame.is_video else Path(frame.source).name
-    if Path(name).suffix.lower() not in WRITABLE:
-        name = f"{stem}.jpg"
-    with atomic_write(folder / name) as temporary:
-        if not cv2.imwrite(str(temporary), draw(frame.image, found, names)):
-            raise EdgestillError(f"{folder / name}: the image cannot be written")
 
 
 def build(options: argparse.Namespace) -> None:
@@ -139,30 +89,48 @@ def build(options: argparse.Namespace) -> None:
         dla_core=options.dla_core,
     )
     for line in report.log:
-        print(f"warning: {line}", file=sys.stderr)
+        log(f"warning: {line}")
     record_plan(card, precision, out, report)
     targets = ", ".join(report.targets)
-    print(f"{out}: {report.bytes / 1e6:.1f} MB for {targets}, {report.seconds:.1f} s, sha256 {report.sha256}")
+    print_line(f"{out}: {report.bytes / 1e6:.1f} MB for {targets}, {report.seconds:.1f} s, sha256 {report.sha256}")
 
 
 def info(options: argparse.Namespace) -> None:
-    """JSON: the machine's facts, or the card of a file and whether each of its artifacts can run here."""
+    """Print as JSON the facts of the machine, or the card of a file and whether each of its artifacts runs here."""
     from runtime import machine
 
-    described = describe(options.path) if options.path else machine.facts()
-    print(json.dumps(described, indent=2, ensure_ascii=False))
+    print_json(describe(options.path) if options.path else machine.facts(), indent=2)
 
 
 def describe(path: Path) -> dict[str, Any]:
     from runtime import machine
-    from runtime.bundle import metadata_of, model_files
+    from runtime.bundle import listed_files, metadata_of, model_files, problems
 
     card = model_files(path)[0].card
     if card is None:
         return {"file": str(path), "metadata": metadata_of(path), "note": "no edgestill card: a foreign file"}
     facts = machine.facts()
-    runs = {item.file: machine.mismatches(item, facts) or "yes" for item in card.artifacts}
+    runs = {
+        file.artifact.file: problems(file) or machine.mismatches(file.artifact, facts) or "yes"
+        for file in listed_files(path)
+        if file.artifact
+    }
     return {"file": str(path), "card": card.to_dict(), "runs_here": runs}
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check the hash of every file that the card lists. Raises EngineError, after a line for each bad file."""
+    from runtime.bundle import listed_files, problems
+
+    listed = listed_files(options.path)
+    if not listed:
+        raise InputError(f"{options.path}: no card lists hashes for it", "Give a bundle folder")
+    bad = [problem for file in listed for problem in problems(file)]
+    for problem in bad:
+        print_line(problem)
+    if bad:
+        raise EngineError(f"{options.path}: {len(bad)} files are not as the card says")
+    print_line(f"{options.path}: {len(listed)} model files, each as the card says")
 
 
 if __name__ == "__main__":

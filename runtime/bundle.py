@@ -45,6 +45,14 @@ def model_files(path: str | Path, variant: str | None = None) -> list[ModelFile]
     return [ModelFile(path, spec, card_inside(path), None) if spec.portable else _engine_file(path, spec)]
 
 
+def listed_files(path: Path) -> list[ModelFile]:
+    """Every file that the card of a bundle, or beside an engine, lists; empty where no card lists `path`."""
+    if path.is_dir():
+        return model_files(path)
+    (file,) = model_files(path)
+    return model_files(path.parent) if file.artifact else []
+
+
 def _bundle_files(folder: Path, variant: str | None) -> list[ModelFile]:
     card = ModelCard.load(folder)
     if not card.artifacts:
@@ -117,10 +125,22 @@ def read_checked(file: ModelFile) -> dict[str, bytes]:
     The bytes that were hashed are the bytes that get loaded: each file is read once. Raises InputError when one is
     missing, EngineError when one is not the file that was built.
     """
-    if file.artifact is None:
-        return {}
-    digests = (file.artifact, *file.artifact.parts)
-    return {item.file: _read_checked(file.path.parent / item.file, item, file.spec.remedy) for item in digests}
+    return {item.file: _read_checked(file.path.parent / item.file, item, file.spec.remedy) for item in _digests(file)}
+
+
+def problems(file: ModelFile) -> list[str]:
+    """The files of a listed model that are missing or are not as the card says, a line for each; empty when all are."""
+    found = []
+    for digest in _digests(file):
+        try:
+            _read_checked(file.path.parent / digest.file, digest, file.spec.remedy)
+        except (EngineError, InputError) as error:
+            found.append(str(error))
+    return found
+
+
+def _digests(file: ModelFile) -> tuple[FileDigest, ...]:
+    return (file.artifact, *file.artifact.parts) if file.artifact else ()
 
 
 def _read_checked(path: Path, expected: FileDigest, remedy: str) -> bytes:

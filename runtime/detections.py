@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,6 +15,11 @@ PALETTE_BGR = (
     (56, 56, 255), (49, 210, 207), (10, 249, 72), (255, 194, 0), (168, 153, 44), (255, 115, 100),
     (31, 112, 255), (187, 212, 0), (134, 219, 61), (29, 178, 255), (236, 24, 0), (199, 55, 255),
 )  # fmt: skip
+
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+MAX_LISTED = 10
+"""Names in one warning."""
 
 
 class Detection(NamedTuple):
@@ -91,14 +97,49 @@ def name_of(class_id: int, names: Sequence[str]) -> str:
 
 
 def draw(image: NDArray[np.uint8], detections: Detections, names: Sequence[str] = ()) -> NDArray[np.uint8]:
-    """A copy of the BGR image with boxes, names and scores; line and letter sizes follow the image's size."""
+    """A copy of the BGR image with boxes, names and scores; line and letter sizes follow the image's size.
+
+    A name in a script for which this OpenCV has no letters is drawn as its class number, such as `class 3`.
+    """
     canvas = image.copy()
     thickness = max(1, round(sum(image.shape[:2]) / 2 * 0.003))
     for found in reversed(list(detections)):  # the best box is drawn last, on top
         colour = PALETTE_BGR[found.class_id % len(PALETTE_BGR)]
         left, top, right, bottom = (round(value) for value in found.xyxy)
         cv2.rectangle(canvas, (left, top), (right, bottom), colour, thickness, cv2.LINE_AA)
-        _label(canvas, f"{name_of(found.class_id, names)} {found.score:.2f}", (left, top), colour, thickness)
+        _label(canvas, f"{drawn_name(found.class_id, names)} {found.score:.2f}", (left, top), colour, thickness)
+    return canvas
+
+
+def drawn_name(class_id: int, names: Sequence[str]) -> str:
+    """The class's name where every letter of it can be drawn, else `class` and its number."""
+    name = name_of(class_id, names)
+    return name if all(map(has_glyph, name)) else f"class {class_id}"
+
+
+def label_problem(names: Sequence[str]) -> str:
+    """Names that are drawn as class numbers, as a warning on one line; empty when there is none."""
+    numbered = [f"{number} is {name}" for number, name in enumerate(names) if not all(map(has_glyph, name))]
+    if not numbered:
+        return ""
+    listed = ", ".join(numbered[:MAX_LISTED]) + (", ..." if len(numbered) > MAX_LISTED else "")
+    return (
+        f"OpenCV {cv2.__version__} has no letters for {len(numbered)} names, they are drawn as class numbers: {listed}"
+    )
+
+
+@lru_cache(maxsize=4096)
+def has_glyph(character: str) -> bool:
+    """Whether OpenCV has a letter for the character: it draws "?" for the others, version 4 one for each byte."""
+    if character.isascii():
+        return character.isprintable()
+    drawn = _sample(character)
+    return not any(np.array_equal(drawn, _sample("?" * count)) for count in range(1, 5))
+
+
+def _sample(text: str) -> NDArray[np.uint8]:
+    canvas = np.zeros((40, 120), np.uint8)
+    cv2.putText(canvas, text, (2, 30), FONT, 1, 255, 2)
     return canvas
 
 
@@ -106,10 +147,10 @@ def _label(
     canvas: NDArray[np.uint8], text: str, corner_xy: tuple[int, int], colour: tuple[int, int, int], thickness: int
 ) -> None:
     """A filled tag above the corner, or inside the box where there is no room above."""
-    font, scale, weight = cv2.FONT_HERSHEY_SIMPLEX, thickness / 3, max(1, thickness - 1)
-    (width, height), drop = cv2.getTextSize(text, font, scale, weight)
+    scale, weight = thickness / 3, max(1, thickness - 1)
+    (width, height), drop = cv2.getTextSize(text, FONT, scale, weight)
     left, top = corner_xy
     base = top - drop if top - height - drop >= 0 else top + height + drop
     cv2.rectangle(canvas, (left, base - height - drop), (left + width, base + drop), colour, cv2.FILLED)
     ink = (0, 0, 0) if sum(colour) > 382 else (255, 255, 255)
-    cv2.putText(canvas, text, (left, base), font, scale, ink, weight, cv2.LINE_AA)
+    cv2.putText(canvas, text, (left, base), FONT, scale, ink, weight, cv2.LINE_AA)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import machine
-from runtime.backends import DEVICES, Array, Backend, LoadRequest, load_backend
+from runtime.backends import DEVICES, Array, Backend, LoadOptions, LoadRequest, load_backend
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.bundle import ModelFile, metadata_of, model_files, read_checked
 from runtime.card import Artifact, ModelCard
@@ -62,12 +62,14 @@ class Detector:
         device: str = "auto",
         variant: str | None = None,
         threads: int | None = None,
+        spin: bool = True,
     ) -> Detector:
         """Load an ONNX file, an engine with its card beside it, or the first file of a bundle that works here.
 
-        `device` is "auto", "cpu", "cuda" or "tensorrt"; all but "auto" are a demand, never a wish. `variant` picks one
-        precision or file of a bundle; `threads` limits the CPU's. Raises UsageError, InputError, UnavailableError
-        or EngineError with one line that says what is wrong and what helps.
+        `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused. `variant` picks one
+        precision or file of a bundle; `threads` limits the threads of the CPU. With `spin` these wait actively for the
+        next frame: fastest where frames follow at once, and over twice the CPU time on a camera. Raises UsageError,
+        InputError, UnavailableError or EngineError with one line: what is wrong and what helps.
         """
         if device not in DEVICES:
             raise UsageError(f"device is {device!r}, expected {', '.join(DEVICES)}")
@@ -75,15 +77,16 @@ class Detector:
             checked_conf(conf)
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}, expected 1 or more")
+        options = LoadOptions(device, threads, spin)
         files = model_files(path, variant)
         if len(files) == 1:
-            return cls._open(files[0], read_checked(files[0]), conf, device, threads)
+            return cls._open(files[0], read_checked(files[0]), conf, options)
         skipped: list[tuple[str, str]] = []
         for file in files:
             contents = read_checked(file) if file.path.is_file() else {}  # a changed file is never passed over
             try:
                 refuse_unsuited(file, device)
-                detector = cls._open(file, contents, conf, device, threads)
+                detector = cls._open(file, contents, conf, options)
             except EdgestillError as error:
                 skipped.append((file.path.name, str(error)))
                 continue
@@ -94,11 +97,11 @@ class Detector:
 
     @classmethod
     def _open(
-        cls, file: ModelFile, contents: Mapping[str, bytes], conf: float | None, device: str, threads: int | None
+        cls, file: ModelFile, contents: Mapping[str, bytes], conf: float | None, options: LoadOptions
     ) -> Detector:
         refuse_mismatch(file)
         has_card = file.card is not None
-        backend = load_backend(LoadRequest(file.spec.name, file.path, contents, device, threads, has_card))
+        backend = load_backend(LoadRequest(file.spec.name, file.path, contents, options, has_card))
         try:
             card = file.card or yolov5_card(file.path, metadata_of(file.path), backend)
             return cls(backend, card, artifact=file.artifact, conf=conf)
@@ -138,7 +141,10 @@ class Detector:
         return Prepared(np.ascontiguousarray(frame)[None], 1.0, (0.0, 0.0), frame_hw)
 
     def infer(self, prepared: Prepared) -> Array:
-        """The model's raw output: finished boxes [1, K, 6] or rows [1, N, 5 + C], as the card says."""
+        """The model's raw output: finished boxes [1, K, 6] or rows [1, N, 5 + C], as the card says.
+
+        Raises UsageError when the detector is closed.
+        """
         return self._backend.run(prepared.array)
 
     def postprocess(self, raw: Array, prepared: Prepared, conf: float | None = None) -> Detections:

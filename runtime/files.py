@@ -81,6 +81,15 @@ def unwritable(path: Path, error: OSError) -> EdgestillError:
     return EdgestillError(f"{path}: cannot be written: {error.strerror or error}", REMEDIES.get(error.errno or 0, ""))
 
 
+def is_utf8(path: Path) -> bool:
+    """False for a name that C++ libraries with UTF-8 names, such as OpenCV and ONNX Runtime, cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
@@ -107,7 +116,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Publish `obj` as indented JSON with a final newline. Paths become strings; NaN is refused (JSON has none)."""
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ from runtime.errors import InputError
 MAX_IMAGE_PIXELS = 178_956_970
 """Twice Pillow's warning limit, where it calls an image a decompression bomb: half a gigabyte decoded."""
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PIXELS))  # OpenCV reads it once, when it is loaded
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders' complaints would stand beside our one-line error
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # the messages of its decoders would stand beside our one-line error
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same for FFmpeg, which also prints addresses
 
 import cv2  # noqa: E402
 
@@ -28,6 +29,10 @@ END_OF_IMAGE = b"\xff\xd9"
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 """Inside a scan 0xff is followed by 0 (a data byte), by a restart marker, or by the marker that ends the scan;
 before any marker there may be fill bytes 0xff."""
+FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Second bytes of the markers of a JPEG's frame header."""
+DEEP_LEAST = 4096
+DEEP_HINT = "Scale its values to 8 bits first"
 WRITABLE = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 IMAGE_SUFFIXES = (*WRITABLE, ".mpo")
 """The last is a stereo format that OpenCV reads and does not write."""
@@ -41,6 +46,9 @@ Image = NDArray[np.uint8]
 def read_image(path: str | Path) -> Image:
     """Decode an image to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
 
+    Of 16-bit pixels the upper 8 bits are taken. Pixels that use 12 of the 16 bits or fewer would become black or nearly
+    so; they are refused, as are float and 32-bit pixels, whose range the file does not say.
+
     Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not an image.
     """
     return decode_image(read_bytes(Path(path)), path)
@@ -51,16 +59,41 @@ def decode_image(data: bytes, origin: str | Path) -> Image:
     if not data.startswith(SIGNATURES):
         raise InputError(f"{origin}: not an image", f"Give one of {', '.join(IMAGE_SUFFIXES)}")
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
             raise _too_large(origin) from error
         raise InputError(f"{origin}: cannot be decoded: {error.err}") from error
+    if image is None and data.startswith(JPEG) and jpeg_bits(data) not in (8, None):
+        raise InputError(f"{origin}: a JPEG of {jpeg_bits(data)} bits, expected 8", DEEP_HINT)
     if image is None or (data.startswith(JPEG) and not reaches_its_end(data)):
         raise InputError(f"{origin}: damaged or cut short ({len(data)} bytes)", "Copy or download it again")
     if image.shape[0] * image.shape[1] > MAX_IMAGE_PIXELS:  # OpenCV was loaded before this file could set its limit
         raise _too_large(origin)
-    return image  # type: ignore[return-value]
+    return to_8_bits(image, origin)
+
+
+def to_8_bits(image: NDArray[Any], path: str | Path) -> Image:
+    """The upper 8 bits of uint16 pixels; uint8 pixels are returned as they are. Raises InputError for all others."""
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype != np.uint16:
+        raise InputError(f"{path}: {image.dtype} pixels, expected 8 or 16 bits", DEEP_HINT)
+    if 0 < (largest := int(image.max())) < DEEP_LEAST:
+        bits = largest.bit_length()
+        raise InputError(f"{path}: 16-bit pixels of which only {bits} bits are used, expected all 16", DEEP_HINT)
+    return (image >> 8).astype(np.uint8)
+
+
+def jpeg_bits(jpeg: bytes) -> int | None:
+    """Bits of a sample, from the frame header; None without one."""
+    position = 2
+    while found := NEXT_MARKER.search(jpeg, position):
+        start = found.end()
+        if found[0][1] in FRAME_HEADERS:
+            return jpeg[start + 2] if start + 2 < len(jpeg) else None
+        position = start + int.from_bytes(jpeg[start : start + 2], "big")
+    return None
 
 
 def reaches_its_end(jpeg: bytes) -> bool:

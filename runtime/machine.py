@@ -45,6 +45,9 @@ NVIDIA_BOARD = re.compile("NVIDIA|Jetson")
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 """Logical CPUs that share the core of this one."""
 
+CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+QUOTA_FILES = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+
 
 @lru_cache(maxsize=1)
 def facts() -> dict[str, Any]:
@@ -54,7 +57,7 @@ def facts() -> dict[str, Any]:
     """
     return {
         "cpu": cpu_model(),
-        "cores": len(usable_cpus()),
+        "cores": usable_cores(),
         "ram_bytes": _ram_bytes(),
         "os": f"{platform.system()} {platform.release()}",
         "platform": platform_tag(),
@@ -71,9 +74,41 @@ def usable_cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def usable_cores() -> int:
+    """Logical CPUs that this process may use at once: their number, or the container's CPU quota where it is less."""
+    return _within_quota(len(usable_cpus()))
+
+
 def compute_threads() -> int:
     """Threads of one inference: one for each core that this process may use, hyper-threads not counted."""
-    return len({_read_text(Path(SIBLINGS.format(cpu))) or str(cpu) for cpu in usable_cpus()})
+    return _within_quota(len({_read_text(Path(SIBLINGS.format(cpu))) or str(cpu) for cpu in usable_cpus()}))
+
+
+def _within_quota(cores: int) -> int:
+    """Rounded down: threads beyond the quota stop all of them for the rest of each period."""
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cpu_quota() -> float | None:
+    """CPUs that the control groups (version 1 or 2) of this process allow, the least of all levels; None without."""
+    quotas = []
+    for line in _read_text(CGROUPS_OF_PROCESS).splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            levels = Path("/", name)
+            folders = [CGROUPS / controllers / str(level).strip("/") for level in (levels, *levels.parents)]
+            quotas += [quota for folder in folders if (quota := _quota_in(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _quota_in(folder: Path) -> float | None:
+    """From `cpu.max` ("150000 100000": microseconds in each period) of version 2, or version 1's two files."""
+    text = _read_text(folder / "cpu.max") or " ".join(_read_text(folder / file) for file in QUOTA_FILES)
+    numbers = text.split()
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or int(numbers[1]) == 0:
+        return None  # "max", -1, or no such file: no limit here
+    return int(numbers[0]) / int(numbers[1])
 
 
 def platform_tag() -> str:

@@ -1,73 +1,82 @@
-"""Frames of image files, folders, videos, streams and cameras, one source after the other."""
+"""Sources of frames: image files, folders, patterns, video files, cameras, streams and GStreamer pipelines."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator
+import re
+import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
-
-import cv2
+from typing import Literal, NamedTuple
 
 from runtime.errors import InputError
-from runtime.image import IMAGE_SUFFIXES, Image, read_image
+from runtime.image import IMAGE_SUFFIXES
+from runtime.text import without_credentials
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
-URL_SCHEMES = ("rtsp://", "rtmp://", "http://", "https://")
+URL = re.compile(r"([a-z][a-z0-9+.-]+)(://.+)", re.IGNORECASE | re.DOTALL)
+PIPELINE = " ! "
+"""Between the elements of a GStreamer pipeline."""
+DEVICES = Path("/dev")
 
 
-class Frame(NamedTuple):
-    """`image` uint8 BGR; `source` is the file, URL or camera; `number` counts the frames of one source from 0."""
+class Source(NamedTuple):
+    """`name` is the text to print, without credentials; `target` is what OpenCV opens.
 
-    source: str
-    number: int
-    image: Image
-    is_video: bool
-
-
-def frames(sources: Iterable[str | Path]) -> Iterator[Frame]:
-    """Every frame of every source. A source is an image, a folder of images, a pattern, a video, a URL or a camera's
-    number. Raises InputError on one that is none of these, or that cannot be opened.
+    An "image" or a "video" is a file that ends; a "stream" is a camera, a device, an address or a pipeline.
     """
-    for source in map(str, sources):
-        if source.isdecimal() or source.startswith(URL_SCHEMES):
-            yield from _video_frames(source, int(source) if source.isdecimal() else source)
-            continue
-        for path in expand(source):
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                yield from _video_frames(str(path), str(path))
-            else:
-                yield Frame(str(path), 0, read_image(path), is_video=False)
+
+    name: str
+    kind: Literal["image", "video", "stream"]
+    target: Path | str | int
 
 
-def expand(source: str) -> list[Path]:
-    """The files of a folder or pattern in the order of their names, or the file itself."""
-    path = Path(source)
-    if path.is_file():
+def find_sources(texts: Iterable[str | Path]) -> list[Source]:
+    """Every source that the texts name, folders and patterns expanded in the order of the file names.
+
+    Raises InputError when a text names nothing that could be opened.
+    """
+    return [source for text in texts for source in _sources_of(str(text))]
+
+
+def _sources_of(text: str) -> list[Source]:
+    if text.isdecimal():
+        return [Source(text, "stream", int(text))]
+    if PIPELINE in text:
+        return [Source(without_credentials(text), "stream", text)]
+    if url := URL.fullmatch(text):
+        return [Source(without_credentials(text), "stream", url[1].lower() + url[2])]  # FFmpeg knows "rtsp" only
+    return [_file_source(path) for path in _files(text)]
+
+
+def _file_source(path: Path) -> Source:
+    if not path.is_file():
+        return Source(str(path), "stream", path)
+    return Source(str(path), "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image", path)
+
+
+def _files(text: str) -> list[Path]:
+    path = Path(text)
+    if path.is_file() or _is_device(path):
         return [path]
-    if not path.exists() and glob.has_magic(source):
-        found = [Path(name) for name in glob.glob(source, recursive=True)]  # noqa: PTH207  it may start with a root
-    elif path.is_dir():
+    if path.is_dir():
         found = list(path.iterdir())
+    elif glob.has_magic(text):
+        found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207  it may start with a root
+    elif path.is_relative_to(DEVICES):
+        raise InputError(f"{text}: no such device", "Check the cable, or see /dev for the cameras that are there")
     else:
-        raise InputError(f"{source}: no such file or folder", "Give images, a folder, a video or a camera's number")
+        hint = "Give images, a folder, a video, a camera's number or device, an address, or a GStreamer pipeline"
+        raise InputError(f"{text}: no such file or folder", hint)
     usable = sorted(file for file in found if file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
     if not usable:
-        raise InputError(f"{source}: holds no image or video", f"Images are {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{text}: holds no image or video", f"Images are {', '.join(IMAGE_SUFFIXES)}")
     return usable
 
 
-def _video_frames(name: str, source: int | str) -> Iterator[Frame]:
-    capture = cv2.VideoCapture(source)
-    try:
-        number = 0
-        while True:
-            taken, image = capture.read()
-            if not taken:
-                break
-            yield Frame(name, number, image, is_video=True)  # type: ignore[arg-type]
-            number += 1
-        if number == 0:
-            raise InputError(f"{name}: no frame can be read from it", "Check the address, the cable or the codec")
-    finally:
-        capture.release()
+def _is_device(path: Path) -> bool:
+    """True for a camera's device (/dev/video0) or a named pipe."""
+    if not path.exists():
+        return False
+    mode = path.stat().st_mode
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)

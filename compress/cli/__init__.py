@@ -13,6 +13,7 @@ import click
 
 from runtime import __version__
 from runtime.errors import EdgestillError, UsageError
+from runtime.text import printable, without_credentials
 
 COMMANDS = {
     "demo": "runs",
@@ -108,4 +109,4 @@ def _in_one_line(error: Any) -> tuple[str, int]:
         text, status = f"{error.filename or 'file'}: {error.strerror or error}", 1
     else:
         text, status = "interrupted", 130
-    return " ".join(text.split()), status
+    return printable(without_credentials(" ".join(text.split()))), status

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from compress.cli.options import FILE, as_json, print_json
 
 
-@click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--model", "--weights", type=FILE, required=True, help=".onnx file, engine or bundle.")
-@click.option("--conf", "--conf-thres", type=float, help="Least score; default that of the model.")
-@click.option("--device", default="auto", help="auto, cpu, cuda or tensorrt.")
-@click.option("--variant", help="Precision or file to take from a bundle.")
-@click.option("--threads", type=int, help="CPU threads of one inference.")
-@click.option("--save", type=FILE, metavar="DIR", help="Write images with drawn boxes here.")
-@click.option("--json", is_flag=True, help="One JSON object a frame on standard output.")
-def detect(**options: Any) -> None:
-    """Detect on images, folders, videos or a camera number; the same as `python -m runtime detect`."""
-    from runtime.__main__ import detect as run
+@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def detect(arguments: tuple[str, ...]) -> None:
+    """Detect on images, videos, cameras and streams; the same as `python -m runtime detect`."""
+    from runtime.__main__ import Parser
+    from runtime.detect import add_detect_options
+    from runtime.detect import detect as run
+    from runtime.terminal import escape_what_cannot_be_printed
 
-    run(Namespace(**options))
+    escape_what_cannot_be_printed()
+    parser = Parser(prog="edgestill detect", description="Find objects in images, videos or the frames of a camera.")
+    add_detect_options(parser)
+    run(parser.parse_intermixed_args(list(arguments)))
 
 
 @click.command()

@@ -116,29 +116,42 @@ class Backend(Protocol):
     providers: tuple[str, ...]
 
     def run(self, array: Array) -> Array:
-        """The first output for `array`, which has the input's dtype and shape, in memory that the caller owns."""
+        """The first output for `array`, which has the input's dtype and shape, in memory that the caller owns.
+
+        Raises UsageError (`closed_error`) when the model is closed.
+        """
 
     def close(self) -> None:
         """Free memory and device; calling twice is harmless."""
 
 
+class LoadOptions(NamedTuple):
+    """`threads` limits the threads of the CPU; with `spin` they wait actively. Backends of a GPU ignore both."""
+
+    device: str = "auto"
+    threads: int | None = None
+    spin: bool = True
+
+
 class LoadRequest(NamedTuple):
     """A file to load. `contents` maps the file's name, and the names of its parts, to their bytes where their hashes
     were checked; it is empty where no hash is known. A file with `has_card` comes from edgestill's own export.
-    `threads` limits the threads of the CPU.
     """
 
     backend: str
     path: Path
     contents: Mapping[str, bytes] = {}
-    device: str = "auto"
-    threads: int | None = None
+    options: LoadOptions = LoadOptions()
     has_card: bool = True
 
     @property
     def data(self) -> bytes | None:
         """The file's own bytes, where its hash was checked."""
         return self.contents.get(self.path.name)
+
+
+def closed_error() -> UsageError:
+    return UsageError("the detector is closed", "Load it again, or call it inside its with block")
 
 
 def load_backend(request: LoadRequest) -> Backend:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends import Array, LoadRequest, TensorSpec
+from runtime.backends import Array, LoadRequest, TensorSpec, closed_error
 from runtime.backends.onnx_trial import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
+from runtime.files import is_utf8
 from runtime.machine import compute_threads
 
 try:
@@ -49,7 +50,10 @@ class OnnxBackend:
         self._wanted = [self.output.name]
 
     def run(self, array: Array) -> Array:
-        return self._session.run(self._wanted, {self.input.name: array})[0]
+        session = self._session
+        if session is None:
+            raise closed_error()
+        return session.run(self._wanted, {self.input.name: array})[0]
 
     def close(self) -> None:
         self._session = None
@@ -63,18 +67,20 @@ def load(request: LoadRequest) -> OnnxBackend:
     path = request.path
     if not request.has_card:
         load_in_child(path)
-    providers = choose_providers(request.device, onnxruntime.get_available_providers())
+    providers = choose_providers(request.options.device, onnxruntime.get_available_providers())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ONLY_FATAL  # its errors also arrive as exceptions
     # without a number, ONNX Runtime pins each worker to a core, and the caller's thread may share one of them for the
     # session's whole life: on two cores the same file then took 13 ms in one session and 6.3 ms in the next
-    options.intra_op_num_threads = request.threads or compute_threads()
+    options.intra_op_num_threads = request.options.threads or compute_threads()
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(request.options.spin)))
     try:
-        session = onnxruntime.InferenceSession(request.data or str(path), options, providers=list(providers))
+        model = request.data or (str(path) if is_utf8(path) else path.read_bytes())
+        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no other base
         raise InputError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
-    require_provider(request.device, providers, session.get_providers())
+    require_provider(request.options.device, providers, session.get_providers())
     return OnnxBackend(session, path)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runtime.child_process import last_line, limit, run_child
 from runtime.errors import InputError, one_line
+from runtime.files import is_utf8
 
 MEMORY_BYTES = 6 << 30
 CPU_SECONDS = 60
@@ -41,7 +42,7 @@ def main() -> None:
     """The child: exit 0 when the file whose path is on standard input loads."""
     path = os.fsdecode(sys.stdin.buffer.read())
     limit(MEMORY_BYTES, CPU_SECONDS)
-    if reason := load_error(path):
+    if reason := load_error(path if is_utf8(Path(path)) else Path(path).read_bytes()):
         print(reason, file=sys.stderr)
         sys.exit(1)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends import Array, LoadRequest, TensorSpec
+from runtime.backends import Array, LoadRequest, TensorSpec, closed_error
 from runtime.backends.cuda import Cuda, Host, open_cuda
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError, one_line
 
@@ -93,6 +93,8 @@ class TensorRTBackend:
 
     def run(self, array: Array) -> Array:
         with self._lock:
+            if self._context is None:
+                raise closed_error()
             buffers = self._buffers_for(array.shape)
             np.copyto(buffers.input_host, array, casting="no")
             self._cuda.upload(buffers.input_pointer, buffers.input_host)
@@ -159,7 +161,7 @@ def load(request: LoadRequest) -> TensorRTBackend:
     hash of the bytes was not checked or TensorRT refuses them.
     """
     path, data = request.path, request.data
-    if request.device == "cpu":
+    if request.options.device == "cpu":
         raise UsageError(
             f"{path}: an engine needs a GPU, device is cpu", "Give the bundle's .onnx file, or --device auto"
         )

@@ -80,7 +80,7 @@ def test_info_describes_it(bundle, capsys):
 def test_a_suffix_finds_its_backend_and_an_unknown_one_names_the_known():
     assert backend_of(Path("a.ONNX")).name == "onnx"
     assert backend_of(Path("a.plan")).name == "tensorrt"
-    with pytest.raises(UsageError, match=r"\.onnx, \.engine, \.plan, \.trt"):
+    with pytest.raises(UsageError, match=r"Give \.onnx, .*\.plan"):
         backend_of(Path("a.txt"))
 
 

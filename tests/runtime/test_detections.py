@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from runtime import detections
 from runtime.detections import Detections, draw
 
 ROWS = np.array([[10, 20, 30, 40, 0.9, 1], [0, 0, 5.25, 6, 0.5, 7]], np.float32)
@@ -48,6 +49,15 @@ def test_the_list_is_json_and_names_what_it_can():
     assert json.loads(json.dumps(listed)) == listed
     assert [entry["name"] for entry in listed] == ["nut", "7"]
     assert listed[1]["box"] == [0, 0, 5.25, 6]
+
+
+def test_a_name_without_letters_in_opencv_is_drawn_as_its_class_number(monkeypatch):
+    known = detections.has_glyph("\u87ba")  # version 5 brings a font for Chinese, version 4 has ASCII only
+    assert detections.drawn_name(0, ["\u87ba\u6813"]) == ("\u87ba\u6813" if known else "class 0")
+    assert detections.drawn_name(1, ["bolt", "\U0010ffff"]) == "class 1"
+    assert detections.drawn_name(0, ["bolt"]) == "bolt"
+    assert detections.label_problem(["bolt", "\U0010ffff"]).endswith("1 is \U0010ffff")
+    assert detections.label_problem(["bolt"]) == ""
 
 
 def test_drawing_leaves_the_image_alone_and_paints_near_the_box():

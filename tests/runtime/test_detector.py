@@ -292,6 +292,29 @@ def test_the_number_of_threads_is_always_set_so_that_no_worker_is_pinned_to_a_co
     assert chosen == (asked or compute_threads())
 
 
+@pytest.mark.parametrize("spin", [True, False])
+def test_threads_wait_actively_only_where_asked_for(toys, tmp_path, spin):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), spin=spin) as detector:
+        session = detector._backend._session.get_session_options()
+        assert session.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
+
+
+def test_a_closed_detector_is_one_line(toys, tmp_path, white_frame):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as detector:
+        pass
+    with pytest.raises(UsageError, match="closed"):
+        detector(white_frame)
+
+
+def test_a_model_whose_name_is_not_utf8_is_loaded(toys, tmp_path, white_frame):
+    for make in (toys.canvas_model, lambda path: toys.rows_model(path, ROWS)):
+        source = make(tmp_path / "plain.onnx")
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.onnx"))
+        source.replace(path)
+        with Detector.load(path) as detector:
+            assert len(detector(white_frame)) == 2
+
+
 def test_closing_twice_is_harmless(toys, tmp_path):
     detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), threads=1)
     detector.close()

@@ -108,6 +108,36 @@ def test_a_bad_image_is_one_line_that_names_the_file(tmp_path, name):
     assert "bad.jpg" in str(caught.value)
 
 
+def tiff(dtype: type, samples: int = 1, value: float = 1.0) -> bytes:
+    return cv2.imencode(".tiff", np.full((6, 8) if samples == 1 else (6, 8, samples), value, dtype))[1].tobytes()
+
+
+@pytest.mark.parametrize("kind", [".png", ".tiff"])
+def test_the_upper_eight_bits_of_sixteen_are_read(tmp_path, kind):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 8, 3), np.uint16)
+    (tmp_path / "a").write_bytes(cv2.imencode(kind, values)[1].tobytes())
+    assert np.array_equal(read_image(tmp_path / "a"), values >> 8)
+
+
+def test_a_black_image_of_sixteen_bits_is_black(tmp_path):
+    (tmp_path / "a").write_bytes(tiff(np.uint16, value=0))
+    assert not read_image(tmp_path / "a").any()
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (tiff(np.uint16, value=3000), "only 12 bits are used"),
+        (tiff(np.float32, 3, 0.5), "float32 pixels"),
+        (encoded("JPEG").replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc1\x00\x11\x0c"), "JPEG of 12 bits"),
+    ],
+)
+def test_deep_pixels_of_an_unknown_range_are_refused_by_name(tmp_path, data, word):
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(InputError, match=word):
+        read_image(tmp_path / "a")
+
+
 def test_missing_files_and_folders_are_input_errors(tmp_path):
     for path in (tmp_path / "none.jpg", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):

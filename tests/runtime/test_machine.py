@@ -37,8 +37,40 @@ def test_facts_are_json_and_say_nothing_of_host_or_user():
 def test_an_inference_takes_a_thread_a_core_and_counts_hyper_threads_once(monkeypatch):
     siblings = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5", 6: ""}
     monkeypatch.setattr(machine, "usable_cpus", lambda: list(siblings))
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
     monkeypatch.setattr(machine, "_read_text", lambda path: siblings[int(path.parts[-3].removeprefix("cpu"))])
     assert machine.compute_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2.0, 2),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5, 1),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5, 1),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None, 8),
+        ("0::/pod/app\n", {"cpu.max": "max 100000\n", "pod/cpu.max": "300000 100000\n"}, 3.0, 3),
+        (
+            "5:memory:/\n4:cpu,cpuacct:/docker/abc\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "400000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+            4.0,
+            4,
+        ),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None, 8),
+        ("", {}, None, 8),
+    ],
+)
+def test_a_containers_cpu_quota_counts_as_its_cores(monkeypatch, tmp_path, groups, files, quota, cores):
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "CGROUPS_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "usable_cpus", lambda: list(range(8)))
+    monkeypatch.setattr(machine, "SIBLINGS", str(tmp_path / "none{}"))
+    assert machine.cpu_quota() == quota
+    assert machine.usable_cores() == machine.compute_threads() == cores
 
 
 def test_a_plan_on_the_machine_it_was_built_for_fits():

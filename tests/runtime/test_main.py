@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 import runtime
 from runtime.__main__ import main
+from runtime.card import Artifact
+from runtime.files import sha256
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,7 +68,7 @@ def test_detect_reads_every_frame_of_a_video(model, tmp_path, capsys):
     assert main(["detect", str(path), "--model", model, "--json", "--save", str(tmp_path / "out")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["frame"], len(line["detections"])) for line in lines] == [(0, 2), (1, 0), (2, 2)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir())[0] == "film-000000.jpg"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["film.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,84 @@ def test_every_failure_is_one_line_and_its_exit_code(model, tmp_path, capsys, ar
     assert len(error) == 1
     assert error[0].startswith("error: ")
     assert word in error[0]
+
+
+def test_an_unreadable_image_does_not_end_the_run_and_is_told_by_the_exit_code(model, images, capsys):
+    (images / "a.png").write_bytes(b"damaged")
+    assert main(["detect", str(images), "--model", model]) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert "a.png" in captured.err.splitlines()[-1]
+
+
+def test_a_file_name_that_is_not_utf8_is_printed_and_read_back_from_json(model, images, tmp_path):
+    name = os.fsencode(images) + b"/gr\xfcn.png"
+    (images / "a.png").rename(os.fsdecode(name))
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "runtime",
+                "detect",
+                name,
+                "--model",
+                model,
+                "--save",
+                str(tmp_path / "o"),
+                *options,
+            ],
+            cwd=REPOSITORY,
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        )
+        assert done.returncode == 0, done.stderr
+    assert os.fsencode(json.loads(done.stdout)["source"]) == name
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(model, images):
+    command = (
+        f"{sys.executable} -m runtime detect {images}/* {images}/* --model {model} | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    for run in range(40):
+        cv2.imwrite(str(images / f"{run}.png"), np.zeros((9, 9, 3), np.uint8))
+    (images / "notes.txt").unlink()
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_credentials_are_not_printed_where_the_usage_is_wrong(capsys):
+    assert main(["detect", "a.jpg", "--model", "m.onnx", "--fly", "rtsp://admin:secret@host/x"]) == 2
+    assert "secret" not in capsys.readouterr().err
+    assert main(["detect", "0", "--model", "rtsp://admin:secret@host/m.onnx"]) == 1
+    assert "secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("harm", "word"), [(lambda path: path.unlink(), "cannot be read"), (lambda path: path.write_bytes(b"x"), "1 bytes")]
+)
+def test_info_and_verify_find_a_file_that_is_not_the_one_that_was_built(toys, tmp_path, capsys, harm, word):
+    files = [toys.canvas_model(tmp_path / name) for name in ("a.onnx", "b.onnx")]
+    artifacts = tuple(Artifact(path.name, sha256(path), path.stat().st_size, "fp32", "onnx") for path in files)
+    toys.card(artifacts=artifacts).save(tmp_path / "model.json")
+    assert main(["verify", str(tmp_path)]) == 0
+    harm(files[1])
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "b.onnx" in line
+    assert word in line
+    assert "from its ONNX file" not in line
+    assert main(["info", str(tmp_path)]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs_here"]
+    assert runs == {"a.onnx": "yes", "b.onnx": [line]}
+
+
+def test_verify_wants_a_card_with_hashes(model, capsys):
+    assert main(["verify", model]) == 1
+    assert "Give a bundle folder" in capsys.readouterr().err
 
 
 def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, capsys):

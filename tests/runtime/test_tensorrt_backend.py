@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from runtime.backends import LoadRequest
+from runtime.backends import LoadOptions, LoadRequest
 from runtime.backends import cuda as cuda_module
 from runtime.backends import tensorrt as backend_module
 from runtime.backends.tensorrt import Loaded, TensorRTBackend, collecting_logger, deserialize, errors_of
@@ -149,6 +149,8 @@ def test_closing_frees_everything_and_may_be_repeated():
     backend.close()
     backend.close()
     assert memory.closed
+    with pytest.raises(UsageError, match="closed"):
+        backend.run(canvas())
 
 
 def test_another_batch_gets_buffers_of_its_own_size():
@@ -254,7 +256,7 @@ def test_the_real_logger_is_the_same():
 
 def test_engines_want_a_gpu_and_checked_bytes():
     with pytest.raises(UsageError, match="GPU"):
-        backend_module.load(LoadRequest("tensorrt", PATH, {PATH.name: b"plan"}, "cpu"))
+        backend_module.load(LoadRequest("tensorrt", PATH, {PATH.name: b"plan"}, LoadOptions("cpu")))
     with pytest.raises(EngineError, match="hash"):
         backend_module.load(LoadRequest("tensorrt", PATH))
 

@@ -1,0 +1,128 @@
+"""The command `detect`: of the device (`python -m runtime detect`) and of `edgestill detect`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import EdgestillError, InputError
+from runtime.terminal import log, print_json, print_line
+
+if TYPE_CHECKING:
+    from runtime.detections import Detections
+    from runtime.detector import Detector
+    from runtime.frames import FrameReader
+    from runtime.results import ResultWriter
+
+SOURCES = "image, folder, pattern, video, camera number, /dev/video0, address (rtsp://, ...) or GStreamer pipeline"
+
+
+def add_detect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCES)
+    parser.add_argument(
+        "--model", "--weights", required=True, help=".onnx file, engine with its card, or bundle folder"
+    )
+    parser.add_argument("--conf", "--conf-thres", type=float, help="least score (default: that of the model)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
+    parser.add_argument("--variant", help="precision or file to take from a bundle")
+    parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: one for each core)")
+    parser.add_argument(
+        "--spin",
+        action=argparse.BooleanOptionalAction,
+        help="let CPU threads wait actively: faster, at twice the CPU time (default: for files, not for streams)",
+    )
+    parser.add_argument("--stride", type=int, default=1, metavar="N", help="every Nth frame of a video (default: 1)")
+    parser.add_argument(
+        "--latest", action="store_true", help="only the newest frame of a stream, skip those in between"
+    )
+    parser.add_argument(
+        "--reconnect",
+        type=int,
+        default=0,
+        metavar="N",
+        help="connect again up to N times when a stream drops (default: 0)",
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="write images and videos with drawn boxes; names that are taken get a number",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object for each frame on standard output")
+
+
+def detect(options: argparse.Namespace) -> None:
+    """Detect on every frame of the sources. Raises EdgestillError at the end when a file or frame could not be read."""
+    from runtime.detector import Detector
+    from runtime.frames import FrameReader
+    from runtime.results import ResultWriter
+    from runtime.sources import find_sources
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that videos are completed
+    sources = find_sources(options.sources)
+    reader = FrameReader(sources, stride=options.stride, latest=options.latest, reconnect=options.reconnect, log=log)
+    streams = any(source.kind == "stream" for source in sources)
+    with (
+        Detector.load(
+            options.model,
+            conf=options.conf,
+            device=options.device,
+            variant=options.variant,
+            threads=options.threads,
+            spin=not streams if options.spin is None else options.spin,
+        ) as detector,
+        ResultWriter(options.save) if options.save else nullcontext() as writer,
+    ):
+        log_choice(detector)
+        detect_frames(detector, reader, writer, as_json=options.json)
+    if reader.losses:
+        more = f" (and {len(reader.losses) - 1} more)" if len(reader.losses) > 1 else ""
+        raise EdgestillError(f"not all was read: {reader.losses[0]}{more}")
+
+
+def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter | None, *, as_json: bool) -> None:
+    """Print a line for each frame, as text or JSON, and write it with its boxes where there is a writer."""
+    from runtime.detections import draw, label_problem
+
+    names = detector.card.names
+    if writer and (problem := label_problem(names)):
+        log(f"warning: {problem}")
+    for frame in reader:
+        started = time.perf_counter()
+        try:
+            found = detector(frame.image)
+        except InputError as error:  # an image of another size than a model with a fixed frame takes
+            if frame.fps is not None:
+                raise
+            reader.lose(f"{frame.source}: {error}")
+            continue
+        milliseconds = (time.perf_counter() - started) * 1e3
+        saved = writer.write(frame, draw(frame.image, found, names)) if writer else None
+        if as_json:
+            line = {"source": frame.source, "frame": frame.number, "detections": found.to_list(names)}
+            print_json(line | ({"saved": str(saved)} if saved else {}))
+        else:
+            print_line(f"{frame.source} [{frame.number}]: {summary(found, names)}, {milliseconds:.1f} ms")
+
+
+def log_choice(detector: Detector) -> None:
+    """Log the file that runs, and why each file before it does not."""
+    for file, reason in detector.skipped:
+        log(f"skipped {file}: {reason}")
+    file = detector.artifact.file if detector.artifact else detector.card.name
+    log(f"running {file} ({detector.card.precision}) on {detector.providers[0]}")
+
+
+def summary(found: Detections, names: Sequence[str]) -> str:
+    """For example "2 bolt, 1 nut"."""
+    from runtime.detections import name_of
+
+    counts = Counter(name_of(class_id, names) for class_id in found.class_id.tolist())
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
