@@ -124,11 +124,11 @@ def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
 
 
 def file_accuracy(path: Path, plan: Plan) -> Accuracy:
-    """The accuracy of one file, without its latency. Raises as `measure_file`, and UsageError without ground truth."""
+    """The accuracy of one file, without its latency. Raises UsageError when there is no ground truth."""
     with plan.detector(path) as detector:
         found = _accuracy(detector, plan)
     if found is None:
-        raise UsageError("the plan has no ground truth to measure accuracy by", "Give COCO annotations")
+        raise UsageError("The plan has no ground truth, so there is no accuracy", "Give COCO annotations")
     return found
 
 

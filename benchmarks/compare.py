@@ -63,20 +63,21 @@ def comparable(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _values_of(setting: str, rows: Sequence[Row]) -> Any:
-    """The setting's value; all its values, as text, where the files of one report differ."""
-    values = list(dict.fromkeys(row["settings"][setting] for row in rows))
-    return values[0] if len(values) == 1 else " and ".join(map(number, values))
+def _values_of(setting: str, rows: Sequence[Row]) -> tuple[Any, ...]:
+    """The values of the setting in the rows of one report."""
+    return tuple(dict.fromkeys(row["settings"][setting] for row in rows))
 
 
 def _difference(what: str, names: Sequence[str], values: Sequence[Any]) -> str:
-    if len(set(values)) <= 1:
+    if len(set(values)) <= 1 and not any(isinstance(value, tuple) and len(value) > 1 for value in values):
         return ""
     each = ", ".join(f"{_short(value)} in {name}" for name, value in zip(names, values, strict=True))
     return f"{what} differs, so the figures are not directly comparable: {each}"
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " and ".join(map(number, value))
     return "none" if value is None else f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
 
 

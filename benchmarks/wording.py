@@ -64,7 +64,10 @@ def _settings(rows: Sequence[Row]) -> Iterator[str]:
     shared = shared_settings(rows)
     for key in rows[0]["settings"] if rows else ():
         if key not in shared:
-            each = ", ".join(f"{number(row['settings'][key])} for {row['file']}" for row in rows)
+            files: dict[str, list[str]] = {}
+            for row in rows:
+                files.setdefault(number(row["settings"][key]), []).append(row["file"])
+            each = "; ".join(f"{value} for {', '.join(names)}" for value, names in files.items())
             yield f"{key} differs, so the files are not directly comparable: {each}."
 
 

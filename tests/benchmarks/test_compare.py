@@ -53,6 +53,7 @@ def test_a_setting_that_differs_within_a_report_is_a_warning_with_all_its_values
     mixed = Report({**sample.data, "name": "mixed", "models": [*models, *sample.data["models"][1:]]})
     (warning,) = compare([sample, mixed]).warnings
     assert "0.45 and 0.6 in mixed" in warning
+    assert len(compare([mixed, mixed]).warnings) == 1
 
 
 def test_reports_of_two_tensorrt_versions_are_not_compared_in_silence(sample: Report) -> None:
