@@ -59,7 +59,7 @@ class MeasuredFile(NamedTuple):
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
-    """The teacher's file, the student's FP32, and every flavour, those that were refused too."""
+    """The teacher's file, the student's FP32, and every flavour that was made, those that were refused too."""
     flavours = [
         MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"])
         for entry, file in _flavours(folders)
@@ -75,7 +75,7 @@ def kept_files(folders: Folders) -> dict[str, Path]:
 
 
 def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
-    entries = read_json(folders["quantize"] / "quantize.json")
+    entries = [entry for entry in read_json(folders["quantize"] / "quantize.json") if entry["file"]]
     return [(e, folders["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
 
 

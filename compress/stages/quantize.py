@@ -32,7 +32,7 @@ from compress.inputs import SHIPPED, dataset_of, plan_of
 from compress.log import Log
 from compress.stages import Figures, Stage, cpu_and_runtime
 from runtime.card import ModelCard
-from runtime.errors import InputError
+from runtime.errors import EdgestillError, InputError
 from runtime.files import sha256, write_json
 from runtime.image import letterbox, read_image
 
@@ -96,18 +96,18 @@ class FileGate:
 
 @dataclass(frozen=True)
 class JudgedFile:
-    """A file of one precision, and whether its gate keeps it.
+    """A file of one precision, and whether its gate keeps it; `path` is None where the file could not be made.
 
     `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest; `latency` is
     against FP32, measured only where it counts.
     """
 
     name: str
-    path: Path
-    map50_95: float
-    drop: float
+    path: Path | None
     kept: bool
     reason: str
+    map50_95: float | None = None
+    drop: float | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     latency: LatencyRatio | None = None
 
@@ -115,8 +115,8 @@ class JudgedFile:
         ratio = self.latency
         return {
             "name": self.name,
-            "file": self.path.name,
-            "sha256": sha256(self.path),
+            "file": self.path and self.path.name,
+            "sha256": self.path and sha256(self.path),
             "map50_95": self.map50_95,
             "drop": self.drop,
             "latency": ratio and {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
@@ -146,15 +146,23 @@ def quantize(
     chosen = spread(images, config.calibration_images)
     calibration = {**_digest(chosen), "method": config.method}
     ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
-    reference = JudgedFile(REFERENCE, model, gate.accuracy(model), 0.0, True, "the reference")
-    log(f"{REFERENCE}: mAP50-95 {reference.map50_95:.4f}")
-    judged = [reference]
+    reference = gate.accuracy(model)
+    log(f"{REFERENCE}: mAP50-95 {reference:.4f}")
+    judged = [JudgedFile(REFERENCE, model, True, "the reference", reference, 0.0)]
     for flavour in (FLAVOURS[name] for name in config.flavours):
-        made = flavour.make(source, ranges()) if flavour.calibrated else flavour.make(source)
-        write_card(made, replace(card, precision=flavour.name))
-        path = write_model(made, out / f"model.{flavour.name}.onnx")
-        fault = _fault(flavour, source, path, [_input(image, card) for image in spread(chosen, SANITY_IMAGES)])
-        judged.append(_judge(config, flavour, path, reference, fault, gate, calibration if flavour.calibrated else {}))
+        path = out / f"model.{flavour.name}.onnx"
+        measured = (ranges(),) if flavour.calibrated else ()
+        try:
+            made = flavour.make(source, *measured)
+        except EdgestillError as error:
+            path.unlink(missing_ok=True)  # of an earlier model
+            judged.append(JudgedFile(flavour.name, None, False, f"it cannot be made: {error.message}"))
+        else:
+            write_card(made, replace(card, precision=flavour.name))
+            write_model(made, path)
+            fault = _fault(flavour, source, path, [_input(image, card) for image in spread(chosen, SANITY_IMAGES)])
+            found = _judge(config, flavour, path, fault, gate, (model, reference))
+            judged.append(replace(found, calibration=calibration if flavour.calibrated else {}))
         log(describe(judged[-1]))
     return tuple(judged)
 
@@ -168,10 +176,8 @@ def spread(images: Sequence[Path], count: int) -> list[Path]:
 
 def describe(judged: JudgedFile) -> str:
     """One line: accuracy, drop against FP32, and the verdict."""
-    return (
-        f"{judged.name}: mAP50-95 {judged.map50_95:.4f} (drop {judged.drop:+.4f}); "
-        f"{'kept' if judged.kept else 'left out'}: {judged.reason}"
-    )
+    figures = "" if judged.path is None else f"mAP50-95 {judged.map50_95:.4f} (drop {judged.drop:+.4f}); "
+    return f"{judged.name}: {figures}{'kept' if judged.kept else 'left out'}: {judged.reason}"
 
 
 def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
@@ -217,25 +223,36 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
 
 
 def _judge(
-    config: QuantizeConfig,
-    flavour: Flavour,
-    path: Path,
-    reference: JudgedFile,
-    fault: str,
-    gate: Gate,
-    calibration: Mapping[str, Any],
+    config: QuantizeConfig, flavour: Flavour, path: Path, fault: str, gate: Gate, fp32: tuple[Path, float]
 ) -> JudgedFile:
-    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts."""
-    map50_95 = gate.accuracy(path)
-    drop = reference.map50_95 - map50_95
-    within = drop <= config.max_map_drop  # False for NaN
-    loss = f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {config.max_map_drop:g}"
-    if fault or not within or not flavour.for_this_cpu:
-        return JudgedFile(flavour.name, path, map50_95, drop, within and not fault, fault or loss, calibration)
-    latency = gate.latency(reference.path, path)
+    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts.
+
+    `fp32` is the reference and its mAP50-95.
+    """
+    reference, expected = fp32
+    found = gate.accuracy(path)
+    within, loss = _accuracy_verdict(found, expected, config.max_map_drop)
+    judged = JudgedFile(flavour.name, path, within and not fault, fault or loss, found, expected - found)
+    if not judged.kept or not flavour.for_this_cpu:
+        return judged
+    latency = gate.latency(reference, path)
     verdict = latency.verdict(config.max_latency_ratio)
     reason = f"{loss}; latency against FP32 {latency}, {SPEED[verdict]} {config.max_latency_ratio:g}"
-    return JudgedFile(flavour.name, path, map50_95, drop, verdict != "slower", reason, calibration, latency)
+    return replace(judged, kept=verdict != "slower", reason=reason, latency=latency)
+
+
+def _accuracy_verdict(found: float, reference: float, max_drop: float) -> tuple[bool, str]:
+    """Whether mAP50-95 `found` passes against that of FP32, and why. A file that finds nothing passes no limit below 1.
+
+    Without this a network that learnt nothing would pass with every flavour: 0 lost of 0.
+    """
+    drop = reference - found
+    if max_drop < 1 and not reference > 0:
+        return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss can be measured"
+    if max_drop < 1 and found == 0:
+        return False, "its mAP50-95 is 0"
+    within = drop <= max_drop  # False for NaN
+    return within, f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {max_drop:g}"
 
 
 STAGE = Stage(

@@ -170,6 +170,44 @@ def test_an_unmeasurable_or_worthless_flavour_is_left_out(model, images, tmp_pat
     assert not found["fp16"].kept
 
 
+@pytest.mark.parametrize(
+    ("maps", "reason"),
+    [
+        ({"fp32": 0.0, "fp16": 0.0}, "FP32 itself has mAP50-95 0.0000, so no loss can be measured"),
+        ({"fp32": 0.0, "fp16": 0.01}, "FP32 itself has mAP50-95 0.0000"),
+        ({"fp32": float("nan"), "fp16": 0.5}, "FP32 itself has mAP50-95 nan"),
+        ({"fp32": 0.015, "fp16": 0.0}, "its mAP50-95 is 0"),
+    ],
+    ids=["both nothing", "FP32 nothing", "FP32 not measurable", "less than may be lost"],
+)
+def test_no_flavour_passes_where_a_loss_cannot_be_seen(model, images, tmp_path, maps, reason):
+    found, lines = run(QuantizeConfig(flavours=("fp16",)), model, images, tmp_path, maps)
+    assert not found["fp16"].kept
+    assert reason in found["fp16"].reason
+    assert "left out" in lines[-1]
+
+
+def test_a_limit_of_1_keeps_any_accuracy(model, images, tmp_path):
+    config = QuantizeConfig(flavours=("fp16",), max_map_drop=1)
+    found, _ = run(config, model, images, tmp_path, {"fp32": 0.0, "fp16": 0.0})
+    assert found["fp16"].kept
+
+
+def test_a_weight_beyond_fp16_leaves_out_fp16_and_nothing_else(graphs, images, tmp_path):
+    broken = onnx.ModelProto.FromString(graphs[0].SerializeToString())
+    weight = next(tensor for tensor in broken.graph.initializer if tensor.name.endswith("model.1.conv.weight"))
+    array = numpy_helper.to_array(weight).copy()
+    array.flat[0] = 7e4
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    onnx.save(broken, tmp_path / "model.onnx")
+    (tmp_path / "model.fp16.onnx").write_bytes(b"of an earlier model")
+    found, lines = run(QuantizeConfig(calibration_images=2), tmp_path / "model.onnx", images, tmp_path, {})
+    assert {name for name, judged in found.items() if judged.path} == {"fp32", "int8-trt", "int8-cpu"}
+    assert (found["fp16"].kept, found["fp16"].to_json()["file"]) == (False, None)
+    assert "fp16: left out: it cannot be made: 'network.model.1.conv.weight' holds 7e+04, beyond FP16's 65504" in lines
+    assert not (tmp_path / "model.fp16.onnx").exists()
+
+
 def test_an_fp16_overflow_is_seen_whatever_the_map_says(graphs, images, tmp_path):
     broken = onnx.ModelProto.FromString(graphs[0].SerializeToString())
     weight = next(tensor for tensor in broken.graph.initializer if tensor.name.endswith("model.1.conv.weight"))
