@@ -96,7 +96,8 @@ def docstrings_with_a_block_of_errors(file: str) -> list[int]:
 
 
 def hints_that_start_small_or_end_with_a_full_stop(file: str) -> list[int]:
-    return [line for line, text in hints(file) if text[0].islower() or text.endswith(".")]
+    wrong = re.compile(r"(?!pip install )[a-z]|.*\.$", re.DOTALL)  # a bare command stays as it is typed
+    return [line for line, text in hints(file) if wrong.match(text)]
 
 
 def messages_that_end_with_a_full_stop(file: str) -> list[int]:
