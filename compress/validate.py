@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, coco_rows, match
-from compress.compute.device import pick_device, place, settle
+from compress.compute.device import pick_device, to_device
 from compress.compute.numerics import flush_denormals
-from compress.compute.timing import Stopwatch, timed_items
+from compress.compute.timing import Stopwatch
 from compress.data.coco import read_annotations, to_coco
 from compress.data.dataset import Sample
 from compress.data.loader import ValBatch, val_batches
@@ -53,18 +53,18 @@ class Found(NamedTuple):
 
 
 def fitness(map50: float, map50_95: float) -> float:
-    """By which YOLOv5 chooses the best epoch."""
+    """The figure by which YOLOv5 chooses the best epoch."""
     return 0.1 * map50 + 0.9 * map50_95
 
 
 @dataclass(frozen=True)
 class ValResult:
-    """What a validation found."""
+    """The figures of a validation."""
 
     yolo: YoloMetrics
     """By YOLOv5's protocol."""
     coco: Accuracy | None
-    """By COCO's protocol; None where it was not asked for."""
+    """By COCO's protocol; None where it was not wanted."""
     loss: tuple[float, float, float] | None
     """Mean box, objectness and class loss, where a loss was given."""
     speed_ms: Mapping[str, float]
@@ -125,21 +125,21 @@ class _Runner:
     """Takes batches through the network and NMS on one device, and keeps the time and the loss."""
 
     def __init__(self, model: YOLOv5, nms: NmsSettings, device: torch.device, *, half: bool, loss: Loss | None) -> None:
-        self._model = place(model.fuse().eval().float(), device)
+        self._model = to_device(model.fuse().eval().float(), device)
         self._nms, self._device, self._half, self._loss = nms, device, half, loss
         self._losses: list[Tensor] = []
-        self.watch = Stopwatch(settle=settle(device))
+        self.watch = Stopwatch(device)
 
     def timed(self, batches: Iterable[ValBatch]) -> Iterator[ValBatch]:
-        return timed_items(batches, self.watch.span, "load")
+        return self.watch.waits("load", batches)
 
     @torch.inference_mode()
     def __call__(self, batch: ValBatch) -> list[Found]:
-        with self.watch.span("preprocess"):
+        with self.watch.phase("preprocess"):
             images = as_network_input(batch.images, self._device)
-        with self.watch.span("inference"):
+        with self.watch.phase("inference"):
             rows = self._forward(images, batch.targets).cpu().numpy()
-        with self.watch.span("nms"):
+        with self.watch.phase("nms"):
             boxes = [self._boxes(rows[i], batch, i) for i in range(len(batch.samples))]
         labels = (batch_labels(batch, i) for i in range(len(batch.samples)))
         return [Found(*one) for one in zip(batch.samples, boxes, labels, strict=True)]

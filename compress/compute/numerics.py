@@ -38,7 +38,7 @@ def require_finite(terms: torch.Tensor, names: Sequence[str], *, epoch: int, fir
     """Stop the training where a loss term is NaN or infinite.
 
     `terms` is (batches, len(names)); `first_batch` numbers its first row within the epoch (from 0).
-    Errors: EdgestillError that names the first bad batch and its terms.
+    Raises EdgestillError, naming the first bad batch and its terms, when one is found.
     """
     bad = ~torch.isfinite(terms)
     if not bad.any():
@@ -47,5 +47,5 @@ def require_finite(terms: torch.Tensor, names: Sequence[str], *, epoch: int, fir
     which = ", ".join(f"{name} = {terms[row, k].item()}" for k, name in enumerate(names) if bad[row, k])
     raise EdgestillError(
         f"the loss is not finite in epoch {epoch + 1}, batch {first_batch + row + 1}: {which}",
-        "the files still hold the epoch before; lower optimizer.lr0 or check the labels, then resume",
+        "The files still hold the epoch before; lower optimizer.lr0 or check the labels, then resume",
     )

@@ -1,46 +1,44 @@
-"""Where the seconds go: spans with names, added up."""
+"""Named phases of a computation and the seconds that each takes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
-Span = Callable[[str], AbstractContextManager[None]]
-"""Opens a span: `with span("forward"): ...`."""
+import torch
+
+from compress.compute.device import synchronize
+
 Item = TypeVar("Item")
 
 
-def unwatched(_name: str) -> AbstractContextManager[None]:
-    """The span of work that nobody times."""
-    return nullcontext()
-
-
 class Stopwatch:
-    """Seconds by name. `clock` returns seconds; `settle` waits until queued device work is done (CUDA)."""
+    """Adds up seconds by name. A phase ends when the work that it queued on `device` is done.
 
-    def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, settle: Callable[[], None] | None = None
-    ) -> None:
+    `clock` returns seconds.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
-        self._clock, self._settle = clock, settle or (lambda: None)
+        self._device, self._clock = device, clock
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a `with` block under `name`."""
         start = self._clock()
         yield
-        self._settle()
+        synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
 
-
-def timed_items(items: Iterable[Item], span: Span, name: str) -> Iterator[Item]:
-    """The same items; the wait for each is counted under `name`."""
-    iterator = iter(items)
-    while True:
-        with span(name):
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-        yield item
+    def waits(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; the wait for each is counted under `name`."""
+        iterator = iter(items)
+        while True:
+            with self.phase(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item

@@ -17,11 +17,11 @@ from compress.data import Dataset
 from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
 from compress.stages import Figures, Stage, weights_digest
-from compress.training.loop import Job, TrainResult, fit, read_resume
-from compress.training.objective import DistillObjective, detection_loss
-from compress.training.prepare import model_of_state, new_model, open_splits
+from compress.training.loop import Job, TrainResult, read_resume, run_job
+from compress.training.objective import Objective, detection_loss
+from compress.training.prepare import model_from_state, new_model, open_splits
 from compress.training.state import STATE
-from compress.training.teacher import Teacher, build_losses, examine, load_teacher
+from compress.training.teacher import Teacher, build_losses, check_distillation, load_teacher
 from runtime.files import write_json
 
 
@@ -70,31 +70,31 @@ def distill(
 ) -> TrainResult:
     """Distil `teacher` into a student of `scale` (else of the size of `weights`) for the classes of `data`.
 
-    The student takes the teacher's anchors. Before the first epoch the pair and every distillation loss are examined
-    on one batch; what would make the distillation silently useless is an error of one line. Other arguments and errors
-    as for `compress.stages.teacher.train`.
+    The student takes the teacher's anchors. Before the first epoch both networks and every distillation loss are
+    checked on one batch. Raises EdgestillError when the distillation would silently do nothing. Other arguments and
+    errors as for `compress.stages.teacher.train`.
     """
     flush_denormals(log)  # before anything makes torch start its threads
     state = read_resume(out, config) if resume else None
-    master = load_teacher(teacher, data.names)
+    teacher_model = load_teacher(teacher, data.names)
     splits = open_splits(data, config, log)
-    student = (
-        model_of_state(state, data.names)
-        if state
-        else new_model(data.names, scale=scale, weights=weights, anchors=master.arch.anchors, seed=config.seed, log=log)
-    )
-    losses = build_losses(student, master, config)
-    objective = DistillObjective(student, detection_loss(student, config), losses, config.losses)
-    guide = Teacher(master, device, half=config.amp)
+    if state:
+        student = model_from_state(state, data.names)
+    else:
+        anchors = teacher_model.arch.anchors
+        student = new_model(data.names, scale=scale, weights=weights, anchors=anchors, seed=config.seed, log=log)
+    losses = build_losses(student, teacher_model, config)
+    objective = Objective(student, detection_loss(student, config), losses, config.losses)
+    frozen = Teacher(teacher_model, device, half=config.amp)
     if not state:
-        checks = examine(objective, guide, splits.train, config, log)
+        checks = check_distillation(objective, frozen, splits.train, config, log)
         if is_first_process():
             write_json(
                 out / "checks.json",
                 [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks],
             )
-    job = Job(config, objective, splits.train, splits.val, out, guide=guide, decay_to=config.decay_to)
-    return fit(job, device=device, resume=state, log=log)
+    job = Job(config, objective, splits.train, splits.val, out, teacher=frozen, decay_to=config.decay_to)
+    return run_job(job, device=device, resume=state, log=log)
 
 
 STAGE = Stage(

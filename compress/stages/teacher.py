@@ -19,9 +19,9 @@ from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.models import YOLOv5, checkpoint
 from compress.stages import Figures, Stage, weights_digest
-from compress.training.loop import Job, TrainResult, fit, read_resume
+from compress.training.loop import Job, TrainResult, read_resume, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.prepare import fit_anchors, model_of_state, new_model, open_splits
+from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
 from compress.training.state import STATE
 from runtime.errors import UsageError
 
@@ -93,13 +93,13 @@ def train(
     splits = open_splits(data, config, log)
     model: YOLOv5
     if state:
-        model = model_of_state(state, data.names)
+        model = model_from_state(state, data.names)
     else:
         model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, log=log)
         if config.autoanchor:
-            model = fit_anchors(model, splits.train.samples, config, log)
+            model = adapt_anchors(model, splits.train.samples, config, log)
     objective = Objective(model, detection_loss(model, config))
-    return fit(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)
+    return run_job(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)
 
 
 STAGE = Stage(

@@ -1,4 +1,4 @@
-"""What is minimised: the detection loss, and with a teacher the weighted distillation losses on top.
+"""The loss that a training minimises: detection, and with a teacher the weighted distillation losses on top.
 
 An objective is one module that holds the model and the losses' own parameters, and whose forward yields the loss:
 wrapped for several processes, every gradient passes through that one forward, so none can be missed.
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.compute.timing import Span, unwatched
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import DistillLoss, Outputs
@@ -22,7 +21,7 @@ DETECTION_TERMS = ("box", "obj", "cls")
 
 
 class Loss(NamedTuple):
-    """One batch's loss."""
+    """The loss of one batch."""
 
     total: Tensor
     """Scalar with a gradient, times the batch size (YOLOv5's convention: it scales with the images)."""
@@ -36,79 +35,68 @@ def detection_loss(model: YOLOv5, config: TrainConfig) -> DetectionLoss:
 
 
 class Objective(nn.Module):
-    """Plain training: the detection loss of a model."""
+    """A model with its detection loss, and `factor * weight * loss` for each distillation loss of `losses`.
 
-    def __init__(self, model: YOLOv5, detection: DetectionLoss) -> None:
+    Without `losses` it is a plain training, which takes no notice of a teacher.
+    """
+
+    def __init__(
+        self,
+        model: YOLOv5,
+        detection: DetectionLoss,
+        losses: Mapping[str, DistillLoss] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.detection = detection
-        self.span: Span = unwatched
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        return DETECTION_TERMS
-
-    def forward(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        guide: Outputs | None = None,
-        factor: float = 1.0,
-        upstream: Tensor | None = None,
-    ) -> Loss:
-        """Loss of float images (B, 3, H, W) against targets (n, 6); a plain training ignores the rest."""
-        with self.span("forward"):
-            raw = self.model(images)
-        with self.span("loss"):
-            return Loss(*self.detection(raw, targets))
-
-
-class DistillObjective(Objective):
-    """The detection loss plus `factor * weight * loss` for each distillation loss."""
-
-    def __init__(
-        self, model: YOLOv5, detection: DetectionLoss, losses: Mapping[str, DistillLoss], weights: Mapping[str, float]
-    ) -> None:
-        super().__init__(model, detection)
         self.losses = nn.ModuleDict(losses)  # makes their parameters this module's
-        self.by_name = dict(losses)
-        self.weights = dict(weights)
+        self.weights = dict(weights or {})
 
     @property
     def terms(self) -> tuple[str, ...]:
+        """Names of `Loss.terms`."""
         return (*DETECTION_TERMS, *self.losses)
 
     def forward(
         self,
         images: Tensor,
         targets: Tensor,
-        guide: Outputs | None = None,
+        teacher_outputs: Outputs | None = None,
         factor: float = 1.0,
         upstream: Tensor | None = None,
     ) -> Loss:
-        """Loss against labels and against the teacher's outputs `guide`; `factor` scales all of the latter.
+        """Loss of float images (B, 3, H, W) against targets (n, 6) and against the teacher's outputs for the images.
 
-        `upstream` () float32 is the gradient that `total` will get, where the caller knows it.
+        `factor` scales all distillation losses. `upstream` () float32 is the gradient that `total` will get, where the
+        caller knows it.
         """
-        if guide is None:
-            raise ValueError("a distillation needs the teacher's outputs")
-        with self.span("forward"):
-            student = Outputs(*self.model.forward_features(images))
-        with self.span("loss"):
-            hard, parts = self.detection(student.raw, targets)
-            expected = None if upstream is None else upstream * images.shape[0]
-            soft = torch.stack([self._soft(name, student, guide, targets, factor, expected) for name in self.by_name])
-            return Loss(hard + soft.sum() * images.shape[0], torch.cat([parts, soft.detach()]))
+        return self.loss(self.student_outputs(images), teacher_outputs, targets, factor, upstream)
 
-    def _soft(
-        self,
-        name: str,
-        student: Outputs,
-        guide: Outputs,
-        targets: Tensor,
-        factor: float,
-        upstream: Tensor | None,
+    def student_outputs(self, images: Tensor) -> Outputs:
+        """The model's raw maps and features."""
+        return Outputs(*self.model.forward_features(images))
+
+    def loss(
+        self, student: Outputs, teacher: Outputs | None, targets: Tensor, factor: float, upstream: Tensor | None
+    ) -> Loss:
+        """The sum of all losses; see `forward`."""
+        total, terms = self.detection(student.raw, targets)
+        if not self.losses:
+            return Loss(total, terms)
+        if teacher is None:
+            raise ValueError("a distillation needs the teacher's outputs")
+        batch = student.raw[0].shape[0]
+        upstream = None if upstream is None else upstream * batch
+        distilled = torch.stack([
+            self._distilled(name, student, teacher, targets, factor * self.weights[name], upstream)
+            for name in self.losses
+        ])  # fmt: skip
+        return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
+
+    def _distilled(
+        self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, weight: float, upstream: Tensor | None
     ) -> Tensor:
         """One weighted distillation loss. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        weight = factor * self.weights[name]
-        return weight * self.by_name[name](student, guide, targets, None if upstream is None else upstream * weight)
+        upstream = None if upstream is None else upstream * weight
+        return weight * self.losses[name](student, teacher, targets, upstream)

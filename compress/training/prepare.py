@@ -1,4 +1,4 @@
-"""From settings and files to what a training starts with: samples and a model."""
+"""What a training starts with, from settings and files: samples and a model."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ def new_model(
     """A model for the classes `names`, started from `weights` wherever name and shape agree.
 
     Its size is `scale`, else that of the checkpoint; its anchors are `anchors`, else the checkpoint's, else the
-    default. What is not copied starts as a seeded fresh network, with the head's biases set for rare objects.
+    default. The rest starts as in a fresh seeded network, with the head's biases set for rare objects. Raises
+    UsageError when neither is given.
     """
     if scale is None and weights is None:
-        raise UsageError("neither a scale nor weights are given", "use --weights FILE or --scale n")
+        raise UsageError("neither a scale nor weights are given", "Use --weights FILE or --scale n")
     checkpoint = load(weights) if weights else None
     architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None)
     if anchors is not None:
@@ -72,16 +73,16 @@ def new_model(
     return model
 
 
-def model_of_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
+def model_from_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
     """The model that a resumed training continues with; its weights come with the rest of the state.
 
-    Errors: UsageError where the state was trained on other classes.
+    Raises UsageError when the state was trained on other classes.
     """
     architecture = Architecture.from_json(state["architecture"])
     if architecture.names != tuple(names):
         raise UsageError(
             class_conflict("the state", architecture.names, "the data", names),
-            "resume with the same data, or start anew in another folder",
+            "Resume with the same data, or start anew in another folder",
         )
     return YOLOv5(architecture)
 
@@ -99,8 +100,8 @@ def _why(skipped: Sequence[str]) -> str:
     return f" (first: {skipped[0]})" if skipped else ""
 
 
-def fit_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, log: Log) -> YOLOv5:
-    """The model with anchors that suit the labels: the same object where its own already do."""
+def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, log: Log) -> YOLOv5:
+    """The model with anchors that suit the labels: the same object where its own already suit them."""
     sizes = scaled_sizes(
         [sample.labels[:, 3:5] for sample in samples],
         [sample.size_hw for sample in samples],

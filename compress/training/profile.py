@@ -1,7 +1,7 @@
 """Where the time of a training goes: `python -m compress.training.profile --data D --weights W --imgsz 320 --batch 16`.
 
 Runs real epochs of the real loop with a stopwatch around its phases, writes nothing, and prints images per second with
-the split. The first epoch (decoding images, warming up) is left out.
+the share of each phase. The first epoch (decoding images, warming up) is left out.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from compress.compute.device import pick_device, settle
 from compress.compute.numerics import flush_denormals
 from compress.compute.timing import Stopwatch
 from compress.config import TrainConfig
@@ -27,13 +27,37 @@ from compress.training.progress import Progress
 PHASES = ("data", "teacher", "forward", "loss", "backward", "step")
 
 
-def measure(trainer: Trainer, watch: Stopwatch, epochs: int) -> tuple[float, dict[str, float]]:
+def attach(watch: Stopwatch, trainer: Trainer) -> None:
+    """Have `watch` time every phase of the trainer from now on: each phase is one method."""
+    batches = trainer.epoch_batches
+    trainer.epoch_batches = lambda: watch.waits("data", batches())  # type: ignore[method-assign]
+    for phase, owner, method in (
+        *([("teacher", trainer, "teacher_outputs")] if trainer.job.teacher else []),
+        ("forward", trainer.objective, "student_outputs"),
+        ("loss", trainer.objective, "loss"),
+        ("backward", trainer, "backward"),
+        ("step", trainer, "step"),
+    ):
+        setattr(owner, method, _timed(watch, phase, getattr(owner, method)))
+
+
+def _timed(watch: Stopwatch, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with watch.phase(phase):
+            return function(*arguments)
+
+    return call
+
+
+def measure(trainer: Trainer, epochs: int) -> tuple[float, dict[str, float]]:
     """Seconds an image in all and by phase, over `epochs` epochs after one that does not count."""
+    watch = Stopwatch(trainer.device)
+    attach(watch, trainer)
     trainer.train_epoch(Progress())
     watch.seconds.clear()
     started = time.perf_counter()
     for _ in range(epochs):
-        trainer.course.epoch += 1
+        trainer.state.epoch += 1
         trainer.train_epoch(Progress())
     images = epochs * len(trainer.job.train)
     whole = (time.perf_counter() - started) / images
@@ -41,7 +65,7 @@ def measure(trainer: Trainer, watch: Stopwatch, epochs: int) -> tuple[float, dic
 
 
 def table(whole: float, split: Mapping[str, float]) -> str:
-    """Lines of milliseconds an image and share; what no phase covers stands as `other`."""
+    """Lines of milliseconds an image and share; `other` is the time outside of all phases."""
     rows = {**{phase: s for phase, s in split.items() if s}, "other": whole - sum(split.values())}
     lines = [f"{phase:10}{1e3 * s:8.2f} ms/image{100 * s / whole:7.1f} %" for phase, s in rows.items()]
     return "\n".join([*lines, f"{'all':10}{1e3 * whole:8.2f} ms/image   {1 / whole:.1f} images/s"])
@@ -66,12 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = index_dataset(load_data(asked.data))
     model = new_model(data.names, scale=asked.scale, weights=asked.weights)
     splits = open_splits(data, config, print)
-    watch = Stopwatch(settle=settle(pick_device(asked.device)))
     with tempfile.TemporaryDirectory() as nowhere:
         objective = Objective(model, detection_loss(model, config))
         job = Job(config, objective, splits.train, splits.val, Path(nowhere))
-        trainer = Trainer(job, asked.device, print, span=watch.span)
-        print(table(*measure(trainer, watch, asked.epochs)))
+        print(table(*measure(Trainer(job, asked.device, print), asked.epochs)))
     print(f"{torch.get_num_threads()} compute threads, {asked.workers} data threads, torch {torch.__version__}")
 
 

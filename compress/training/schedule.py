@@ -1,4 +1,4 @@
-"""Everything that depends on how far a training has come, as pure functions of the iteration or the epoch.
+"""Everything that follows from how far a training has come, as pure functions of the iteration or the epoch.
 
 Because nothing here has a state, a resumed training needs only its epoch to continue exactly.
 The rules are YOLOv5 v7.0's, including that past the warm-up an epoch runs at the previous epoch's rate.
@@ -23,7 +23,7 @@ _CURVES: dict[str, Callable[[float], float]] = {
 
 
 class Rates(NamedTuple):
-    """What the optimiser runs with in one iteration."""
+    """The optimiser's settings in one iteration."""
 
     lr: tuple[float, float, float]
     """Learning rates of biases, weights and normalisation weights."""
@@ -90,8 +90,8 @@ class Schedule:
 
     def _warming(self, iteration: int) -> Rates:
         end, config = self.warmup_iterations, self.config
-        goal = config.lr0 * self.factor(iteration // self.batches)
-        bias, other = blend(iteration, end, config.warmup_bias_lr, goal), blend(iteration, end, 0.0, goal)
+        target = config.lr0 * self.factor(iteration // self.batches)
+        bias, other = blend(iteration, end, config.warmup_bias_lr, target), blend(iteration, end, 0.0, target)
         momentum = blend(iteration, end, config.warmup_momentum, config.momentum)
         accumulate = round(blend(iteration, end, 1.0, self.batches_per_step))
         return Rates((bias, other, other), momentum, max(accumulate, 1))

@@ -1,14 +1,15 @@
-"""The frozen teacher of a distillation, and the examination of the pair before the first epoch."""
+"""The frozen teacher of a distillation, and the checks of teacher and student before the first epoch."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from compress.compute.device import pick_device, place, settle
+from compress.compute.device import pick_device, to_device
 from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.loader import Batch, train_batches
@@ -18,7 +19,7 @@ from compress.losses.checks import Check, doctor
 from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
-from compress.training.objective import DistillObjective
+from compress.training.objective import Objective
 from compress.validate import as_network_input
 from runtime.errors import EdgestillError, InputError, UsageError
 
@@ -26,7 +27,7 @@ PROBE_IMAGES = 4
 
 
 class Teacher:
-    """A network that only answers: evaluation mode, convolutions fused with their normalisation, no gradient.
+    """A network that only infers: evaluation mode, convolutions fused with their normalisation, no gradient.
 
     It is no part of any module, so no optimiser, no `train()` and no saved file ever reaches it.
     """
@@ -34,7 +35,7 @@ class Teacher:
     def __init__(self, model: YOLOv5, device: str = "auto", *, half: bool = False) -> None:
         self.device = pick_device(device)
         self._half = half and self.device.type == "cuda"
-        self.model = place(model.fuse().eval().requires_grad_(False), self.device)
+        self.model = to_device(model.fuse().eval().requires_grad_(False), self.device)
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in the student's backward
     def __call__(self, images: torch.Tensor) -> Outputs:
@@ -44,12 +45,12 @@ class Teacher:
 
 
 def load_teacher(path: Path, names: Sequence[str]) -> YOLOv5:
-    """The teacher's model. Errors: InputError where its classes are not exactly the data's, in their order."""
+    """The teacher's model. Raises InputError when its classes are not exactly the data's, in their order."""
     model = load_model(path)
     theirs, ours = tuple(model.arch.names), tuple(names)
     if theirs == ours:
         return model
-    remedy = "fine-tune the teacher on this data first: edgestill train"
+    remedy = "Fine-tune the teacher on this data first: edgestill train"
     if len(theirs) != len(ours):
         raise InputError(f"the teacher {path} knows {len(theirs)} classes, the data has {len(ours)}", remedy)
     index = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
@@ -59,33 +60,34 @@ def load_teacher(path: Path, names: Sequence[str]) -> YOLOv5:
 
 
 def shape_of(model: YOLOv5) -> Shape:
-    """What the distillation losses need to know of a network."""
+    """The facts of a network that the distillation losses need."""
     return Shape(model.feature_channels, model.arch.nc, model.arch.na, model.detect.anchors, model.arch.strides)
 
 
 def build_losses(student: YOLOv5, teacher: YOLOv5, config: DistillConfig) -> dict[str, DistillLoss]:
-    """The recipe's losses by name. Errors: UsageError for an unknown name, or a pair that a loss cannot compare."""
+    """The recipe's losses by name. Raises UsageError when a name is unknown or a loss cannot compare the networks."""
     wanted = {name: weight for name, weight in config.losses.items() if weight > 0}
     for name in wanted:
         if name not in LOSSES:
-            raise UsageError(f"distillation loss {name!r} is not known", f"choose among {', '.join(sorted(LOSSES))}")
+            raise UsageError(f"distillation loss {name!r} is not known", f"Choose among {', '.join(sorted(LOSSES))}")
     if not wanted:
-        raise UsageError("no distillation loss has a weight above 0", "train without a teacher, or set one")
+        raise UsageError("no distillation loss has a weight above 0", "Train without a teacher, or set a weight")
     return {name: LOSSES[name](shape_of(student), shape_of(teacher), config) for name in wanted}
 
 
-def examine(
-    objective: DistillObjective, teacher: Teacher, train: TrainDataset, config: DistillConfig, log: Log
+def check_distillation(
+    objective: Objective, teacher: Teacher, train: TrainDataset, config: DistillConfig, log: Log
 ) -> list[Check]:
-    """Refuse a distillation that would silently do nothing, and tell what the teacher costs.
+    """Refuse a distillation that would silently do nothing, and log what the teacher costs.
 
-    One small training batch passes through copies: no weight, statistic or gradient changes. Errors: EdgestillError
-    with the first check that failed.
+    One small training batch passes through copies: no weight, statistic or gradient changes. Raises EdgestillError
+    when a check fails, with the first that did.
     """
     batch = next(train_batches(train, batch=min(config.batch, PROBE_IMAGES), epoch=0))
-    probe = place(copy.deepcopy(objective), teacher.device)
+    probe = to_device(copy.deepcopy(objective), teacher.device)
     on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
-    checks = doctor(probe.model, teacher.model, probe.by_name, on_device, task=probe.detection, weights=config.losses)
+    losses: Any = probe.losses
+    checks = doctor(probe.model, teacher.model, losses, on_device, task=probe.detection, weights=config.losses)
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")
@@ -94,16 +96,16 @@ def examine(
     return checks
 
 
-def cost_line(objective: DistillObjective, teacher: Teacher, batch: Batch) -> str:
-    """How long the teacher takes beside the student's own forward and backward, measured on one batch."""
+def cost_line(objective: Objective, teacher: Teacher, batch: Batch) -> str:
+    """One line: the time of the teacher beside the student's forward and backward, measured on one batch."""
     images = as_network_input(batch.images, teacher.device)
-    watch = Stopwatch(settle=settle(teacher.device))
+    watch = Stopwatch(teacher.device)
     for _ in range(2):  # the first round warms up
         watch.seconds.clear()
-        with watch.span("teacher"):
-            guide = teacher(images)
-        with watch.span("student"):
-            objective(images, batch.targets, guide).total.backward()
+        with watch.phase("teacher"):
+            teacher_outputs = teacher(images)
+        with watch.phase("student"):
+            objective(images, batch.targets, teacher_outputs).total.backward()
     teacher_ms, student_ms = (1e3 * watch.seconds[name] / len(images) for name in ("teacher", "student"))
     share = teacher_ms / (teacher_ms + student_ms)
     return f"teacher: {teacher_ms:.1f} ms an image, {share:.0%} of a step (student {student_ms:.1f} ms)"

@@ -32,24 +32,23 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from compress.config import DistillConfig
     from compress.models import Architecture, YOLOv5
     from compress.training.loop import Job, Trainer
-    from compress.training.objective import DistillObjective, Objective, detection_loss
+    from compress.training.objective import Objective, detection_loss
     from compress.training.teacher import Teacher, build_losses
 
     names = [f"class {i}" for i in range(CLASSES)]
-    master = YOLOv5(Architecture.of_scale(options.teacher, names))
+    teacher = YOLOv5(Architecture.of_scale(options.teacher, names))
     config = DistillConfig(losses=LOSSES, batch=options.batch, imgsz=options.imgsz, tensorboard=False)
-    guide = Teacher(master, options.device, half=config.amp)
+    frozen = Teacher(teacher, options.device, half=config.amp)
 
     def trainer(distils: bool) -> Any:
         student = YOLOv5(Architecture.of_scale(options.student, names))
         student.init_detect_bias()
         detection = detection_loss(student, config)
-        objective: Any = Objective(student, detection)
-        if distils:
-            objective = DistillObjective(student, detection, build_losses(student, master, config), config.losses)
-        job = Job(config, objective, range(100 * options.batch), (), folder, guide=guide)  # type: ignore[arg-type]
+        losses = build_losses(student, teacher, config) if distils else {}
+        objective = Objective(student, detection, losses, config.losses)
+        job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
-        made.objective.train()
+        made.wrapped.train()
         return made
 
     plain, distilling = trainer(False), trainer(True)
@@ -83,12 +82,10 @@ class Steps:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         import torch
 
-        from compress.compute.device import settle
-
         torch.manual_seed(0)
         self.trainers = trainers_of(options, folder)
         self.device = self.trainers["kernels"].device
-        self.batch, self.settle = batch_of(options, self.device), settle(self.device)
+        self.batch = batch_of(options, self.device)
         self.taken = 0
         self.ms: dict[str, list[float]] = {name: [] for name in MODES}
         self.peaks: dict[str, list[int]] = {name: [] for name in MODES}
@@ -98,9 +95,11 @@ class Steps:
         """`count` steps of one way."""
         import torch
 
+        from compress.compute.device import synchronize
+
         switch(MODES[name])
         on_gpu = self.device.type == "cuda"
-        self.settle()
+        synchronize(self.device)
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -111,9 +110,11 @@ class Steps:
 
     def step(self, name: str) -> float:
         """Milliseconds."""
+        from compress.compute.device import synchronize
+
         started = time.perf_counter()
         terms = self.trainers[name].train_batch(self.batch, self.taken)
-        self.settle()
+        synchronize(self.device)
         spent = 1e3 * (time.perf_counter() - started)
         self.taken += 1
         self.terms[name] = [float(term) for term in terms]

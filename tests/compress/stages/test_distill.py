@@ -14,7 +14,7 @@ from compress.models.checkpoint import load, load_model
 from compress.stages.distill import distill
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
-from compress.training.objective import DistillObjective, detection_loss
+from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
 from compress.training.state import load_state
 from compress.training.teacher import Teacher, build_losses
@@ -44,27 +44,27 @@ def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
     """A distillation that is about to train its first batch."""
-    settings, master = config(), load_model(teacher_file)
-    student = new_model(tiny_data.names, scale="p", weights=None, anchors=master.arch.anchors, log=quiet)
-    objective = DistillObjective(
-        student, detection_loss(student, settings), build_losses(student, master, settings), settings.losses
+    settings, teacher_model = config(), load_model(teacher_file)
+    student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher_model.arch.anchors, log=quiet)
+    objective = Objective(
+        student, detection_loss(student, settings), build_losses(student, teacher_model, settings), settings.losses
     )
-    splits, guide = open_splits(tiny_data, settings, quiet), Teacher(master, "cpu")
-    return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, guide, 0.1), "cpu", quiet), guide
+    splits, teacher = open_splits(tiny_data, settings, quiet), Teacher(teacher_model, "cpu")
+    return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, teacher, 0.1), "cpu", quiet), teacher
 
 
 def test_a_step_moves_student_and_adapters_and_no_bit_of_the_teacher(trainer: tuple[Trainer, Teacher]) -> None:
     loop, teacher = trainer
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
-    student = {name: value.detach().clone() for name, value in loop.job.objective.named_parameters()}
-    loop.objective.train()
+    student = {name: value.detach().clone() for name, value in loop.objective.named_parameters()}
+    loop.wrapped.train()
     for number, batch in enumerate(train_batches(loop.job.train, batch=4, epoch=0)):
         loop.train_batch(batch, number)
     assert all(torch.equal(value, before[key]) for key, value in teacher.model.state_dict().items())
     assert not any(module.training for module in teacher.model.modules())
     optimised = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
     assert not optimised & {id(p) for p in teacher.model.parameters()}
-    still = [name for name, value in loop.job.objective.named_parameters() if torch.equal(value, student[name])]
+    still = [name for name, value in loop.objective.named_parameters() if torch.equal(value, student[name])]
     assert still == []
 
 
@@ -80,10 +80,10 @@ def test_the_total_is_the_sum_of_its_terms_times_the_batch_size(trainer: tuple[T
     loop, teacher = trainer
     images = torch.rand(3, 3, 64, 64)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.3]])
-    total, terms = loop.job.objective(images, targets, teacher(images), 0.25)
-    assert loop.job.objective.terms == ("box", "obj", "cls", "obj_kd", "feat_mse")
+    total, terms = loop.objective(images, targets, teacher(images), 0.25)
+    assert loop.objective.terms == ("box", "obj", "cls", "obj_kd", "feat_mse")
     assert total.item() == pytest.approx(3 * terms.sum().item(), rel=1e-5)
-    whole = loop.job.objective(images, targets, teacher(images), 1.0).terms
+    whole = loop.objective(images, targets, teacher(images), 1.0).terms
     torch.testing.assert_close(terms[3:], 0.25 * whole[3:], rtol=1e-3, atol=0)
 
 
@@ -175,8 +175,8 @@ def test_the_gradient_that_a_loss_is_told_to_expect_is_the_one_that_comes(
 ) -> None:
     """To the bit: one ulp between them would cost the kernels another pass over every gradient."""
     loop, teacher = trainer
-    objective, watched = loop.job.objective, Watched()
-    objective.by_name = {"feat_mse": watched}
+    objective, watched = loop.objective, Watched()
+    objective.losses = torch.nn.ModuleDict({"feat_mse": watched})
     batch = next(train_batches(loop.job.train, batch=3, epoch=0))
     images, upstream = batch.images.float() / 255, torch.tensor(scale)
     objective(images, batch.targets, teacher(images), 0.37, upstream).total.backward(upstream)

@@ -64,7 +64,7 @@ def test_a_stopped_and_resumed_training_equals_a_straight_one(
     train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
     with pytest.raises(Stop):
         train(settings, data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
-    assert load_state(tmp_path / "cut" / "state.pt")["course"]["epoch"] == 2
+    assert load_state(tmp_path / "cut" / "state.pt")["train_state"]["epoch"] == 2
     train(settings, data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, log=quiet)
     assert_same_files(tmp_path / "straight", tmp_path / "cut")
 

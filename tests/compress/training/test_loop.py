@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -11,8 +12,16 @@ import torch
 from compress.config import PRESETS, LossConfig, OptimizerConfig, TrainConfig
 from compress.data.loader import Batch
 from compress.models.checkpoint import load_model
-from compress.training.loop import Job, Trainer
+from compress.training import loop
+from compress.training.loop import Job, Trainer, read_resume, run_job
 from compress.training.objective import Objective, detection_loss
+from compress.training.progress import Progress
+from compress.training.state import load_state
+from runtime.errors import EdgestillError
+
+from .toys import batch, config, quiet, trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sums(model: torch.nn.Module, keys: Any) -> dict[str, list[float]]:
@@ -21,32 +30,218 @@ def sums(model: torch.nn.Module, keys: Any) -> dict[str, list[float]]:
     return {key: [state[key].double().sum().item(), state[key].double().norm().item()] for key in keys}
 
 
+def gradients(made: Trainer) -> list[torch.Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in made.objective.parameters()]
+
+
+def weights(made: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in made.objective.parameters()]
+
+
 @pytest.fixture
-def trainer(weights: Path, tmp_path: Path) -> Trainer:
+def official(weights: Path, tmp_path: Path) -> Trainer:
     """YOLOv5's optimiser without warm-up or accumulation, on the official yolov5n."""
     optimizer = PRESETS["yolov5-low"]["optimizer"] | {"warmup_epochs": 0, "nominal_batch": 0}
-    config = TrainConfig(
+    settings = TrainConfig(
         epochs=10, batch=2, imgsz=640, optimizer=OptimizerConfig(**optimizer), loss=LossConfig(), tensorboard=False
     )
     model = load_model(weights).train().requires_grad_(True)
-    six_images = cast(Any, [None] * 6)  # only their number is asked for
-    job = Job(config, Objective(model, detection_loss(model, config)), six_images, (), tmp_path)
+    six_images = cast(Any, [None] * 6)  # only their number matters
+    job = Job(settings, Objective(model, detection_loss(model, settings)), six_images, (), tmp_path)
     return Trainer(job, "cpu", print)
 
 
-def test_three_sgd_steps_with_ema_follow_the_reference(trainer: Trainer, reference: Path) -> None:
+def test_three_sgd_steps_with_ema_follow_the_reference(official: Trainer, reference: Path) -> None:
     arrays = np.load(reference / "train_reference.npz")
     expected = json.loads((reference / "train_reference.json").read_text())["sgd_3_steps"]
-    batch = Batch(torch.from_numpy(arrays["imgs_u8"]), torch.from_numpy(arrays["targets"]).float(), (0, 1))
-    model = trainer.job.objective.model
+    images = Batch(torch.from_numpy(arrays["imgs_u8"]), torch.from_numpy(arrays["targets"]).float(), (0, 1))
+    model = official.objective.model
     groups = [[len(g["params"]), g["weight_decay"], sum(p.numel() for p in g["params"])] for g in
-              trainer.optimizer.param_groups]  # fmt: skip
+              official.optimizer.param_groups]  # fmt: skip
     assert groups == [[count, decay, numel] for count, decay, _, _, _, numel in
                       expected["groups_count_wd_lr_mom_nesterov_numel"]]  # fmt: skip
     model.train()
     for number, step in enumerate(expected["steps"]):
-        terms = trainer.train_batch(batch, number)
+        terms = official.train_batch(images, number)
         assert terms.tolist() == pytest.approx(step["items"], rel=2e-5)
-        for found, wanted in ((model, step["params"]), (trainer.ema.module, step["ema"])):
+        for found, wanted in ((model, step["params"]), (official.ema.module, step["ema"])):
             for key, pair in sums(found, wanted).items():
                 assert pair == pytest.approx(wanted[key], rel=1e-5, abs=1e-4), key
+
+
+# -- a batch --------------------------------------------------------------------------------------
+
+
+def test_a_nominal_batch_of_four_batches_moves_weights_and_average_at_every_fourth(tmp_path: Path) -> None:
+    made = trainer(config(optimizer={"nominal_batch": 16}), tmp_path)
+    moved = []
+    for number in range(9):
+        before = weights(made)
+        made.train_batch(batch(number), number)
+        moved.append(not all(map(torch.equal, before, weights(made))))
+    assert moved == [False, False, False, True] * 2 + [False]
+    assert made.ema.updates == 2
+
+
+def test_pending_gradients_are_the_sum_of_their_batches(tmp_path: Path) -> None:
+    alone = []
+    for number in range(2):
+        made = trainer(config(optimizer={"nominal_batch": 16}), tmp_path)
+        made.train_batch(batch(number), 0)
+        alone.append(gradients(made))
+    made = trainer(config(optimizer={"nominal_batch": 16}), tmp_path)
+    for number in range(2):
+        made.train_batch(batch(number), number)
+    for together, *parts in zip(gradients(made), *alone, strict=True):
+        assert together is not None
+        torch.testing.assert_close(together, sum(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_leaves_no_gradient_behind(tmp_path: Path) -> None:
+    made = trainer(config(), tmp_path)
+    made.train_batch(batch(0), 0)
+    assert all(gradient is None for gradient in gradients(made))
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_settings(tmp_path: Path) -> None:
+    still = {"clip_norm": 0.01, "momentum": 0.5, "weight_decay": 0}
+    made = trainer(config(optimizer=still), tmp_path)
+    before = weights(made)
+    made.train_batch(batch(0), 0)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(weights(made), before, strict=True)])
+    nesterov = 1 + 0.5
+    assert moved.norm().item() == pytest.approx(0.01 * nesterov * 0.01, rel=1e-3)  # rate, momentum, norm
+
+
+def test_the_loss_terms_carry_no_graph(tmp_path: Path) -> None:
+    assert not trainer(config(), tmp_path).train_batch(batch(0), 0).requires_grad
+
+
+def test_teacher_and_student_see_the_same_images_once_a_batch(tmp_path: Path) -> None:
+    made, seen = trainer(config(), tmp_path, distils=True), []
+    teacher_outputs, student_outputs = made.teacher_outputs, made.objective.student_outputs
+    made.teacher_outputs = lambda images: seen.append(images) or teacher_outputs(images)
+    made.objective.student_outputs = lambda images: seen.append(images) or student_outputs(images)
+    made.train_batch(batch(0), 0)
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
+    torch.testing.assert_close(seen[0], batch(0).images / 255)
+
+
+def test_distillation_terms_shrink_with_the_epochs_and_detection_terms_do_not(tmp_path: Path) -> None:
+    made = trainer(config(decay_to=0.25, optimizer={"nominal_batch": 4000}), tmp_path, distils=True)
+    first = made.train_batch(batch(0), 0)
+    made.state.epoch = made.config.epochs - 1
+    last = made.train_batch(batch(0), 0)
+    assert made.objective.terms == ("box", "obj", "cls", "feat_mse")
+    torch.testing.assert_close(last[3:], 0.25 * first[3:], rtol=1e-3, atol=0)
+    torch.testing.assert_close(last[:3], first[:3], rtol=1e-3, atol=1e-6)
+
+
+def test_a_distillation_without_the_teachers_outputs_is_an_error(tmp_path: Path) -> None:
+    objective = trainer(config(), tmp_path, distils=True).objective
+    with pytest.raises(ValueError, match="teacher's outputs"):
+        objective(batch(0).images / 255, batch(0).targets)
+
+
+# -- epochs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Fitnesses that the next validations find."""
+    found: list[float] = []
+
+    def validate(*_: object, **__: object) -> SimpleNamespace:
+        figures = SimpleNamespace(precision=0.5, recall=0.5, map50=0.5, map50_95=0.5)
+        return SimpleNamespace(yolo=figures, loss=None, fitness=found.pop(0))
+
+    monkeypatch.setattr(loop, "validate", validate)
+    return found
+
+
+def validated(made: Trainer) -> list[int]:
+    """Epochs (from 1) of the history that have an accuracy."""
+    return [int(record["epoch"]) + 1 for record in made.state.history if "metrics/mAP_0.5" in record]
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.1, 0.2, 0.3]
+    made = trainer(config(epochs=5, val_interval=2), tmp_path, images=4)
+    made.run()
+    assert validated(made) == [2, 4, 5]
+
+
+def test_the_later_of_two_equal_epochs_is_the_best(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.2, 0.3, 0.3, 0.1]
+    made = trainer(config(val_interval=1), tmp_path, images=4)
+    result = made.run()
+    assert (made.state.best_epoch, made.state.best_fitness) == (2, 0.3)
+    assert result.metrics["epoch"] == 2
+
+
+def test_patience_counts_epochs_without_a_better_fitness(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.1, 0.5, 0.4, 0.3, 0.2, 0.6]
+    made = trainer(config(epochs=9, val_interval=1, patience=3), tmp_path, images=4)
+    result = made.run()
+    assert (result.epochs, made.state.best_epoch, made.finished) == (5, 1, True)
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_no_patience_never_stops_early(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.5, 0.4, 0.3, 0.2]
+    assert trainer(config(val_interval=1, patience=0), tmp_path, images=4).run().epochs == 4
+
+
+def test_the_state_is_written_at_its_interval_and_at_the_end(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.1]
+    made, epochs = trainer(config(epochs=5, val_interval=9, checkpoint_interval=2), tmp_path, images=4), []
+    made.log = lambda _: epochs.append(
+        load_state(tmp_path / "state.pt")["train_state"]["epoch"] if (tmp_path / "state.pt").exists() else 0
+    )
+    made.run()
+    assert epochs == [0, 2, 2, 4, 5, 5]  # after each epoch, and with the result
+
+
+def test_mosaic_closes_before_the_end(tmp_path: Path) -> None:
+    made = trainer(config(epochs=10), tmp_path, images=4)
+    for epoch in (7, 8):
+        made.state.epoch = epoch
+        list(made.epoch_batches())
+    assert made.job.train.mosaics == [True] * 4 + [False] * 4
+
+
+# -- kill and resume ------------------------------------------------------------------------------
+
+
+def test_the_state_holds_everything_that_the_next_batch_depends_on(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.1, 0.1]
+    settings = config(epochs=9, val_interval=1, optimizer={"nominal_batch": 12, "warmup_epochs": 2})
+    made = trainer(settings, tmp_path, images=12, distils=True)
+    for _ in range(2):
+        made.close_epoch(made.train_epoch(Progress()))
+    other = trainer(settings, tmp_path, images=12, distils=True, seed=5)
+    other.load_state_dict(read_resume(tmp_path, settings))
+    assert other.state == made.state
+    for number in range(6, 9):
+        assert torch.equal(made.train_batch(batch(number), number), other.train_batch(batch(number), number))
+    assert all(map(torch.equal, weights(made), weights(other)))
+    averaged = other.ema.module.state_dict()
+    assert all(torch.equal(value, averaged[key]) for key, value in made.ema.module.state_dict().items())
+
+
+def test_the_states_parts_have_these_names(tmp_path: Path) -> None:
+    assert set(trainer(config(), tmp_path).state_dict()) == {
+        "config", "architecture", "objective", "gradients", "ema", "ema_updates", "optimizer", "scaler", "random",
+        "train_state",
+    }  # fmt: skip
+
+
+def test_a_full_gpu_is_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "train_epoch", full)
+    job = trainer(config(), tmp_path).job
+    with pytest.raises(EdgestillError, match=r"batch 4 at 64 pixels do not fit.*Lower batch or imgsz"):
+        run_job(job, device="cpu", log=quiet)

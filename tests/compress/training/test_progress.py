@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from compress.compute.timing import Stopwatch, timed_items
 from compress.training.progress import Progress, epoch_line, open_progress
 
 
@@ -19,19 +18,3 @@ def test_no_bar_where_there_is_no_terminal(capsys) -> None:
         progress.batch({"box": 1.0})
     assert type(progress) is Progress
     assert capsys.readouterr().out == ""
-
-
-def test_spans_of_the_same_name_add_up() -> None:
-    ticks = iter([0.0, 1.0, 5.0, 7.0])
-    watch = Stopwatch(clock=lambda: next(ticks))
-    for _ in range(2):
-        with watch.span("forward"):
-            pass
-    assert watch.seconds == {"forward": 3.0}
-
-
-def test_waiting_for_items_is_timed_and_changes_none() -> None:
-    ticks = iter(float(n) for n in range(100))
-    watch = Stopwatch(clock=lambda: next(ticks))
-    assert list(timed_items("abc", watch.span, "data")) == ["a", "b", "c"]
-    assert watch.seconds["data"] == 4.0  # three items and the end

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compress.config import PRESETS, AugmentConfig, OptimizerConfig
 from compress.training.schedule import Schedule, blend, distill_factor, mosaic_epochs
@@ -59,3 +61,32 @@ def test_distillation_weight_falls_from_one_to_its_goal() -> None:
     assert factors[-1] == pytest.approx(0.1)
     assert factors == sorted(factors, reverse=True)
     assert distill_factor(0, 1, 0.1) == 1.0
+
+
+@given(
+    epochs=st.integers(1, 30), batches=st.integers(1, 40), batch_size=st.integers(1, 128),
+    warmup=st.floats(0, 5), curve=st.sampled_from(["linear", "cosine"]), nominal=st.sampled_from([0, 64]),
+    at=st.floats(0, 1, exclude_max=True),
+)  # fmt: skip
+def test_rates_stay_within_their_settings(
+    epochs: int, batches: int, batch_size: int, warmup: float, curve: str, nominal: int, at: float
+) -> None:
+    config = OptimizerConfig.model_validate(
+        {"lr0": 0.01, "lrf": 0.1, "warmup_epochs": warmup, "warmup_bias_lr": 0.1, "schedule": curve,
+         "nominal_batch": nominal}
+    )  # fmt: skip
+    rates = Schedule(config, epochs, batches, batch_size).at(int(at * epochs * batches))
+    bias, *others = rates.lr
+    slack = 1e-12
+    assert all(-slack <= rate <= config.lr0 + slack for rate in others)
+    assert 0 <= bias <= max(config.lr0, config.warmup_bias_lr) + slack
+    assert config.warmup_momentum - slack <= rates.momentum <= config.momentum + slack
+    assert 1 <= rates.accumulate <= max(1, round(nominal / batch_size))
+
+
+def test_the_rate_ends_near_lrf_and_never_rises_after_the_warm_up() -> None:
+    schedule = Schedule(OptimizerConfig(lr0=0.01, lrf=0.1, warmup_epochs=1), epochs=50, batches=4, batch_size=8)
+    rates = [schedule.at(iteration).lr[1] for iteration in range(200)]
+    after = rates[schedule.warmup_iterations + 1 :]
+    assert after == sorted(after, reverse=True)
+    assert rates[-1] == pytest.approx(0.001, rel=0.1)

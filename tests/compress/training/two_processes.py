@@ -1,0 +1,50 @@
+"""A short distillation, alone or as one of several processes: `python -m tests.compress.training.two_processes FOLDER`.
+
+Each process writes FOLDER/<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.training.progress import Progress
+
+from . import toys
+
+EPOCHS = 3
+
+
+def train(out: Path) -> dict[str, Any]:
+    """Losses of the epochs, weights, averaged weights and pending gradients at the end.
+
+    A step takes two batches and an epoch has three, so gradients are pending when the first and the last one end.
+    BatchNorm's statistics stay fixed: each process sees other images, so its statistics of a batch would be others.
+    """
+    trainer = toys.trainer(toys.config(optimizer={"nominal_batch": 8}), out, images=12, distils=True)
+    for norm in (module for module in trainer.objective.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]
+    losses = []
+    for _ in range(EPOCHS):
+        record = trainer.train_epoch(Progress())
+        losses.append([value for key, value in record.items() if key.startswith("train/")])
+        trainer.state.epoch += 1
+    return {
+        "processes": trainer.processes,
+        "steps": trainer.ema.updates,
+        "losses": torch.tensor(losses),
+        "weights": {name: value.detach().clone() for name, value in trainer.objective.named_parameters()},
+        "ema": trainer.ema.module.state_dict(),
+        "gradients": [parameter.grad for parameter in trainer.objective.parameters()],
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    torch.save(train(folder), folder / f"{os.environ['RANK']}.pt")
