@@ -199,14 +199,38 @@ class TrainConfig(Settings):
         return raw | laid
 
 
-class DistillConfig(TrainConfig):
-    """Training against an offline teacher: which losses of the LOSSES table, at which weight."""
+class LossChoice(BaseModel):
+    """A distillation loss in a recipe: `cwd: 0.2`, or with settings of its own `cwd: {weight: 0.2, tau: 2}`.
 
-    losses: dict[str, NonNegative] = {"obj_kd": 1.0}
+    The loss itself knows its settings: `compress.losses.distill.check_losses` judges them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    weight: NonNegative
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_weight(cls, raw: Any) -> Any:
+        return raw if isinstance(raw, dict | LossChoice) else {"weight": raw}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the weight."""
+        return dict(self.model_extra or {})
+
+
+class DistillConfig(TrainConfig):
+    """Training against an offline teacher: which losses of the LOSSES table, their weights and settings."""
+
+    losses: dict[str, LossChoice] = {"obj_kd": LossChoice(weight=1.0)}
     decay_to: Fraction = 0.1
     """Distillation weights fall from 1 to this by a cosine over the training."""
-    temperature: Positive = 4.0
-    """Of the `kd` loss."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss, by name."""
+        return {name: choice.weight for name, choice in self.losses.items()}
 
 
 class ExportConfig(Settings):

@@ -111,8 +111,10 @@ def _fused_kernels() -> Finding:
         if not here:
             return Finding("fused kernels", None, f"{compiler}; no NVIDIA GPU here, plain torch is used")
         architecture = "sm_" + here[0]["compute_capability"].replace(".", "")
-        toolchain.cubin("rescale.cu", architecture)
-    except EdgestillError as error:
+        from compress.kernels.rescale import SOURCE  # needs torch, which may be absent
+
+        toolchain.cubin(SOURCE, architecture)
+    except (EdgestillError, ImportError) as error:
         return Finding("fused kernels", False if here else None, one_line(error), toolchain.REMEDY)
     return Finding("fused kernels", True, f"{compiler}; for {architecture}, kept in {toolchain.cache_folder()}")
 

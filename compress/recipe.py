@@ -140,7 +140,7 @@ distill:
     obj_kd: 1.0         # objectness-gated soft labels
     # feat_mse: 0.1     # neck features through a 1x1 adapter; feat_sl2: weighted by the teacher's score
     # cwd: 0.2          # where each channel is active; pkd: 0.2, how it varies; fgd: 0.001, by the teacher's attention
-    # kd: 0.2           # temperature soft labels
+    # kd: 0.2           # temperature soft labels; with settings of its own: kd: {{weight: 0.2, temperature: 2}}
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none

@@ -73,15 +73,15 @@ def decode_image(data: bytes, origin: str | Path) -> Image:
     return to_8_bits(image, origin)
 
 
-def to_8_bits(image: NDArray[Any], path: str | Path) -> Image:
+def to_8_bits(image: NDArray[Any], origin: str | Path) -> Image:
     """The upper 8 bits of uint16 pixels; uint8 pixels are returned as they are. Raises InputError for all others."""
     if image.dtype == np.uint8:
         return image
     if image.dtype != np.uint16:
-        raise InputError(f"{path}: {image.dtype} pixels, expected 8 or 16 bits", DEEP_HINT)
+        raise InputError(f"{origin}: {image.dtype} pixels, expected 8 or 16 bits", DEEP_HINT)
     if 0 < (largest := int(image.max())) < DEEP_LEAST:
         bits = largest.bit_length()
-        raise InputError(f"{path}: 16-bit pixels of which only {bits} bits are used, expected all 16", DEEP_HINT)
+        raise InputError(f"{origin}: 16-bit pixels of which only {bits} bits are used, expected all 16", DEEP_HINT)
     return (image >> 8).astype(np.uint8)
 
 

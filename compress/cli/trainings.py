@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from compress.cli.options import (
     setting,
     settings,
 )
+from runtime.errors import UsageError
 
 
 def training_options(stage: str) -> Callable[[Any], Any]:
@@ -74,7 +75,13 @@ def train(data: Path, weights: Path | None, scale: str | None, device: str, resu
 @click.command()
 @training_options("distill")
 @click.option("--teacher", type=FILE, required=True, help="Checkpoint of the teacher.")
-@click.option("--loss", "losses", multiple=True, metavar="NAME=WEIGHT", help="Distillation loss; repeatable.")
+@click.option(
+    "--loss",
+    "losses",
+    multiple=True,
+    metavar="NAME=WEIGHT",
+    help="Distillation loss, and NAME.SETTING=VALUE for its settings; repeatable.",
+)
 def distill(
     data: Path,
     weights: Path | None,
@@ -90,10 +97,23 @@ def distill(
 
     more: dict[str, Any] = {"student.scale": scale, "student.weights": weights, "device": device}
     if losses:
-        more["distill.losses"] = dict(loss.partition("=")[::2] for loss in losses)
+        more["distill.losses"] = loss_choices(losses)
     out = _out("distill", resume=resume, **folder)
     run_alone(STAGE, lambda: Inputs(indexed(data), teacher, resume), out, more)
     _print_best(out)
+
+
+def loss_choices(given: Sequence[str]) -> dict[str, Any]:
+    """("cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
+    from compress.recipe import with_change
+
+    raw: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--loss {text!r}: expected NAME=WEIGHT", "For example --loss cwd=0.2")
+        raw = with_change(raw, f"{key if '.' in key else f'{key}.weight'}={value}")
+    return raw
 
 
 def _print_best(out: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from compress.data.dataset import Index, Sample, all_labels, key_of
 from compress.data.dataset_yaml import DataConfig
-from compress.data.index import index_images
+from compress.data.index import NO_LABELS, index_images, stray_labels, where_labels_are
 from compress.data.labels import label_path
 
 SHOWN = 20
@@ -41,25 +41,32 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """`leaks` are groups of identical files that are in more than one split, `duplicates` those within one."""
+    """`leaks` are groups of identical files that are in more than one split, `duplicates` those within one.
+
+    `unlabelled` names the splits without a single label, and where their labels may be.
+    """
 
     data: str
     names: tuple[str, ...]
     splits: dict[str, SplitReport]
     leaks: tuple[tuple[str, ...], ...]
     duplicates: tuple[tuple[str, ...], ...]
+    unlabelled: tuple[str, ...]
     unusual: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        """True where nothing had to be skipped and no image is in two splits."""
-        return not self.leaks and not any(split.problems for split in self.splits.values())
+        """True where nothing had to be skipped, every split has labels and no image is in two splits."""
+        return not self.leaks and not self.unlabelled and not any(split.problems for split in self.splits.values())
 
     @property
     def verdict(self) -> str:
         """How much there is to mend, in one line."""
         problems = sum(len(split.problems) for split in self.splits.values())
-        return f"{problems} bad images or label rows, {len(self.leaks)} images in more than one split"
+        return (
+            f"{problems} bad images or label rows, {len(self.leaks)} images in more than one split, "
+            f"{len(self.unlabelled)} splits without labels"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": 1, "ok": self.ok, **asdict(self)}
@@ -68,6 +75,7 @@ class CheckReport:
         lines = [f"{self.data}: {len(self.names)} classes ({', '.join(self.names[:SHOWN])})"]
         for name, split in self.splits.items():
             lines += [f"{name}: {_summary(split)}", *_listed("problem", split.problems)]
+        lines += _listed("no labels", self.unlabelled)
         lines += _listed("image in several splits", [" = ".join(group) for group in self.leaks])
         lines += _listed("repeated image", [" = ".join(group) for group in self.duplicates])
         lines += _listed("unusual", self.unusual)
@@ -85,8 +93,15 @@ def check(config: DataConfig) -> CheckReport:
         splits={split: _split_report(config, split, index) for split, index in indices.items()},
         leaks=leaks,
         duplicates=duplicates,
+        unlabelled=tuple(_unlabelled(config, indices)),
         unusual=tuple(_unusual(config, indices)),
     )
+
+
+def _unlabelled(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+    for split, index in indices.items():
+        if index.samples and not index.boxes:
+            yield f"{split}: {NO_LABELS} ({where_labels_are(index, config.root)})"
 
 
 def _split_report(config: DataConfig, split: str, index: Index) -> SplitReport:
@@ -96,8 +111,8 @@ def _split_report(config: DataConfig, split: str, index: Index) -> SplitReport:
     return SplitReport(
         images=len(config.splits[split]),
         usable=len(index.samples),
-        background=counts.count(0),
-        boxes=sum(counts),
+        background=index.background,
+        boxes=index.boxes,
         boxes_per_class=_per_class(config, Counter(all_labels(index.samples)[:, 0].astype(int).tolist())),
         images_per_class=_per_class(config, per_image),
         boxes_per_image=_spread(np.array(counts, np.float64)),
@@ -167,15 +182,16 @@ def _class_balance(config: DataConfig, indices: Mapping[str, Index]) -> Iterable
 def _odd_boxes(split: str, index: Index) -> Iterable[str]:
     labels, sides = all_labels(index.samples), _sides_px(index.samples)
     corners = np.concatenate([labels[:, 1:3] - labels[:, 3:5] / 2, 1 - labels[:, 1:3] - labels[:, 3:5] / 2], axis=1)
-    background = sum(not len(sample.labels) for sample in index.samples)
     counts = {
         f"boxes with a side under {SMALL_SIDE_PX:g} px": int((sides < SMALL_SIDE_PX).any(1).sum()),
         "boxes that reach beyond the image": int((corners < -EDGE_TOLERANCE).any(1).sum()),
         "boxes that fill the whole image": int((labels[:, 3:5] > 0.99).all(1).sum()),
+        "label files that lie beside their image in images/ and are not read": sum(1 for _ in stray_labels(index)),
     }
     yield from (f"{split}: {count} {what}" for what, count in counts.items() if count)
-    if background * 2 > len(index.samples):
-        yield f"{split}: {background} of {len(index.samples)} images have no labels; labels are looked for in labels/"
+    if index.boxes and index.background * 2 > len(index.samples):
+        images = f"{index.background} of {len(index.samples)} images"
+        yield f"{split}: {images} have no labels; labels are looked for in labels/"
 
 
 def _shared_labels(split: str, index: Index) -> Iterable[str]:

@@ -63,6 +63,11 @@ class Index:
     def boxes(self) -> int:
         return sum(len(sample.labels) for sample in self.samples)
 
+    @property
+    def background(self) -> int:
+        """The number of images without labels."""
+        return sum(not len(sample.labels) for sample in self.samples)
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from runtime.errors import InputError
 from runtime.image import decode_image, read_bytes
 
 MIN_SIDE = 10
+NO_LABELS = "no image has a label"
 USED = ("train", "val")
 """The splits that a training reads."""
 
@@ -34,7 +35,8 @@ class Indexed(NamedTuple):
 def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: int | None = None) -> Dataset:
     """Index `splits` with `workers` threads (as many as there are cores); an image in two splits is decoded once.
 
-    Bad rows and bad images are left out and reported. Raises InputError when a split is absent or has no usable image.
+    Bad rows and bad images are left out and reported. Raises InputError when a split is absent, when none of its images
+    can be used, or when none of them has a label.
     """
     splits = tuple(splits)
     absent = next((split for split in splits if split not in config.splits), None)
@@ -47,7 +49,31 @@ def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: 
                 f"{config.path}: {split}: none of {len(config.splits[split])} images can be used; "
                 f"first: {index.problems[0]}"
             )
+        if not index.boxes:
+            raise InputError(f"{config.path}: {split}: {NO_LABELS}", where_labels_are(index, config.root))
     return Dataset(config.path, config.root, config.names, config.notices, indices)
+
+
+def where_labels_are(index: Index, root: Path) -> str:
+    """Why no label of `index` was read, in one line: files beside the images, wrong rows, or no files at all."""
+    stray = next(stray_labels(index), None)
+    if stray:
+        return f"Move {key_of(stray.image.with_suffix('.txt'), root)} and its like to {_label_folder(stray, root)}"
+    if index.problems:
+        return f"First of {len(index.problems)} problems: {index.problems[0]}"
+    return f"Labels of {index.samples[0].key} are looked for in {_label_folder(index.samples[0], root)}"
+
+
+def stray_labels(index: Index) -> Iterator[Sample]:
+    """Images without labels whose label file lies beside them, where it is not looked for."""
+    for sample in index.samples:
+        beside = sample.image.with_suffix(".txt")
+        if not len(sample.labels) and beside != label_path(sample.image) and beside.is_file():
+            yield sample
+
+
+def _label_folder(sample: Sample, root: Path) -> str:
+    return key_of(label_path(sample.image).parent, root)
 
 
 def index_split(config: DataConfig, split: str, *, workers: int | None = None) -> Index:

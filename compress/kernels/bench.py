@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from compress.kernels.bench_case import L2_TIMES, SAMPLES, UPSTREAM, plan
-from compress.kernels.fused import FUSED
+from compress.kernels.losses import FUSED
 from runtime import machine
 from runtime.errors import EdgestillError, UnavailableError
 from runtime.files import write_json

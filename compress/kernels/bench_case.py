@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.kernels import functional
-from compress.kernels.fused import FUSED
+from compress.kernels.fused import SWITCH
 from compress.kernels.gpu import gpu
+from compress.kernels.losses import FUSED
 from runtime.errors import EdgestillError, one_line
 
 LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
@@ -164,7 +164,7 @@ def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:
 
 def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     """Everything that is compared, by name, over the same `count` sets of inputs."""
-    plain, ours = FUSED[case.loss].reference, getattr(functional, case.loss)
+    plain, ours = FUSED[case.loss].definition, FUSED[case.loss].function
     compiled = torch.compile(plain, dynamic=False, fullgraph=True)
     sets = [arguments(case, device, seed) for seed in range(count)]
     last = [arguments(case, device, seed, channels_last=True) for seed in range(count)]
@@ -349,9 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
     until = time.monotonic() + asked.seconds
-    os.environ.pop(functional.SWITCH, None)
+    os.environ.pop(SWITCH, None)
     try:
-        gpu(0)  # where the kernels cannot run, `ours` would be the reference
+        gpu(0)  # where the kernels cannot run, `ours` would be the definition
     except EdgestillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,23 +1,26 @@
-"""What a kernel's host half asks of the place it runs on: a GPU, or in the tests the CPU.
+"""What the host halves of the kernels share: the launch, the device it goes to, and the maps as kernels read them.
 
-The host halves (`weighted_mse.py`, `cwd.py`, ...) plan: they allocate, choose the grid from the shapes, fill the
-arguments and call `launch`. They never ask which device it is, so the tests run them unchanged on the host shim.
+A host half plans: it allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
+asks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from compress.kernels.toolchain import Source
 from runtime.errors import UsageError
 
 MAX_LEVELS = 4
-"""`kMaxLevels` of common.cuh."""
+"""Levels of a pyramid that one launch serves: P3 to P6."""
+WARP = 32
+"""Threads."""
 SUFFIX = {torch.float32: "_f32", torch.float16: "_f16", torch.bfloat16: "_bf16"}
 """Dtype of the maps -> ending of the kernel's name."""
 VECTOR_BYTES = 16
@@ -28,10 +31,28 @@ class Facts(NamedTuple):
     """What the choice of kernels and launches may depend on."""
 
     capability: tuple[int, int]
-    """Of the GPU, as (9, 0)."""
+    """The GPU's compute capability, as (9, 0)."""
     l2_bytes: int
     shared_bytes: int
     """Dynamic shared memory that one block can ask for."""
+
+
+class Launch(NamedTuple):
+    """One kernel to queue."""
+
+    source: Source
+    kernel: str
+    """An `extern "C"` entry point of the source."""
+    args: ctypes.Structure
+    """The struct that the kernel takes by value; it may be changed again once the kernel is queued."""
+    grid: int
+    """Blocks."""
+    block: int
+    """Threads of a block."""
+    shared: int = 0
+    """Bytes of dynamic shared memory of a block."""
+    cluster: int = 1
+    """Blocks that run together and see each other's shared memory; divides `grid`."""
 
 
 class Device(Protocol):
@@ -40,31 +61,30 @@ class Device(Protocol):
     @property
     def facts(self) -> Facts: ...
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        args: ctypes.Structure,
-        *,
-        grid: int,
-        block: int,
-        shared: int = 0,
-        cluster: int = 1,
-        defines: tuple[str, ...] = (),
-    ) -> None:
-        """Queue one kernel of cuda/`source` on the current stream.
-
-        `kernel` is an `extern "C"` entry point that takes the struct `args` by value. `grid` counts blocks, `block`
-        the threads of each, `shared` bytes of dynamic shared memory. `cluster` blocks run together and see each
-        other's shared memory; it divides `grid`. `defines`, as "NAME=value", specialise the source.
-        """
+    def launch(self, launch: Launch) -> None:
+        """Queue one kernel on the current stream."""
 
     def tickets(self, count: int) -> Tensor:
         """`count` uint32 that are 0; each kernel leaves them 0. Valid for kernels queued on the current stream."""
 
 
+Maps = Sequence[Tensor]
+"""One tensor a pyramid level."""
+Result = tuple[Tensor, list[Tensor]]
+"""A loss () float32, and the gradient of each tensor that learns, in the order of the arguments."""
+Launches = Generator[Launch, None, Result]
+"""The host half at work: it yields one launch after another, and its return value is there after the last.
+
+As long as it is not finished it holds every tensor whose address it wrote into a launch."""
+
+
+def with_constants(folder: str, **constants: float) -> Source:
+    """The source in `folder`, compiled with these constants and those of common.cuh."""
+    return Source(folder).replaced(MAX_LEVELS=MAX_LEVELS, WARP=WARP, VECTOR_BYTES=VECTOR_BYTES, **constants)
+
+
 def fields(kind: Any, names: str) -> tuple[tuple[str, Any], ...]:
-    """Of a `ctypes.Structure`: one of each name, all of one kind."""
+    """Fields of a `ctypes.Structure`: one of each name, all of one kind."""
     return tuple((name, kind) for name in names.split())
 
 
@@ -99,23 +119,39 @@ def is_channels_last(tensor: Tensor) -> bool:
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def dense_pairs(students: Sequence[Tensor], teachers: Sequence[Tensor], *, nchw: bool) -> list[tuple[Tensor, Tensor]]:
-    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last where the student is so and
-    `nchw` does not forbid it.
+class LevelMaps(NamedTuple):
+    """One level: maps (N, C, H, W) in one dtype and one dense layout; an adapter's teacher may have another C."""
 
-    What is already so is not copied. Errors: UsageError for no level, more than MAX_LEVELS, levels of several dtypes,
-    or a pair of unlike images.
+    student: Tensor
+    teacher: Tensor
+    gradient: Tensor
+    """Of the student, to be written."""
+
+    @property
+    def channels_last(self) -> bool:
+        return is_channels_last(self.student)
+
+    def describe(self, level: Any, run: int, *others: Tensor) -> None:
+        """Write what every kernel's struct of a level has: addresses, and whether 16-byte accesses fit `run` elements
+        that lie together, here and in the other maps that the kernel reads beside them.
+        """
+        level.student, level.teacher, level.gradient = map(pointer, self)
+        level.vectorised = fits_vectors(run, *self, *others)
+
+
+def dense_pairs(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last where the student is so and
+    `nchw` does not forbid it. What is already so is not copied.
+
+    Raises UsageError for no level, more than MAX_LEVELS of them, or students of several dtypes.
     """
     if not 1 <= len(students) <= MAX_LEVELS or len(students) != len(teachers):
         raise UsageError(
             f"{len(students)} student and {len(teachers)} teacher maps",
-            f"give one of each for every level, 1 to {MAX_LEVELS} levels",
+            f"Give one of each for every level, 1 to {MAX_LEVELS} levels",
         )
     if len({s.dtype for s in students}) != 1:
-        raise UsageError(f"the levels have dtypes {[str(s.dtype) for s in students]}", "give all maps in one dtype")
-    for s, t in zip(students, teachers, strict=True):
-        if (s.shape[0], s.shape[2:]) != (t.shape[0], t.shape[2:]):
-            raise UsageError(f"maps of shapes {tuple(s.shape)} and {tuple(t.shape)}", "compare maps of the same images")
+        raise UsageError(f"the levels have dtypes {[str(s.dtype) for s in students]}", "Give all maps in one dtype")
     return [_dense_pair(s, t, nchw) for s, t in zip(students, teachers, strict=True)]
 
 
@@ -125,12 +161,23 @@ def _dense_pair(student: Tensor, teacher: Tensor, nchw: bool) -> tuple[Tensor, T
     return student.contiguous(memory_format=layout), teacher.to(student.dtype).contiguous(memory_format=layout)
 
 
+def level_maps(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[LevelMaps]:
+    """`dense_pairs`, each with a gradient of the student to be written."""
+    return [LevelMaps(s, t, torch.empty_like(s)) for s, t in dense_pairs(students, teachers, nchw=nchw)]
+
+
 def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[int]:
     """Deal blocks out in proportion to `sizes`: `most` in all, fewer where `size_of_block` needs no more, one each at
     least. Depends on nothing else: equal shapes give equal bits on every GPU.
     """
     blocks = min(most, ceil_div(sum(sizes), size_of_block))
     return [max(1, blocks * size // sum(sizes)) for size in sizes]
+
+
+def addresses(workspace: Tensor, sizes: Sequence[int]) -> list[int]:
+    """The address of each of the parts, `sizes` elements of the workspace one after another."""
+    starts = accumulate(sizes[:-1], initial=0)
+    return [pointer(workspace) + workspace.itemsize * start for start in starts]
 
 
 def set_blocks(levels: Iterable[Any], shares: Sequence[int]) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.kernels import toolchain
-from compress.kernels.device import Facts
+from compress.kernels import rescale, toolchain
+from compress.kernels.device import Facts, Launch
+from compress.kernels.toolchain import Source
 from runtime.errors import EdgestillError, UnavailableError, one_line
 
 STATIC_SHARED_BYTES = 48 << 10
@@ -27,7 +28,7 @@ PORTABLE_CLUSTER = 8
 
 
 class Gpu:
-    """One NVIDIA GPU. Errors: EdgestillError where bindings or compiler are missing, or cannot serve it."""
+    """One NVIDIA GPU. Raises EdgestillError where bindings or compiler are missing, or cannot serve it."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -37,12 +38,12 @@ class Gpu:
         device = self._call("cuDeviceGet", index)
         self._context = int(self._call("cuDevicePrimaryCtxRetain", device))
         self.facts = self._facts(device)
-        self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
-        self._libraries: dict[tuple[str, tuple[str, ...]], Any] = {}
-        self._shared: dict[tuple[str, str, tuple[str, ...]], int] = {}
+        self._kernels: dict[tuple[Source, str], Any] = {}
+        self._libraries: dict[Source, Any] = {}
+        self._shared: dict[tuple[Source, str], int] = {}
         self._raising = Lock()
         self._tickets: dict[int, Tensor] = {}
-        self._library("rescale.cu", ())  # every loss needs it; a GPU that the compiler or driver cannot serve shows now
+        self._library(rescale.SOURCE)  # every loss needs it; a GPU that compiler or driver cannot serve shows now
 
     def _facts(self, device: Any) -> Facts:
         def ask(name: str) -> int:
@@ -59,30 +60,18 @@ class Gpu:
     def architecture(self) -> str:
         return "sm_{}{}".format(*self.facts.capability)
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        args: ctypes.Structure,
-        *,
-        grid: int,
-        block: int,
-        shared: int = 0,
-        cluster: int = 1,
-        defines: tuple[str, ...] = (),
-    ) -> None:
+    def launch(self, launch: Launch) -> None:
         """See `Device.launch`."""
+        grid, block, shared = launch.grid, launch.block, launch.shared
         stream = torch.cuda.current_stream(self.index).cuda_stream
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch.args))
+        address = ctypes.addressof(parameters)
         with self._current():
-            function = self._kernel(source, kernel, defines, shared, cluster)
-            if cluster == 1:
-                self._call(
-                    "cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared, stream, ctypes.addressof(parameters), 0
-                )
+            function = self._function(launch)
+            if launch.cluster == 1:
+                self._call("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared, stream, address, 0)
             else:
-                config = self._clustered(grid, block, shared, cluster, stream)
-                self._call("cuLaunchKernelEx", config, function, ctypes.addressof(parameters), 0)
+                self._call("cuLaunchKernelEx", self._clustered(launch, stream), function, address, 0)
 
     def tickets(self, count: int) -> Tensor:
         """See `Device.tickets`. A stream has its own, kept from call to call; a captured graph gets new ones, since it
@@ -109,39 +98,38 @@ class Gpu:
         finally:
             self._call("cuCtxPopCurrent")
 
-    def _kernel(self, source: str, kernel: str, defines: tuple[str, ...], shared: int, cluster: int) -> Any:
-        """The function, its limits raised to what this launch asks for."""
-        key = (source, kernel, defines)
+    def _function(self, launch: Launch) -> Any:
+        """The kernel, its limits raised to what this launch asks for."""
+        key = (launch.source, launch.kernel)
         if key not in self._kernels:
-            handle = self._call("cuLibraryGetKernel", self._library(source, defines), kernel.encode())
+            handle = self._call("cuLibraryGetKernel", self._library(launch.source), launch.kernel.encode())
             self._kernels[key] = self._call("cuKernelGetFunction", handle)
         function = self._kernels[key]
         attributes = self._driver.CUfunction_attribute
         with self._raising:  # and never lowered, or what another thread or a captured graph launches would be refused
-            if shared > self._shared.get(key, STATIC_SHARED_BYTES):
+            if launch.shared > self._shared.get(key, STATIC_SHARED_BYTES):
                 most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._call("cuFuncSetAttribute", function, most, shared)
-                self._shared[key] = shared
-        if cluster > PORTABLE_CLUSTER:
+                self._call("cuFuncSetAttribute", function, most, launch.shared)
+                self._shared[key] = launch.shared
+        if launch.cluster > PORTABLE_CLUSTER:
             allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             self._call("cuFuncSetAttribute", function, allowed, 1)
         return function
 
-    def _library(self, source: str, defines: tuple[str, ...]) -> Any:
-        key = (source, defines)
-        if key not in self._libraries:
-            code = toolchain.cubin(source, self.architecture, defines)
-            self._libraries[key] = self._call("cuLibraryLoadData", code, [], [], 0, [], [], 0)
-        return self._libraries[key]
+    def _library(self, source: Source) -> Any:
+        if source not in self._libraries:
+            code = toolchain.cubin(source, self.architecture)
+            self._libraries[source] = self._call("cuLibraryLoadData", code, [], [], 0, [], [], 0)
+        return self._libraries[source]
 
-    def _clustered(self, grid: int, block: int, shared: int, cluster: int, stream: int) -> Any:
+    def _clustered(self, launch: Launch, stream: int) -> Any:
         config = self._driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.sharedMemBytes, config.hStream = shared, stream
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared, stream
         attribute = self._driver.CUlaunchAttribute()
         attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = launch.cluster, 1, 1
         config.attrs, config.numAttrs = [attribute], 1
         return config
 
@@ -153,7 +141,7 @@ class Gpu:
 
 
 def load_driver() -> Any:
-    """The bindings to the CUDA driver. Errors: UnavailableError."""
+    """The bindings to the CUDA driver. Raises UnavailableError where they are not installed."""
     try:
         from cuda.bindings import driver
     except ImportError as error:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from runtime.errors import EdgestillError, UnavailableError, one_line
 from runtime.files import atomic_write
 
-SOURCES = Path(__file__).parent / "cuda"
+FOLDER = Path(__file__).parent
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 """What the tests compile for: Turing to Blackwell, Jetson Orin (sm_87) included."""
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
@@ -27,19 +27,33 @@ _DIGEST_BYTES = 32
 _REPORTED = re.compile(r"(\d+) (registers|bytes spill stores|bytes smem)")
 
 
-def source_names() -> list[str]:
-    """Every source that holds kernels."""
-    return sorted(path.name for path in SOURCES.glob("*.cu"))
+class Source(NamedTuple):
+    """A CUDA source, and the constants of its host half, which it gets as defines."""
+
+    folder: str
+    """The folder of this package that holds its `kernel.cu`."""
+    defines: tuple[str, ...] = ()
+    """As "NAME=value"."""
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / self.folder / "kernel.cu"
+
+    def replaced(self, **constants: float) -> Source:
+        """The same source with other constants; a constant that it does not have yet is added."""
+        values = dict(define.split("=", 1) for define in self.defines)
+        values |= {name: str(value) for name, value in constants.items()}
+        return Source(self.folder, tuple(f"{name}={value}" for name, value in values.items()))
 
 
-def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> bytes:
-    """Machine code of cuda/`source` for `architecture` (as "sm_90"), from the cache or compiled now.
+def cubin(source: Source, architecture: str) -> bytes:
+    """Machine code of `source` for `architecture` (as "sm_90"), from the cache or compiled now.
 
-    Errors: UnavailableError where NVRTC or the CUDA headers are not installed; EdgestillError with the compiler's
+    Raises UnavailableError where NVRTC or the CUDA headers are not installed, and EdgestillError with the compiler's
     first error.
     """
-    path = cache_folder() / f"{Path(source).stem}-{architecture}-{_key(source, architecture, defines)[:24]}.cubin"
-    return _read(path) or _keep(path, compile_cubin(source, architecture, defines)[0])
+    path = cache_folder() / f"{source.folder}-{architecture}-{_key(source, architecture)[:24]}.cubin"
+    return _read(path) or _keep(path, compile_cubin(source, architecture)[0])
 
 
 class Resources(NamedTuple):
@@ -53,30 +67,32 @@ class Resources(NamedTuple):
     """Static, per block."""
 
 
-def compile_cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> tuple[bytes, dict[str, Resources]]:
+def compile_cubin(source: Source, architecture: str) -> tuple[bytes, dict[str, Resources]]:
     """Machine code, and by kernel what it takes."""
     nvrtc = load_nvrtc()
-    options = [*OPTIONS, f"--gpu-architecture={architecture}", f"--include-path={SOURCES}"]
-    options += [f"--include-path={folder}" for folder in header_folders()] + [f"--define-macro={d}" for d in defines]
-    program = _checked(nvrtc, "nvrtcCreateProgram", (SOURCES / source).read_bytes(), source.encode(), 0, [], [])
+    options = [*OPTIONS, f"--gpu-architecture={architecture}"]
+    options += [f"--include-path={folder}" for folder in (FOLDER, *header_folders())]
+    options += [f"--define-macro={define}" for define in source.defines]
+    name = f"{source.folder}/kernel.cu"
+    program = _checked(nvrtc, "nvrtcCreateProgram", source.path.read_bytes(), name.encode(), 0, [], [])
     try:
         encoded = [option.encode() for option in options]
         (code,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         if int(code) != 0:
-            raise EdgestillError(f"{source} does not compile for {architecture}: {_first_error(_log(nvrtc, program))}")
+            raise EdgestillError(f"{name} does not compile for {architecture}: {_first_error(_log(nvrtc, program))}")
         return _output(nvrtc, program, "CUBIN"), _resources(_log(nvrtc, program))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
 def compiler_version() -> str:
-    """As "13.0". Errors: UnavailableError where NVRTC is not installed."""
+    """As "13.0". Raises UnavailableError where NVRTC is not installed."""
     return ".".join(map(str, _checked(load_nvrtc(), "nvrtcVersion")))
 
 
 @lru_cache(maxsize=1)
 def load_nvrtc() -> Any:
-    """The bindings to NVRTC, their library found. Errors: UnavailableError."""
+    """The bindings to NVRTC, whose library was found. Raises UnavailableError where one of them is missing."""
     try:
         from cuda.bindings import nvrtc
 
@@ -88,7 +104,7 @@ def load_nvrtc() -> Any:
 
 @lru_cache(maxsize=1)
 def header_folders() -> tuple[str, ...]:
-    """Where cuda_fp16.h lies: NVIDIA's package, else an installed toolkit. Errors: UnavailableError."""
+    """The folder of cuda_fp16.h: NVIDIA's package, else an installed toolkit. Raises UnavailableError without both."""
     try:
         from cuda.pathfinder import find_nvidia_header_directory
     except ImportError as error:  # cuda-bindings 13.0 is content with one that is too old
@@ -105,12 +121,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgestill" / "kernels"
 
 
-def _key(source: str, architecture: str, defines: tuple[str, ...]) -> str:
-    """Changes with everything that the machine code depends on."""
+def _key(source: Source, architecture: str) -> str:
+    """A digest of everything that the machine code depends on."""
     digest = hashlib.sha256()
-    for path in [SOURCES / source, *sorted(SOURCES.glob("*.cuh"))]:
+    for path in [source.path, *sorted(FOLDER.glob("*.cuh"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    digest.update(repr((architecture, defines, OPTIONS, compiler_version(), header_folders())).encode())
+    digest.update(repr((architecture, source, OPTIONS, compiler_version(), header_folders())).encode())
     return digest.hexdigest()
 
 
@@ -167,8 +183,10 @@ def _resources(log: str) -> dict[str, Resources]:
 
 def resource_table() -> str:
     """Registers a thread of every kernel on every architecture, with the bytes that it spills where it does."""
+    from compress.kernels.losses import SOURCES  # imports torch, which nothing else here needs
+
     found: dict[str, dict[str, Resources]] = {architecture: {} for architecture in ARCHITECTURES}
-    for architecture, source in product(ARCHITECTURES, source_names()):
+    for architecture, source in product(ARCHITECTURES, SOURCES):
         found[architecture] |= compile_cubin(source, architecture)[1]
     names = sorted(set().union(*found.values()))
     lines = [f"{'registers':24}" + "".join(f"{architecture:>8}" for architecture in ARCHITECTURES)]

@@ -84,7 +84,7 @@ def distill(
         anchors = teacher_model.arch.anchors
         student = new_model(data.names, scale=scale, weights=weights, anchors=anchors, seed=config.seed, log=log)
     losses = build_losses(student, teacher_model, config)
-    objective = Objective(student, detection_loss(student, config), losses, config.losses)
+    objective = Objective(student, detection_loss(student, config), losses, config.weights)
     frozen = Teacher(teacher_model, device, half=config.amp)
     if not state:
         checks = check_distillation(objective, frozen, splits.train, config, log)

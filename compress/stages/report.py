@@ -13,9 +13,10 @@ from typing import Any
 
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
-from compress.config import DistillConfig, ExportConfig, Settings
+from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
 from compress.inputs import SHIPPED, read_json
 from compress.log import Log
+from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
 from compress.validate import fitness
@@ -96,11 +97,17 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
 
     return {
         "losses": [
-            {"name": name, "weight": weight, "checks": about(name)} for name, weight in config.losses.items() if weight
+            {"name": name, "weight": choice.weight, "settings": _loss_settings(name, choice), "checks": about(name)}
+            for name, choice in config.losses.items()
+            if choice.weight
         ],
-        "temperature": config.temperature if "kd" in config.losses else None,
         "decay_to": config.decay_to,
     }
+
+
+def _loss_settings(name: str, choice: LossChoice) -> dict[str, Any]:
+    """The loss's own settings, defaults included."""
+    return LOSSES[name].read_settings(choice.settings).model_dump(mode="json")
 
 
 def _export(config: ExportConfig, document: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
-from compress.losses.distill import DistillLoss, Outputs
+from compress.losses.distill import Context, DistillLoss, Outputs
 from compress.models import YOLOv5
 
 DETECTION_TERMS = ("box", "obj", "cls")
@@ -98,5 +98,5 @@ class Objective(nn.Module):
         self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, weight: float, upstream: Tensor | None
     ) -> Tensor:
         """One weighted distillation loss. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        upstream = None if upstream is None else upstream * weight
-        return weight * self.losses[name](student, teacher, targets, upstream)
+        context = Context(targets, None if upstream is None else upstream * weight)
+        return weight * self.losses[name](student, teacher, context)

@@ -35,7 +35,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
 
 
 def _samples(split: str, index: Index, log: Log) -> Sequence[Sample]:
-    log(f"{split}: {len(index.samples)} images, {index.boxes} boxes")
+    log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
     for problem in index.problems[:SHOWN_PROBLEMS]:
         log(f"{split}: skipped {problem}")
     if len(index.problems) > SHOWN_PROBLEMS:

@@ -15,13 +15,13 @@ from compress.config import DistillConfig
 from compress.data.loader import Batch, train_batches
 from compress.data.train_dataset import TrainDataset
 from compress.log import Log
-from compress.losses.checks import Check, doctor
-from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
+from compress.losses.distill import DistillLoss, Outputs, Shape, make_losses
+from compress.losses.preflight import Check, preflight
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
 from compress.training.objective import Objective
 from compress.validate import as_network_input
-from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.errors import EdgestillError, InputError
 
 PROBE_IMAGES = 4
 
@@ -65,14 +65,8 @@ def shape_of(model: YOLOv5) -> Shape:
 
 
 def build_losses(student: YOLOv5, teacher: YOLOv5, config: DistillConfig) -> dict[str, DistillLoss]:
-    """The recipe's losses by name. Raises UsageError when a name is unknown or a loss cannot compare the networks."""
-    wanted = {name: weight for name, weight in config.losses.items() if weight > 0}
-    for name in wanted:
-        if name not in LOSSES:
-            raise UsageError(f"distillation loss {name!r} is not known", f"Choose among {', '.join(sorted(LOSSES))}")
-    if not wanted:
-        raise UsageError("no distillation loss has a weight above 0", "Train without a teacher, or set a weight")
-    return {name: LOSSES[name](shape_of(student), shape_of(teacher), config) for name in wanted}
+    """The recipe's losses by name. Raises UsageError as `make_losses` does."""
+    return make_losses(shape_of(student), shape_of(teacher), config)
 
 
 def check_distillation(
@@ -87,7 +81,7 @@ def check_distillation(
     probe = to_device(copy.deepcopy(objective), teacher.device)
     on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
     losses: Any = probe.losses
-    checks = doctor(probe.model, teacher.model, losses, on_device, task=probe.detection, weights=config.losses)
+    checks = preflight(probe.model, teacher.model, losses, on_device, task=probe.detection, weights=config.weights)
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")

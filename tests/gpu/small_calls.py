@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "compress" / "ke
 from cases import arguments
 from oracle import LAYOUTS
 
-from compress.kernels.fused import FUSED
 from compress.kernels.gpu import gpu
+from compress.kernels.losses import FUSED
 from compress.kernels.rescale import rescale
 
 SHAPES = {"round": [(2, 16, 8, 8), (2, 64, 4, 6), (5, 2, 80, 80)], "odd": [(3, 5, 7, 9), (2, 13, 5, 5)]}
@@ -25,8 +25,7 @@ def main() -> None:
     device = gpu(0)
     for name, shapes, dtype, layout in product(FUSED, SHAPES.values(), DTYPES, LAYOUTS):
         given = arguments(name, dtype, shapes, layout, scale=8.0, device="cuda")
-        loss, *groups = FUSED[name].kernels(device, *given)
-        gradients = [gradient for group in groups for gradient in group]
+        loss, gradients = FUSED[name].run(device, given)
         made = rescale(device, gradients, torch.tensor(3.0).cuda(), given[-1], in_place=False)
         assert loss.cpu().isfinite(), name
         assert all(g.cpu().isfinite().all() for g in [*gradients, *made]), name

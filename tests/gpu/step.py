@@ -1,7 +1,7 @@
 """One real distillation step with and without the kernels: `python3 tests/gpu/step.py [--out FILE.json]`.
 
 A yolov5l teaches a yolov5s by feat_mse and cwd, 32 random images of 640 pixels, mixed precision, by the product's own
-training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), the reference, the kernels.
+training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), plain torch, the kernels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         student.init_detect_bias()
         detection = detection_loss(student, config)
         losses = build_losses(student, teacher, config) if distils else {}
-        objective = Objective(student, detection, losses, config.losses)
+        objective = Objective(student, detection, losses, config.weights)
         job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
         made.wrapped.train()
@@ -122,7 +122,7 @@ class Steps:
 
 
 def switch(value: str | None) -> None:
-    from compress.kernels.functional import SWITCH
+    from compress.kernels.fused import SWITCH
 
     os.environ.pop(SWITCH, None)
     if value:

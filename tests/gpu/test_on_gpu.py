@@ -16,10 +16,10 @@ from oracle import (
     LAYOUTS,
     LOSS_GATE,
     by_autograd,
-    by_kernels,
     check,
     errors,
     gradient_error,
+    kernels_of,
     laid,
     pair,
     same_bits,
@@ -28,9 +28,11 @@ from oracle import (
 )
 from torch import Tensor
 
-from compress.kernels import functional
-from compress.kernels.fused import FUSED, with_gradients
+from compress.kernels import fused
+from compress.kernels.device import Launch
 from compress.kernels.gpu import gpu
+from compress.kernels.losses import FUSED
+from compress.kernels.rescale import SOURCE as RESCALE
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no NVIDIA GPU", allow_module_level=True)
@@ -115,7 +117,7 @@ def learners_of(name: str, given: list[Any]) -> list[Tensor]:
 
 def loss_of(name: str, given: list[Any]) -> Tensor:
     """By the function that the product calls."""
-    return getattr(functional, name)(*given[:-1], scale=given[-1])
+    return FUSED[name].function(*given[:-1], scale=given[-1])
 
 
 def differentiated(name: str, given: list[Any], *upstreams: float, retain: bool = False) -> list[list[Tensor]]:
@@ -129,23 +131,23 @@ def differentiated(name: str, given: list[Any], *upstreams: float, retain: bool 
 
 def true_gradients(name: str, given: list[Any], wanted: float) -> list[Tensor]:
     replaced = [*given[:-1], torch.tensor(wanted, device=TORCH)]
-    return truth(FUSED[name].reference, replaced, FUSED[name].learns).gradients
+    return truth(FUSED[name].definition, replaced, FUSED[name].learns).gradients
 
 
-def kernels_of(name: str, given: list[Any]) -> Any:
-    return by_kernels(FUSED[name].kernels, gpu(0), given)
+def run_kernels(name: str, given: list[Any]) -> Any:
+    return kernels_of(FUSED[name])(gpu(0), *given)
 
 
 def checked(name: str, given: list[Any]) -> tuple[float, float]:
     """See `oracle.check`."""
-    return check(FUSED[name].kernels, FUSED[name].reference, gpu(0), given, FUSED[name].learns)
+    return check(kernels_of(FUSED[name]), FUSED[name].definition, gpu(0), given, FUSED[name].learns)
 
 
 # ---- loss and gradient --------------------------------------------------------------------------------------------
 
 
 def test_the_kernels_are_what_is_tested() -> None:
-    assert functional.runs_fused([torch.ones(1, 1, 1, 1, device=TORCH)])
+    assert fused.runs_fused([torch.ones(1, 1, 1, 1, device=TORCH)])
     assert torch.empty(5, device=TORCH).isnan().all(), "nothing is poisoned"
 
 
@@ -153,7 +155,7 @@ def test_the_kernels_are_what_is_tested() -> None:
 @every_dtype
 @every_layout
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_and_gradient_are_those_of_the_reference(name, dtype, layout, shape, note):
+def test_loss_and_gradient_are_those_of_the_definition(name, dtype, layout, shape, note):
     note(name, dtype, checked(name, arguments(name, [shape], dtype, layout=layout)))
 
 
@@ -197,7 +199,7 @@ def test_equal_maps_give_exactly_zero(name, dtype, layout):
     given[1] = [s.clone(memory_format=torch.preserve_format) for s in given[0]]
     if name == "adapter_mse":
         given[2], given[3] = [torch.eye(8, device=TORCH)], [torch.zeros(8, device=TORCH)]
-    loss, gradients = kernels_of(name, given)
+    loss, gradients = run_kernels(name, given)
     assert loss == 0
     assert not any(g.any() for g in gradients)
 
@@ -207,7 +209,7 @@ def test_equal_maps_give_exactly_zero(name, dtype, layout):
 def test_what_is_not_finite_reaches_the_loss(name, bad):
     given = arguments(name, [(2, 8, 4, 4)])
     given[0][0][1, 2, 3, 0] = bad
-    loss, gradients = kernels_of(name, given)
+    loss, gradients = run_kernels(name, given)
     assert not loss.isfinite()
     assert not gradients[0].isfinite().all()
 
@@ -220,21 +222,21 @@ def test_what_is_not_finite_reaches_the_loss(name, bad):
 @every_layout
 def test_every_run_gives_the_same_bits(name, dtype, layout):
     given = arguments(name, MEDIUM, dtype, layout=layout)
-    assert same_bits(*(kernels_of(name, given) for _ in range(5)))
+    assert same_bits(*(run_kernels(name, given) for _ in range(5)))
 
 
 @every_loss
 def test_two_streams_at_once_give_what_one_gives(name):
-    """Trap K7: a ticket or a partial sum that both use."""
+    """As they would not with a ticket or a partial sum that both use."""
     givens = [arguments(name, MEDIUM, seed=seed) for seed in (0, 100)]
-    alone = [kernels_of(name, given) for given in givens]
+    alone = [run_kernels(name, given) for given in givens]
     streams = [torch.cuda.Stream() for _ in givens]
     torch.cuda.synchronize()
     found: list[list[Any]] = [[], []]
     for _ in range(20):
         for stream, given, results in zip(streams, givens, found, strict=True):
             with torch.cuda.stream(stream):
-                results.append(kernels_of(name, given))
+                results.append(run_kernels(name, given))
     torch.cuda.synchronize()
     assert all(same_bits(expected, *results) for results, expected in zip(found, alone, strict=True))
 
@@ -242,7 +244,7 @@ def test_two_streams_at_once_give_what_one_gives(name):
 @every_loss
 @pytest.mark.parametrize("scale", [2.0, 65536.0])
 def test_a_captured_graph_gives_what_eager_code_gives(name, scale):
-    """Trap K3: with an upstream gradient other than the assumed one, and with other inputs at each replay."""
+    """With an upstream gradient other than the assumed one, and with other inputs at each replay."""
     given, other = (arguments(name, MEDIUM[:1], scale=scale, seed=seed) for seed in (0, 50))
     expected = [differentiated(name, inputs, 3.0)[0] for inputs in (given, other)]
     contents = [[x.clone() for x in tensors_of(inputs)] for inputs in (given, other)]
@@ -285,12 +287,12 @@ def tensors_of(given: list[Any]) -> list[Tensor]:
 
 
 def test_a_call_after_a_refused_launch_is_right() -> None:
-    """Trap K8."""
+    """A failed launch must leave no error behind that a later one reports."""
     given = arguments("cwd", LEVELS)
-    expected = kernels_of("cwd", given)
+    expected = run_kernels("cwd", given)
     with pytest.raises(Exception, match="cuLaunchKernel"):
-        gpu(0).launch("rescale.cu", "rescale_f16", _no_arguments(), grid=1, block=4096)
-    assert same_bits(kernels_of("cwd", given), expected)
+        gpu(0).launch(Launch(RESCALE, "rescale_f16", _no_arguments(), grid=1, block=4096))
+    assert same_bits(run_kernels("cwd", given), expected)
 
 
 def _no_arguments() -> Any:
@@ -306,7 +308,7 @@ def _no_arguments() -> Any:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 65536.0])
 @pytest.mark.parametrize("wanted", [1.0, 65536.0, 0.0, -3.0])
 def test_any_upstream_gradient_is_right_whatever_was_expected(name, scale, wanted):
-    """Trap K5."""
+    """The kernels fold the expected one in; the backward pass puts the difference right."""
     given = arguments(name, LEVELS[2:], torch.float32, scale=scale)
     (found,) = differentiated(name, given, wanted)
     for f, t in zip(found, true_gradients(name, given, wanted), strict=True):
@@ -315,7 +317,7 @@ def test_any_upstream_gradient_is_right_whatever_was_expected(name, scale, wante
 
 @every_loss
 def test_a_graph_that_is_kept_gives_the_right_gradient_each_time(name):
-    """Trap K4."""
+    """A gradient that was rescaled in place would be wrong the second time."""
     given, upstreams = arguments(name, LEVELS[2:], torch.float32, scale=2.0), (1.0, 3.0, 0.0, 2.0)
     for found, wanted in zip(differentiated(name, given, *upstreams, retain=True), upstreams, strict=True):
         for f, t in zip(found, true_gradients(name, given, wanted), strict=True):
@@ -330,7 +332,7 @@ def test_a_second_backward_through_a_freed_graph_is_refused(name):
 
 @every_loss
 def test_float16_gradients_do_not_vanish(name):
-    """Trap K1, at the size where it bites: the scale of a new gradient scaler, folded in."""
+    """At the size where most would: the scale of a new gradient scaler, folded in."""
     given = arguments(name, DETECTOR[:1], scale=65536.0)
     ((found, *_),) = differentiated(name, given, 65536.0)
     true = true_gradients(name, given, 65536.0)[0]
@@ -382,11 +384,11 @@ def test_a_call_takes_one_gradient_and_little_more(name):
 
 BACKWARD_FIRST = """
 import threading, torch
-from compress.kernels import functional
+from compress.kernels.weighted_mse import weighted_mse
 
 def compare(found):
     x = torch.full((4, 8, 8, 8), 3.0, device="cuda")
-    found.append(functional.weighted_mse([x], [torch.zeros_like(x)]).item())
+    found.append(weighted_mse([x], [torch.zeros_like(x)]).item())
 
 class Late(torch.autograd.Function):
     @staticmethod
@@ -409,7 +411,7 @@ assert found == [9.0, 9.0], found
 
 
 def test_the_first_launch_may_come_from_the_backward_thread() -> None:
-    """Trap K20, in a process where nothing was launched before; then from a thread that torch does not know."""
+    """In a process where nothing was launched before; then from a thread that torch does not know."""
     done = subprocess.run([sys.executable, "-c", BACKWARD_FIRST], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
@@ -439,7 +441,7 @@ def test_the_registered_op_is_sound(name, scale):
 def test_the_registered_op_and_the_eager_path_give_the_same_bits(name):
     given = arguments(name, MEDIUM)
     loss, gradients = getattr(torch.ops.edgestill, name)(*given)
-    again, others = with_gradients(FUSED[name], gpu(0), given)
+    again, others = run_kernels(name, given)
     assert torch.equal(loss, again)
     assert all(map(torch.equal, gradients, others))
 
@@ -452,10 +454,10 @@ def test_mixed_precision_changes_nothing(name):
     assert torch.equal(inside, loss_of(name, given))
 
 
-def test_the_reference_can_be_forced(monkeypatch) -> None:
+def test_the_definition_can_be_forced(monkeypatch) -> None:
     maps = [torch.ones(1, 1, 1, 1, device=TORCH)]
-    monkeypatch.setenv(functional.SWITCH, "off")
-    assert not functional.runs_fused(maps)
+    monkeypatch.setenv(fused.SWITCH, "off")
+    assert not fused.runs_fused(maps)
 
 
 # ---- the matrix instructions --------------------------------------------------------------------------------------
@@ -474,16 +476,16 @@ def test_adapter_mse_multiplies_the_elements_that_the_shim_says(channels, dtype,
     s = laid(torch.randn(3, into, 9, 8, generator=generator).to(dtype).to(TORCH), layout)
     t = laid(s[:, chosen.to(TORCH)], layout)
     given = [[s], [t], [matrix.to(TORCH)], [torch.zeros(out, device=TORCH)], [], torch.tensor(64.0, device=TORCH)]
-    loss, gradients = kernels_of("adapter_mse", given)
+    loss, gradients = run_kernels("adapter_mse", given)
     assert loss == 0
     assert not any(g.any() for g in gradients)
     t[2, 5, 7, 3] -= 4  # one element differs: so must one of each gradient's rows, and nothing else
-    found = kernels_of("adapter_mse", given)
+    found = run_kernels("adapter_mse", given)
     dx, dw, db = found.gradients
     assert dx.nonzero().tolist() == [[2, int(chosen[5]), 7, 3]]
     assert set(dw.nonzero()[:, 0].tolist()) == {5}
     assert db.nonzero().tolist() == [[5]]
-    true = truth(FUSED["adapter_mse"].reference, given, FUSED["adapter_mse"].learns)
+    true = truth(FUSED["adapter_mse"].definition, given, FUSED["adapter_mse"].learns)
     assert max(errors(found, true)) <= 2 * GRADIENT_GATE[dtype]  # of one element, which is rounded twice
 
 
@@ -506,10 +508,10 @@ def test_adapter_mse_brings_other_numbers_of_channels_into_the_teachers(channels
 )
 def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
     """On tensor cores, and in the general way."""
-    given, fused = arguments("adapter_mse", [shape], scale=scale), FUSED["adapter_mse"]
-    true = truth(fused.reference, given, fused.learns)
-    eager = by_autograd(fused.reference, given, fused.learns, None)
-    found = kernels_of("adapter_mse", given)
+    given, loss = arguments("adapter_mse", [shape], scale=scale), FUSED["adapter_mse"]
+    true = truth(loss.definition, given, loss.learns)
+    eager = by_autograd(loss.definition, given, loss.learns, None)
+    found = run_kernels("adapter_mse", given)
     assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_GATE
     for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
         assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6

@@ -31,15 +31,15 @@ def calls() -> None:
     import torch
 
     from compress.kernels.bench_case import Case, arguments
-    from compress.kernels.fused import FUSED
     from compress.kernels.gpu import gpu
+    from compress.kernels.losses import FUSED
 
     other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     for name in FUSED:
         given = arguments(Case(name, size_of(name), "fp16"), other.device, 0)
         with torch.no_grad():
             other.fill_(1)
-            FUSED[name].kernels(gpu(0), *given)
+            FUSED[name].run(gpu(0), given)
         torch.cuda.synchronize()
 
 

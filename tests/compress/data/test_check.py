@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from compress.data import load_data
 from compress.data.check import check
 from compress.data.demo.generate import generate
@@ -105,6 +107,26 @@ def test_images_of_one_base_name_in_two_folders_are_two_images(dataset: Path) ->
     report = check(load_data(dataset))
     assert (report.splits["train"].usable, report.splits["train"].boxes) == (6, 6)
     assert report.ok
+
+
+@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "val")])
+def test_splits_without_a_label_are_not_ok(dataset: Path, splits: tuple[str, ...]) -> None:
+    for split in splits:
+        shutil.rmtree(dataset.parent / "labels" / split)
+    report = check(load_data(dataset))
+    assert not report.ok
+    assert len(report.unlabelled) == len(splits)
+    assert f"{len(splits)} splits without labels" in report.verdict
+    for split in splits:
+        assert f"{split}: no image has a label (Labels of images/{split}/0.png are looked for in" in report.to_text()
+
+
+def test_labels_beside_the_images_are_found_and_named(dataset: Path) -> None:
+    root = dataset.parent
+    (root / "labels/train/0.txt").rename(root / "images/train/0.txt")
+    (root / "labels/train/1.txt").unlink()
+    told = "train: 1 label files that lie beside their image in images/ and are not read"
+    assert told in check(load_data(dataset)).unusual
 
 
 def test_a_generated_set_is_ok(tmp_path: Path) -> None:

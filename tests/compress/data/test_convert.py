@@ -11,7 +11,7 @@ from compress.data import convert, load_data
 from compress.data.check import check
 from compress.data.coco import to_coco
 from compress.data.dataset import Sample
-from compress.data.index import index_split
+from compress.data.index import index_images
 from runtime.errors import EdgestillError, InputError, UsageError
 from tests.compress.data.conftest import folder_hash, write_image
 
@@ -38,7 +38,8 @@ def box(image_id: int, category_id: int, *bbox: float, **more: Any) -> dict[str,
 
 def all_samples(data_yaml: Path) -> list[Sample]:
     data = load_data(data_yaml)
-    return sorted((s for split in data.splits for s in index_split(data, split).samples), key=lambda s: s.image.name)
+    indices = index_images(data, tuple(data.splits)).values()
+    return sorted((sample for index in indices for sample in index.samples), key=lambda sample: sample.image.name)
 
 
 def test_coco_boxes_become_normalised_rows_and_crowds_are_counted(source: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from compress.data import Dataset, Index, Sample, index_dataset, load_data
 from compress.data.dataset import key_of, path_of
 from runtime.errors import InputError
-from tests.compress.data.conftest import write_image
+from tests.compress.data.conftest import write_image, write_labels
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_the_digest_follows_images_labels_names_and_splits(dataset: Path) -> Non
 
 def test_an_image_outside_the_root_has_a_key_too(dataset: Path, tmp_path: Path) -> None:
     outside = write_image(tmp_path / "elsewhere/images/0.png")
+    write_labels(tmp_path / "elsewhere/labels/0.txt", "0 0.5 0.5 0.1 0.1\n")
     dataset.write_text(f"train: {outside.parent}\nval: images/val\nnames: [cat, dog]\n")
     indexed = index_dataset(load_data(dataset))
     (sample,) = indexed.splits["train"].samples

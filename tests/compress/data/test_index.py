@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -215,3 +216,34 @@ def test_key_points_behind_the_box_are_not_read_as_a_polygon(dataset: Path) -> N
     np.testing.assert_allclose(index.samples[0].labels, [[0, 0.7, 0.3, 0.1, 0.2]], atol=1e-6)
     assert "9 columns, expected 5 (class cx cy w h) or 11" in str(index.problems[0])
     assert "key points are not used" in data.notices[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_label_is_an_error_that_names_where_they_belong(dataset: Path, split: str) -> None:
+    shutil.rmtree(dataset.parent / f"labels/{split}")
+    with pytest.raises(InputError, match=f"{split}: no image has a label") as caught:
+        index_dataset(load_data(dataset))
+    assert f"looked for in labels/{split}" in caught.value.hint
+
+
+def test_labels_beside_the_images_are_named_where_none_was_read(dataset: Path) -> None:
+    for labels in (dataset.parent / "labels/train").iterdir():
+        labels.rename(dataset.parent / "images/train" / labels.name)
+    with pytest.raises(InputError, match="no image has a label") as caught:
+        index_dataset(load_data(dataset))
+    assert caught.value.hint == "Move images/train/0.txt and its like to labels/train"
+
+
+def test_wrong_rows_are_named_where_none_was_read(dataset: Path) -> None:
+    for labels in (dataset.parent / "labels/val").iterdir():
+        labels.write_text("7 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(InputError, match="val: no image has a label") as caught:
+        index_dataset(load_data(dataset))
+    assert "First of 2 problems" in caught.value.hint
+    assert "class 7" in caught.value.hint
+
+
+def test_images_without_labels_are_counted(dataset: Path) -> None:
+    (dataset.parent / "labels/train/0.txt").unlink()
+    index = index_split(load_data(dataset), "train")
+    assert (index.boxes, index.background) == (3, 1)

@@ -20,11 +20,10 @@ import host  # noqa: E402
 import torch  # noqa: E402
 from cases import Shape, arguments  # noqa: E402
 from device import A100, H100, ShimDevice  # noqa: E402
-from oracle import DTYPES, GRADIENT_GATE, LAYOUTS, LOSS_GATE, by_kernels, errors, same_bits, truth  # noqa: E402
+from oracle import DTYPES, GRADIENT_GATE, LAYOUTS, LOSS_GATE, errors, kernels_of, same_bits, truth  # noqa: E402
 
-from compress.kernels import adapter_mse, cwd, pkd, weighted_mse  # noqa: E402
-from compress.kernels.fused import FUSED  # noqa: E402
-from compress.kernels.rescale import rescale  # noqa: E402
+from compress.kernels import adapter_mse, cwd, pkd, rescale, weighted_mse  # noqa: E402
+from compress.kernels.losses import FUSED  # noqa: E402
 
 CAUGHT = 3
 """Exit code; a negative one, a crash, counts as well."""
@@ -47,7 +46,7 @@ SHRUNK = {
 
 
 class Fault(NamedTuple):
-    """`old` -> `new` in cuda/`source`; `loss` is what shows it."""
+    """`old` -> `new` in the file `source` of the kernels' folder; `loss` is what shows it."""
 
     source: str
     loss: str
@@ -105,223 +104,223 @@ FAULTS: dict[str, Fault] = {
         "atomicInc(ticket, blocks)",
     ),
     "scale not folded in": Fault(
-        "weighted_mse.cu",
+        "weighted_mse/kernel.cu",
         "weighted_mse",
         "assumed_scale(args.scale) * 2.0f * inv",
         "2.0f * inv",
     ),
     "weighted MSE: tail read too far": Fault(
-        "weighted_mse.cu",
+        "weighted_mse/kernel.cu",
         "weighted_mse",
         "v < vectors; v +=",
         "v <= vectors; v +=",
     ),
     "weighted MSE: another image's weights": Fault(
-        "weighted_mse.cu",
+        "weighted_mse/kernel.cu",
         "weighted_mse",
         "read_map(level.weights + static_cast<uint64>(image)",
         "read_map(level.weights + static_cast<uint64>(image & 1)",
     ),
     "weighted MSE: last channels left out": Fault(
-        "weighted_mse.cu",
+        "weighted_mse/kernel.cu",
         "weighted_mse",
         "(level.channels + kChannels - 1) / kChannels",
         "max(level.channels / kChannels, 1u)",
     ),
     "weighted MSE: gradient accumulated in half precision": Fault(
-        "weighted_mse.cu",
+        "weighted_mse/kernel.cu",
         "weighted_mse",
         "s[k] = factor * weighted;",
         "s[k] = __half2float(__float2half(factor)) * weighted;",
     ),
     "rescale: ratio upside down": Fault(
-        "rescale.cu",
+        "rescale/kernel.cu",
         "rescale",
         "upstream[0] / assumed",
         "assumed / upstream[0]",
     ),
     "rescale: copy skipped where the scale is right": Fault(
-        "rescale.cu",
+        "rescale/kernel.cu",
         "rescale",
         "if (right_already && tensor.from == tensor.to) return;",
         "if (right_already) return;",
     ),
     "rescale: tail left out": Fault(
-        "rescale.cu",
+        "rescale/kernel.cu",
         "rescale",
         "i < tensor.elements;",
         "i + V < tensor.elements;",
     ),
     "FGD: barrier before the sums of columns dropped": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "    __syncthreads();\n    if (threadIdx.x >= width || column",
         "    if (threadIdx.x >= width || column",
     ),
     "FGD: a row's lanes reduced too far": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "offset = level.lanes / 2; offset",
         "offset = kWarp / 2; offset",
     ),
     "FGD: student's sums for the teacher's": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "map * images + image",
         "image",
     ),
     "FGD: softmax's mean term left out": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "(sign(of_student - of_teacher) - mean)",
         "sign(of_student - of_teacher)",
     ),
     "FGD: only the first part of the sums": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "part < axis.parts",
         "part < 1",
     ),
     "FGD: a scale forgotten": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "scale * read_broadcast(level.rows.slopes",
         "read_broadcast(level.rows.slopes",
     ),
     "FGD: blocks beyond the last image": Fault(
-        "fgd.cu",
+        "fgd/kernel.cu",
         "fgd",
         "    if (image >= level.images) return;\n",
         "",
     ),
     "CWD: scratch used again too early": Fault(
-        "cwd.cu",
+        "cwd/kernel.cu",
         "cwd",
         "turn ^= 1;",
         "",
     ),
     "CWD: values beyond the row counted": Fault(
-        "cwd.cu",
+        "cwd/kernel.cu",
         "cwd",
         "cross += j < part.units ? sum : 0.0f;",
         "cross += sum;",
     ),
     "CWD: bound of a row one too far": Fault(
-        "cwd.cu",
+        "cwd/kernel.cu",
         "cwd",
         "if (j < part.units) {\n            raw_s",
         "if (j <= part.units) {\n            raw_s",
     ),
     "CWD: an odd number of rows reduced wrongly": Fault(
-        "cwd.cu",
+        "cwd/kernel.cu",
         "cwd",
         "half = (rows + 1) / 2;",
         "half = rows / 2;",
     ),
     "CWD: ticket of another tile": Fault(
-        "cwd.cu",
+        "cwd/kernel.cu",
         "cwd",
         "level.tickets + tile.image * level.tiles + tile.index",
         "level.tickets + tile.image",
     ),
     "CWD: barrier of a row dropped": Fault(
-        "cwd.cu",
+        "cwd/kernel.cu",
         "cwd",
         "    __syncthreads();\n    x = Softmaxes();",
         "    x = Softmaxes();",
     ),
     "PKD: barrier of the cluster before peers are read": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "    cluster_barrier();  // the table",
         "    __syncthreads();  // the table",
     ),
     "PKD: no shift of the moments": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "    return {scratch[0], scratch[1]};",
         "    return {0.0f, 0.0f};",
     ),
     "PKD: loss that is not 0 for equal constant channels": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "fmaf(-q, cov, var_s) / v_s,",
         "1.0f - cov / sqrtf(v_s * v_t),",
     ),
     "PKD: products accumulated in half precision": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "m[4 * Stride] = fmaf(x, y, m[4 * Stride]);",
         "m[4 * Stride] = __half2float(__float2half(fmaf(x, y, m[4 * Stride])));",
     ),
     "PKD: barrier before the sums of a tile dropped": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "    __syncthreads();\n    for (uint32 i = threadIdx.x; i < sums; i += kThreads) {\n        float sum",
         "    for (uint32 i = threadIdx.x; i < sums; i += kThreads) {\n        float sum",
     ),
     "PKD: stride without the splits": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "i += level.splits * kThreads) {\n        const uint64 at = offset_of<V>(level, i);",
         "i += kThreads) {\n        const uint64 at = offset_of<V>(level, i);",
     ),
     "PKD: offset across images": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "(i - image * row) * V",
         "i * V",
     ),
     "PKD: share of a rank too large": Fault(
-        "pkd.cu",
+        "pkd/kernel.cu",
         "pkd",
         "vectors * (rank + 1) / level.splits - first",
         "vectors / level.splits + 1",
     ),
     "adapter: barrier before x is overwritten dropped": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "__syncthreads();  // all of G is there, and nobody needs x any more",
         "",
     ),
     "adapter: barrier between two tiles dropped": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "__syncthreads();  // the tile is here, and all are done with the buffers of the one before",
         "",
     ),
     "adapter: tile read before it came": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "        copy_async_wait();\n",
         "",
     ),
     "adapter: pixels beyond the image counted": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "channel < kTeacher && pixel < left;",
         "channel < kTeacher;",
     ),
     "adapter: only half of the columns in db": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "kEnd = kLast ? kWarp : 4;",
         "kEnd = kLast ? 16 : 4;",
     ),
     "adapter: write beyond the image": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "kLast ? 8 : min(left - pixel, 8);",
         "8;",
     ),
     "adapter: last block left out of dW": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "block < level.blocks; ++block) {",
         "block + 1 < level.blocks; ++block) {",
     ),
     "adapter: scale not folded in": Fault(
-        "adapter_mse.cu",
+        "adapter_mse/kernel.cu",
         "adapter_mse",
         "assumed_scale(args.scale) * 2.0f * inv / unit",
         "2.0f * inv / unit",
@@ -330,7 +329,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def texts(fault: Fault) -> dict[str, str]:
-    """The faulty source by its name. Errors: AssertionError where the pattern is not found exactly once."""
+    """The faulty source by its path. Raises AssertionError where the pattern is not found exactly once."""
     whole = (host.KERNELS / fault.source).read_text()
     assert whole.count(fault.old) == 1, f"{fault.source} has {whole.count(fault.old)} times: {fault.old}"
     return {fault.source: whole.replace(fault.old, fault.new)}
@@ -344,7 +343,7 @@ def findings(loss: str, replaced: dict[str, str]) -> Iterator[str]:
 
 
 def _of_loss(loss: str, replaced: dict[str, str]) -> Iterator[str]:
-    fused = FUSED[loss]
+    fused, kernels = FUSED[loss], kernels_of(FUSED[loss])
     for shapes, dtype, layout in product(SHAPES, DTYPES, LAYOUTS):
         if loss == "adapter_mse":  # other channels go to torch's own products, which round more
             shapes = [(n, min(-(-c // 8) * 8, 128), h, w) for n, c, h, w in shapes]
@@ -352,9 +351,9 @@ def _of_loss(loss: str, replaced: dict[str, str]) -> Iterator[str]:
         given = arguments(loss, dtype, shapes, layout, scale=512.0, mean=mean)
         if loss.endswith("_mse") and dtype == torch.float16:
             given[-2] = []  # no weights, which would hide what lies beyond the last pixel
-        true = truth(fused.reference, given, fused.learns)
+        true = truth(fused.definition, given, fused.learns)
         for facts in (H100, A100, CLUSTERS) if loss == "pkd" else (H100,):
-            runs = [by_kernels(fused.kernels, _device(replaced, seed, facts), given) for seed in host.SEEDS]
+            runs = [kernels(_device(replaced, seed, facts), *given) for seed in host.SEEDS]
             if not all(same_bits(runs[0], run) for run in runs[1:]):
                 yield f"{shapes} {dtype} {layout}: schedules differ"
             wrong_loss, wrong_gradient = errors(runs[0], true)
@@ -362,7 +361,7 @@ def _of_loss(loss: str, replaced: dict[str, str]) -> Iterator[str]:
                 yield f"{shapes} {dtype} {layout}: off by {wrong_loss:.1e}, {wrong_gradient:.1e}"
         if loss != "adapter_mse":
             given[0][0][:, 0] = 7.0
-            equal = by_kernels(fused.kernels, _device(replaced, 0, H100), [given[0], given[0], *given[2:]])
+            equal = kernels(_device(replaced, 0, H100), given[0], given[0], *given[2:])
             if equal.loss or any(gradient.any() for gradient in equal.gradients):
                 yield f"{shapes} {dtype} {layout}: equal maps are not 0"
 
@@ -372,7 +371,7 @@ def _of_rescale(replaced: dict[str, str]) -> Iterator[str]:
     for upstream, assumed in ((3.0, 2.0), (2.0, 2.0), (0.0, 1.0)):
         ratio = upstream / assumed
         device = _device(replaced, 1, H100)
-        found = rescale(device, gradients, torch.tensor(upstream), torch.tensor(assumed), in_place=False)
+        found = rescale.rescale(device, gradients, torch.tensor(upstream), torch.tensor(assumed), in_place=False)
         if not all(torch.equal(f, g * ratio) for f, g in zip(found, gradients, strict=True)):
             yield f"{upstream} / {assumed}: wrong"
 
@@ -384,14 +383,15 @@ def _device(replaced: dict[str, str], seed: int, facts: Any) -> ShimDevice:
 def examine(name: str) -> str:
     """The first finding for the fault `name`; empty where it was not caught.
 
-    Errors: whatever keeps the faulty source from being compiled and tried, which is no catch.
+    Raises whatever keeps the faulty source from being compiled and tried, which is no catch.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)  # what a kernel forgets to write is NaN
     fault = FAULTS[name]
     replaced = texts(fault)
-    source = f"{fault.loss}.cu"
+    source = rescale.SOURCE if fault.loss == "rescale" else FUSED[fault.loss].source
     headers = {file: text for file, text in replaced.items() if file.endswith(".cuh")}
-    host.build(host.KERNELS / source, optimise="-O1", text=replaced.get(source), headers=headers)
+    text = replaced.get(f"{source.folder}/kernel.cu")
+    host.build(source.path, source.defines, optimise="-O1", text=text, headers=headers)
     try:
         return next(findings(fault.loss, replaced), "")
     except (host.ShimError, AssertionError) as error:

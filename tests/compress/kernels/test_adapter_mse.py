@@ -12,6 +12,7 @@ from oracle import (
     check,
     errors,
     gradient_error,
+    kernels_of,
     laid,
     same_bits,
     truth,
@@ -19,12 +20,13 @@ from oracle import (
 )
 from torch.nn import functional as F
 
-from compress.kernels import reference
-from compress.kernels.adapter_mse import Args, _Kind, adapter_mse
+from compress.kernels import adapter_mse as module
+from compress.kernels.adapter_mse import ADAPTER_MSE, Args, _Kind, definition, source_of
 from runtime.errors import UsageError
 
+adapter_mse = kernels_of(ADAPTER_MSE)
 HALVES = [torch.float16, torch.bfloat16]
-LEARNS = (0, 2, 3)
+LEARNS = ADAPTER_MSE.learns
 ODD, REAL, NARROW, WIDE = (24, 40), (64, 128), (128, 16), (8, 64)
 """Channels of student and teacher: both padded; v5n's and v5s's at stride 8; a warp with many pieces of dx, or few."""
 LEVELS = [
@@ -67,26 +69,24 @@ def _level(seed, level, dtype, residual):
 
 def check_as_eager(device, given):
     """For levels that go the general way: it rounds the adapted map, as eager torch does."""
-    found, true = by_kernels(adapter_mse, device, given), truth(reference.adapter_mse, given, LEARNS)
-    eager = by_autograd(reference.adapter_mse, given, LEARNS, None)
+    found, true = by_kernels(adapter_mse, device, given), truth(definition, given, LEARNS)
+    eager = by_autograd(definition, given, LEARNS, None)
     gates = LOSS_GATE, GRADIENT_GATE[given[0][0].dtype]
     for error, by_eager, gate in zip(errors(found, true), errors(eager, true), gates, strict=True):
         assert error <= max(2 * by_eager, gate)
 
 
-def kernels_of(device):
+def launched(device):
     return [kernel for kernel, _ in device.launches]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("level", "weighted"), CASES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_are_those_of_the_reference(make, dtype, level, weighted, layout):
+def test_loss_and_gradients_are_those_of_the_definition(make, dtype, level, weighted, layout):
     device = make()
-    check(
-        adapter_mse, reference.adapter_mse, device, arguments([level], dtype, weighted=weighted, layout=layout), LEARNS
-    )
-    assert "adapter_sums" in kernels_of(device)
+    check(adapter_mse, definition, device, arguments([level], dtype, weighted=weighted, layout=layout), LEARNS)
+    assert "adapter_sums" in launched(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_the_reference(make, dtype, level, weigh
 def test_what_the_tiles_do_not_fit_goes_the_general_way(make, dtype, level, layout, weighted):
     device = make()
     check_as_eager(device, arguments([level], dtype, weighted=weighted, layout=layout))
-    assert "adapter_sums" not in kernels_of(device)
+    assert "adapter_sums" not in launched(device)
 
 
 def test_a_gpu_without_the_instructions_goes_the_general_way(make):
@@ -103,7 +103,7 @@ def test_a_gpu_without_the_instructions_goes_the_general_way(make):
 
     device = make(facts=H100._replace(capability=(7, 5)))
     check_as_eager(device, arguments([(2, *ODD, 7, 9)], torch.float16))
-    assert kernels_of(device) == ["weighted_mse_f16"]
+    assert launched(device) == ["weighted_mse_f16"]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -112,15 +112,15 @@ def test_levels_of_one_kind_go_in_one_launch_and_all_in_one_call(make, dtype, we
     levels = [(2, *ODD, 9, 9), (1, 3, 5, 6, 6), (1, *WIDE, 8, 8), (3, *ODD, 8, 4)]
     device, given = make(), arguments(levels, dtype, weighted=weighted)
     check_as_eager(device, given)
-    assert sum(kernel.startswith("adapter_mse") for kernel in kernels_of(device)) == 2
-    assert sum(kernel.startswith("weighted_mse") for kernel in kernels_of(device)) == 1
+    assert sum(kernel.startswith("adapter_mse") for kernel in launched(device)) == 2
+    assert sum(kernel.startswith("weighted_mse") for kernel in launched(device)) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("skip", [1, 4])
 def test_maps_off_the_alignment_are_read_right(make, layout, skip):
     given = arguments([(2, *ODD, 8, 10)], torch.float16, layout=layout, skip=skip)
-    check(adapter_mse, reference.adapter_mse, make(), given, LEARNS)
+    check(adapter_mse, definition, make(), given, LEARNS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,7 +128,7 @@ def test_maps_of_two_layouts_or_dtypes_are_compared_right(make, layout):
     given = arguments([(2, *ODD, 8, 10)], torch.bfloat16, layout=layout)
     (other,) = LAYOUTS.keys() - {layout}
     given[1] = [laid(t.float(), other) for t in given[1]]
-    check(adapter_mse, reference.adapter_mse, make(), given, LEARNS)
+    check(adapter_mse, definition, make(), given, LEARNS)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -152,7 +152,7 @@ def test_no_partition_depends_on_the_gpu(make):
 def test_near_the_teacher_the_gradient_keeps_its_precision(make, dtype, layout):
     """Where plain torch rounds the adapted map, and loses what is left of the difference."""
     given = arguments([(2, *ODD, 8, 10)], dtype, layout=layout, residual=0.03)
-    check(adapter_mse, reference.adapter_mse, make(), given, LEARNS)
+    check(adapter_mse, definition, make(), given, LEARNS)
 
 
 @pytest.mark.parametrize("level", [(1, *ODD, 4, 4), (1, 5, 7, 4, 4)], ids=str)
@@ -168,9 +168,9 @@ def test_an_adapted_map_that_is_the_teacher_gives_exactly_zero(make, layout):
     given = arguments([(2, *ODD, 9, 7)], torch.float16, layout=layout)
     given[1] = [torch.cat([s, torch.full_like(s[:, :16], 0.5)], 1) for s in given[0]]
     given[2], given[3] = [torch.eye(40, 24)], [0.5 * (torch.arange(40) >= 24)]
-    loss, *gradients = adapter_mse(make(), *given)
+    loss, gradients = adapter_mse(make(), *given)
     assert loss == 0
-    assert not any(gradient.any() for (gradient,) in gradients)
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,7 +179,7 @@ def test_an_adapted_map_that_is_the_teacher_gives_exactly_zero(make, layout):
 def test_what_is_not_finite_reaches_loss_and_gradients_and_no_other_pixel(make, layout, bad, where):
     given = arguments([(2, *ODD, 9, 9)], torch.float16, layout=layout)
     given[where][0][1, 2, 8, 8] = bad  # the last pixel, beside those that pad the tile
-    loss, (dx,), (dw,), (db,) = adapter_mse(make(), *given)
+    loss, (dx, dw, db) = adapter_mse(make(), *given)
     assert not loss.isfinite()
     assert not dx[1, :, 8, 8].isfinite().any()
     assert (~dx.isfinite()).sum() == dx.shape[1]
@@ -192,22 +192,22 @@ def test_what_is_not_finite_reaches_loss_and_gradients_and_no_other_pixel(make, 
 def test_the_size_of_the_weights_does_not_matter(make, layout, weight):
     given = arguments([(2, *ODD, 9, 8)], torch.float16, weighted=True, layout=layout)
     given[4] = [weight * w for w in given[4]]
-    check(adapter_mse, reference.adapter_mse, make(), given, LEARNS)
+    check(adapter_mse, definition, make(), given, LEARNS)
 
 
 def test_one_pixel_may_have_all_the_weight(make):
     given = arguments([(2, *ODD, 9, 8)], torch.float16, weighted=True)
     given[4] = [torch.zeros_like(w) for w in given[4]]
     given[4][0][1, 2, 3] = 1.0
-    check(adapter_mse, reference.adapter_mse, make(), given, LEARNS)
+    check(adapter_mse, definition, make(), given, LEARNS)
 
 
 def test_weights_that_are_all_zero_give_zero(make):
     given = arguments([(2, *ODD, 9, 7)], torch.float16, weighted=True)
     given[4] = [torch.zeros_like(w) for w in given[4]]
-    loss, *gradients = adapter_mse(make(), *given)
+    loss, gradients = adapter_mse(make(), *given)
     assert loss == 0
-    assert not any(gradient.any() for (gradient,) in gradients)
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("scale", [65536.0, -4.0, 0.0])
@@ -227,7 +227,7 @@ def test_without_a_scale_float16_keeps_the_gradients_of_the_adapter(make):
     given[1] = [F.conv2d(s, m.half()[:, :, None, None]) + t / 2**12 for s, t, m in zip(*given[:3], strict=True)]
     given[3] = [torch.zeros_like(b) for b in given[3]]
     given[-1] = None
-    found, true = by_kernels(adapter_mse, make(), given), truth(reference.adapter_mse, given, LEARNS)
+    found, true = by_kernels(adapter_mse, make(), given), truth(definition, given, LEARNS)
     assert gradient_error(found.gradients[1], true.gradients[1]) < 6e-4
     assert gradient_error(found.gradients[2], true.gradients[2]) < 6e-4
 
@@ -235,7 +235,7 @@ def test_without_a_scale_float16_keeps_the_gradients_of_the_adapter(make):
 def test_a_gradient_beyond_float16_becomes_infinite(make):
     given = arguments([(1, *ODD, 2, 4)], torch.float16)
     given[-1] = torch.tensor(1e9)
-    _, (dx,), (dw,), _ = adapter_mse(make(), *given)
+    _, (dx, dw, _) = adapter_mse(make(), *given)
     assert dx.isinf().any()
     assert not dx.isnan().any()
     assert dw.isfinite().all()
@@ -245,7 +245,7 @@ def test_a_gradient_beyond_float16_becomes_infinite(make):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_have_the_layout_of_the_student_and_float32(make, level, layout):
     given = arguments([level], torch.float16, layout=layout)
-    _, (dx,), (dw,), (db,) = adapter_mse(make(), *given)
+    _, (dx, dw, db) = adapter_mse(make(), *given)
     assert dx.dtype == torch.float16
     assert dx.stride() == given[0][0].stride()
     assert dw.dtype == db.dtype == torch.float32
@@ -271,13 +271,14 @@ def test_every_pair_of_channels_fits_the_smallest_shared_memory():
     assert max(kind.shared_bytes for kind in kinds) + 256 <= 99 << 10
 
 
-def test_an_adapter_of_another_shape_is_refused(make):
+def test_an_adapter_of_another_shape_is_refused():
     given = arguments([(2, *ODD, 4, 4)], torch.float16)
     given[2] = [given[2][0].mT]
     with pytest.raises(UsageError, match=r"\(24, 40\)"):
-        adapter_mse(make(), *given)
+        module.adapter_mse(*given[:-1])
 
 
 def test_the_structs_are_those_of_the_source(shim):
-    library = shim.build(shim.KERNELS / "adapter_mse.cu", _Kind(*ODD, False).defines, optimise="-O1")
+    source = source_of(_Kind(*ODD, False))
+    library = shim.build(source.path, source.defines, optimise="-O1")
     assert library.size_of("adapter_mse_f16") == library.size_of("adapter_sums") == len(bytes(Args()))

@@ -23,7 +23,7 @@ from compress.kernels.bench_case import (
     turns,
     variants,
 )
-from compress.kernels.fused import FUSED
+from compress.kernels.losses import FUSED
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
 from cases import SHAPES, arguments, with_learners
 from oracle import LAYOUTS, by_autograd, gradient_error
 from torch import Tensor
 
-from compress.kernels import functional, fused, reference
-from compress.kernels.fused import FUSED, _Eager
+from compress.kernels import cwd, fused
+from compress.kernels.adapter_mse import adapter_mse
+from compress.kernels.fused import FusedLoss
+from compress.kernels.losses import FUSED
+from compress.kernels.pkd import pkd
 from compress.kernels.rescale import rescale
+from compress.kernels.weighted_mse import weighted_mse
+from compress.losses.distill import LOSSES, Outputs, Shape
 from runtime.errors import UnavailableError, UsageError
 
 
@@ -19,12 +26,14 @@ def learners_of(name: str, given: list) -> list[Tensor]:
 
 
 def eager(name: str, device, given: list) -> tuple[Tensor, list[Tensor]]:
-    learners = learners_of(name, given)
-    return _Eager.apply(FUSED[name], device, given, *learners), learners
+    loss, learners = FUSED[name], learners_of(name, given)
+    return loss.differentiable(device, loss.run(device, given), given), learners
 
 
 def true_gradients(name: str, given: list, upstream: float) -> list[Tensor]:
-    found = by_autograd(FUSED[name].reference, [*given[:-1], torch.tensor(upstream)], FUSED[name].learns, torch.float64)
+    found = by_autograd(
+        FUSED[name].definition, [*given[:-1], torch.tensor(upstream)], FUSED[name].learns, torch.float64
+    )
     return found.gradients
 
 
@@ -39,7 +48,7 @@ def agree(found, true, gate=4e-6) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_autograd_gets_the_gradient_in_the_layout_of_the_map(shim_device, name, layout, dtype):
-    """Channels last is never read as NCHW: trap K13."""
+    """Channels last is never read as NCHW."""
     given = arguments(name, dtype, layout=layout, scale=1024)
     loss, learners = eager(name, shim_device(), given)
     loss.backward(torch.tensor(1024.0))
@@ -61,7 +70,7 @@ def test_any_upstream_gradient_is_right_whatever_was_expected(shim_device, name,
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_graph_that_is_kept_gives_the_right_gradient_each_time(shim_device, name):
-    """Trap K4: a gradient that was rescaled in place would be wrong the second time, and the first one spoilt."""
+    """A gradient that was rescaled in place would be wrong the second time, and the first one spoilt."""
     given = arguments(name, scale=2)
     loss, learners = eager(name, shim_device(), given)
     upstreams = (1.0, 3.0, 0.0, 2.0)
@@ -100,7 +109,7 @@ def lost(name: str, device, *, folded: bool) -> float:
 
 @pytest.mark.parametrize("name", ["weighted_mse", "cwd", "pkd", "fgd"])
 def test_a_folded_scale_keeps_float16_gradients_from_vanishing(shim_device, name):
-    """Trap K1: at stride 8 up to 60 % of the entries are lost where the scale is multiplied after the rounding."""
+    """At stride 8 up to 60 % of the entries are lost where the scale is multiplied after the rounding."""
     assert lost(name, shim_device(), folded=True) < 1e-3
 
 
@@ -173,10 +182,10 @@ def test_the_registered_op_may_be_differentiated_twice_with_a_kept_graph(name):
 
 def test_compiled_code_takes_the_registered_op(monkeypatch):
     """Traced whole, without a break; on the CPU the op's plain form runs inside."""
-    monkeypatch.setattr(functional, "runs_fused", lambda students: True)
+    monkeypatch.setattr(fused, "runs_fused", lambda students: True)
     given = arguments("weighted_mse")
     learners = learners_of("weighted_mse", given)
-    step = torch.compile(lambda s, t, w: functional.weighted_mse(s, t, w) * 2, fullgraph=True, backend="aot_eager")
+    step = torch.compile(lambda s, t, w: weighted_mse(s, t, w) * 2, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(step(*given[:3]), learners)
     assert agree(found, true_gradients("weighted_mse", given, 2.0))
 
@@ -184,9 +193,9 @@ def test_compiled_code_takes_the_registered_op(monkeypatch):
 # ---- the choice ---------------------------------------------------------------------------------------------------
 
 
-def test_maps_on_a_cpu_go_to_the_reference():
+def test_maps_on_a_cpu_go_to_the_definition():
     given = arguments("cwd")
-    assert torch.equal(functional.cwd(*given[:3]), reference.cwd(*given[:3]))
+    assert torch.equal(cwd.cwd(*given[:3]), cwd.definition(*given[:3]))
 
 
 class OnGpu:
@@ -211,28 +220,28 @@ def test_kernels_run_where_they_can_and_are_wanted(monkeypatch, maps, switch, re
     monkeypatch.delenv("EDGESTILL_KERNELS", raising=False)
     if switch:
         monkeypatch.setenv("EDGESTILL_KERNELS", switch)
-    monkeypatch.setattr(functional, "why_not", lambda index: reason)
-    assert functional.runs_fused(maps) is expected
+    monkeypatch.setattr(fused, "why_not", lambda index: reason)
+    assert fused.runs_fused(maps) is expected
 
 
 def test_a_gpu_without_what_the_kernels_need_is_told_once(monkeypatch):
     def refuse(index):
         raise UnavailableError("NVRTC is not here", "pip install it")
 
-    monkeypatch.setattr(functional, "gpu", refuse)
-    functional._looked_up.cache_clear()
+    monkeypatch.setattr(fused, "gpu", refuse)
+    fused._looked_up.cache_clear()
     with pytest.warns(UserWarning, match="plain torch is used") as caught:
-        reasons = {functional.why_not(0) for _ in range(2)}
+        reasons = {fused.why_not(0) for _ in range(2)}
     assert reasons == {"NVRTC is not here. pip install it"}
     assert len(caught) == 1
-    functional._looked_up.cache_clear()
+    fused._looked_up.cache_clear()
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_an_empty_batch_gives_zero_with_a_gradient(name):
     given = arguments(name, shapes=[(0, 16, 8, 8)])
     learners = learners_of(name, given)
-    loss = getattr(functional, name)(*given[:-1])
+    loss = FUSED[name].function(*given[:-1])
     assert loss == 0
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, learners, allow_unused=True) if g is not None)
 
@@ -243,14 +252,14 @@ def test_an_empty_batch_gives_zero_with_a_gradient(name):
         (lambda given: given[1].pop(), "2 student maps, 1 teacher maps"),
         (lambda given: given[1].__setitem__(0, given[1][0][:, :, :4]), r"level 0 .*\(2, 16, 8, 8\), \(2, 16, 4, 8\)"),
         (lambda given: given[2].__setitem__(1, given[2][1][:, :2]), r"level 1 .*\(2, 2, 4\)"),
-        (lambda given: given[2].pop(), "give one of each a level"),
+        (lambda given: given[2].pop(), "Give one of each a level"),
     ],
 )
 def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(change, says):
     given = arguments("weighted_mse")
     change(given)
     with pytest.raises(UsageError, match=says):
-        functional.weighted_mse(*given[:-1])
+        weighted_mse(*given[:-1])
 
 
 @pytest.mark.parametrize(
@@ -262,13 +271,48 @@ def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(chan
     ],
 )
 def test_what_a_kernel_would_read_past_is_refused(monkeypatch, place, other, says):
-    monkeypatch.setattr(functional, "runs_fused", lambda students: True)
+    monkeypatch.setattr(fused, "runs_fused", lambda students: True)
     given = [[torch.ones(2, 4, 3, 3)], [torch.ones(2, 4, 3, 3)], None]
     given[place] = other
     with pytest.raises(UsageError, match=says):
-        functional.pkd(*given[:2], scale=given[2])
+        pkd(*given[:2], scale=given[2])
 
 
-def test_every_loss_of_the_table_is_offered():
-    assert all(callable(getattr(functional, name)) and callable(getattr(reference, name)) for name in FUSED)
-    assert fused.NAMESPACE == "edgestill"
+def test_an_adapter_for_every_level_is_needed():
+    given = arguments("adapter_mse")
+    with pytest.raises(UsageError, match="2 student maps, 1 matrices, 2 biases"):
+        adapter_mse(given[0], given[1], given[2][:1], given[3])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_only_what_learns_gets_a_gradient_on_the_cpu_too(name):
+    given = arguments(name)
+    tensors = [tensor.requires_grad_() for value in given if isinstance(value, list) for tensor in value]
+    FUSED[name].function(*given[:-1]).backward()
+    learners = {id(tensor) for tensor in FUSED[name].learners(given)}
+    assert all((tensor.grad is not None) == (id(tensor) in learners) for tensor in tensors)
+
+
+# ---- the way down -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["feat_mse", "feat_sl2", "cwd", "pkd", "fgd"])
+def test_a_launch_is_at_most_four_calls_below_the_forward_of_a_loss(shim_device, monkeypatch, loss):
+    """Every function of the product on the stack counts, from what `forward` calls to `launch` itself."""
+    shape = Shape((8,), 3, 3, torch.ones(1, 3, 2), (8,))
+    outputs = [Outputs([torch.rand(1, 3, 4, 4, 8)], [torch.rand(1, 8, 4, 4)]) for _ in range(2)]
+    device, stacks = shim_device(), []
+    launch = device.launch
+
+    def is_ours(frame):
+        return "/compress/" in frame.f_code.co_filename and "/tests/" not in frame.f_code.co_filename
+
+    def counted(asked):
+        stacks.append([frame.f_code.co_name for frame, _ in traceback.walk_stack(None) if is_ours(frame)])
+        launch(asked)
+
+    monkeypatch.setattr(device, "launch", counted)
+    monkeypatch.setattr(FusedLoss, "device", lambda self, arguments: device)
+    LOSSES[loss](shape, shape)(*outputs)
+    assert stacks
+    assert all(["launch", *stack].index("forward") <= 4 for stack in stacks)

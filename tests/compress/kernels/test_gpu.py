@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from compress.kernels import gpu as module
+from compress.kernels.device import Launch
 from compress.kernels.gpu import Gpu
+from compress.kernels.toolchain import Source
 from runtime.errors import EdgestillError, UnavailableError
 
 CONTEXT, OTHER = 77, 88
@@ -88,7 +90,7 @@ class Args(ctypes.Structure):
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(module, "load_driver", lambda: driver)
-    monkeypatch.setattr(module.toolchain, "cubin", lambda source, target, defines: f"{source} {target}".encode())
+    monkeypatch.setattr(module.toolchain, "cubin", lambda source, target: f"{source.folder} {target}".encode())
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -100,8 +102,8 @@ def test_what_planning_needs_is_asked_of_the_driver(driver):
 
 
 def test_a_kernel_is_compiled_for_the_gpu_and_launched_on_torchs_stream(driver):
-    Gpu(0).launch("cwd.cu", "cwd_f16", Args(7), grid=10, block=256, shared=64)
-    assert [call[1] for call in driver.named("cuLibraryLoadData")] == [b"rescale.cu sm_90", b"cwd.cu sm_90"]
+    Gpu(0).launch(Launch(Source("cwd"), "cwd_f16", Args(7), grid=10, block=256, shared=64))
+    assert [call[1] for call in driver.named("cuLibraryLoadData")] == [b"rescale sm_90", b"cwd sm_90"]
     (launch,) = driver.named("cuLaunchKernel")
     assert launch[1:10] == ("function", 10, 1, 1, 256, 1, 1, 64, 5)
 
@@ -115,30 +117,30 @@ def test_the_argument_struct_is_handed_over_by_address(driver):
         return (0,)
 
     driver.cuLaunchKernel = launch
-    Gpu(0).launch("cwd.cu", "cwd_f16", Args(7), grid=1, block=32)
+    Gpu(0).launch(Launch(Source("cwd"), "cwd_f16", Args(7), grid=1, block=32))
     assert seen == [7]
 
 
 def test_a_source_is_loaded_once(driver):
     gpu = Gpu(0)
     for kernel in ("cwd_f16", "cwd_f32", "cwd_f16"):
-        gpu.launch("cwd.cu", kernel, Args(), grid=1, block=32)
-    assert [call[1] for call in driver.named("cuLibraryLoadData")].count(b"cwd.cu sm_90") == 1
+        gpu.launch(Launch(Source("cwd"), kernel, Args(), grid=1, block=32))
+    assert [call[1] for call in driver.named("cuLibraryLoadData")].count(b"cwd sm_90") == 1
     assert len(driver.named("cuKernelGetFunction")) == 2
 
 
 def test_each_set_of_defines_is_a_library_of_its_own(driver):
     gpu = Gpu(0)
     for channels in (64, 128):
-        gpu.launch("adapter_mse.cu", "k", Args(), grid=1, block=32, defines=(f"C={channels}",))
-    assert [call[1] for call in driver.named("cuLibraryLoadData")].count(b"adapter_mse.cu sm_90") == 2
+        gpu.launch(Launch(Source("adapter_mse", (f"C={channels}",)), "k", Args(), grid=1, block=32))
+    assert [call[1] for call in driver.named("cuLibraryLoadData")].count(b"adapter_mse sm_90") == 2
 
 
 def test_a_thread_without_a_context_gets_ours_for_the_launch(driver):
-    """The backward pass runs on a thread of its own: trap K20."""
+    """The backward pass runs on a thread of its own."""
     gpu = Gpu(0)
     driver.current = 0
-    gpu.launch("cwd.cu", "cwd_f16", Args(), grid=1, block=32)
+    gpu.launch(Launch(Source("cwd"), "cwd_f16", Args(), grid=1, block=32))
     names = [call[0] for call in driver.calls]
     assert names.index("push") < names.index("cuLaunchKernel") < names.index("pop")
 
@@ -147,12 +149,12 @@ def test_a_failed_launch_leaves_the_context_as_it_was_and_says_what_failed(drive
     gpu = Gpu(0)
     driver.current, driver.fails["cuLaunchKernel"] = OTHER, 1
     with pytest.raises(EdgestillError, match=r"CUDA cuLaunchKernel: invalid argument \(1\)"):
-        gpu.launch("cwd.cu", "cwd_f16", Args(), grid=1, block=32)
+        gpu.launch(Launch(Source("cwd"), "cwd_f16", Args(), grid=1, block=32))
     assert driver.calls[-1] == ("pop",)
 
 
 def test_much_shared_memory_and_large_clusters_are_asked_for(driver):
-    Gpu(0).launch("pkd.cu", "k", Args(), grid=32, block=512, shared=100 << 10, cluster=16)
+    Gpu(0).launch(Launch(Source("pkd"), "k", Args(), grid=32, block=512, shared=100 << 10, cluster=16))
     assert {call[2:] for call in driver.named("cuFuncSetAttribute")} == {("shared", 100 << 10), ("non-portable", 1)}
     ((_, config, function, _, _),) = driver.named("cuLaunchKernelEx")
     assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream) == (32, 512, 100 << 10, 5)
@@ -163,7 +165,7 @@ def test_much_shared_memory_and_large_clusters_are_asked_for(driver):
 def test_the_limit_of_shared_memory_is_raised_and_never_lowered(driver):
     gpu = Gpu(0)
     for kibibytes in (100, 60, 100, 120):
-        gpu.launch("pkd.cu", "k", Args(), grid=32, block=512, shared=kibibytes << 10)
+        gpu.launch(Launch(Source("pkd"), "k", Args(), grid=32, block=512, shared=kibibytes << 10))
     assert [call[3] >> 10 for call in driver.named("cuFuncSetAttribute")] == [100, 120]
 
 

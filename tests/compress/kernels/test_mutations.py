@@ -10,7 +10,7 @@ import figures
 import pytest
 from mutations import CAUGHT, FAULTS, SHRUNK, findings, texts
 
-from compress.kernels.fused import FUSED
+from compress.kernels.losses import FUSED
 
 SCRIPT = Path(__file__).resolve().parent / "mutations.py"
 

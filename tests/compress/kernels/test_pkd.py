@@ -5,14 +5,27 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, LOSS_GATE, by_kernels, check, errors, laid, pairs, same_bits, truth, upstream
+from oracle import (
+    DTYPES,
+    LAYOUTS,
+    LOSS_GATE,
+    by_kernels,
+    check,
+    errors,
+    kernels_of,
+    laid,
+    pairs,
+    same_bits,
+    truth,
+    upstream,
+)
 
 from compress.kernels import pkd as module
-from compress.kernels import reference
-from compress.kernels.device import Facts, vector
-from compress.kernels.pkd import Args, pkd
+from compress.kernels.device import Facts, LevelMaps, level_maps, vector
+from compress.kernels.pkd import PKD, SOURCE, Args, definition
 from runtime.errors import UsageError
 
+pkd = kernels_of(PKD)
 SHAPES = [(2, 8, 20, 20), (3, 5, 7, 9), (1, 1, 1, 1), (3, 3, 1, 1), (1, 4, 16, 16), (2, 13, 11, 5), (5, 72, 2, 4)]
 LEVELS = [(2, 3, 48, 48), (2, 13, 8, 8), (2, 20, 7, 5)]
 WHOLE = [(2, 2, 20, 20), (2, 5, 8, 8), (3, 6, 4, 4)]
@@ -46,17 +59,17 @@ def cluster_facts(shape, dtype, cluster):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradient_are_those_of_the_reference(shim_device, dtype, shape, layout):
-    check(partial(pkd, form="plain"), reference.pkd, shim_device(), arguments([shape], dtype, layout=layout))
+def test_loss_and_gradient_are_those_of_the_definition(shim_device, dtype, shape, layout):
+    check(partial(pkd, form="plain"), definition, shim_device(), arguments([shape], dtype, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocks_that_share_a_channel_agree_on_it(shim_device, small_pieces, dtype, layout):
     device, given = shim_device(), arguments(LEVELS, dtype, layout=layout)
-    check(partial(pkd, form="plain"), reference.pkd, device, given)
+    check(partial(pkd, form="plain"), definition, device, given)
     assert len(device.launches) == 2
-    levels = module.describe(list(zip(*given[:2], strict=True)))
+    levels = module.describe(level_maps(*given[:2]))
     assert all(level.splits > 1 for level in levels if level.samples > 1000)
 
 
@@ -66,8 +79,8 @@ def test_a_cluster_agrees_on_its_channel(shim_device, dtype, cluster):
     shape = (3, 3, 4, 10 * vector(dtype) // 4)  # 30 vectors a channel: no even share for 4 or 8 blocks
     device = shim_device(facts=cluster_facts(shape, dtype, cluster))
     given = arguments([shape], dtype)
-    check(partial(pkd, form="cluster"), reference.pkd, device, given)
-    levels = module.describe(list(zip(*given[:2], strict=True)))
+    check(partial(pkd, form="cluster"), definition, device, given)
+    levels = module.describe(level_maps(*given[:2]))
     assert [launch.cluster for launch in module.plan(device.facts, levels, "cluster")] == [cluster]
     assert len(device.launches) == 1
 
@@ -77,7 +90,7 @@ def test_levels_of_every_form_go_in_one_call(shim_device, dtype):
     given = arguments([*WHOLE[:2], (2, 20, 7, 5), (2, 8, 8, 8)], dtype)
     device = shim_device(facts=cluster_facts(WHOLE[0], dtype, 4))
     given[0][3] = laid(given[0][3], "channels_last")
-    check(pkd, reference.pkd, device, given)
+    check(pkd, definition, device, given)
     names = [name.removesuffix(module.SUFFIX[dtype]) for name, _ in device.launches]
     # By clusters of 1 and of 4; 35 pixels are no whole vectors; and the last level is channels last.
     assert names == [*["pkd_cluster"] * 2, "pkd_statistics", "pkd_gradient", "pkd_statistics_last", "pkd_gradient_last"]
@@ -86,13 +99,13 @@ def test_levels_of_every_form_go_in_one_call(shim_device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_maps_off_the_alignment_are_read_right(shim_device, dtype, layout):
-    check(pkd, reference.pkd, shim_device(), arguments([(2, 8, 8, 8)], dtype, layout=layout, skip=1))
+    check(pkd, definition, shim_device(), arguments([(2, 8, 8, 8)], dtype, layout=layout, skip=1))
 
 
 def test_maps_of_two_layouts_or_dtypes_are_compared_right(shim_device):
     given = arguments([(2, 8, 4, 4)], torch.float32)
     given[1] = [laid(given[1][0], "channels_last").half()]
-    check(pkd, reference.pkd, shim_device(), given)
+    check(pkd, definition, shim_device(), given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,7 +133,7 @@ def test_every_schedule_of_a_cluster_gives_the_same_bits(shim_device, shim, dtyp
     given, facts = arguments(WHOLE, dtype), cluster_facts(WHOLE[0], dtype, 8)
     results = [by_kernels(partial(pkd, form="cluster"), shim_device(facts, seed), given) for seed in shim.SEEDS]
     assert same_bits(*results)
-    assert errors(results[0], truth(reference.pkd, given))[0] < 1e-5
+    assert errors(results[0], truth(definition, given))[0] < 1e-5
 
 
 def test_groups_of_channels_give_the_bits_of_all_at_once(shim_device, monkeypatch):
@@ -167,13 +180,13 @@ def test_a_constant_channel_has_a_finite_gradient(shim_device, form, constant):
     given = arguments([(2, 8, 8, 8)], torch.float32, layout=form[0])
     for which in constant:
         given[which][0][:, 2] = 7.7
-    check(partial(pkd, form=form[1]), reference.pkd, shim_device(), given)
+    check(partial(pkd, form=form[1]), definition, shim_device(), given)
 
 
 @pytest.mark.parametrize("mean", [30.0, 3e4])
 def test_a_large_mean_costs_no_accuracy(shim_device, form, mean):
     given = arguments([(2, 8, 16, 16)], torch.float32, layout=form[0], mean=mean)
-    found, true = by_kernels(partial(pkd, form=form[1]), shim_device(), given), truth(reference.pkd, given)
+    found, true = by_kernels(partial(pkd, form=form[1]), shim_device(), given), truth(definition, given)
     loss, gradient = errors(found, true)
     assert gradient < 3e-8 * mean  # the mean itself is rounded to float32, as in torch
     assert loss < LOSS_GATE
@@ -183,7 +196,7 @@ def test_a_corner_unlike_the_rest_costs_no_accuracy(shim_device, form):
     given = arguments([(2, 8, 16, 16)], torch.float32, layout=form[0])
     given[0][0][0, :, 0, 0] += 50
     given[1][0][0, :, 0, 0] -= 25
-    check(partial(pkd, form=form[1]), reference.pkd, shim_device(), given)
+    check(partial(pkd, form=form[1]), definition, shim_device(), given)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -201,7 +214,7 @@ def test_what_is_not_finite_reaches_loss_and_gradient_of_its_channel(shim_device
 def test_the_expected_upstream_gradient_is_folded_in(shim_device, form, factor):
     given = arguments([(2, 8, 8, 8)], torch.float32, layout=form[0])
     given[-1] = None if factor is None else torch.tensor(factor)
-    check(partial(pkd, form=form[1]), reference.pkd, shim_device(), given)
+    check(partial(pkd, form=form[1]), definition, shim_device(), given)
 
 
 def test_an_upstream_gradient_of_zero_is_read_as_one(shim_device, form):
@@ -239,7 +252,7 @@ def test_bytes_are_those_of_five_maps_or_by_clusters_of_three(shim_device, form,
 def planned(shapes, facts, dtype=torch.float16, layout="nchw", form="auto"):
     """Levels of maps that need no memory, and the launches for them."""
     maps = [torch.empty(s, dtype=dtype, device="meta", memory_format=LAYOUTS[layout]) for s in shapes]
-    levels = module.describe([(m, m) for m in maps])
+    levels = module.describe([LevelMaps(m, m, m) for m in maps])
     return levels, module.plan(facts, levels, form)
 
 
@@ -298,7 +311,7 @@ def test_any_size_has_a_plan(shim, shape, layout):
             blocks = module._fill(Args(), levels, work, launch.parts, launch.cluster)
             assert 0 < blocks < 1 << 31
         records = levels[0].tiles * levels[0].splits * levels[0].tile * module.MOMENTS * 4
-        assert records < max(1 << 20, 2e-3 * levels[0].student.nbytes)
+        assert records < max(1 << 20, 2e-3 * levels[0].maps.student.nbytes)
 
 
 class _Nowhere:
@@ -325,9 +338,8 @@ def test_clusters_are_refused_for_maps_that_do_not_fit(shim_device, layout):
 
 
 def test_the_structs_are_those_of_the_source(shim):
-    library = shim.build(shim.KERNELS / "pkd.cu")
+    library = shim.build(SOURCE.path, SOURCE.defines)
     assert library.size_of("pkd_statistics_f32") == len(bytes(Args()))
-    assert f"kHeadFloats = {module.CLUSTER_HEAD_BYTES // 4};" in (shim.KERNELS / "pkd.cu").read_text()
 
 
 def test_tickets_are_not_given_away_before_the_last_launch(shim_device, monkeypatch):
@@ -339,9 +351,9 @@ def test_tickets_are_not_given_away_before_the_last_launch(shim_device, monkeypa
         given.append(weakref.ref(fresh))
         return fresh
 
-    def launch(*arguments, **options):
+    def launch(asked):
         assert all(ticket() is not None for ticket in given)
-        queue(*arguments, **options)
+        queue(asked)
 
     queue = device.launch
     monkeypatch.setattr(device, "tickets", tickets)

@@ -4,13 +4,14 @@ import functools
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import figures
 import pytest
 
 from compress.kernels import toolchain
-from compress.kernels.toolchain import ARCHITECTURES, SOURCES, Resources, compile_cubin, cubin, source_names
+from compress.kernels.losses import SOURCES
+from compress.kernels.rescale import SOURCE as RESCALE
+from compress.kernels.toolchain import ARCHITECTURES, FOLDER, Resources, Source, compile_cubin, cubin
 from runtime.errors import EdgestillError, UnavailableError
 
 REGISTERS = {
@@ -21,6 +22,7 @@ REGISTERS = {
 """Most registers a thread, by source; 64 where nothing is said, which keep four blocks of 256 on a multiprocessor."""
 
 
+every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.folder)
 compiled = functools.cache(compile_cubin)
 
 
@@ -40,79 +42,93 @@ def cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", source_names())
+@every_source
 def test_every_kernel_compiles_for_every_architecture_without_spills(nvrtc, source, architecture):
     code, kernels = compiled(source, architecture)
     assert code[:4] == b"\x7fELF"
     assert kernels
-    most = REGISTERS.get(source.removesuffix(".cu"), 64)
+    most = REGISTERS.get(source.folder, 64)
     figures.compiled.setdefault(architecture, set()).update(kernels)
     for name, resources in kernels.items():
         assert resources.spill_bytes == 0, name
         assert resources.registers <= most, (name, resources)
 
 
-@pytest.mark.parametrize("source", source_names())
+@every_source
 def test_every_kernel_is_there_on_every_architecture(nvrtc, source):
     """A `__global__` under an architecture's condition would be missing on another."""
     first, *others = (set(compiled(source, architecture)[1]) for architecture in ARCHITECTURES)
     assert all(names == first for names in others)
 
 
-@pytest.mark.parametrize("source", source_names())
+@every_source
 def test_nvcc_compiles_the_same_source(source, tmp_path):
     """A whole-program compiler refuses what NVRTC lets through."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     options = ["-std=c++17", "-cubin", "-arch=sm_90", "-Werror", "all-warnings", "-o", str(tmp_path / "k.cubin")]
-    done = subprocess.run([nvcc, *options, str(SOURCES / source)], capture_output=True, text=True)
+    options += [f"-I{FOLDER}", *(f"-D{define}" for define in source.defines)]
+    done = subprocess.run([nvcc, *options, str(source.path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_second_start_compiles_nothing(nvrtc, cache, monkeypatch):
-    first = cubin("rescale.cu", "sm_90")
+    first = cubin(RESCALE, "sm_90")
     monkeypatch.setattr(toolchain, "compile_cubin", None)
-    assert cubin("rescale.cu", "sm_90") == first
+    assert cubin(RESCALE, "sm_90") == first
 
 
 @pytest.mark.parametrize("change", ["architecture", "defines", "source", "header", "compiler"])
 def test_whatever_machine_code_depends_on_is_in_the_key(nvrtc, monkeypatch, tmp_path, change):
-    copy = tmp_path / "cuda"
-    shutil.copytree(SOURCES, copy)
-    monkeypatch.setattr(toolchain, "SOURCES", copy)
-    before, architecture, defines = toolchain._key("rescale.cu", "sm_90", ()), "sm_90", ()
+    copy = tmp_path / "kernels"
+    shutil.copytree(FOLDER, copy)
+    monkeypatch.setattr(toolchain, "FOLDER", copy)
+    before, architecture, source = toolchain._key(RESCALE, "sm_90"), "sm_90", RESCALE
     if change == "architecture":
         architecture = "sm_80"
     elif change == "defines":
-        defines = ("A=1",)
+        source = RESCALE.replaced(THREADS=128)
     elif change == "compiler":
         monkeypatch.setattr(toolchain, "compiler_version", lambda: "99.0")
     else:
-        file = copy / ("rescale.cu" if change == "source" else "common.cuh")
+        file = copy / ("rescale/kernel.cu" if change == "source" else "common.cuh")
         file.write_text(file.read_text() + "\n// another\n")
-    assert toolchain._key("rescale.cu", architecture, defines) != before
+    assert toolchain._key(source, architecture) != before
+
+
+def test_a_constant_of_the_host_half_is_the_kernels_own(nvrtc):
+    """No other copy of it is left in the source."""
+    code, _ = compiled(RESCALE, "sm_90")
+    assert compile_cubin(RESCALE.replaced(THREADS=128), "sm_90")[0] != code
+    with pytest.raises(EdgestillError, match=r"rescale/kernel.cu does not compile"):
+        compile_cubin(Source("rescale"), "sm_90")
+
+
+def test_constants_are_replaced_or_added_by_name():
+    assert Source("x", ("A=1", "B=2")).replaced(B=3, C=1e-9) == Source("x", ("A=1", "B=3", "C=1e-09"))
 
 
 def test_a_damaged_cubin_is_compiled_anew(nvrtc, cache):
-    whole = cubin("rescale.cu", "sm_90")
+    whole = cubin(RESCALE, "sm_90")
     (kept,) = (cache / "kernels").iterdir()
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert cubin("rescale.cu", "sm_90") == whole
+    assert cubin(RESCALE, "sm_90") == whole
     assert len(kept.read_bytes()) > len(whole)
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(nvrtc, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("EDGESTILL_CACHE", str(tmp_path / "file"))
-    assert cubin("rescale.cu", "sm_90")
+    assert cubin(RESCALE, "sm_90")
 
 
 def test_a_source_that_does_not_compile_is_told_with_its_first_error(nvrtc, monkeypatch, tmp_path):
-    (tmp_path / "broken.cu").write_text('extern "C" __global__ void k(int x) { y = x; }')
-    monkeypatch.setattr(toolchain, "SOURCES", tmp_path)
-    with pytest.raises(EdgestillError, match=r'broken.cu does not compile for sm_90: .*"y" is undefined'):
-        compile_cubin("broken.cu", "sm_90")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "kernel.cu").write_text('extern "C" __global__ void k(int x) { y = x; }')
+    monkeypatch.setattr(toolchain, "FOLDER", tmp_path)
+    with pytest.raises(EdgestillError, match=r'broken/kernel.cu does not compile for sm_90: .*"y" is undefined'):
+        compile_cubin(Source("broken"), "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -144,5 +160,5 @@ def test_the_assemblers_report_is_read():
     assert toolchain._resources(log) == {"a_f16": Resources(40, 12, 128), "b": Resources(16, 0, 0)}
 
 
-def test_the_package_brings_its_sources():
-    assert {path.suffix for path in Path(SOURCES).iterdir()} == {".cu", ".cuh"}
+def test_every_kernel_of_the_package_is_in_the_table():
+    assert {source.path for source in SOURCES} == set(FOLDER.rglob("*.cu"))

@@ -7,20 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.config import DistillConfig, LossConfig
-from compress.losses.distill import (
-    CWD,
-    FGD,
-    KD,
-    LOSSES,
-    PKD,
-    FeatMSE,
-    FeatSL2,
-    ObjKD,
-    Outputs,
-    Shape,
-    box_density,
-    teacher_score,
-)
+from compress.losses.distill import LOSSES, Context, Outputs, Shape, check_losses, make_losses
+from compress.losses.distill.base import NO_CONTEXT
+from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, box_density, teacher_score
+from compress.losses.distill.head import KD, ObjKD
 from runtime.errors import UsageError
 
 STRIDES = (8, 16, 32)
@@ -78,7 +68,7 @@ def test_a_loss_is_positive_finite_and_float32(shape, teacher_shape, name):
 def test_a_loss_is_exactly_zero_where_student_equals_teacher(teacher_shape, name):
     loss, teacher = LOSSES[name](teacher_shape, teacher_shape), _outputs(teacher_shape, scale=4.0)
     student = _tracked(_map(teacher, torch.clone))
-    value = loss.compare(student, teacher)
+    value = loss.compare(student, teacher, NO_CONTEXT)
     assert value == 0
     value.backward()
     used = student.raw if name in HEADS else student.features
@@ -113,7 +103,7 @@ def test_a_loss_does_not_depend_on_the_image_size(shape, teacher_shape, name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_shifting_all_class_logits_down_costs(shape, name):
-    """A softmax over classes would not notice: trap T1."""
+    """A softmax over classes would not notice."""
     loss, teacher = LOSSES[name](shape, shape), _outputs(shape)
     student = [level.clone() for level in teacher.raw]
     for level in student:
@@ -205,12 +195,12 @@ def test_autocast_gives_a_finite_float32_loss(shape, teacher_shape, name):
 
 @pytest.mark.parametrize("name", ["feat_mse", "feat_sl2"])
 def test_a_large_float16_map_does_not_overflow(anchors_grid, name):
-    """256 x 80 x 80 unit errors sum to 1.6e6, beyond float16: trap T12."""
+    """256 x 80 x 80 unit errors sum to 1.6e6, beyond float16."""
     shape = Shape((256,), 3, 3, anchors_grid[:1], (8,))
     raw = [torch.zeros(1, 3, 80, 80, 8, dtype=torch.float16)]
     student = Outputs(raw, [torch.ones(1, 256, 80, 80, dtype=torch.float16)])
     teacher = Outputs(raw, [torch.zeros(1, 256, 80, 80, dtype=torch.float16)])
-    assert LOSSES[name](shape, shape).compare(student, teacher) == pytest.approx(1.0, rel=1e-3)
+    assert LOSSES[name](shape, shape).compare(student, teacher, NO_CONTEXT) == pytest.approx(1.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -293,12 +283,12 @@ def test_obj_kd_weighs_a_disjoint_box_by_four(shape):
 
 
 def test_kd_is_the_divergence_of_student_from_teacher_at_its_temperature(shape):
-    """KL(teacher || student), not the reverse: trap T8."""
+    """KL(teacher || student), not the reverse."""
     teacher, student = _one_cell(shape, 1000.0, 2.0), _one_cell(shape, 1000.0, -1.0)
     p, q = (torch.distributions.Bernoulli(logits=torch.tensor(z / 4.0)) for z in (2.0, -1.0))
     expected = CLS * 16 * torch.distributions.kl_divergence(p, q)
     reverse = CLS * 16 * torch.distributions.kl_divergence(q, p)
-    value = KD(shape, shape, DistillConfig(temperature=4.0))(student, teacher)
+    value = KD(shape, shape, temperature=4.0)(student, teacher)
     assert value == pytest.approx(expected.item(), rel=1e-4)
     assert value != pytest.approx(reverse.item(), rel=1e-2)
 
@@ -318,7 +308,7 @@ def test_sl2_counts_only_where_the_teacher_scores(shape):
     teacher = _one_cell(shape, 1000.0, 1000.0)._replace(features=zeros)
     student = teacher._replace(features=[torch.full_like(feature, 5.0) for feature in zeros])
     student.features[1][0, :, 1, 2] = 3.0
-    assert FeatSL2(shape, shape).compare(student, teacher) == pytest.approx(9.0)
+    assert FeatSL2(shape, shape).compare(student, teacher, NO_CONTEXT) == pytest.approx(9.0)
 
 
 def _one_level(shape: Shape, *features: Tensor) -> tuple[Shape, list[Outputs]]:
@@ -330,13 +320,13 @@ def _one_level(shape: Shape, *features: Tensor) -> tuple[Shape, list[Outputs]]:
 
 
 def test_cwd_is_the_divergence_of_student_from_teacher_over_pixels(shape):
-    """KL(teacher || student), not the reverse: trap T8. Two channels of one image are averaged."""
+    """KL(teacher || student), not the reverse. Two channels of one image are averaged."""
     t = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
     s = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     one, (student, teacher) = _one_level(shape, s.view(1, 2, 2, 2), t.view(1, 2, 2, 2))
     p, q = ((row / 2).softmax(0) for row in (t[0], s[0]))
     expected = 2.0**2 * (p * (p / q).log()).sum() / 2
-    assert CWD(one, one, tau=2.0).compare(student, teacher) == pytest.approx(expected.item(), rel=1e-5)
+    assert CWD(one, one, tau=2.0).compare(student, teacher, NO_CONTEXT) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_pkd_is_one_minus_pearsons_r(shape):
@@ -345,14 +335,14 @@ def test_pkd_is_one_minus_pearsons_r(shape):
     one, (student, teacher) = _one_level(shape, s, t)
     rows = [torch.stack((s[:, c].flatten(), t[:, c].flatten())) for c in range(2)]
     expected = sum(1 - torch.corrcoef(pair)[0, 1] for pair in rows) / 2
-    assert PKD(one, one).compare(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert PKD(one, one).compare(student, teacher, NO_CONTEXT).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_pkd_of_a_constant_channel_is_finite_with_a_finite_gradient(shape):
-    """Standardisation divides by the deviation: trap T17."""
+    """Standardisation divides by the deviation."""
     s = torch.full((2, 3, 4, 4), 7.0, requires_grad=True)
     one, (student, teacher) = _one_level(shape, s, torch.randn(2, 3, 4, 4))
-    value = PKD(one, one).compare(student, teacher)
+    value = PKD(one, one).compare(student, teacher, NO_CONTEXT)
     value.backward()
     assert value.isfinite()
     assert s.grad.isfinite().all()
@@ -372,11 +362,11 @@ def test_fgd_of_uniform_attention_is_the_weighted_squared_difference(shape):
     loss = FGD(one, one, alpha=1.0, beta=0.5)
     assert loss(student, teacher).item() == pytest.approx(0.5 / 16 * 4.0)
     box = torch.tensor([[0, 0, 0.625, 0.375, 0.5, 0.25]])  # pixels x 1.5..3.5, y 1..2: three of them
-    assert loss(student, teacher, box).item() == pytest.approx(1 / 3 * 4.0)
+    assert loss(student, teacher, Context(box)).item() == pytest.approx(1 / 3 * 4.0)
 
 
 def test_the_foreground_lies_where_the_box_lies():
-    """On a map that is wider than high, an exchange of axes would show: trap T5."""
+    """On a map that is wider than high, an exchange of axes would show."""
     feature = torch.zeros(2, 3, 4, 8)
     boxes = torch.tensor([[1, 0, 5.5 / 8, 0.5 / 4, 1 / 8, 1 / 4], [1, 2, 0.5, 0.5, 1.0, 1.0]])
     density = box_density(feature, boxes)
@@ -420,6 +410,56 @@ def test_descending_the_loss_brings_the_student_to_the_teacher(shape, name):
         loss(student, teacher).backward()
         optimizer.step()
     assert loss(student, teacher).item() < 0.05 * start
+
+
+# ---- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_may_say_a_weight_or_a_weight_and_settings(shape):
+    config = DistillConfig.model_validate({"losses": {"kd": 0.2, "cwd": {"weight": 0.3, "tau": 2}, "pkd": 0}})
+    losses = make_losses(shape, shape, config)
+    assert config.weights == {"kd": 0.2, "cwd": 0.3, "pkd": 0.0}
+    assert {name: loss.settings.model_dump() for name, loss in losses.items()} == {
+        "kd": {"temperature": 4.0},
+        "cwd": {"tau": 2.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ({"cwdd": 1}, r"'cwdd' is not known\. Did you mean 'cwd'\? Choose among cwd, .*obj_kd"),
+        (
+            {"cwd": {"weight": 1, "taw": 2}},
+            r"loss cwd: unknown setting 'taw'\. Did you mean 'tau'\? Known: weight, tau",
+        ),
+        ({"pkd": {"weight": 1, "x": 2}}, r"loss pkd: unknown setting 'x'\. Known: weight"),
+        ({"cwd": {"weight": 1, "tau": 0}}, r"loss cwd: tau: 0 is not accepted: .*greater than 0"),
+        ({"obj_kd": {"weight": 1, "beta": 0.5}}, r"loss obj_kd: beta: 0\.5 is not accepted"),
+        ({"obj_kd": {"weight": 1, "weights": [1, -1, 1]}}, r"loss obj_kd: weights\.1: -1 is not accepted"),
+        ({"cwd": {"weight": 0, "taw": 2}, "kd": 1}, "unknown setting"),
+        ({"kd": 0}, "weight above 0"),
+    ],
+)
+def test_a_loss_or_setting_that_is_not_known_is_one_line(losses, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        check_losses(DistillConfig.model_validate({"losses": losses}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_setting_of_a_loss_changes_its_value(shape, teacher_shape, name):
+    other = {"beta": 2.0, "weights": (2.0, 2.0, 2.0), "temperature": 1.0, "tau": 3.0, "alpha": 3.0, "gamma": 3.0}
+    student, teacher = _outputs(shape), _outputs(teacher_shape, seed=1)
+    context = Context(torch.tensor([[0, 0, 0.5, 0.5, 0.5, 0.5]]))
+
+    def value(**settings):
+        torch.manual_seed(0)
+        return LOSSES[name](shape, teacher_shape, **settings)(student, teacher, context)
+
+    for setting in LOSSES[name].Settings.model_fields:
+        if setting != "detach_scale":  # which changes the gradient alone
+            assert value(**{setting: other[setting]}) != value()
 
 
 def test_the_gains_of_a_head_loss_are_those_of_the_detection_loss(shape):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Tra
     settings, teacher_model = config(), load_model(teacher_file)
     student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher_model.arch.anchors, log=quiet)
     objective = Objective(
-        student, detection_loss(student, settings), build_losses(student, teacher_model, settings), settings.losses
+        student, detection_loss(student, settings), build_losses(student, teacher_model, settings), settings.weights
     )
     splits, teacher = open_splits(tiny_data, settings, quiet), Teacher(teacher_model, "cpu")
     return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, teacher, 0.1), "cpu", quiet), teacher
@@ -135,8 +136,10 @@ def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teac
 
 
 class Dead(losses.FeatMSE):
-    def distance(self, *arguments: object) -> torch.Tensor:
-        return 0 * super().distance(*arguments)
+    name = "dead"
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        return 0 * super().forward(*arguments)
 
 
 def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
@@ -160,10 +163,8 @@ class Watched(torch.nn.Module):
         self.expected: torch.Tensor | None = None
         self.came: list[torch.Tensor] = []
 
-    def forward(
-        self, student: losses.Outputs, teacher: losses.Outputs, targets: object, upstream: object
-    ) -> torch.Tensor:
-        self.expected = upstream
+    def forward(self, student: losses.Outputs, teacher: losses.Outputs, context: losses.Context) -> torch.Tensor:
+        self.expected = context.upstream
         value = student.features[0].mean()
         value.register_hook(self.came.append)
         return value

@@ -58,7 +58,7 @@ def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: boo
     """A training of `images` images that is about to take its first batch."""
     student, teacher_model = network(seed=seed), network("n", seed=1) if distils else None
     losses = build_losses(student, teacher_model, settings) if teacher_model else {}
-    objective = Objective(student, detection_loss(student, settings), losses, settings.losses)
+    objective = Objective(student, detection_loss(student, settings), losses, settings.weights)
     teacher = Teacher(teacher_model, "cpu") if teacher_model else None
     job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher, settings.decay_to)
     return Trainer(job, "cpu", quiet)

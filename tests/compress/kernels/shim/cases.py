@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from oracle import pairs
 
-from compress.kernels.fused import FUSED
+from compress.kernels.losses import FUSED
 
 Shape = tuple[int, int, int, int]
 SHAPES: Sequence[Shape] = ((2, 16, 8, 8), (2, 32, 4, 4))

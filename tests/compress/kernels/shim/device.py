@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 
 import host
 import torch
 from torch import Tensor
 
-from compress.kernels.device import Facts
+from compress.kernels.device import Facts, Launch
 
 H100 = Facts(capability=(9, 0), l2_bytes=50 << 20, shared_bytes=227 << 10)
 A100 = Facts(capability=(8, 0), l2_bytes=40 << 20, shared_bytes=163 << 10)
@@ -24,32 +23,22 @@ class ShimDevice:
     seed: int = 0
     optimise: str = "-O2"
     texts: dict[str, str] = field(default_factory=dict)
-    """File name -> text that replaces it: planted faults."""
+    """Path from the kernels' folder -> text that replaces the file's: planted faults."""
     launches: list[tuple[str, host.Counters]] = field(default_factory=list)
     _tickets: Tensor = field(default_factory=lambda: torch.zeros(1 << 16, dtype=torch.int32))
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        args: ctypes.Structure,
-        *,
-        grid: int,
-        block: int,
-        shared: int = 0,
-        cluster: int = 1,
-        defines: tuple[str, ...] = (),
-    ) -> None:
-        assert block % 32 == 0
-        assert grid % cluster == 0
+    def launch(self, launch: Launch) -> None:
+        source, shared, cluster = launch.source, launch.shared, launch.cluster
+        assert launch.block % 32 == 0
+        assert launch.grid % cluster == 0
         assert shared <= self.facts.shared_bytes
         assert cluster == 1 or self.facts.capability >= (9, 0)
         headers = {name: text for name, text in self.texts.items() if name.endswith(".cuh")}
-        path = host.KERNELS / source
-        library = host.build(path, defines, optimise=self.optimise, text=self.texts.get(source), headers=headers)
-        counters = library.launch(kernel, grid, block, bytes(args), shared=shared, cluster=cluster, seed=self.seed)
-        self.launches.append((kernel, counters))
-        assert not self._tickets.any(), f"{kernel} left a ticket behind"
+        text = self.texts.get(f"{source.folder}/kernel.cu")
+        library = host.build(source.path, source.defines, optimise=self.optimise, text=text, headers=headers)
+        given = (launch.kernel, launch.grid, launch.block, bytes(launch.args))
+        self.launches.append((launch.kernel, library.launch(*given, shared=shared, cluster=cluster, seed=self.seed)))
+        assert not self._tickets.any(), f"{launch.kernel} left a ticket behind"
 
     def tickets(self, count: int) -> Tensor:
         assert count <= len(self._tickets)

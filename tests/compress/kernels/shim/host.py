@@ -1,6 +1,6 @@
 """Builds a .cu with the host shim and launches its kernels on the CPU.
 
-    library = build(Path("compress/kernels/cuda/mse.cu"), ["T=__half"])
+    library = build(Path("compress/kernels/mse/kernel.cu"), ["T=__half"])
     counters = library.launch("mse", grid=4, block=256, args=bytes_of_the_struct, seed=1)
 
 Pointers inside ``args`` are plain addresses (``tensor.data_ptr()``, ``array.ctypes.data``). ``cluster=grid`` makes all
@@ -28,7 +28,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parents[3]
-KERNELS = REPOSITORY / "compress" / "kernels" / "cuda"
+KERNELS = REPOSITORY / "compress" / "kernels"
 
 # A GPU has no type-based aliasing (float memory read as uint4) and the host must not contract a*b+c on some CPUs only.
 # Hidden, because an exported kernel named like a function of libc would be that function. Vague-linkage statics of two
@@ -122,15 +122,15 @@ def build(
 ) -> Library:
     """Compile ``source`` for the host; a build is kept and used again as long as nothing it is made of changes.
 
-    ``defines`` are "NAME" or "NAME=value". ``text`` replaces the text of the source, ``headers`` that of headers beside
-    it ({"common.cuh": ...}): a mutation test plants its faults so. A sanitized library loads only in ``run_child(...,
+    ``defines`` are "NAME" or "NAME=value". ``text`` replaces the text of the source, ``headers`` that of headers
+    ({"common.cuh": ...}): a mutation test plants its faults so. A sanitized library loads only in ``run_child(...,
     sanitize=True)``.
     """
     source = source.resolve()
     text = source.read_text() if text is None else text
     headers = dict(headers or {})
     flags = [*_flags(optimise, sanitize), *(f"-D{define}" for define in defines)]
-    target = _cache() / f"{source.stem}-{_key(source, text, headers, flags)}.so"
+    target = _cache() / f"{source.parent.name}-{source.stem}-{_key(source, text, headers, flags)}.so"
     if not target.exists():
         _compile(source, text, headers, flags, target)
     return _library(target)
@@ -169,29 +169,30 @@ def _flags(optimise: str, sanitize: bool) -> list[str]:
 
 def _key(source: Path, text: str, headers: Mapping[str, str], flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    beside = {path.name: path.read_text() for path in _headers_of(source.parent)}
+    found = {path.name: path.read_text() for path in _headers_of(source)}
     shim = (FOLDER / "shim.h").read_text()
-    parts = [_version(), *flags, str(source), text, shim, *map(str, sorted((beside | dict(headers)).items()))]
+    parts = [_version(), *flags, str(source), text, shim, *map(str, sorted((found | dict(headers)).items()))]
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())
     return digest.hexdigest()[:24]
 
 
-def _headers_of(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.cuh"), *folder.glob("*.h")])
+def _headers_of(source: Path) -> list[Path]:
+    """The kernels' headers, and those beside the source."""
+    return sorted({*KERNELS.glob("*.cuh"), *source.parent.glob("*.cuh"), *source.parent.glob("*.h")})
 
 
 def _compile(source: Path, text: str, headers: Mapping[str, str], flags: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{source.stem}-") as work:
         # A quoted include looks beside its file first, so replaced headers must lie beside a copy of the source.
-        for path in _headers_of(source.parent):
+        for path in _headers_of(source):
             (Path(work) / path.name).write_text(headers.get(path.name, path.read_text()))
         (Path(work) / source.name).write_text(f'#line 1 "{source.name}"\n{text}')
         output = Path(work) / target.name
-        command = [compiler() or "g++", *flags, f"-I{KERNELS}", "-x", "c++", source.name, "-o", output.name]
+        command = [compiler() or "g++", *flags, "-x", "c++", source.name, "-o", output.name]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ShimError(f"{source.name} does not compile for the host:\n{done.stderr[-6000:]}")
+            raise ShimError(f"{source.parent.name}/{source.name} does not compile for the host:\n{done.stderr[-6000:]}")
         output.replace(target)
 
 

@@ -1,4 +1,4 @@
-"""What a kernel must give: the reference in float64 on the same rounded inputs, and the gates against it."""
+"""What a kernel must give: the definition in float64 on the same rounded inputs, and the gates against it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import figures
 import torch
 from torch import Tensor
+
+from compress.kernels.fused import FusedLoss
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GRADIENT_GATE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -56,13 +58,13 @@ def upstream(students: Sequence[Tensor]) -> Tensor:
     return torch.tensor(8.0 * max(s.numel() for s in students), device=students[0].device)
 
 
-def truth(reference: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int] = (0,)) -> Result:
-    """Loss and gradients by autograd of the reference in float64; `arguments` end with the upstream gradient."""
-    return by_autograd(reference, arguments, learns, torch.float64)
+def truth(definition: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int] = (0,)) -> Result:
+    """Loss and gradients by autograd of the definition in float64; `arguments` end with the upstream gradient."""
+    return by_autograd(definition, arguments, learns, torch.float64)
 
 
 def by_autograd(
-    reference: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int], dtype: torch.dtype | None
+    definition: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int], dtype: torch.dtype | None
 ) -> Result:
     """In `dtype`, or as the arguments are: then it is what eager torch gives."""
 
@@ -76,14 +78,18 @@ def by_autograd(
     for place in learns:
         inputs[place] = [tensor.detach().clone().requires_grad_() for tensor in inputs[place]]
         learners += inputs[place]
-    loss = reference(*inputs)
+    loss = definition(*inputs)
     factor = torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
     return Result(loss.detach(), list(torch.autograd.grad(loss, learners, factor)))
 
 
-def by_kernels(kernels: Callable[..., tuple[Any, ...]], device: Any, arguments: Sequence[Any]) -> Result:
-    loss, *groups = kernels(device, *arguments)
-    return Result(loss, [gradient for group in groups for gradient in group])
+def kernels_of(loss: FusedLoss) -> Callable[..., Result]:
+    """The loss as a function of a device, the arguments, and options of its host half."""
+    return lambda device, *arguments, **options: Result(*loss.run(device, arguments, **options))
+
+
+def by_kernels(kernels: Callable[..., Result], device: Any, arguments: Sequence[Any]) -> Result:
+    return kernels(device, *arguments)
 
 
 def gradient_error(found: Tensor, true: Tensor) -> float:
@@ -107,20 +113,20 @@ def same_bits(first: Result, *others: Result) -> bool:
 
 
 def check(
-    kernels: Callable[..., tuple[Any, ...]],
-    reference: Callable[..., Tensor],
+    kernels: Callable[..., Result],
+    definition: Callable[..., Tensor],
     device: Any,
     arguments: Sequence[Any],
     learns: Sequence[int] = (0,),
 ) -> tuple[float, float]:
     """Assert that kernels agree with the truth within the gates, and are no worse than twice eager torch."""
-    found, true = by_kernels(kernels, device, arguments), truth(reference, arguments, learns)
+    found, true = by_kernels(kernels, device, arguments), truth(definition, arguments, learns)
     learners = [tensor for place in learns for tensor in arguments[place]]
     assert found.loss.dtype == torch.float32
     loss, gradient = errors(found, true)
     gate = GRADIENT_GATE[arguments[0][0].dtype]
     assert loss <= LOSS_GATE, f"loss off by {loss:.1e}: {found.loss.item()} instead of {true.loss.item()}"
-    eager = by_autograd(reference, arguments, learns, None)
+    eager = by_autograd(definition, arguments, learns, None)
     for f, t, e, learner in zip(found.gradients, true.gradients, eager.gradients, learners, strict=True):
         assert f.shape == learner.shape
         error = gradient_error(f, t)

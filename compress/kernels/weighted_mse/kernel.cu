@@ -7,9 +7,9 @@
 // Tiling: the blocks are dealt out to the levels in proportion to their size; each walks its level in strides of the
 //   level's blocks, 16 bytes of each map a thread at a time, NCHW or channels last.
 // Numerics: see common.cuh. The sums of the weights come first, by `weight_sums`, in a fixed order too.
-#include "common.cuh"
+#include "weights.cuh"
 
-constexpr int kThreads = 256;
+constexpr int kThreads = THREADS;
 constexpr int kBlocks = 4;        // a multiprocessor, at least; told nothing, the compiler spills for more
 constexpr uint32 kChannels = 32;   // that share one read of the weights
 

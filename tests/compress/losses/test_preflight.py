@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.losses.checks import doctor, neck_gradients
 from compress.losses.detection import DetectionLoss
-from compress.losses.distill import LOSSES, DistillLoss, Outputs, Shape
+from compress.losses.distill import LOSSES, Context, DistillLoss, Outputs, Shape
+from compress.losses.preflight import neck_gradients, preflight
 
 from .conftest import ANCHORS_PX, STRIDES
 
@@ -71,7 +71,7 @@ def _failed(checks):
 def test_a_sound_distillation_passes_every_check(batch):
     student, teacher = _pair()
     task = DetectionLoss(_shape(student).anchors, STRIDES, 3)
-    checks = doctor(student, teacher, _losses(student, teacher), batch, task=task)
+    checks = preflight(student, teacher, _losses(student, teacher), batch, task=task)
     assert _failed(checks) == []
     assert {f"{name} is finite and not zero" for name in LOSSES} <= {check.name for check in checks}
     assert all(name in checks[-1].detail for name in ("detection", *LOSSES))
@@ -82,7 +82,7 @@ def test_the_examination_changes_neither_network_nor_any_gradient(batch):
     losses = _losses(student, teacher)
     modules = (student, teacher, *losses.values())
     before = [{key: value.clone() for key, value in module.state_dict().items()} for module in modules]
-    doctor(student, teacher, losses, batch)
+    preflight(student, teacher, losses, batch)
     for module, state in zip(modules, before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
         assert all(parameter.grad is None for parameter in module.parameters())
@@ -90,25 +90,25 @@ def test_the_examination_changes_neither_network_nor_any_gradient(batch):
 
 def test_a_teacher_in_training_mode_is_found(batch):
     student, teacher = _pair()
-    checks = doctor(student, teacher.train(), _losses(student, teacher, ("kd",)), batch)
+    checks = preflight(student, teacher.train(), _losses(student, teacher, ("kd",)), batch)
     assert "teacher is in eval mode" in _failed(checks)
 
 
 def test_a_teacher_that_gives_probabilities_is_found(batch):
     student, teacher = _pair(probabilities=True)
-    assert _failed(doctor(student, teacher, _losses(student, teacher), batch)) == ["teacher gives logits"]
+    assert _failed(preflight(student, teacher, _losses(student, teacher), batch)) == ["teacher gives logits"]
 
 
 def test_another_order_of_classes_is_found_and_shown(batch):
     student, teacher = _pair(names=("bolt", "washer", "nut"))
-    checks = doctor(student, teacher, _losses(student, teacher, ("obj_kd",)), batch)
+    checks = preflight(student, teacher, _losses(student, teacher, ("obj_kd",)), batch)
     assert _failed(checks) == ["classes agree"]
     assert "1: nut / washer" in checks[0].detail
 
 
 def test_other_classes_do_not_matter_to_a_feature_loss(batch):
     student, teacher = _pair(names=("cat", "dog"))
-    checks = doctor(student, teacher, _losses(student, teacher, ("feat_mse",)), batch)
+    checks = preflight(student, teacher, _losses(student, teacher, ("feat_mse",)), batch)
     assert _failed(checks) == []
     assert "no loss compares them" in checks[0].detail
 
@@ -117,23 +117,23 @@ def test_other_anchors_are_found(batch):
     student, teacher = _pair()
     losses = _losses(student, teacher, ("obj_kd",))
     teacher.arch.anchors = tuple(tuple((w + 5, h) for w, h in level) for level in ANCHORS_PX)
-    assert _failed(doctor(student, teacher, losses, batch)) == ["anchors agree"]
+    assert _failed(preflight(student, teacher, losses, batch)) == ["anchors agree"]
 
 
 class Detached(DistillLoss):
     """The classic mistake: a loss with a value and no way back to the student."""
 
-    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         return sum((s.detach() - t).square().mean() for s, t in zip(student.raw, teacher.raw, strict=True))
 
 
 class Dead(DistillLoss):
-    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         return student.raw[0].sum() * 0
 
 
 class Offset(DistillLoss):
-    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         return (student.raw[0] - teacher.raw[0]).square().mean() + 1
 
 
@@ -147,7 +147,7 @@ class Offset(DistillLoss):
 )
 def test_a_loss_that_does_nothing_or_the_wrong_thing_is_found(batch, loss, finding):
     student, teacher = _pair()
-    checks = doctor(student, teacher, {"x": loss(_shape(student), _shape(teacher))}, batch)
+    checks = preflight(student, teacher, {"x": loss(_shape(student), _shape(teacher))}, batch)
     assert finding in _failed(checks)
 
 
@@ -155,7 +155,7 @@ def test_shares_of_the_gradient_follow_the_weights(batch):
     student, teacher = _pair()
     losses = _losses(student, teacher, ("obj_kd", "feat_mse"))
     shares = [
-        doctor(student, teacher, losses, batch, weights={"obj_kd": weight})[-1].detail for weight in (0.0, 1.0, 1e6)
+        preflight(student, teacher, losses, batch, weights={"obj_kd": weight})[-1].detail for weight in (0.0, 1.0, 1e6)
     ]
     assert "obj_kd 0.0%" in shares[0]
     assert "obj_kd 100.0%" in shares[2]

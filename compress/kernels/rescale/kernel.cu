@@ -7,8 +7,8 @@
 // Numerics: one more rounding where the ratio is not a power of two.
 #include "common.cuh"
 
-constexpr int kThreads = 256;
-constexpr int kMaxTensors = 8;
+constexpr int kThreads = THREADS;
+constexpr int kMaxTensors = MAX_TENSORS;
 
 struct RescaleTensor {
     const void* from;

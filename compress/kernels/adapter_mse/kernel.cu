@@ -21,28 +21,20 @@
 //   products, before scale and inv come in, which would make it vanish in float16; u = 1 / sqrt(mean w) keeps it in
 //   range whatever the weights' size: halfway between weights that are alike and one pixel that has them all.
 #include "tensor_core.cuh"
-
-#ifndef STUDENT_CHANNELS
-#define STUDENT_CHANNELS 128
-#endif
-#ifndef TEACHER_CHANNELS
-#define TEACHER_CHANNELS 128
-#endif
-#ifndef CHANNELS_LAST
-#define CHANNELS_LAST 0
-#endif
+#include "weights.cuh"
 
 constexpr int kStudent = STUDENT_CHANNELS, kTeacher = TEACHER_CHANNELS;
 constexpr bool kLast = CHANNELS_LAST;
-static_assert(kStudent % 8 == 0 && kTeacher % 8 == 0 && kStudent <= 128 && kTeacher <= 128, "what a block can hold");
+static_assert(kStudent % 8 == 0 && kTeacher % 8 == 0 && kStudent <= MAX_CHANNELS && kTeacher <= MAX_CHANNELS,
+              "what a block can hold");
 
-constexpr int kPixels = 64;  // of a tile
+constexpr int kPixels = PIXELS;  // of a tile
 template <int kChannels> constexpr int kPadded = (kChannels + 15) / 16 * 16;
 constexpr int kIn = kPadded<kStudent>, kOut = kPadded<kTeacher>;
 constexpr int kWarps = kOut / 16, kThreads = kWarps * kWarp;
-constexpr int kMinBlocks = kWarps > 4 ? 0 : 8 / kWarps;  // 8 warps a multiprocessor; small blocks spill to have more
+constexpr int kMinBlocks = kWarps > 4 ? 0 : RESIDENT_WARPS / kWarps;  // small blocks spill to have more
 constexpr int kMatrix = kTeacher * kStudent, kSums = kMatrix + kTeacher;  // dW, then db
-constexpr int kSumThreads = 256, kSumBlocks = (kSums + kSumThreads - 1) / kSumThreads;
+constexpr int kSumThreads = SUM_THREADS, kSumBlocks = (kSums + kSumThreads - 1) / kSumThreads;
 
 struct AdapterLevel {
     const void* student;

@@ -1,4 +1,4 @@
-"""Host half of cuda/rescale.cu: gradients made right for the upstream gradient that really came."""
+"""Host half of kernel.cu: multiplies gradients by the upstream gradient that came over the one that was expected."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress.kernels.device import SUFFIX, Device, fields, fits_vectors, pointer, set_blocks, share_blocks, vector
+from compress.kernels.device import (
+    SUFFIX,
+    Device,
+    Launch,
+    fields,
+    fits_vectors,
+    pointer,
+    set_blocks,
+    share_blocks,
+    vector,
+    with_constants,
+)
 
 THREADS = 256
 BLOCKS = 1024
 MAX_TENSORS = 8
+"""Tensors of one launch."""
+SOURCE = with_constants("rescale", THREADS=THREADS, MAX_TENSORS=MAX_TENSORS)
 
 
 class _Entry(ctypes.Structure):
@@ -56,4 +69,4 @@ def _launch(device: Device, pairs: Sequence[tuple[Tensor, Tensor]], upstream: Te
     for entry, (source, target) in zip(args.tensors, pairs, strict=False):
         entry.source, entry.target, entry.elements = pointer(source), pointer(target), source.numel()
         entry.vectorised = fits_vectors(source.numel(), source, target)
-    device.launch("rescale.cu", f"rescale{SUFFIX[pairs[0][0].dtype]}", args, grid=sum(shares), block=THREADS)
+    device.launch(Launch(SOURCE, f"rescale{SUFFIX[pairs[0][0].dtype]}", args, sum(shares), THREADS))

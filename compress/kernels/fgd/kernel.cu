@@ -24,13 +24,13 @@
 //   a softmax grows with mean |x| / T, as it does in plain torch.
 #include "common.cuh"
 
-constexpr int kThreads = 256;
-constexpr int kAttentionThreads = 1024;
-constexpr uint32 kRowsPerThread = 16;
+constexpr int kThreads = THREADS;
+constexpr int kAttentionThreads = ATTENTION_THREADS;
+constexpr uint32 kRowsPerThread = ROWS_PER_THREAD;
 constexpr int kRowsAtOnce = 2;  // whose loads are in flight together
 
 /// Columns of a thread that reads V neighbours at a time.
-template <int V> constexpr int kColumns = V == 1 ? 4 : V;
+template <int V> constexpr int kColumns = V == 1 ? SCALAR_COLUMNS : V;
 
 /// The rows, or the columns, of all images.
 struct FgdAxis {

@@ -19,13 +19,13 @@
 //   samples, since the first one, a corner of the zero-padded image, is the least typical.
 #include "common.cuh"
 
-constexpr int kThreads = 256;
-constexpr int kClusterThreads = 512;
+constexpr int kThreads = THREADS;
+constexpr int kClusterThreads = CLUSTER_THREADS;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kMoments = 5;       // sums of x, y, x^2, y^2, x y about the shift
-constexpr int kCoefficients = 5;  // see Solution
+constexpr int kMoments = MOMENTS;            // sums of x, y, x^2, y^2, x y about the shift
+constexpr int kCoefficients = COEFFICIENTS;  // see Solution
 constexpr uint32 kSpread = 8;     // samples whose mean is the shift; kThreads / 32 at most
-constexpr float kEps = 1e-6f;     // PKD_EPS of reference.py
+constexpr float kEps = static_cast<float>(EPS);
 
 struct PkdLevel {  // or a range of a level's channels; every pointer is that of the first
     const void* student;
@@ -257,8 +257,9 @@ template <int V> struct Tile {
     }
 };
 
-/// Channels of a tile at most: 8 vectors, or 32 single ones.
-template <class T> constexpr int kTile = 8 * kVector<T>;
+/// Channels of a tile at most.
+template <class T> constexpr int kTile = VECTOR_COLUMNS * kVector<T>;
+static_assert(SCALAR_COLUMNS <= kTile<float>, "a tile of single channels must fit too");
 
 /// Adds x[k] over the threads of each column into scratch[k * width + column]; ends with a barrier. Another must lie
 /// between the last use of `scratch` and this.
@@ -413,7 +414,7 @@ struct ClusterHead {
     float table[kCoefficients];
     bool last;
 };
-constexpr int kHeadFloats = 192;  // CLUSTER_HEAD_BYTES of pkd.py
+constexpr int kHeadFloats = CLUSTER_HEAD_BYTES / sizeof(float);
 static_assert(sizeof(ClusterHead) <= kHeadFloats * sizeof(float), "the kept maps begin behind it");
 
 /// Cluster: one channel, in equal runs of vectors. Always vectorised; `splits` is the cluster's size.

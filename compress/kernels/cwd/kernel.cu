@@ -17,9 +17,9 @@
 //   the same operations, and no product is contracted into the sum of one only: equal maps give exactly 0.
 #include "common.cuh"
 
-constexpr int kRowThreads = 512;  // at most
-constexpr int kColumnThreads = 256;
-constexpr int kValues = 16;          // of a row and map in a thread's registers
+constexpr int kRowThreads = ROW_THREADS;  // at most
+constexpr int kColumnThreads = COLUMN_THREADS;
+constexpr int kValues = VALUES;      // of a row and map in a thread's registers
 constexpr int kPixels = 2;           // of a column whose loads are in flight together
 constexpr float kLowest = -3.0e38f;  // top of no values: finite, so that the difference of two tops is no NaN
 constexpr float kLn2 = 0.693147180559945f;

@@ -1,4 +1,4 @@
-"""Distillation's doctor: does every loss do something, and the right thing, before the first epoch?
+"""Preflight of a distillation: does every loss do something, and the right thing, before the first epoch?
 
 In: student, teacher, losses, one batch. Out: a list of checks, each with what was seen. Most failures of distillation
 are silent: a loss that is zero, that never reaches the student, or that compares different things.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress.losses.distill import DistillLoss, Outputs
+from compress.losses.distill import Context, DistillLoss, Outputs
 
 _SHOWN = 3
 
@@ -43,7 +43,7 @@ def neck_gradients(terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> d
     return {name: _gradient_norm(term, features) for name, term in terms.items()}
 
 
-def doctor(
+def preflight(
     student: Any,
     teacher: Any,
     losses: Mapping[str, DistillLoss],
@@ -56,7 +56,7 @@ def doctor(
 
     Args:
         student: network with `arch` (names, anchors in pixels, strides) and `forward_features(images)`.
-        teacher: the like, on the same device.
+        teacher: another such network, on the same device.
         losses: by name, made for these two networks.
         batch: a few labelled training images.
         task: the detection loss, to print its share of the gradient.
@@ -69,12 +69,13 @@ def doctor(
     with torch.enable_grad():
         outputs = Outputs(*probe.forward_features(images))
     with torch.no_grad():
-        guide = Outputs(*teacher.forward_features(images))
+        teacher_outputs = Outputs(*teacher.forward_features(images))
     targets = batch.targets.to(images.device)
-    checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", guide.raw)]
-    terms = {name: loss(outputs, guide, targets) for name, loss in losses.items()}
+    context = Context(targets)
+    checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", teacher_outputs.raw)]
+    terms = {name: loss(outputs, teacher_outputs, context) for name, loss in losses.items()}
     for name, loss in losses.items():
-        checks += _of_one_loss(name, loss, terms[name], probe, guide)
+        checks += [*_one_loss(name, loss, terms[name], probe), _vanishes(name, loss, teacher_outputs, context)]
     if task is not None:
         total, _ = task(outputs.raw, targets)
         terms = {"detection": total / len(images), **terms}
@@ -86,13 +87,11 @@ def _as_input(images: Tensor, network: nn.Module) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def _of_one_loss(name: str, loss: DistillLoss, term: Tensor, student: nn.Module, guide: Outputs) -> list[Check]:
-    alive, vanishes = _is_alive(name, term), _vanishes(name, loss, guide)
-    reaches = _reaches(name, term, "the student", _trainable(student), at_least=1)
-    adapters = _trainable(loss)
-    if not adapters:
-        return [alive, reaches, vanishes]
-    return [alive, reaches, _reaches(name, term, "its adapters", adapters, at_least=len(adapters)), vanishes]
+def _one_loss(name: str, loss: DistillLoss, term: Tensor, student: nn.Module) -> list[Check]:
+    checks = [_is_alive(name, term), _reaches(name, term, "the student", _trainable(student), at_least=1)]
+    if adapters := _trainable(loss):
+        checks.append(_reaches(name, term, "its adapters", adapters, at_least=len(adapters)))
+    return checks
 
 
 def _same_meaning(student: Any, teacher: Any, heads: Sequence[str]) -> list[Check]:
@@ -125,8 +124,8 @@ def _frozen(teacher: nn.Module) -> Check:
 
 def _gives_logits(who: str, raw: Sequence[Tensor]) -> Check:
     """A trained head has negative objectness logits nearly everywhere; probabilities never are."""
-    least, greatest = min(float(r[..., 4].min()) for r in raw), max(float(r[..., 4].max()) for r in raw)
-    ok = least < 0 or greatest > 1
+    least, greatest = torch.cat([r[..., 4].detach().flatten() for r in raw]).aminmax()
+    ok = bool(least < 0 or greatest > 1)
     return Check(
         f"{who} gives logits",
         ok,
@@ -167,8 +166,8 @@ def _reaches(name: str, term: Tensor, whom: str, parameters: list[Tensor], *, at
     return Check(f"{name} reaches {whom}", moved >= at_least, detail)
 
 
-def _vanishes(name: str, loss: DistillLoss, guide: Outputs) -> Check:
-    value = float(loss.compare(guide, guide).detach())
+def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: Context) -> Check:
+    value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach())
     return Check(f"{name} is zero where student equals teacher", value == 0, f"{value:.4g}")
 
 

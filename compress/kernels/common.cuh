@@ -2,6 +2,7 @@
 //
 // The file compiles three ways: by NVRTC when a kernel is first used, by nvcc in the tests, and by g++ with the tests'
 // host shim, which runs the same kernels on a CPU. Kernels read and write global memory only through `read*`/`write*`.
+// Names in capitals that no header defines are constants of the host half (`SOURCE` beside each kernel.cu).
 //
 // Numerics: arithmetic and accumulation in float32; one rounding, to nearest even, when a gradient is stored; an
 // overflow becomes infinity, so that a gradient scaler sees it. Every reduction has a fixed partition and order, so
@@ -29,8 +30,8 @@ __device__ __forceinline__ void shim_count_write(unsigned) {}
 using uint32 = unsigned int;
 using uint64 = unsigned long long;
 
-constexpr int kMaxLevels = 4;  // of a pyramid: P3..P6
-constexpr int kWarp = 32;
+constexpr int kMaxLevels = MAX_LEVELS;
+constexpr int kWarp = WARP;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- values -------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
 // ---- global memory ------------------------------------------------------------------------------------------------
 
 /// Elements in the 16 bytes that one thread moves at a time.
-template <class T> constexpr int kVector = 16 / sizeof(T);
+template <class T> constexpr int kVector = VECTOR_BYTES / sizeof(T);
 
 template <int V, class T> __device__ __forceinline__ void unpack(uint4 raw, float (&to)[V]) {
     static_assert(V == kVector<T>, "16 bytes");
@@ -243,16 +244,6 @@ __device__ __forceinline__ void grid_total(float mine, float* partials, uint32* 
     for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum[0] += read_shared_result(partials + i);
     block_reduce<Sum>(sum, scratch);
     if (threadIdx.x == 0) write_result(total, sum[0]);
-}
-
-constexpr int kWeightBlocks = 64;  // partial sums of a level's weights, by `weight_sums` of weighted_mse.cu
-
-/// 1 / (channels * sum of a level's weights + 1e-9), the same in all threads. `scratch` as in `grid_total`.
-__device__ __forceinline__ float weighted_norm(const float* partials, uint32 channels, float* scratch) {
-    float sum[1] = {0.0f};
-    for (int i = threadIdx.x; i < kWeightBlocks; i += blockDim.x) sum[0] += __ldg(partials + i);
-    block_reduce<Sum>(sum, scratch);
-    return 1.0f / (static_cast<float>(channels) * sum[0] + 1e-9f);
 }
 
 /// The entry whose blocks start at or before `block`: entries[i].first_block rises with i.

@@ -1,0 +1,127 @@
+"""What every distillation loss has: the outputs that it compares, its settings, and the module to derive from."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from compress.config import DistillConfig, Settings
+from runtime.errors import UsageError
+
+
+class Outputs(NamedTuple):
+    """One forward pass of a network."""
+
+    raw: list[Tensor]
+    """Per level (B, na, H, W, 5 + nc) logits tx, ty, tw, th, objectness, classes."""
+    features: list[Tensor]
+    """Per level (B, C, H, W): what the head's convolutions read."""
+
+
+class Shape(NamedTuple):
+    """What must be known of a network to compare its outputs with another's."""
+
+    channels: tuple[int, ...]
+    """Per level, of `Outputs.features`."""
+    nc: int
+    na: int
+    anchors: Tensor
+    """(nl, na, 2) in grid units."""
+    strides: tuple[int, ...]
+    """Pixels per cell."""
+
+
+class Context(NamedTuple):
+    """What a loss may use beside the outputs of one batch."""
+
+    targets: Tensor | None = None
+    """(n, 6) image, class, x, y, w, h as fractions: the labels."""
+    upstream: Tensor | None = None
+    """() float32, the gradient of the final loss by this one, where it is known beforehand; it changes no result."""
+
+
+NO_CONTEXT = Context()
+
+
+class LossSettings(Settings):
+    """Base of a loss's own settings: what a recipe may say beside the weight, `cwd: {weight: 0.2, tau: 2}`."""
+
+
+class DistillLoss(nn.Module):
+    """Base of every distillation loss: a subclass has a name, its settings, and `compare`.
+
+    Args:
+        student, teacher: the shapes of the two networks.
+        config: the distillation's settings.
+        settings: those of the loss itself, fields of its `Settings`.
+
+    Raises UsageError where this loss cannot compare the two networks, or for a setting that it does not have.
+    """
+
+    name: str
+    """The loss's name in recipes."""
+    compares_heads = False
+    """Whether cells, anchors and classes must mean the same in both networks."""
+
+    class Settings(LossSettings):
+        """Nothing to set. A loss with settings has its own class of this name, with defaults."""
+
+    settings: LossSettings
+
+    def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
+        super().__init__()
+        self.settings = self.read_settings(settings)
+        if tuple(map(int, student.strides)) != tuple(map(int, teacher.strides)):
+            raise UsageError(
+                f"the student's strides are {student.strides}, the teacher's {teacher.strides}",
+                "Distil between networks with the same levels, for example two scales of YOLOv5 P5",
+            )
+        self.config = config or DistillConfig()
+
+    @classmethod
+    def read_settings(cls, given: dict[str, Any]) -> LossSettings:
+        """The loss's settings, defaults for what is not given.
+
+        Raises UsageError for an unknown name or a value that the setting does not take.
+        """
+        known = list(cls.Settings.model_fields)
+        try:
+            return cls.Settings.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] != "extra_forbidden":
+            raise UsageError(f"loss {cls.name}: {key}: {first['input']!r} is not accepted: {first['msg']}")
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        told = f"Known: {', '.join(['weight', *known])}"
+        hint = f"Did you mean {near[0]!r}? {told}" if near else told
+        raise UsageError(f"loss {cls.name}: unknown setting {key!r}", hint)
+
+    def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
+        """The loss () float32 of one batch. No gradient reaches the teacher.
+
+        Raises UsageError where the maps belong to different images or image sizes.
+        """
+        return self.compare(student, detached(teacher), context)
+
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
+        """The loss () float32 of outputs in equal channels, exactly 0 for equal ones; the teacher has no gradient."""
+        raise NotImplementedError
+
+
+def detached(outputs: Outputs) -> Outputs:
+    """The same outputs without a gradient."""
+    return Outputs([t.detach() for t in outputs.raw], [t.detach() for t in outputs.features])
+
+
+def check_same_images(student: list[Tensor], teacher: list[Tensor], sizes: slice, what: str) -> None:
+    """Raises UsageError unless the maps of each level have the same batch and, in the dimensions `sizes`, shape."""
+    for s, t in zip(student, teacher, strict=True):
+        if (s.shape[0], s.shape[sizes]) != (t.shape[0], t.shape[sizes]):
+            raise UsageError(
+                f"a {what} map of the student is {tuple(s.shape)}, of the teacher {tuple(t.shape)}",
+                "Give both networks the same images at the same size",
+            )
