@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.cli import main
-from compress.losses.distill import LOSSES, DistillLoss, Outputs
+from compress.losses.distill import LOSSES, Context, DistillLoss, Outputs
 
 
 class ObjectnessL1(DistillLoss):
@@ -19,7 +19,7 @@ class ObjectnessL1(DistillLoss):
     name = "objectness_l1"
     compares_heads = True
 
-    def compare(self, student: Outputs, teacher: Outputs) -> Tensor:
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         objectness = [
             (s[..., 4].float().sigmoid(), t[..., 4].float().sigmoid())
             for s, t in zip(student.raw, teacher.raw, strict=True)
