@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import pairwise
@@ -52,7 +53,9 @@ def _axes(size_wh: tuple[float, float], plot: Box) -> tuple[Any, Any]:
 def _svg(figure: Any, title: str) -> str:
     """The figure for use inside a page: no ids but classes (gid "class:NAME"), no links, no colour but the page's."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the page's font is the reader's, and may have it
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     body = buffer.getvalue().partition("<svg")[2].partition(">")[2]
     for pattern, text in (
         (r"<(metadata|defs)>.*?</\1>|<!--.*?-->|\s*\n\s*", ""),
@@ -61,9 +64,10 @@ def _svg(figure: Any, title: str) -> str:
         (r' id="[^"]*"| clip-path="[^"]*"', ""),
         (r"font-family: [^;]*; ", ""),
         (r"font: ([\d.]+px) [^;]*", r"font-size: \1"),
-        (r"#c0de(\w\w)", lambda found: f"var(--{COLOURS[int(found[1], 16)]})"),
     ):
         body = re.sub(pattern, text, body, flags=re.DOTALL)
+    for name in COLOURS:
+        body = body.replace(colour(name), f"var(--{name})")
     width, height = (72 * side for side in figure.get_size_inches())
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title, quote=True)}">{body}'
 

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import charts, page, wording
-from benchmarks.formats import number
 from benchmarks.render import markdown_table
 from benchmarks.report import Report
 from benchmarks.rows import COLUMNS, TITLED, Row, cells, is_kept
 from runtime.errors import UsageError
 
-COMPARED_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "interval_ms")
+COMPARED_SETTINGS = (
+    *("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det"),
+    *("interval_ms", "threads"),
+)
 COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 """Their defaults and kernels change with the version: TensorRT 11 times other things than TensorRT 10 does."""
 
@@ -52,32 +54,25 @@ def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list
     return [sentence for what in facts[0] if (sentence := _difference(what, names, [fact[what] for fact in facts]))]
 
 
-def comparable(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that must agree between reports whose figures stand side by side."""
+def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The facts that must agree between figures that stand side by side, with every value that a report has of them."""
     packages = data["machine"].get("packages", {})
     return {
-        **{key: _values_of(key, data["models"]) for key in COMPARED_SETTINGS},
-        **{key: packages.get(key) for key in COMPARED_PACKAGES},
-        "machine": wording.machine_name(data["machine"]),
-        "data": (data["dataset"] or {}).get("sha256"),
+        **{key: list(dict.fromkeys(row["settings"][key] for row in data["models"])) for key in COMPARED_SETTINGS},
+        **{key: [packages.get(key)] for key in COMPARED_PACKAGES},
+        "machine": [wording.machine_name(data["machine"])],
+        "data": [(data["dataset"] or {}).get("sha256")],
     }
 
 
-def _values_of(setting: str, rows: Sequence[Row]) -> tuple[Any, ...]:
-    """The values of the setting in the rows of one report."""
-    return tuple(dict.fromkeys(row["settings"][setting] for row in rows))
-
-
-def _difference(what: str, names: Sequence[str], values: Sequence[Any]) -> str:
-    if len(set(values)) <= 1 and not any(isinstance(value, tuple) and len(value) > 1 for value in values):
+def _difference(what: str, names: Sequence[str], values: Sequence[list[Any]]) -> str:
+    if len({value for own in values for value in own}) <= 1:
         return ""
-    each = ", ".join(f"{_short(value)} in {name}" for name, value in zip(names, values, strict=True))
-    return f"{what} differs, so the figures are not directly comparable: {each}"
+    each = (f"{' and '.join(map(_short, own))} in {name}" for name, own in zip(names, values, strict=True))
+    return f"{what} differs, so the figures are not directly comparable: {', '.join(each)}"
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " and ".join(map(number, value))
     return "none" if value is None else f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
 
 

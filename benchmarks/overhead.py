@@ -66,16 +66,14 @@ def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
 
 def describe(found: LatencyRatio, name: str) -> str:
     """Ratio with its interval, n and spread."""
+    spread = f"rounds {min(found.ratios):.3f} to {max(found.ratios):.3f}"
     lines = [
-        f"{name}: end to end takes {found.ratio:.3f} times the bare session.run",
-        f"  95 % interval {found.low:.3f} to {found.high:.3f}, rounds {min(found.ratios):.3f} to "
-        f"{max(found.ratios):.3f} (n = {found.rounds}), verdict: {found.verdict()}",
+        f"{name}: time end to end over time of the bare session.run: {found}, {spread}, verdict: {found.verdict()}"
     ]
     for side, ms in (("detector", found.candidate), ("session", found.reference)):
-        lines.append(
-            f"  {side}: median {milliseconds(ms.p50)} ms, mean {milliseconds(ms.mean)} ± {milliseconds(ms.std)}, "
-            f"min {milliseconds(ms.min)}, max {milliseconds(ms.max)}, n = {ms.n}"
-        )
+        shown = {"median": ms.p50, "mean": ms.mean, "std": ms.std, "min": ms.min, "max": ms.max}
+        each = ", ".join(f"{key} {milliseconds(value)}" for key, value in shown.items())
+        lines.append(f"  {side}: {each} ms, n = {ms.n}")
     return "\n".join(lines)
 
 

@@ -156,13 +156,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "yolov5-low": _yolov5_preset(scale=0.5, mixup=0.0, lrf=0.01, cls=0.5, obj=1.0),
     "yolov5-med": _yolov5_preset(scale=0.9, mixup=0.1, lrf=0.1, cls=0.3, obj=0.7),
 }
-"""Named hyper-parameter tables; what a recipe says beside a preset wins over it."""
+"""Named tables of hyper-parameters; a value that a recipe gives beside a preset wins over it."""
+PresetName: TypeAlias = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
+"""One of `PRESETS`."""
 
 
 class TrainConfig(Settings):
     """One training: a teacher, a plain student, or (with `DistillConfig`) a distilled one."""
 
-    preset: Literal["finetune", "yolov5-low", "yolov5-med"] = "finetune"
+    preset: PresetName = "finetune"
     """Where the settings of `optimizer`, `loss` and `augment` start from."""
     epochs: Annotated[int, Field(ge=1)] = 60
     batch: Annotated[int, Field(ge=1)] = 16
@@ -234,7 +236,7 @@ class DistillConfig(TrainConfig):
 
 
 class ExportConfig(Settings):
-    """What is fixed inside the shipped graph."""
+    """Settings that are fixed inside the shipped graph."""
 
     iou: Annotated[float, Field(gt=0, lt=1)] = 0.6
     conf: Fraction = 0.25
@@ -246,7 +248,7 @@ class ExportConfig(Settings):
     nms_iterations: Annotated[int, Field(ge=1)] = 12
     """Length of the longest suppression chain that is followed; on COCO128 a 13th changes no image, a 9th changed 5."""
     frame: tuple[int, int] | None = None
-    """(height, width) of camera frames: bakes the letterbox into the graph."""
+    """(height, width) of camera frames: puts the letterbox inside the graph."""
     opset: Annotated[int, Field(ge=17, le=21)] = 19
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""

@@ -1,4 +1,4 @@
-"""What stages start from: the data set with its ground truth, and the files that earlier stages left."""
+"""Inputs of the stages: the data set with its ground truth, and the files that earlier stages left."""
 
 from __future__ import annotations
 

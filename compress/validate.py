@@ -35,7 +35,7 @@ Detected = NDArray[np.float32]
 
 
 class NmsSettings(NamedTuple):
-    """How rows become boxes; the defaults are those of validation, not of deployment."""
+    """Settings by which rows become boxes; the defaults are those of validation, not of deployment."""
 
     conf: float = 0.001
     iou: float = 0.6
@@ -62,9 +62,9 @@ class ValResult:
     """The figures of a validation."""
 
     yolo: YoloMetrics
-    """By YOLOv5's protocol."""
+    """Figures by YOLOv5's protocol."""
     coco: Accuracy | None
-    """By COCO's protocol; None where it was not wanted."""
+    """Figures by COCO's protocol; None where they were not wanted."""
     loss: tuple[float, float, float] | None
     """Mean box, objectness and class loss, where a loss was given."""
     speed_ms: Mapping[str, float]

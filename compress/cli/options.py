@@ -114,7 +114,7 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
 
 
 def given_changes() -> tuple[str, ...]:
-    """What --set gave to the running command."""
+    """The --set changes of the running command."""
     return tuple(click.get_current_context().meta["edgestill.changes"])
 
 

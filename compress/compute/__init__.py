@@ -1,1 +1,1 @@
-"""Where computing happens and how it is timed: devices, floating-point hygiene, stopwatches."""
+"""Devices, floating-point hygiene and stopwatches."""

@@ -2,7 +2,7 @@
 
 from compress.data.dataset import INDEX, Dataset, Index, Problem, Sample
 from compress.data.dataset_yaml import DataConfig, load_data
-from compress.data.index import index_dataset, index_split
+from compress.data.index import index_dataset
 
 __all__ = [
     "INDEX",
@@ -12,6 +12,5 @@ __all__ = [
     "Problem",
     "Sample",
     "index_dataset",
-    "index_split",
     "load_data",
 ]

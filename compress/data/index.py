@@ -76,11 +76,6 @@ def _label_folder(sample: Sample, root: Path) -> str:
     return key_of(label_path(sample.image).parent, root)
 
 
-def index_split(config: DataConfig, split: str, *, workers: int | None = None) -> Index:
-    """`index_dataset` of one split."""
-    return index_dataset(config, (split,), workers=workers).splits[split]
-
-
 def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, Index]:
     """Split -> index; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})

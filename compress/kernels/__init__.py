@@ -1,1 +1,4 @@
-"""The feature-matching losses, fused: one pass reads student and teacher and writes the gradient. See README.md."""
+"""The feature-matching losses as CUDA kernels that read student and teacher once and write the gradient once.
+
+README.md has the map of this folder, formulas, traffic and measurements.
+"""

@@ -48,7 +48,7 @@ COLUMNS = (
 
 
 def run(seconds: float, out: Path | None, *, quick: bool) -> dict[str, Any]:
-    """Measure every loss, publishing the document after each. Errors: UnavailableError without a GPU."""
+    """Measure every loss, and write the document after each. Raises UnavailableError without a GPU."""
     if not torch.cuda.is_available():
         raise UnavailableError("torch sees no NVIDIA GPU here", "Run the benchmark on a machine that has one")
     started = time.monotonic()
@@ -97,7 +97,7 @@ def missing(loss: str, found: Sequence[Mapping[str, Any]], why: str, *, quick: b
 
 
 def facts() -> dict[str, Any]:
-    """What the numbers belong to."""
+    """The machine and the versions that the numbers belong to."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "machine": machine.facts(),
@@ -149,7 +149,7 @@ def median_us(variant: Mapping[str, Any]) -> float | None:
 
 
 def remarks(document: Mapping[str, Any]) -> str:
-    """What the table does not show: variants that failed, and cases that were not reached."""
+    """Lines for variants that failed and for cases that were not reached, which the table does not show."""
     lines = [
         f"{case['loss']} {case['dtype']} {case['size']}: {name} failed: {variant['error']}"
         for case in document["cases"]

@@ -37,12 +37,12 @@ SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
-"""Of one sample at least: an event's clock ticks in half microseconds."""
+"""Length of a sample at least: an event's clock ticks in half microseconds."""
 L2_TIMES = 4
 HOST_CALLS, HOST_REPEATS = 20, 5
 """Calls that are queued at once: few enough that no queue is full, which would make the host wait for the GPU."""
 UPSTREAM = 65536.0
-"""Of a new gradient scaler."""
+"""The factor of a new gradient scaler."""
 MAPS_MOVED = {"copy": 2}
 """Maps that a variant reads and writes at least; any other 3."""
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
@@ -52,7 +52,7 @@ Call = Callable[[int], Sequence[Tensor]]
 
 
 class Case(NamedTuple):
-    """What all variants of one comparison do."""
+    """One comparison: a loss, the sizes of its maps and their dtype."""
 
     loss: str
     size: str
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of one map, over all levels."""
+        """Elements of one map, over all levels."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
@@ -134,7 +134,7 @@ def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]
 
 
 def arguments(case: Case, device: torch.device, seed: int, *, channels_last: bool = False) -> list[Any]:
-    """What the loss takes, the upstream gradient last; what learns asks for a gradient."""
+    """The loss's arguments, the upstream gradient last; those that learn ask for a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,14 +145,18 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
     teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
     channels = [shape[1] for shape in case.shapes]
     masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w in case.shapes]
-    others: dict[str, list[Any]] = {
-        "weighted_mse": [[]],
-        "adapter_mse": [[normal(c, c) / c**0.5 for c in channels], [normal(c) for c in channels], []],
-        "cwd": [1.0],
-        "pkd": [],
-        "fgd": [masks, 1.0, 0.5],
+    values: dict[str, Any] = {
+        "students": students,
+        "teachers": teachers,
+        "matrices": [normal(c, c) / c**0.5 for c in channels],
+        "biases": [normal(c) for c in channels],
+        "weights": [],
+        "masks": masks,
+        "tau": 1.0,
+        "gamma": 1.0,
+        "temperature": 0.5,
     }
-    made = [students, teachers, *others[case.loss], torch.tensor(UPSTREAM, device=device)]
+    made = [*(values[name] for name in FUSED[case.loss].parameters), torch.tensor(UPSTREAM, device=device)]
     for learner in learners_of(case.loss, made):
         learner.requires_grad_()
     return made
@@ -195,7 +199,7 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
 
 
 def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
-    """What memory allows: over maps as large as the case's levels together, in one launch."""
+    """The speed that memory allows: over maps as large as the case's levels together, in one launch."""
     buffers = torch.empty(count, 3, case.elements, dtype=DTYPES[case.dtype], device=device).normal_()
 
     def copy(index: int) -> Sequence[Tensor]:
@@ -218,7 +222,7 @@ class Ready(NamedTuple):
     run: Callable[[], Any]
     """Forward and backward over all sets of inputs."""
     notes: dict[str, Any]
-    """What is known of it before it is timed."""
+    """Memory and host time, measured beforehand."""
 
 
 def prepare(call: Call, count: int) -> Ready:
@@ -237,7 +241,7 @@ def prepare(call: Call, count: int) -> Ready:
 
 
 def peak_extra_bytes(call: Call) -> int:
-    """What one call asks of torch's allocator beside its inputs, its gradients included."""
+    """Bytes that one call asks of torch's allocator beside its inputs, its gradients included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
@@ -281,7 +285,7 @@ def captured(call: Call, count: int) -> Callable[[], None]:
 
 
 def elapsed_ms(run: Callable[[], Any], repeats: int) -> float:
-    """Of `repeats` runs on the GPU."""
+    """Time of `repeats` runs on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What the losses' definitions in plain torch share.
+"""Helpers of the losses' definitions in plain torch.
 
 A definition takes one entry per pyramid level and returns one float32 scalar (float64 for float64 maps), the sum over
 levels. It is what every kernel must equal, and what runs without an NVIDIA GPU. All arithmetic but an adapter's is

@@ -1,4 +1,4 @@
-"""What the host halves of the kernels share: the launch, the device it goes to, and the maps as kernels read them.
+"""The part that all host halves share: the launch, the device it goes to, and the maps as kernels read them.
 
 A host half plans: it allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
 asks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
@@ -24,11 +24,11 @@ WARP = 32
 SUFFIX = {torch.float32: "_f32", torch.float16: "_f16", torch.bfloat16: "_bf16"}
 """Dtype of the maps -> ending of the kernel's name."""
 VECTOR_BYTES = 16
-"""What one thread moves at a time."""
+"""Bytes that one thread moves at a time."""
 
 
 class Facts(NamedTuple):
-    """What the choice of kernels and launches may depend on."""
+    """Facts of a GPU on which the choice of kernels and launches may depend."""
 
     capability: tuple[int, int]
     """The GPU's compute capability, as (9, 0)."""
@@ -125,7 +125,7 @@ class LevelMaps(NamedTuple):
     student: Tensor
     teacher: Tensor
     gradient: Tensor
-    """Of the student, to be written."""
+    """The student's gradient, to be written."""
 
     @property
     def channels_last(self) -> bool:

@@ -1,4 +1,4 @@
-"""What all losses with kernels share: where they run, their gradient, and their registration with torch.
+"""The part that all losses with kernels share: where they run, their gradient, and their registration with torch.
 
 The forward pass already writes the gradient, multiplied by the upstream gradient that the caller expects (`scale`: a
 gradient scaler's factor, the loss's weight, ...), because a gradient that is rounded to float16 first and multiplied
@@ -33,7 +33,7 @@ NAMESPACE = "edgestill"
 SWITCH = "EDGESTILL_KERNELS"
 """Environment variable; `off` forces the definition."""
 Arguments = Sequence[Any]
-"""What a loss takes: lists of tensors, numbers, and the expected upstream gradient last."""
+"""A loss's arguments: lists of tensors, numbers, and the expected upstream gradient last."""
 
 
 class FusedLoss:
@@ -62,6 +62,7 @@ class FusedLoss:
     ) -> None:
         self.name, self.function, self.source = name, function, source
         self.launches, self.definition, self.learns = launches, definition, learns
+        self.parameters = tuple(declared.split()[-1] for declared in schema.split(","))
         _register(self, schema)
 
     def learners(self, arguments: Arguments) -> list[Tensor]:
@@ -110,7 +111,7 @@ class FusedLoss:
         return [tensor.detach() for tensor in value] if is_constant else value
 
     def by_definition(self, arguments: Arguments) -> Result:
-        """What `run` returns, by autograd of the definition: the op's CPU form."""
+        """The same result as `run`, by autograd of the definition: the op's CPU form."""
         *inputs, scale = arguments
         for place in self.learns:
             inputs[place] = [tensor.detach().requires_grad_() for tensor in inputs[place]]

@@ -20,7 +20,7 @@ from runtime.files import atomic_write
 
 FOLDER = Path(__file__).parent
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
-"""What the tests compile for: Turing to Blackwell, Jetson Orin (sm_87) included."""
+"""The tests compile for these: Turing to Blackwell, Jetson Orin (sm_87) included."""
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 REMEDY = "pip install 'edgestill[kernels]'"
 _DIGEST_BYTES = 32
@@ -57,7 +57,7 @@ def cubin(source: Source, architecture: str) -> bytes:
 
 
 class Resources(NamedTuple):
-    """What one kernel takes of a multiprocessor."""
+    """The resources of a multiprocessor that one kernel takes."""
 
     registers: int
     """Per thread."""

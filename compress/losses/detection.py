@@ -46,7 +46,7 @@ class Assignment(NamedTuple):
     """(N,) bool: this candidate is a positive."""
 
     def positives(self) -> Assignment:
-        """Only the kept rows, in the same order. Waits for the device: for tests and pictures."""
+        """Only the kept rows, in the same order. Waits for the device: for tests and plots."""
         return Assignment(*(column[self.keep] for column in self))
 
 

@@ -27,7 +27,7 @@ class Check(NamedTuple):
 
 
 class Batch(Protocol):
-    """What is read of a batch: images (B, 3, H, W), uint8 0..255 or float 0..1; targets (nt, 6)."""
+    """The fields of a batch that are read: images (B, 3, H, W), uint8 0..255 or float 0..1; targets (nt, 6)."""
 
     @property
     def images(self) -> Tensor: ...

@@ -1,4 +1,4 @@
-"""What a network is made of: layer tables, anchors, classes, depth and width.
+"""The description of a network: layer tables, anchors, classes, depth and width.
 
 An `Architecture` describes a network fully; its layers follow from the table of its layout.
 """
@@ -117,7 +117,7 @@ LAYOUTS: dict[str, Layout] = {
         (_SPP, Layer("BottleneckCSP", 1024, 3, options=_NO_SHORTCUT)),
     ),
 }  # fmt: skip
-"""By the release that brought them."""
+"""The key is the release that brought the layout."""
 
 
 @dataclass(frozen=True)

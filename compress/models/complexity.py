@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and multiply-accumulates of an image."""
+"""The cost of a network: parameters, and multiply-accumulates of an image."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MAX_NAME = 64
 COUNTERS = ("total_ops", "total_params")
 """Left in some old files by a FLOP counter."""
 REBUILT = ("anchor_grid",)
-"""Of releases up to 5.0: the anchors in pixels, which follow from `anchors`."""
+"""Buffers of releases up to 5.0 that follow from `anchors`: the anchors in pixels."""
 READABLE = "detection models of YOLOv5 2.0 to 7.0 can be read (the P6 ones from 6.0 on)"
 
 COMPARED: dict[type[nn.Module], tuple[str, ...]] = {
@@ -129,7 +129,7 @@ def _layout(layers: Sequence[_LayerInFile]) -> str:
             return name
     nearest = max(tables.values(), key=lambda table: _common(layers, table))
     index = _common(layers, nearest)
-    found, expected = (_told(rows, index) for rows in (layers, nearest))
+    found, expected = (_described(rows, index) for rows in (layers, nearest))
     raise PickleError(f"its layer {index} is {found} instead of {expected}; {READABLE}")
 
 
@@ -139,7 +139,7 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _told(rows: Sequence[_LayerInFile], index: int) -> str:
+def _described(rows: Sequence[_LayerInFile], index: int) -> str:
     if index >= len(rows):
         return "nothing"
     block, source = rows[index]
@@ -156,12 +156,15 @@ def _anchors_px(tensors: Mapping[str, TensorRef], layout: str, read: Callable[[T
 
 
 def _names(root: Stub, modules: Mapping[str, Stub]) -> tuple[str, ...]:
-    """Class names: a list up to 6.2, a table from 7.0 on; numbered where the file has none."""
+    """Class names: a list up to 6.2, a table from 7.0 on; numbered where the file has none.
+
+    YAML made numbers and booleans of names such as 0, 1.5 and no; they become text again.
+    """
     names = root.state.get("names")
     if isinstance(names, dict):
         names = [names.get(index) for index in range(len(names))]
-    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-        return tuple(names)
+    if isinstance(names, list) and names and all(isinstance(name, str | int | float) for name in names):
+        return tuple(map(str, names))
     nc = attributes(modules.get(f"model.{_last(modules)}")).get("nc")
     if names or type(nc) is not int or not 0 < nc <= MAX_CLASSES:
         raise PickleError("its class names are no list of texts")
@@ -173,7 +176,7 @@ def _last(modules: Mapping[str, Stub]) -> int:
 
 
 def _activation(modules: Mapping[str, Stub]) -> str:
-    """Of the stem; that the others are the same is compared later."""
+    """The stem's activation; that all others are the same is compared later."""
     kind = next((module.type.name for name, module in modules.items() if name.endswith(".act")), "nothing")
     if kind not in ACTIVATIONS:
         raise PickleError(f"its activation is {brief(kind)}; {', '.join(ACTIVATIONS)} can be read")
@@ -207,7 +210,7 @@ def _fitting(
 
 
 def mismatch(shapes: Mapping[str, Sequence[int]], architecture: Architecture) -> str | None:
-    """How tensors of these names and shapes differ from those that the architecture has; None where they agree."""
+    """The first difference between tensors of these names and shapes and those of the architecture; None without."""
     expected = {key: tuple(value.shape) for key, value in network_without_memory(architecture).state_dict().items()}
     for key, shape in expected.items():
         if key not in shapes:

@@ -39,7 +39,7 @@ CLASS_PRIOR = 0.6
 BLOCKS: dict[str, type[Block]] = {
     block.__name__: block for block in (Conv, Focus, SPP, SPPF, C3, BottleneckCSP, Upsample, Concat, Detect)
 }
-"""What the rows of a layer table may name."""
+"""The blocks that rows of a layer table may name."""
 
 
 def _build(arch: Architecture) -> tuple[list[nn.Module], list[int]]:

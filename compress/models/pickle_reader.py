@@ -19,7 +19,7 @@ MAX_DIMENSIONS = 16
 MAX_BRIEF = 80
 
 SCALARS = (str, int, float, bool, bytes, type(None))
-"""What may be a key: their hash costs no more than their bytes (that of nested tuples can cost 2^depth)."""
+"""Types that may be a key: their hash costs no more than their bytes (that of nested tuples can cost 2^depth)."""
 
 
 class PickleError(ValueError):
@@ -420,7 +420,7 @@ _DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, Overflow
 
 
 class Pickle(NamedTuple):
-    """What a pickle holds."""
+    """The content of a pickle."""
 
     value: Any
     end: int

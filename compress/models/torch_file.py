@@ -147,7 +147,7 @@ def _open_legacy(data: mmap.mmap) -> TorchFile:
 
 
 def _legacy_places(data: mmap.mmap, at: int, keys: Any, storages: Any) -> dict[str, slice]:
-    """Where each storage's bytes lie."""
+    """The bytes of each storage, as a slice of the file."""
     places: dict[str, slice] = {}
     for key in keys if isinstance(keys, list) else ():
         storage = storages.get(key) if isinstance(key, str) else None

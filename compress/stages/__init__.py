@@ -1,4 +1,4 @@
-"""The stages of a run, a file each: what goes in, what it depends on, and `run`, which its command calls as well."""
+"""The stages of a run, a file each. A `Stage` names its settings and inputs; its command calls the same `run`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Stage(Generic[C, I]):
     after: tuple[str, ...] = ()
     """Earlier stages whose folders it reads."""
     digests: Mapping[str, Callable[[Recipe], str]] = field(default_factory=dict)
-    """What stands for files of the user."""
+    """Digests of files of the user, by name."""
     facts: Mapping[str, Callable[[], str]] = field(default_factory=dict)
-    """What of the machine changes the result."""
+    """Facts of the machine that change the result, by name."""
     version: int = 1
 
     def task(self, recipe: Recipe, run_folder: Path) -> Task:
@@ -65,10 +65,10 @@ def weights_digest(file: Path | None) -> str:
 
 
 def packages(*names: str) -> str:
-    """Their versions: a new TensorRT rebuilds the engines and does not train again."""
+    """Versions of the named packages: a new TensorRT builds the engines again and trains nothing."""
     return " ".join(f"{name} {facts()['packages'].get(name, 'absent')}" for name in names)
 
 
 def cpu_and_runtime() -> str:
-    """What a measurement depends on."""
+    """The CPU, the GPUs and the version of ONNX Runtime, on which a measurement depends."""
     return " ".join([facts()["cpu"], str(facts()["gpus"]), packages("onnxruntime")])

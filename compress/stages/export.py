@@ -84,7 +84,10 @@ def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
 
 
 def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
-    """A graph with the letterbox baked in can only be measured on frames of its own size."""
+    """A graph with the letterbox inside can only be measured on frames of its own size.
+
+    Raises InputError when an image has another size.
+    """
     odd = [image for image in data.ground_truth["images"] if (image["height"], image["width"]) != tuple(frame_hw)]
     if odd:
         raise InputError(

@@ -1,1 +1,1 @@
-"""What training and distillation share: schedule, optimiser, EMA, state on disk, the loop, and what a person sees."""
+"""Training, plain and by distillation: the loop, schedule, optimiser, EMA, state on disk, and progress for people."""

@@ -1,4 +1,4 @@
-"""The record of a training: results.csv in YOLOv5's columns, TensorBoard scalars, and a picture of the curves."""
+"""The record of a training: results.csv in YOLOv5's columns, TensorBoard scalars, and an image of the curves."""
 
 from __future__ import annotations
 

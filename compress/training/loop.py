@@ -76,7 +76,7 @@ class TrainResult:
 
 @dataclass
 class TrainState:
-    """How far a training has come: all that changes from epoch to epoch beside tensors."""
+    """Progress of a training: all that changes from epoch to epoch beside tensors."""
 
     epoch: int = 0
     """The next epoch to train, from 0."""

@@ -1,4 +1,4 @@
-"""What a training starts with, from settings and files: samples and a model."""
+"""Prepare a training: samples and a model, from settings and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a training goes: `python -m compress.training.profile --data D --weights W --imgsz 320 --batch 16`.
+"""Time the phases of a training: `python -m compress.training.profile --data D --weights W --imgsz 320 --batch 16`.
 
 Runs real epochs of the real loop with a stopwatch around its phases, writes nothing, and prints images per second with
 the share of each phase. The first epoch (decoding images, warming up) is left out.

@@ -1,4 +1,4 @@
-"""What a person sees of a training: one moving bar on a terminal, one plain line an epoch elsewhere."""
+"""Progress of a training for people: one moving bar on a terminal, one plain line an epoch elsewhere."""
 
 from __future__ import annotations
 

@@ -74,6 +74,13 @@ def test_text_in_a_chart_is_escaped_and_is_no_formula() -> None:
     assert "<a> $b_c$ & d" in [text.text for text in chart.iter("text")]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_label_may_hold_any_letters() -> None:
+    label = "模型 🙂 #c0deff"
+    chart = ElementTree.fromstring(pareto([point(1, 0.5, label=label), point(2, 0.6)]))
+    assert label in [text.text for text in chart.iter("text")]
+
+
 def test_ticks_are_round_and_inside() -> None:
     assert ticks_of(pareto([point(5, 0.0), point(6, 0.9)]), 1) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert ticks_of(pareto([point(3, 0.5), point(90, 0.6)]), 0) == ["5", "10", "20", "50", "100"]

@@ -41,3 +41,11 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="2 processes"):
         run_recipe(Recipe(data=tmp_path), tmp_path, log=print)
+
+
+@pytest.mark.parametrize("losses", [{"cwdd": 1}, {"cwd": {"weight": 1, "taw": 2}}])
+def test_a_mistake_in_a_distillation_loss_is_told_before_the_first_stage(tmp_path: Path, losses: dict) -> None:
+    recipe = Recipe.model_validate({"data": "data.yaml", "distill": {"losses": losses}})
+    with pytest.raises(UsageError, match=r"Did you mean '(cwd|tau)'"):
+        run_recipe(recipe, tmp_path, log=print)
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import torch
 
 from compress.data import Dataset, load_data
 from compress.data.dataset import Sample
-from compress.data.index import index_split
+from compress.data.index import index_dataset
 from compress.data.loader import val_batches
 from compress.models.checkpoint import load_model
 from compress.training.objective import detection_loss
@@ -84,8 +84,9 @@ def test_yolov5n_on_coco128_scores_what_the_original_scores(
     batch: int, rect: bool, coco: tuple[float, float], yolo: tuple[float, float], weights: Path, shared: Path
 ) -> None:
     data = load_data(shared / "data" / "coco128" / "data.yaml")
+    samples = index_dataset(data, ("val",)).splits["val"].samples
     result = validate(
-        load_model(weights), index_split(data, "val").samples, imgsz=640, batch=batch, rect=rect, device="cpu",
+        load_model(weights), samples, imgsz=640, batch=batch, rect=rect, device="cpu",
         annotations=shared / "data" / "coco128" / "annotations" / "instances.json",
     )  # fmt: skip
     assert (result.yolo.map50_95, result.yolo.map50) == pytest.approx(yolo, abs=2e-4)

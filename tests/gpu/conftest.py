@@ -1,4 +1,4 @@
-"""What the tests on a GPU share with those on the host shim, and the errors they found."""
+"""Fixtures of the tests on a GPU, and the largest errors that they found."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MODES = {"loss off": None, "reference": "off", "kernels": None}
 LOSSES = {"feat_mse": 1.0, "cwd": 10.0}
 CLASSES = 80
 BOXES = 8
-"""Of an image."""
+"""Labelled boxes of an image."""
 BLOCK = 5
 WARM_UP = 3
 

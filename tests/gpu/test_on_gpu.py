@@ -71,7 +71,7 @@ def arguments(
     scale: float | None = None,
     device: torch.device = TORCH,
 ) -> list[Any]:
-    """What `name` takes; `scale` is the upstream gradient to expect, else one that gives gradients normal sizes."""
+    """The arguments of `name`; without `scale` the upstream gradient is one that gives gradients normal sizes."""
     generator = torch.Generator().manual_seed(9 + seed)
     if name == "adapter_mse" and dtype != torch.float32:  # others go the general way, which rounds as eager code does
         shapes = [(n, -(-c // 8) * 8, h, w) for n, c, h, w in shapes]
@@ -83,13 +83,16 @@ def arguments(
     channels = [shape[1] for shape in shapes]
     matrices = [(torch.randn(c, c, generator=generator) / c**0.5).to(dtype).float().to(device) for c in channels]
     biases = [torch.randn(c, generator=generator).to(dtype).float().to(device) for c in channels]
-    maps = weights if weighted else []
-    others = {
-        "weighted_mse": [maps],
-        "adapter_mse": [matrices, biases, maps],
-        "cwd": [1.0],
-        "pkd": [],
-        "fgd": [[w / w[0].numel() for w in weights], 1.0, 0.5],
+    values = {
+        "students": students,
+        "teachers": teachers,
+        "matrices": matrices,
+        "biases": biases,
+        "weights": weights if weighted else [],
+        "masks": [w / w[0].numel() for w in weights],
+        "tau": 1.0,
+        "gamma": 1.0,
+        "temperature": 0.5,
     }
     if scale is not None:
         expected = torch.tensor(float(scale), device=device)
@@ -97,7 +100,7 @@ def arguments(
         expected = upstream(students) / 32
     else:
         expected = upstream(students)
-    return [students, teachers, *others[name], expected]
+    return [*(values[parameter] for parameter in FUSED[name].parameters), expected]
 
 
 def pair_on_gpu(
@@ -269,7 +272,7 @@ class Captured(NamedTuple):
 
 
 def captured(step: Callable[[], Sequence[Tensor]]) -> Captured:
-    """What `step` does, as a CUDA graph, and the tensors that its replay writes."""
+    """The work of `step` as a CUDA graph, and the tensors that its replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -18,7 +18,7 @@ from runtime.files import write_json
 
 METRICS = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written", "gpu__time_duration.sum": "ns"}
 OWNERS = ("weighted_mse", "adapter", "cwd", "pkd", "fgd")
-"""What the names of a loss's kernels begin with."""
+"""The beginnings of the names of each loss's kernels."""
 PROFILER = [
     "ncu", "--clock-control", "none", "--cache-control", "none", "--metrics", ",".join(METRICS),
     "--kernel-name", f"regex:^({'|'.join(OWNERS)})", "--csv", "--print-units", "base",

@@ -34,7 +34,7 @@ WEIGHT_EPS = 1e-9
 WEIGHT_BLOCKS = 64
 """Partial sums of a level's weights."""
 WEIGHT_CONSTANTS = {"WEIGHT_EPS": WEIGHT_EPS, "WEIGHT_BLOCKS": WEIGHT_BLOCKS}
-"""What weights.cuh asks of a source that includes it."""
+"""The constants that weights.cuh needs from a source that includes it."""
 THREADS = 256
 BLOCKS = 512
 """Blocks of one launch at most, over all levels: 4 a multiprocessor on 128 of them, as 64 registers a thread allow."""

@@ -1,4 +1,4 @@
-"""What every distillation loss has: the outputs that it compares, its settings, and the module to derive from."""
+"""The base of every distillation loss, the outputs that it compares, and its settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Outputs(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What must be known of a network to compare its outputs with another's."""
+    """The facts of a network that a comparison with another needs."""
 
     channels: tuple[int, ...]
     """Per level, of `Outputs.features`."""
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a loss may use beside the outputs of one batch."""
+    """Everything that a loss may use beside the outputs of one batch."""
 
     targets: Tensor | None = None
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""

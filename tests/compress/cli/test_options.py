@@ -1,4 +1,4 @@
-"""What every command does with its options: defaults in the help, settings by flag and by --set."""
+"""Options of every command: defaults in the help, settings by flag and by --set."""
 
 from __future__ import annotations
 

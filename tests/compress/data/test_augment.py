@@ -15,7 +15,7 @@ from compress.config import AugmentConfig
 from compress.data import augment, load_data
 from compress.data.augment import Warp
 from compress.data.dataset import Sample
-from compress.data.index import index_split
+from compress.data.index import index_dataset
 from compress.data.train_dataset import TrainDataset
 
 OFF = AugmentConfig(
@@ -82,7 +82,10 @@ def test_hsv_jitter_is_that_of_yolov5(numbers: dict[str, Any]) -> None:
 
 
 def reference_samples(shared: Path, one: dict[str, Any]) -> list[Sample]:
-    by_name = {s.image.name: s for s in index_split(load_data(shared / "data/coco128/data.yaml"), "val").samples}
+    by_name = {
+        s.image.name: s
+        for s in index_dataset(load_data(shared / "data/coco128/data.yaml"), ("val",)).splits["val"].samples
+    }
     return [by_name[name] for name in one["files"]]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from compress.data import load_data
 from compress.data.coco import read_annotations, to_coco
 from compress.data.dataset import Sample
-from compress.data.index import index_split
+from compress.data.index import index_dataset
 from runtime.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_boxes_are_pixels_and_ids_count_from_one() -> None:
 
 def test_boxes_of_coco128_agree_with_its_original_annotations(shared: Path) -> None:
     folder = shared / "data/coco128"
-    samples = index_split(load_data(folder / "data.yaml"), "val").samples
+    samples = index_dataset(load_data(folder / "data.yaml"), ("val",)).splits["val"].samples
     truth = to_coco(samples, load_data(folder / "data.yaml").names)
     original = json.loads((folder / "annotations/instances.json").read_text())
     files = {image["id"]: image["file_name"].split("/")[-1] for image in original["images"]}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from compress.data import DataConfig, Sample, load_data
-from compress.data.index import decoded_size_hw, index_dataset, index_image, index_split, quick_digest
+from compress.data.index import decoded_size_hw, index_dataset, index_image, quick_digest
 from compress.data.labels import label_path
 from runtime.errors import InputError
 from runtime.image import decode_image, read_image
@@ -46,7 +46,7 @@ BAD_IMAGES = {
 
 
 def test_samples_hold_labels_and_sizes(dataset: Path) -> None:
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert [sample.size_hw for sample in index.samples] == [(48, 64)] * 4
     np.testing.assert_allclose(index.samples[1].labels, [[1, 0.5, 0.5, 0.4, 0.3]])
     assert not index.problems
@@ -57,7 +57,7 @@ def test_a_bad_image_is_reported_and_only_it_is_left_out(dataset: Path, name: st
     bad = dataset.parent / "images/train" / name
     bad.write_bytes(BAD_IMAGES[name])
     before = folder_hash(dataset.parent)
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert folder_hash(dataset.parent) == before
     kept = {sample.image.name for sample in index.samples}
     assert {f"{i}.png" for i in range(4)} <= kept
@@ -69,7 +69,7 @@ def test_a_bad_image_is_reported_and_only_it_is_left_out(dataset: Path, name: st
 def test_a_listed_image_that_is_missing_is_reported(dataset: Path) -> None:
     (dataset.parent / "list.txt").write_text("images/train/0.png\nimages/train/gone.png\n")
     dataset.write_text("train: list.txt\nval: images/val\nnames: [cat, dog]\n")
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert len(index.samples) == 1
     assert "gone.png" in str(index.problems[0])
 
@@ -77,14 +77,14 @@ def test_a_listed_image_that_is_missing_is_reported(dataset: Path) -> None:
 def test_a_bad_row_is_reported_as_file_and_line(dataset: Path) -> None:
     labels = dataset.parent / "labels/train/0.txt"
     labels.write_text("0 0.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n")
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert str(index.problems[0]).startswith(f"{labels}:2: class 7")
     assert len(index.samples[0].labels) == 1
 
 
 def test_an_image_without_label_file_is_background(dataset: Path) -> None:
     label_path(dataset.parent / "images/train/2.png").unlink()
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert [len(sample.labels) for sample in index.samples] == [1, 1, 0, 1]
     assert not index.problems
 
@@ -93,9 +93,9 @@ def test_a_split_without_a_usable_image_is_an_error(dataset: Path) -> None:
     for image in (dataset.parent / "images/val").iterdir():
         image.write_bytes(b"")
     with pytest.raises(InputError, match="none of 2 images can be used"):
-        index_split(load_data(dataset), "val")
+        index_dataset(load_data(dataset), ("val",)).splits["val"]
     with pytest.raises(InputError, match="no test split"):
-        index_split(load_data(dataset), "test")
+        index_dataset(load_data(dataset), ("test",)).splits["test"]
 
 
 XMP_TURNED = b'<r xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
@@ -159,7 +159,7 @@ def test_very_thin_and_very_large_images_are_named(tmp_path: Path) -> None:
 
 
 def test_a_sample_has_the_key_and_the_digest_of_its_file(dataset: Path) -> None:
-    sample = index_split(load_data(dataset), "train").samples[0]
+    sample = index_dataset(load_data(dataset), ("train",)).splits["train"].samples[0]
     assert sample.key == "images/train/0.png"
     assert sample.sha256 == hashlib.sha256(sample.image.read_bytes()).hexdigest()
 
@@ -182,13 +182,13 @@ def test_a_pickled_label_cache_is_never_opened(dataset: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     for place in ("labels/train.cache", "labels.cache", "train.cache"):
         (dataset.parent / place).write_bytes(b"cos\nsystem\n(S'touch CANARY'\ntR.")
-    assert len(index_split(load_data(dataset), "train").samples) == 4
+    assert len(index_dataset(load_data(dataset), ("train",)).splits["train"].samples) == 4
     assert not (tmp_path / "CANARY").exists()
 
 
 def test_the_order_does_not_depend_on_the_number_of_workers(shared: Path) -> None:
     data = load_data(shared / "data/bccd/data.yaml")
-    one, four = (index_split(data, "val", workers=workers).samples for workers in (1, 4))
+    one, four = (index_dataset(data, ("val",), workers=workers).splits["val"].samples for workers in (1, 4))
     assert [sample.image for sample in one] == [sample.image for sample in four] == list(data.splits["val"])
 
 
@@ -212,7 +212,7 @@ def test_key_points_behind_the_box_are_not_read_as_a_polygon(dataset: Path) -> N
     row = "0 0.70 0.30 0.10 0.20 0.67 0.25 0.70 0.30 0.73 0.35\n"
     (dataset.parent / "labels/train/0.txt").write_text(f"{row}0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n")
     data = load_data(dataset)
-    index = index_split(data, "train")
+    index = index_dataset(data, ("train",)).splits["train"]
     np.testing.assert_allclose(index.samples[0].labels, [[0, 0.7, 0.3, 0.1, 0.2]], atol=1e-6)
     assert "9 columns, expected 5 (class cx cy w h) or 11" in str(index.problems[0])
     assert "key points are not used" in data.notices[0]
@@ -245,5 +245,5 @@ def test_wrong_rows_are_named_where_none_was_read(dataset: Path) -> None:
 
 def test_images_without_labels_are_counted(dataset: Path) -> None:
     (dataset.parent / "labels/train/0.txt").unlink()
-    index = index_split(load_data(dataset), "train")
+    index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert (index.boxes, index.background) == (3, 1)

@@ -12,7 +12,7 @@ from compress.config import AugmentConfig
 from compress.data import load_data
 from compress.data.dataset import Sample
 from compress.data.image_store import ImageStore, cached_bytes, free_bytes, resized_hw
-from compress.data.index import index_split
+from compress.data.index import index_dataset
 from compress.data.loader import Batch, map_ahead, train_batches, val_batches
 from compress.data.train_dataset import TrainDataset
 from runtime.boxes import unletterbox
@@ -30,7 +30,7 @@ def samples(tmp_path: Path) -> tuple[Sample, ...]:
         write_image(tmp_path / f"images/{i:02d}.png", *shapes[i % 3], seed=i)
         write_labels(tmp_path / f"labels/{i:02d}.txt", "0 0.5 0.5 0.5 0.4\n1 0.3 0.3 0.2 0.2\n")
     (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [a, b]\n")
-    return index_split(load_data(tmp_path / "data.yaml"), "train").samples
+    return index_dataset(load_data(tmp_path / "data.yaml"), ("train",)).splits["train"].samples
 
 
 def epoch(dataset: TrainDataset, **options: int | bool) -> list[Batch]:
@@ -166,7 +166,7 @@ def test_the_predicted_size_is_that_of_the_resized_image(samples: tuple[Sample, 
 
 def test_reading_a_dataset_changes_nothing_in_its_folder(dataset: Path) -> None:
     before = folder_hash(dataset.parent)
-    found = index_split(load_data(dataset), "train").samples
+    found = index_dataset(load_data(dataset), ("train",)).splits["train"].samples
     list(train_batches(TrainDataset(found, 64, AugmentConfig()), batch=2, epoch=0, workers=2))
     list(val_batches(found, imgsz=64, batch=2))
     assert folder_hash(dataset.parent) == before
@@ -176,7 +176,7 @@ def test_reading_a_dataset_changes_nothing_in_its_folder(dataset: Path) -> None:
 def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, batch: int) -> None:
     numbers = json.loads((reference / "data_reference.json").read_text())
     expected = numbers[f"rect_batch_shapes_bs{batch}"]
-    samples = index_split(load_data(shared / "data/coco128/data.yaml"), "val").samples
+    samples = index_dataset(load_data(shared / "data/coco128/data.yaml"), ("val",)).splits["val"].samples
     batches = list(val_batches(samples, imgsz=640, batch=batch, workers=2))
     assert [list(one.images.shape[2:]) for one in batches] == expected["batch_shapes"]
     ratio = {str(int(s.image.stem)): s.size_hw[0] / s.size_hw[1] for s in samples}

@@ -332,7 +332,7 @@ def texts(fault: Fault) -> dict[str, str]:
 
 
 def findings(loss: str, replaced: dict[str, str]) -> Iterator[str]:
-    """What is wrong with the kernels of `loss`."""
+    """Everything that is wrong with the kernels of `loss`."""
     for (module, name), value in SHRUNK.items():
         setattr(module, name, value)
     yield from (_of_rescale(replaced) if loss == "rescale" else _of_loss(loss, replaced))

@@ -152,7 +152,7 @@ def test_the_registered_op_is_sound(name, scale):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_the_registered_op_is_sound_for_a_part_of_a_map(name):
-    """Of its channels, channels last: neither NCHW nor channels last is dense."""
+    """Half of its channels, channels last: neither NCHW nor channels last is dense."""
     given = arguments(name, scale=3.0)
     whole = [torch.cat([s, s], 1).contiguous(memory_format=torch.channels_last) for s in given[0]]
     given[0] = [w[:, : w.shape[1] // 2] for w in whole]
@@ -199,7 +199,7 @@ def test_maps_on_a_cpu_go_to_the_definition():
 
 
 class OnGpu:
-    """What the choice looks at."""
+    """A map as the choice sees it."""
 
     def __init__(self, dtype=torch.float16):
         self.is_cuda, self.dtype, self.device = True, dtype, torch.device("cuda:0")

@@ -46,7 +46,7 @@ def small_pieces(monkeypatch):
 
 
 def cluster_facts(shape, dtype, cluster):
-    """Of a GPU whose shared memory makes `cluster` the smallest that holds a channel."""
+    """Facts of a GPU whose shared memory makes `cluster` the smallest that holds a channel."""
     n, _, h, w = shape
     vectors = n * h * w // vector(dtype)
     shared = module.CLUSTER_HEAD_BYTES + 32 * -(-vectors // cluster)

@@ -6,8 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.cli.trainings import loss_choices
 from compress.config import DistillConfig, LossConfig
-from compress.losses.distill import LOSSES, Context, Outputs, Shape, check_losses, make_losses
+from compress.losses.distill import (
+    LOSSES,
+    Context,
+    FeatureLoss,
+    HeadLoss,
+    Outputs,
+    Shape,
+    check_losses,
+    make_losses,
+)
 from compress.losses.distill.base import NO_CONTEXT
 from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, box_density, teacher_score
 from compress.losses.distill.head import KD, ObjKD
@@ -15,8 +25,8 @@ from runtime.errors import UsageError
 
 STRIDES = (8, 16, 32)
 BOX, CLS = 0.05, 0.5 / 80  # the detection loss's gains at 640 pixels, per box and per class; objectness has 1
-HEADS = ("obj_kd", "kd")
-FEATURES = ("feat_mse", "feat_sl2", "cwd", "pkd", "fgd")
+HEADS = [name for name, loss in LOSSES.items() if issubclass(loss, HeadLoss)]
+FEATURES = [name for name, loss in LOSSES.items() if issubclass(loss, FeatureLoss)]
 
 
 @pytest.fixture
@@ -445,6 +455,13 @@ def test_a_loss_or_setting_that_is_not_known_is_one_line(losses, says):
     with pytest.raises(UsageError, match=says) as caught:
         check_losses(DistillConfig.model_validate({"losses": losses}))
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_lines_losses_are_those_of_a_recipe():
+    given = loss_choices(("kd=0.2", "cwd=0.3", "cwd.tau=2"))
+    assert given == {"kd": {"weight": 0.2}, "cwd": {"weight": 0.3, "tau": 2}}
+    with pytest.raises(UsageError, match="'cwd': expected NAME=WEIGHT"):
+        loss_choices(("cwd",))
 
 
 @pytest.mark.parametrize("name", LOSSES)

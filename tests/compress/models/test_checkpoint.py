@@ -143,6 +143,12 @@ def test_names_may_be_a_list_or_a_table(tmp_path, foreign, small, names):
     assert load(tmp_path / "a.pt").architecture.names == ("bolt", "nut")
 
 
+@pytest.mark.parametrize(("names", "texts"), [({0: 0, 1: 1}, ("0", "1")), ([1.5, False], ("1.5", "False"))])
+def test_names_that_yaml_made_into_numbers_are_text_again(tmp_path, foreign, small, names, texts):
+    torch.save({"model": foreign(seeded(small), names=names)}, tmp_path / "a.pt")
+    assert load(tmp_path / "a.pt").architecture.names == texts
+
+
 def test_scale_is_told_by_shapes_where_the_file_does_not_state_it(tmp_path, foreign, small):
     torch.save({"model": foreign(seeded(small), yaml=None)}, tmp_path / "yolov5x.pt")
     assert load(tmp_path / "yolov5x.pt").architecture == small

@@ -213,11 +213,11 @@ def test_the_official_checkpoint_keeps_its_map_on_coco128(shared: Path, weights:
     from benchmarks.accuracy import coco_accuracy
     from compress.data import load_data
     from compress.data.coco import to_coco
-    from compress.data.index import index_split
+    from compress.data.index import index_dataset
     from compress.models import load_model
 
     data = load_data(shared / "data" / "coco128" / "data.yaml")
-    samples = index_split(data, "val", workers=0).samples
+    samples = index_dataset(data, ("val",)).splits["val"].samples
     validation = Validation([(i, s.image) for i, s in enumerate(samples, 1)], to_coco(samples, data.names))
     result = export(ExportConfig(), model=weights, out=tmp_path, imgsz=640, data=validation, log=print)
     run = rows_of(load_model(weights))

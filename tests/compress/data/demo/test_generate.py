@@ -9,7 +9,7 @@ from compress.data import load_data
 from compress.data.demo.belt_parts import PARTS
 from compress.data.demo.belt_scene import MIN_VISIBLE
 from compress.data.demo.generate import generate, scene
-from compress.data.index import index_split
+from compress.data.index import index_dataset
 from compress.data.writing import split_of
 from runtime.errors import UsageError
 from tests.compress.data.conftest import folder_hash
@@ -28,7 +28,7 @@ def test_the_generated_set_is_a_valid_dataset(made: Path) -> None:
     data = load_data(made)
     assert data.names == tuple(PARTS)
     assert {split: len(images) for split, images in data.splits.items()} == {"train": 16, "val": 4}
-    index = index_split(data, "train")
+    index = index_dataset(data, ("train",)).splits["train"]
     assert not index.problems
     assert {sample.size_hw for sample in index.samples} == {(160, 192)}
     assert all(1 <= len(sample.labels) <= 9 for sample in index.samples)

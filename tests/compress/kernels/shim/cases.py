@@ -23,7 +23,7 @@ def arguments(
     device: str = "cpu",
     mean: float = 0.7,
 ) -> list[Any]:
-    """What the loss `name` takes, one level a shape, the expected upstream gradient last."""
+    """The arguments of the loss `name`, one level a shape, the expected upstream gradient last."""
     generator = torch.Generator().manual_seed(5)
     wide = dtype if dtype == torch.float64 else torch.float32
 
@@ -42,14 +42,19 @@ def arguments(
     channels = [c for _, c, _, _ in shapes]
     shapes_of_adapters = ([(c, c) for c in channels], [(c,) for c in channels])
     adapters = [to_device([rounded(*shape) for shape in shapes]) for shapes in shapes_of_adapters]
-    others = {
-        "weighted_mse": [maps],
-        "adapter_mse": [*adapters, maps],
-        "cwd": [1.0],
-        "pkd": [],
-        "fgd": [maps, 1.0, 0.5],
+    values = {
+        "students": students,
+        "teachers": teachers,
+        "matrices": adapters[0],
+        "biases": adapters[1],
+        "weights": maps,
+        "masks": maps,
+        "tau": 1.0,
+        "gamma": 1.0,
+        "temperature": 0.5,
     }
-    return [students, teachers, *others[name], None if scale is None else torch.tensor(float(scale), device=device)]
+    made = [values[parameter] for parameter in FUSED[name].parameters]
+    return [*made, None if scale is None else torch.tensor(float(scale), device=device)]
 
 
 def with_learners(name: str, given: Sequence[Any], learners: Iterable[torch.Tensor]) -> list[Any]:

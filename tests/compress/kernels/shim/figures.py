@@ -1,4 +1,4 @@
-"""What one run of the kernels' tests saw, for the line of figures at its end."""
+"""Figures of one run of the kernels' tests, for the line of figures at its end."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class ShimError(RuntimeError):
 
 @dataclass(frozen=True)
 class Counters:
-    """What one launch did. Bytes are those that the load and store wrappers report; the rest is per warp or block."""
+    """Counts of one launch. Bytes are those that the load and store wrappers report; the rest is per warp or block."""
 
     read: int
     written: int

@@ -1,4 +1,4 @@
-"""What a kernel must give: the definition in float64 on the same rounded inputs, and the gates against it."""
+"""The result that a kernel must give, by the definition in float64 on the same rounded inputs, and the gates."""
 
 from __future__ import annotations
 
