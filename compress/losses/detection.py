@@ -166,8 +166,7 @@ class DetectionLoss(nn.Module):
         config: gains before scaling.
         imgsz: the size that the objectness gain is scaled for.
 
-    Raises:
-        UsageError: anchors and strides name different numbers of levels.
+    Raises UsageError when anchors and strides have different numbers of levels.
     """
 
     anchors_grid: Tensor

@@ -6,8 +6,8 @@ import traceback
 
 import pytest
 import torch
-from cases import SHAPES, arguments, with_learners
-from oracle import LAYOUTS, by_autograd, gradient_error
+from shim.cases import SHAPES, arguments, with_learners
+from shim.oracle import LAYOUTS, by_autograd, gradient_error
 from torch import Tensor
 
 from compress.kernels import cwd, fused
