@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && exit; done; command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+RUN := python
 READY := $(VENV)/.ready
 
 .PHONY: help demo test coverage kernels check format clean
@@ -13,11 +14,10 @@ help:  ## this list
 demo: $(READY)  ## distil, export, quantise, build and measure on a generated data set
 	$(BIN)/edgestill demo
 
-test: $(READY)  ## every test
-	$(BIN)/python -m pytest -q
+test: $(READY)  ## every test; with RUN="coverage run" it notes the lines that they run
+	$(BIN)/$(RUN) -m pytest -q
 
-coverage: $(READY)  ## every test, and the percentage of lines that they run, in all and of each package
-	$(BIN)/coverage run -m pytest -q
+coverage: $(READY)  ## the percentage of lines that `make test RUN="coverage run"` noted, in all and of each package
 	@for package in runtime benchmarks compress; do \
 	  echo "coverage of $$package: $$($(BIN)/coverage report --format=total --include="$$package/*") %"; \
 	done
