@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.models.architecture import Architecture
-from compress.models.blocks import C3, SPP, SPPF, BottleneckCSP, Concat, Conv, Detect, Focus
-from compress.models.yolov5 import YOLOv5
+from compress.models.blocks import C3, SPP, SPPF, BottleneckCSP, Concat, Conv, Detect, Focus, Upsample
+from compress.models.network import YOLOv5
 from runtime.errors import UsageError
 
 RIDGE = 1e-3
-"""Of the mean diagonal of the features' second moments."""
+"""Penalty, as a share of the mean diagonal of the features' second moments."""
 BOX_COLUMNS = 5
 """tx, ty, tw, th, objectness: they come before the classes."""
 Block = Any
@@ -41,7 +41,7 @@ class Kept(NamedTuple):
 
 
 class Inheritance(NamedTuple):
-    """What a student took over."""
+    """The part of a student that it took over."""
 
     parameters: int
     """Parameters of the student whose values are the source's."""
@@ -188,7 +188,7 @@ _LAYERS: dict[type[nn.Module], Callable[..., Kept]] = {
     SPP: _pooled(4),
     SPPF: _pooled(4),
     Concat: lambda _, __, inputs: _joined(inputs),
-    nn.Upsample: lambda _, __, inputs: inputs[0],
+    Upsample: lambda _, __, inputs: inputs[0],
 }
 
 

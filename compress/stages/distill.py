@@ -15,14 +15,14 @@ from compress.compute.device import is_first_process
 from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig, Settings, StudentConfig
 from compress.data import Dataset
-from compress.data.train_dataset import TrainDataset
 from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
+from compress.losses.distill import check_losses
 from compress.models import YOLOv5
 from compress.models.inherit import why_not
 from compress.stages import Figures, Stage, weights_digest
 from compress.training.inheritance import inherit_from
-from compress.training.loop import Job, TrainResult, read_resume, run_job
+from compress.training.loop import Job, read_resume, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import model_from_state, new_model, open_splits
 from compress.training.state import STATE
@@ -44,88 +44,57 @@ class Inputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
-    """Write the student into `out`. Raises the errors of `distill`."""
-    result = distill(
-        config.distill,
-        data=inputs.data,
-        out=out,
-        teacher=inputs.teacher,
-        student=config.student,
-        device=config.device,
-        resume=(out / STATE).is_file() if inputs.resume is None else inputs.resume,
-        log=log,
-    )
+    """Distil the teacher into a student of `student.scale` (else of the size of `student.weights`), written into `out`.
+
+    The student takes the teacher's anchors, and starts from slices of its weights where it can. Before the first epoch
+    both networks and every distillation loss are checked on one batch; without losses the labels alone train it.
+    Raises EdgestillError when the distillation would silently do nothing. Other errors as for
+    `compress.stages.teacher.train`.
+    """
+    flush_denormals(log)  # before anything makes torch start its threads
+    settings, data = config.distill, inputs.data
+    resume = (out / STATE).is_file() if inputs.resume is None else inputs.resume
+    state = read_resume(out, settings) if resume else None
+    teacher = load_teacher(inputs.teacher, data.names)
+    splits = open_splits(data, settings, log)
+    student = model_from_state(state, data.names) if state else new_student(config, teacher, log)
+    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher, settings))
+    if not state and inherits(config.student, student, teacher, log):
+        _publish(out / "inheritance.json", inherit_from(teacher, objective, splits.train, settings, config.device, log))
+    frozen = Teacher(teacher, config.device, half=settings.amp) if len(objective.losses) else None
+    if not state and frozen:
+        checks = check_distillation(objective, frozen, splits.train, settings, log)
+        _publish(out / "checks.json", [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks])
+    job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen)
+    result = run_job(job, device=config.device, resume=state, log=log)
     if is_first_process():
         shutil.copyfile(result.best, out / STUDENT)
     return result.figures
 
 
-def distill(
-    config: DistillConfig,
-    *,
-    data: Dataset,
-    out: Path,
-    teacher: Path,
-    student: StudentConfig,
-    device: str = "auto",
-    resume: bool = False,
-    log: Log = print,
-) -> TrainResult:
-    """Distil `teacher` into a student of the scale (else of the size of the weights) for the classes of `data`.
-
-    The student takes the teacher's anchors, and by default starts from slices of its weights. Before the first epoch
-    both networks and every distillation loss are checked on one batch; without losses the labels alone train it.
-    Raises EdgestillError when the distillation would silently do nothing. Other arguments and errors as for
-    `compress.stages.teacher.train`.
-    """
-    flush_denormals(log)  # before anything makes torch start its threads
-    state = read_resume(out, config) if resume else None
-    teacher_model = load_teacher(teacher, data.names)
-    splits = open_splits(data, config, log)
-    model = model_from_state(state, data.names) if state else _new_student(student, teacher_model, config, log)
-    objective = Objective(model, detection_loss(model, config), build_losses(model, teacher_model, config))
-    if not state:
-        _inherit(student, model, teacher_model, objective, splits.train, config, device, out, log)
-    frozen = Teacher(teacher_model, device, half=config.amp) if len(objective.losses) else None
-    if frozen and not state:
-        checks = check_distillation(objective, frozen, splits.train, config, log)
-        _publish(out / "checks.json", [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks])
-    job = Job(config, objective, splits.train, splits.val, out, teacher=frozen)
-    return run_job(job, device=device, resume=state, log=log)
-
-
-def _new_student(student: StudentConfig, teacher: YOLOv5, config: DistillConfig, log: Log) -> YOLOv5:
-    """A fresh student, or one that starts from weights of its own size."""
+def new_student(config: Config, teacher: YOLOv5, log: Log) -> YOLOv5:
+    """A fresh student, or one with weights of its own. It has the teacher's layout, so that it can be a slice of it."""
+    student = config.student
     return new_model(
         teacher.arch.names,
         scale=student.scale,
         weights=student.weights,
         anchors=teacher.arch.anchors,
         layout=None if student.init == "scratch" else teacher.arch.layout,
-        seed=config.seed,
+        seed=config.distill.seed,
         log=log,
     )
 
 
-def _inherit(
-    student: StudentConfig,
-    model: YOLOv5,
-    teacher: YOLOv5,
-    objective: Objective,
-    train: TrainDataset,
-    config: DistillConfig,
-    device: str,
-    out: Path,
-    log: Log,
-) -> None:
-    """Start the student from slices of the teacher, where that is asked for or possible."""
-    if student.init == "scratch" or (student.init == "auto" and student.weights):
-        return
-    if student.init == "auto" and (reason := why_not(model.arch, teacher.arch)):
+def inherits(config: StudentConfig, student: YOLOv5, teacher: YOLOv5, log: Log) -> bool:
+    """Whether the student starts from slices of the teacher: asked for, or possible where it has no weights."""
+    if config.init != "auto":
+        return config.init == "inherit"
+    if config.weights:
+        return False
+    if reason := why_not(student.arch, teacher.arch):
         log(f"the student starts from scratch: {reason}")
-        return
-    found = inherit_from(teacher, model, objective.detection, train, batch=config.batch, device=device, log=log)
-    _publish(out / "inheritance.json", found)
+    return not reason
 
 
 def _publish(file: Path, document: Any) -> None:
@@ -139,5 +108,6 @@ STAGE = Stage(
     inputs=lambda recipe, folders: Inputs(dataset_of(recipe, folders), folders["teacher"] / TEACHER),
     run=run,
     after=("data", "teacher"),
+    check=lambda config: check_losses(config.distill),
     digests={"student_weights": lambda recipe: weights_digest(recipe.student.weights)},
 )

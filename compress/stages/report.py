@@ -106,7 +106,7 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
 
 
 def _inheritance(folder: Path) -> dict[str, Any] | None:
-    """What the student took over from a larger network; None where it started from scratch."""
+    """The weights that the student took over from a larger network; None where it started from scratch."""
     file = folder / "inheritance.json"
     return read_json(file) if file.is_file() else None
 

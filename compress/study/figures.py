@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 
 class Run(NamedTuple):
-    """What one arm reached with one seed; mAP as fractions of 1."""
+    """One training: an arm with a seed, and the accuracy that it reached; mAP as fractions of 1."""
 
     arm: str
     seed: int
