@@ -157,6 +157,12 @@ build:
 
 bench:
   latency_samples: 700  # 662 are the fewest that support a p99
+
+study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
+  arms:
+    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # labels alone
+    inherit: {{distill: {{losses: {{}}}}}} # slices of the teacher, labels alone
+    soft: {{}}            # as above
 """
 
 

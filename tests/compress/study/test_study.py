@@ -50,7 +50,7 @@ def test_arms_are_chosen_in_the_recipes_order() -> None:
     made = recipe(Path("data.yaml"))
     assert chosen_arms(made, []) == ["scratch", "soft"]
     assert chosen_arms(made, ["soft"]) == ["soft"]
-    with pytest.raises(UsageError, match="unknown arm 'sof'. The recipe has scratch, soft"):
+    with pytest.raises(UsageError, match=r"unknown arm 'sof'\. The recipe has scratch, soft"):
         chosen_arms(made, ["sof"])
     with pytest.raises(UsageError, match="no arms"):
         chosen_arms(recipe(Path("data.yaml"), study={}), [])
