@@ -19,6 +19,7 @@ from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
+from compress.training.curves import share_column
 from compress.validate import fitness
 
 ROLES = {"teacher": "teacher", "student": "distill"}
@@ -97,7 +98,13 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
 
     return {
         "losses": [
-            {"name": name, "weight": choice.weight, "settings": _loss_settings(name, choice), "checks": about(name)}
+            {
+                "name": name,
+                "weight": choice.weight,
+                "share": _share(name, folder),
+                "settings": _loss_settings(name, choice),
+                "checks": about(name),
+            }
             for name, choice in config.losses.items()
             if choice.is_used
         ],
@@ -109,6 +116,13 @@ def _inheritance(folder: Path) -> dict[str, Any] | None:
     """The weights that the student took over from a larger network; None where it started from scratch."""
     file = folder / "inheritance.json"
     return read_json(file) if file.is_file() else None
+
+
+def _share(name: str, folder: Path) -> float | None:
+    """The loss's gradient as a share of the label loss's, in the last epoch that has it above 0."""
+    with (folder / "results.csv").open(newline="") as file:
+        shares = [float(row[share_column(name)] or 0) for row in csv.DictReader(file)]
+    return next((share for share in reversed(shares) if share > 0), None)
 
 
 def _loss_settings(name: str, choice: LossChoice) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model
-from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, write_csv
+from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
 from compress.training.epoch_losses import EpochLosses
 from compress.training.objective import Objective
@@ -166,7 +166,12 @@ class Trainer:
             losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
             progress.batch(losses.means_if_cheap())
         rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=True)}
-        return {"epoch": float(epoch), **losses.close(), **rates}
+        return {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
+
+    def _shares(self) -> Record:
+        """The gradient of each distillation loss as a share of the label loss's, when last measured."""
+        measured = self.objective.weights.measured.tolist()
+        return {share_column(name): share for name, share in zip(self.objective.losses, measured, strict=True)}
 
     def epoch_batches(self) -> Iterator[Batch]:
         """The share of this process in each batch of the epoch."""

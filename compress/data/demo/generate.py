@@ -42,7 +42,7 @@ def generate(
                 (folder / kind / split).mkdir(parents=True)
         splits = [*(split_of(index, images) for index in range(images)), *["test"] * max(images // 5, 1)]
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            list(pool.map(lambda item: _write_one(folder, *item, size, seed), enumerate(splits)))
+            list(pool.map(lambda item: _write_one(folder, item[0], item[1], size, seed), enumerate(splits)))
         write_data_yaml(folder, tuple(PARTS), HEADER)
     return out / "data.yaml"
 
