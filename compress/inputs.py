@@ -16,6 +16,7 @@ from compress.graph.candidates import Validation
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
+from runtime.errors import InputError
 from runtime.identity import ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
@@ -82,13 +83,20 @@ def refuse_another_model(
     """
     hint = "Choose another folder with --out"
     for path in (out / name for name in (CARD_FILE, SHIPPED, CONVENTIONAL, *FILES.values()) if (out / name).exists()):
-        found = ModelCard.load(path) if path.name == CARD_FILE else card_inside(path)
+        found = _card_at(path)
         if found is None:
-            raise OccupiedError(f"{path} is no file that edgestill wrote", hint)
+            raise OccupiedError(f"{path} is no file that edgestill wrote, or is damaged", f"{hint}, or delete it")
         common = ROWS_SETTINGS if found.output == "rows" else settings
-        require_same((found, path), (card, "what is written"), hint, settings=common, error=OccupiedError)
+        require_same((found, path), (card, "the one to be written"), hint, settings=common, error=OccupiedError)
         if listed := sorted({artifact.file for artifact in found.artifacts} & set(writes)):
             raise OccupiedError(f"{path} lists {listed[0]} by its hash, so it would no longer load", hint)
+
+
+def _card_at(path: Path) -> ModelCard | None:
+    try:
+        return ModelCard.load(path) if path.name == CARD_FILE else card_inside(path)
+    except InputError:
+        return None
 
 
 def kept_files(folders: Folders) -> dict[str, Path]:

@@ -62,7 +62,9 @@ def require_same(
     (card, name), (other, other_name) = found, expected
     for unknown, of in ((card, name), (other, other_name)):
         if not unknown.weights:
-            raise error(f"{of} has no identity, so it cannot be told which model it is", f"Export it again. {hint}")
+            raise error(
+                f"{of} has no identity, so it cannot be told which model it is", "Export it again into another folder"
+            )
     if differing := difference(card, other, settings):
         raise error(f"{name} is another model than {other_name}: {differing}", hint)
 

@@ -18,6 +18,7 @@ from compress.cli.options import (
     numbered,
     print_json,
     run_alone,
+    run_folder,
     say,
     show,
 )
@@ -110,18 +111,19 @@ def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool
     "--model", "--weights", "models", type=FILE, multiple=True, required=True, help="File or bundle; repeatable."
 )
 @data
-@click.option("--out", type=FILE, default=Path("runs/bench"), help="Folder to write into.")
+@click.option("--out", type=FILE, help="Folder to write into; default runs/bench, or a new one where that exists.")
 @changes
 @as_json
-def bench(models: tuple[Path, ...], data: Path, out: Path, as_json: bool) -> None:
+def bench(models: tuple[Path, ...], data: Path, out: Path | None, as_json: bool) -> None:
     """Latency and mAP of each file, measured in one run; report.html, .md, .csv and .json."""
     from compress.inputs import MeasuredFile
     from compress.stages.bench import STAGE, Inputs, write_report
 
     files = [MeasuredFile(model) for model in models]
-    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), out)
-    report = write_report(out)
+    folder = out or run_folder(Path("runs"), "bench", exist_ok=False, resume=False)
+    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), folder)
+    report = write_report(folder)
     if as_json:
         print_json(report.data)
     else:
-        click.echo(out / "report.html")
+        click.echo(folder / "report.html")
