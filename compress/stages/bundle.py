@@ -22,7 +22,6 @@ from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
-from runtime.identity import SHOWN
 
 README = """\
 edgestill bundle "{name}": {classes} classes, {size} pixels, mAP and latency in report.html.
@@ -46,12 +45,12 @@ that fits the device's own GPU and TensorRT:
 def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     """Copy every kept file into `out`, write the card that lists them, check it, and load the bundle once.
 
-    Raises InputError when the measurements are of another model, EngineError when a file is.
+    Raises InputError when the measurements are of another file, EngineError when a file is of another model.
     """
     models = kept_files(folders)
     plans = ModelCard.load(folders["build"]).artifacts
     reference = card_of(models[REFERENCE])
-    order = _by_latency(models, folders["bench"], reference.identity)
+    order = _by_latency(models, folders["bench"])
     onnx = [_copied(precision, models[precision], out, reference.identity) for precision in order]
     for plan in plans:
         shutil.copyfile(folders["build"] / plan.file, out / plan.file)
@@ -74,15 +73,13 @@ def _copied(precision: str, source: Path, out: Path, identity: str) -> Artifact:
     return Artifact(target.name, sha256(target), target.stat().st_size, precision, "onnx", identity=identity)
 
 
-def _by_latency(models: Mapping[str, Path], bench: Path, identity: str) -> list[str]:
+def _by_latency(models: Mapping[str, Path], bench: Path) -> list[str]:
     """Fastest first, as measured on the CPU that ran the benchmark; flavours for other hardware last."""
     rows = [row for row in read_json(bench / "bench.json")["models"] if row["role"] == "student"]
-    if others := [row for row in rows if row["identity"] != identity]:
-        raise InputError(
-            f"{others[0]['file']} was measured as model {others[0]['identity'][:SHOWN]}, not {identity[:SHOWN]}",
-            "Run again with --force bench",
-        )
     p50 = {row["precision"]: row["latency"]["end_to_end"]["p50"] for row in rows}
+    measured = {row["sha256"] for row in rows}
+    if changed := [file for file in models.values() if sha256(file) not in measured]:
+        raise InputError(f"{changed[0]} is not the file that was measured", "Run again with --force bench")
     elsewhere = {flavour.name for flavour in FLAVOURS.values() if not flavour.for_this_cpu}
     return sorted(models, key=lambda precision: (precision in elsewhere, p50[precision]))
 

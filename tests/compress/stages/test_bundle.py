@@ -32,14 +32,14 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     entry = {"name": "fp32", "file": "model.onnx", "kept": True, "reason": ""}
     (made["quantize"] / "quantize.json").write_text(json.dumps([entry]))
     card(artifacts=(plan_in(made["build"], MINE.identity),)).save(made["build"] / "model.json")
-    measured(made, MINE.identity)
+    measured(made, sha256(made["export"] / "model.onnx"))
     (made["report"] / "report.html").write_text("<html>")
     return made
 
 
-def measured(folders: dict[str, Path], identity: str) -> None:
+def measured(folders: dict[str, Path], digest: str) -> None:
     latency = {"end_to_end": {"p50": 1.0}}
-    row = {"file": "model.onnx", "role": "student", "precision": "fp32", "latency": latency, "identity": identity}
+    row = {"file": "model.onnx", "role": "student", "precision": "fp32", "latency": latency, "sha256": digest}
     (folders["bench"] / "bench.json").write_text(json.dumps({"models": [row]}))
 
 
@@ -62,7 +62,7 @@ def test_a_plan_of_another_model_is_not_shipped(folders: dict[str, Path], tmp_pa
         bundle(folders, tmp_path / "bundle")
 
 
-def test_figures_of_another_model_are_not_shipped(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_figures_of_another_file_are_not_shipped(folders: dict[str, Path], tmp_path: Path) -> None:
     measured(folders, "a" * 64)
-    with pytest.raises(InputError, match="measured as model aaaaaaaaaaaa"):
+    with pytest.raises(InputError, match="not the file that was measured"):
         bundle(folders, tmp_path / "bundle")
