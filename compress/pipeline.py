@@ -29,8 +29,8 @@ def run_recipe(
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done.
 
-    Raises UsageError when a stage, a distillation loss or a setting of one is unknown, or several processes were
-    started.
+    Settings and files of the user are checked for all of them before the first one runs. Raises UsageError when a
+    stage or a setting is unknown or several processes were started, InputError when a checkpoint is missing.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(
@@ -39,11 +39,10 @@ def run_recipe(
         )
     for name in (until, *force):
         require_stage(name)
-    names, outcomes = ORDER[: ORDER.index(until) + 1], []
-    if "distill" in names:
-        import_module("compress.losses.distill").check_losses(recipe.distill)  # before hours of a teacher's training
-    for name in names:
-        outcomes.append(execute(stage(name).task(recipe, out), out, log=log, force=name in force))
+    tasks = [stage(name).task(recipe, out) for name in ORDER[: ORDER.index(until) + 1]]
+    outcomes = []
+    for task in tasks:
+        outcomes.append(execute(task, out, log=log, force=task.name in force))
         log(_line(outcomes[-1]))
     return outcomes
 
