@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runtime.card import ModelCard
 
 ROWS_SETTINGS = ("names", "size_hw", "stride", "iou", "max_det")
-"""What both files of an export have in common: boxes, and rows whose NMS is the host's."""
+"""Settings that both files of an export have in common: boxes, and rows whose NMS is the host's."""
 SETTINGS = (*ROWS_SETTINGS, "input", "output", "frame_hw", "candidates", "nms_iterations")
 SHOWN = 12
 """Digits of an identity that are shown to people."""

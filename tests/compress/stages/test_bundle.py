@@ -24,7 +24,7 @@ def plan_in(folder: Path, identity: str) -> Artifact:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """What the earlier stages leave for the bundle, of one model."""
+    """Folders of the earlier stages, as they stand before the bundle is made, all of one model."""
     made = {name: tmp_path / name for name in ("export", "quantize", "build", "bench", "report")}
     for folder in made.values():
         folder.mkdir()
