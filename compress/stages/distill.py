@@ -16,8 +16,9 @@ from compress.config import DistillConfig, Settings, StudentConfig
 from compress.data import Dataset
 from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
+from compress.models import YOLOv5
 from compress.stages import Figures, Stage, weights_digest
-from compress.training.loop import Job, TrainResult, read_resume, run_job
+from compress.training.loop import Job, read_resume, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import model_from_state, new_model, open_splits
 from compress.training.state import STATE
@@ -39,62 +40,43 @@ class Inputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
-    """Write the student into `out`. Raises the errors of `distill`."""
-    result = distill(
-        config.distill,
-        data=inputs.data,
-        out=out,
-        teacher=inputs.teacher,
-        weights=config.student.weights,
-        scale=config.student.scale,
-        device=config.device,
-        resume=(out / STATE).is_file() if inputs.resume is None else inputs.resume,
-        log=log,
-    )
+    """Distil the teacher into a student of `student.scale` (else of the size of `student.weights`), written into `out`.
+
+    The student takes the teacher's anchors. Before the first epoch both networks and every distillation loss are
+    checked on one batch. Raises EdgestillError when the distillation would silently do nothing. Other errors as for
+    `compress.stages.teacher.train`.
+    """
+    flush_denormals(log)  # before anything makes torch start its threads
+    settings, data = config.distill, inputs.data
+    resume = (out / STATE).is_file() if inputs.resume is None else inputs.resume
+    state = read_resume(out, settings) if resume else None
+    teacher = load_teacher(inputs.teacher, data.names)
+    splits = open_splits(data, settings, log)
+    student = model_from_state(state, data.names) if state else new_student(config, teacher, data, log)
+    losses = build_losses(student, teacher, settings)
+    objective = Objective(student, detection_loss(student, settings), losses, settings.weights)
+    frozen = Teacher(teacher, config.device, half=settings.amp)
+    if not state:
+        checks = check_distillation(objective, frozen, splits.train, settings, log)
+        if is_first_process():
+            rows = [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks]
+            write_json(out / "checks.json", rows)
+    job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen, decay_to=settings.decay_to)
+    result = run_job(job, device=config.device, resume=state, log=log)
     if is_first_process():
         shutil.copyfile(result.best, out / STUDENT)
     return result.figures
 
 
-def distill(
-    config: DistillConfig,
-    *,
-    data: Dataset,
-    out: Path,
-    teacher: Path,
-    weights: Path | None = None,
-    scale: str | None = None,
-    device: str = "auto",
-    resume: bool = False,
-    log: Log = print,
-) -> TrainResult:
-    """Distil `teacher` into a student of `scale` (else of the size of `weights`) for the classes of `data`.
-
-    The student takes the teacher's anchors. Before the first epoch both networks and every distillation loss are
-    checked on one batch. Raises EdgestillError when the distillation would silently do nothing. Other arguments and
-    errors as for `compress.stages.teacher.train`.
-    """
-    flush_denormals(log)  # before anything makes torch start its threads
-    state = read_resume(out, config) if resume else None
-    teacher_model = load_teacher(teacher, data.names)
-    splits = open_splits(data, config, log)
-    if state:
-        student = model_from_state(state, data.names)
-    else:
-        anchors = teacher_model.arch.anchors
-        student = new_model(data.names, scale=scale, weights=weights, anchors=anchors, seed=config.seed, log=log)
-    losses = build_losses(student, teacher_model, config)
-    objective = Objective(student, detection_loss(student, config), losses, config.weights)
-    frozen = Teacher(teacher_model, device, half=config.amp)
-    if not state:
-        checks = check_distillation(objective, frozen, splits.train, config, log)
-        if is_first_process():
-            write_json(
-                out / "checks.json",
-                [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks],
-            )
-    job = Job(config, objective, splits.train, splits.val, out, teacher=frozen, decay_to=config.decay_to)
-    return run_job(job, device=device, resume=state, log=log)
+def new_student(config: Config, teacher: YOLOv5, data: Dataset, log: Log) -> YOLOv5:
+    return new_model(
+        data.names,
+        scale=config.student.scale,
+        weights=config.student.weights,
+        anchors=teacher.arch.anchors,
+        seed=config.distill.seed,
+        log=log,
+    )
 
 
 STAGE = Stage(

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.config import DistillConfig, TrainConfig
+from compress.config import DistillConfig, StudentConfig, TrainConfig
 from compress.data import Dataset
 from compress.data.loader import train_batches
+from compress.log import Log
 from compress.losses import distill as losses
 from compress.models.checkpoint import load, load_model
-from compress.stages.distill import distill
+from compress.stages.distill import Config, Inputs, run
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
@@ -32,6 +33,14 @@ def config(**changes: object) -> DistillConfig:
 
 
 def quiet(_line: str) -> None: ...
+
+
+def distill(
+    settings: DistillConfig, data: Dataset, teacher: Path, out: Path, log: Log = quiet, resume: bool = False
+) -> None:
+    """The stage, for a student of scale p on the CPU."""
+    whole = Config(distill=settings, student=StudentConfig(scale="p"), device="cpu")
+    run(whole, Inputs(data, teacher, resume), out, log)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +100,12 @@ def test_files_hold_the_student_alone_and_the_table_its_terms(
     tiny_data: Dataset, teacher_file: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    result = distill(
-        config(), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p", device="cpu", log=lines.append
-    )
+    distill(config(), tiny_data, teacher_file, tmp_path, lines.append)
+    best = tmp_path / "best.safetensors"
     plain = new_model(tiny_data.names, scale="p", weights=None, log=quiet)
-    assert load(result.best).state_dict.keys() == plain.state_dict().keys()
-    assert load_model(result.best).arch.anchors == load_model(teacher_file).arch.anchors
+    assert (tmp_path / "student.safetensors").read_bytes() == best.read_bytes()
+    assert load(best).state_dict.keys() == plain.state_dict().keys()
+    assert load_model(best).arch.anchors == load_model(teacher_file).arch.anchors
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert all(float(row[f"train/{name}_loss"]) > 0 for row in rows for name in ("obj_kd", "feat_mse"))
     assert [line for line in lines if line.startswith("teacher: ") and "ms an image" in line]
@@ -110,11 +119,10 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
         if line.startswith("epoch 1/2"):
             raise KeyboardInterrupt
 
-    arguments = {"data": tiny_data, "teacher": teacher_file, "scale": "p", "device": "cpu"}
-    distill(config(), out=tmp_path / "straight", log=quiet, **arguments)
+    distill(config(), tiny_data, teacher_file, tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
-        distill(config(), out=tmp_path / "cut", log=stop, **arguments)
-    distill(config(), out=tmp_path / "cut", resume=True, log=quiet, **arguments)
+        distill(config(), tiny_data, teacher_file, tmp_path / "cut", stop)
+    distill(config(), tiny_data, teacher_file, tmp_path / "cut", resume=True)
     straight, cut = (load_state(tmp_path / name / "state.pt") for name in ("straight", "cut"))
     for part in ("objective", "ema"):
         assert all(torch.equal(value, cut[part][key]) for key, value in straight[part].items())
@@ -122,16 +130,13 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
 
 def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"knows 80 classes, the data has 2") as caught:
-        distill(config(), data=tiny_data, out=tmp_path, teacher=weights, scale="p", device="cpu", log=quiet)
+        distill(config(), tiny_data, weights, tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'objkd' is not known.*obj_kd"):
-        distill(
-            config(losses={"objkd": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
-            device="cpu", log=quiet,
-        )  # fmt: skip
+        distill(config(losses={"objkd": 1.0}), tiny_data, teacher_file, tmp_path)
 
 
 class Dead(losses.FeatureLoss):
@@ -146,10 +151,7 @@ def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
 ) -> None:
     monkeypatch.setitem(losses.LOSSES, Dead.name, Dead)
     with pytest.raises(EdgestillError, match=r"would not work: dead is finite and not zero") as caught:
-        distill(
-            config(losses={"dead": 1.0}), data=tiny_data, out=tmp_path, teacher=teacher_file, scale="p",
-            device="cpu", log=quiet,
-        )  # fmt: skip
+        distill(config(losses={"dead": 1.0}), tiny_data, teacher_file, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
