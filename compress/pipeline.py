@@ -29,8 +29,8 @@ def run_recipe(
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done.
 
-    Raises UsageError when a stage, a distillation loss or a setting of one is unknown, or several processes were
-    started.
+    Raises UsageError when a stage, a distillation loss or a setting of one is unknown, a network does not take images
+    of the recipe's size, or several processes were started.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(
@@ -42,6 +42,7 @@ def run_recipe(
     names, outcomes = ORDER[: ORDER.index(until) + 1], []
     if "distill" in names:
         import_module("compress.losses.distill").check_losses(recipe.distill)  # before hours of a teacher's training
+        import_module("compress.training.prepare").check_image_sizes(recipe)
     for name in names:
         outcomes.append(execute(stage(name).task(recipe, out), out, log=log, force=name in force))
         log(_line(outcomes[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,12 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
         return f"unknown key {key!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
     if error["type"] == "missing":
         return f"{key!r} is missing"
-    return f"{key}: {error['input']!r} is not accepted: {error['msg']}"
+    return f"{key}: {not_accepted(error)}"
+
+
+def not_accepted(error: Mapping[str, Any]) -> str:
+    """One of the errors that pydantic found, in words: the value and what was expected."""
+    return f"{reprlib.repr(error['input'])} is not accepted: {error['msg']}"
 
 
 def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
@@ -17,15 +17,53 @@ GIVEN = "edgestill.settings"
 """Where a command's context keeps the settings that its options gave: dotted key of the recipe -> value."""
 
 
+class FieldType(click.ParamType):
+    """The type of the field `key` of a group of `compress.config`, by whose rule a value is accepted.
+
+    The field is looked up when it is needed: the command line itself starts without pydantic, which a device need not
+    have.
+    """
+
+    name = "setting"
+
+    def __init__(self, key: str, group: str) -> None:
+        self._key, self._group = key, group
+
+    @property
+    def field(self) -> Any:
+        model, *keys = resolve_name(f"compress.config:{self._group}"), *self._key.split(".")
+        for key in keys[:-1]:
+            model = model.model_fields[key].annotation
+        return model.model_fields[keys[-1]]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pydantic import TypeAdapter, ValidationError
+
+        from compress.recipe import not_accepted
+
+        rule: Any = Annotated[(self.field.annotation, self.field)]
+        try:
+            return TypeAdapter(rule).validate_python(value)
+        except ValidationError as error:
+            self.fail(not_accepted(error.errors()[0]), param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        kind = self.field.annotation
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        return f"[{'|'.join(choices)}]" if choices else getattr(kind, "__name__", "text").upper()
+
+
 class Setting(click.Option):
-    """An option for one setting of the recipe, whose type and default are read from `compress.config` when they are
-    shown: the command line itself starts without pydantic, which a device need not have.
+    """An option for one field of `compress.config`: its type and default are the field's.
 
     It reaches the command through `settings()`; with `expose_value` as an ordinary argument.
     """
 
-    def __init__(self, *names: Any, key: str, expose_value: bool = False, **attributes: Any) -> None:
-        self.key = key
+    def __init__(
+        self, *names: Any, key: str, group: str = "Recipe", expose_value: bool = False, **attributes: Any
+    ) -> None:
+        self.key, self._field_type = key, FieldType(key, group)
+        attributes.setdefault("type", self._field_type)
         super().__init__(*names, expose_value=expose_value, callback=self._keep, **attributes)
 
     def _keep(self, ctx: click.Context, _: click.Parameter, value: Any) -> Any:
@@ -33,21 +71,8 @@ class Setting(click.Option):
             ctx.meta.setdefault(GIVEN, {})[self.key] = value
         return value
 
-    def _field(self) -> Any:
-        model, *keys = resolve_name("compress.config:Recipe"), *self.key.split(".")
-        for key in keys[:-1]:
-            model = model.model_fields[key].annotation
-        return model.model_fields[keys[-1]]
-
     def get_default(self, ctx: click.Context, call: bool = True) -> Any:
-        return self._field().default
-
-    def make_metavar(self, ctx: click.Context) -> str:
-        if self.expose_value:
-            return super().make_metavar(ctx)
-        kind = self._field().annotation
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        return f"[{'|'.join(choices)}]" if choices else getattr(kind, "__name__", "text").upper()
+        return self._field_type.field.default
 
 
 class NameIn(click.ParamType):
@@ -92,8 +117,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON d
 
 def imgsz(key: str = "imgsz", **attributes: Any) -> Callable[[Any], Any]:
     return setting(
-        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of 32.", **attributes
-    )
+        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of the largest stride.",
+        **attributes,
+    )  # fmt: skip
 
 
 def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) -> Any:

@@ -258,7 +258,7 @@ class Trainer:
     def _accuracy(self) -> ValResult:
         return validate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
-            device=str(self.device), half=self.config.amp, workers=self.config.workers,
+            device=self.device, half=self.config.amp, workers=self.config.workers,
             loss=self.objective.detection, coco=False,
         )  # fmt: skip
 
