@@ -74,7 +74,7 @@ PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
 class Settings(BaseModel):
     """A frozen, closed group of settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def result_settings(settings: Settings) -> dict[str, Any]:

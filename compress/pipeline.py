@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from compress.config import Recipe
 from compress.log import Log
+from compress.processes import process_count
 from compress.stages import Stage
 from compress.store import Outcome, execute
 from runtime.errors import UsageError
@@ -32,7 +32,7 @@ def run_recipe(
     Raises UsageError when a stage, a distillation loss or a setting of one is unknown, a network does not take images
     of the recipe's size, or several processes were started.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (processes := process_count()) > 1:
         raise UsageError(
             f"{processes} processes were started, but stages are published by one",
             "Start `edgestill train` or `distill` by torchrun, and the recipe alone",

@@ -15,6 +15,8 @@ from compress.config import QuantizeConfig, Recipe
 from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""Raised for wrong syntax; for bytes that are no UTF-8, a 13th month or a number of 5000 digits; for deep nesting."""
 
 
 def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
@@ -41,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise InputError(f"{path}: YAML aliases are not accepted", "Write the values out")
         raw = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise InputError(f"{path}: not plain YAML ({one_line(error)})", "Remove tags and fix the syntax") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds a {type(raw).__name__}, expected `key: value` lines")
@@ -58,8 +60,8 @@ def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
         raise UsageError(f"--set {change!r}: expected KEY=VALUE", "For example --set quantize.calibration_images=64")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {change!r}: the value is not plain YAML") from None
+    except NOT_YAML:
+        raise UsageError(f"--set {reprlib.repr(change)}: the value of {dotted} is not plain YAML") from None
     return with_value(raw, dotted, value)
 
 

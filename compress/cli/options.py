@@ -10,11 +10,17 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
+from compress.processes import is_first_process
 from runtime.errors import UsageError
 
 FILE = click.Path(path_type=Path)
 GIVEN = "edgestill.settings"
 """Where a command's context keeps the settings that its options gave: dotted key of the recipe -> value."""
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether the command line says the option, so that its value is not the default."""
+    return ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
 
 
 class FieldType(click.ParamType):
@@ -67,7 +73,7 @@ class Setting(click.Option):
         super().__init__(*names, expose_value=expose_value, callback=self._keep, **attributes)
 
     def _keep(self, ctx: click.Context, _: click.Parameter, value: Any) -> Any:
-        if not self.expose_value and ctx.get_parameter_source(str(self.name)) != click.core.ParameterSource.DEFAULT:
+        if not self.expose_value and is_given(ctx, str(self.name)):
             ctx.meta.setdefault(GIVEN, {})[self.key] = value
         return value
 
@@ -123,7 +129,7 @@ def imgsz(key: str = "imgsz", **attributes: Any) -> Callable[[Any], Any]:
 
 
 def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) -> Any:
-    """The settings `group` from the command's options, then `more`, then every --set.
+    """The settings `group`: `more`, over it the command's options, over these every --set.
 
     A --set may leave out `own`, the part of the recipe that the command is about.
     """
@@ -131,7 +137,7 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
 
     meta = click.get_current_context().meta
     raw: dict[str, Any] = {}
-    for key, value in {**meta.get(GIVEN, {}), **(more or {})}.items():
+    for key, value in {**(more or {}), **meta.get(GIVEN, {})}.items():
         raw = with_value(raw, key, value)
     for change in given_changes():
         full = change.partition("=")[0].partition(".")[0] in group.model_fields
@@ -158,7 +164,7 @@ def indexed(data: Path, *splits: str) -> Any:
     return index_dataset(load_data(data), splits or USED)
 
 
-def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool) -> Path:
+def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False) -> Path:
     """`project/name`, or the first free of name2, name3, ...; on resume the newest that exists.
 
     Raises UsageError when there is nothing to resume.
@@ -174,9 +180,19 @@ def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool) -> Pat
     return folders[free - 1]
 
 
+def resumed_folder(path: Path) -> Path:
+    """The folder of a run, from itself or one of its files. Raises UsageError when there is no such path."""
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    raise UsageError(f"--resume {path}: no such run", "Give the folder of a run, its state.pt or its last.safetensors")
+
+
 def say(line: str) -> None:
-    """Progress goes to standard error, so that standard output holds results only."""
-    click.echo(line, err=True)
+    """Progress goes to standard error, so that standard output holds results only; one of several processes says it."""
+    if is_first_process():
+        click.echo(line, err=True)
 
 
 def print_json(document: Any) -> None:

@@ -1,4 +1,4 @@
-"""The device that a request names, moving to it and waiting for it; which of several processes this one is."""
+"""The device that a request names, moving to it and waiting for it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,6 @@ def pick_device(request: str) -> torch.device:
             f"device {request!r} is not here: torch sees {torch.cuda.device_count()} GPUs", "Use --device cpu"
         )
     return device
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that logs and writes files: the only one, or the first that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def synchronize(device: torch.device) -> None:
