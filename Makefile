@@ -3,15 +3,25 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && exit; done; command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+RUN := python
 READY := $(VENV)/.ready
 
-.PHONY: demo test kernels check format clean
+.PHONY: help demo test coverage kernels check format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## distil, export, quantise, build and measure on a generated data set
 	$(BIN)/edgestill demo
 
-test: $(READY)  ## every test
-	$(BIN)/python -m pytest -q
+test: $(READY)  ## every test; with RUN="coverage run" it notes the lines that they run
+	$(BIN)/$(RUN) -m pytest -q
+
+coverage: $(READY)  ## the percentage of lines that `make test RUN="coverage run"` noted, in all and of each package
+	@for package in runtime benchmarks compress; do \
+	  echo "coverage of $$package: $$($(BIN)/coverage report --format=total --include="$$package/*") %"; \
+	done
+	@echo "coverage in all: $$($(BIN)/coverage report --format=total) %; file by file: coverage report -m"
 
 kernels: $(READY)  ## the CUDA kernels: registers on every architecture, every test on the CPU, every planted fault
 	$(BIN)/python -m compress.kernels.toolchain
@@ -23,12 +33,12 @@ check: $(READY)  ## style, types and floors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)
+format: $(READY)  ## mend the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info
+clean:  ## remove what the targets made, the virtual environment included
+	rm -rf $(VENV) build dist *.egg-info .coverage
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \

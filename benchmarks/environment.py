@@ -1,4 +1,4 @@
-"""What a measurement depends on beside the file: the machine, its load and its limits."""
+"""The environment of a measurement: the machine, its load and its limits."""
 
 from __future__ import annotations
 

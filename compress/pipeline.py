@@ -29,8 +29,9 @@ def run_recipe(
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done.
 
-    Raises UsageError when a stage, a distillation loss or a setting of one is unknown, a network does not take images
-    of the recipe's size, or several processes were started.
+    Settings and files of the user are checked for all of them before the first one runs. Raises UsageError when a
+    stage or a setting is unknown, a network does not take images of the recipe's size or several processes were
+    started, InputError when a checkpoint is missing.
     """
     if (processes := process_count()) > 1:
         raise UsageError(
@@ -39,12 +40,12 @@ def run_recipe(
         )
     for name in (until, *force):
         require_stage(name)
-    names, outcomes = ORDER[: ORDER.index(until) + 1], []
-    if "distill" in names:
-        import_module("compress.losses.distill").check_losses(recipe.distill)  # before hours of a teacher's training
+    tasks = [stage(name).task(recipe, out) for name in ORDER[: ORDER.index(until) + 1]]
+    if "distill" in (task.name for task in tasks):
         import_module("compress.training.prepare").check_image_sizes(recipe)
-    for name in names:
-        outcomes.append(execute(stage(name).task(recipe, out), out, log=log, force=name in force))
+    outcomes = []
+    for task in tasks:
+        outcomes.append(execute(task, out, log=log, force=task.name in force))
         log(_line(outcomes[-1]))
     return outcomes
 

@@ -1,4 +1,4 @@
-# What an edge device needs: the runtime, the benchmark, ONNX Runtime. No torch.
+# What an edge device needs: the runtime and ONNX Runtime, no torch. The extra `bench` brings what measuring needs.
 #   docker build -f docker/edge.Dockerfile -t edgestill-edge .
 #   docker run -v "$PWD/bundle:/bundle:ro" -v "$PWD/images:/images:ro" edgestill-edge detect --model /bundle /images
 FROM python:3.12-slim

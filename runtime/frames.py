@@ -25,7 +25,7 @@ RECONNECT_PAUSE_S = 1.0
 TOLERANCE = 0.02
 """A container's frame count may be an estimate: a file is taken for cut short beyond this share, and one frame."""
 USUAL_FPS = 25.0
-"""Of a stream that does not say its rate."""
+"""Taken for a stream that does not say its rate."""
 MAX_FPS = 1000.0
 
 

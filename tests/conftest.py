@@ -1,4 +1,4 @@
-"""What the tests share: where the real data lies, and small made-up data where it does not."""
+"""For all tests: one thread, denormal numbers kept, and the folder with real data, images and checkpoints."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ template <int V, class T> __device__ __forceinline__ void read(const T* from, fl
         unpack<V, T>(__ldg(reinterpret_cast<const uint4*>(from)), to);
 }
 
-/// The like of what the launch itself may write.
+/// `read` for memory that the launch itself may write: not through the read-only cache.
 template <int V, class T> __device__ __forceinline__ void read_fresh(const T* from, float (&to)[V]) {
     shim_count_read(V * sizeof(T));
     if constexpr (V == 1)
@@ -82,7 +82,7 @@ template <int V, class T> __device__ __forceinline__ void read_fresh(const T* fr
         unpack<V, T>(*reinterpret_cast<const uint4*>(from), to);
 }
 
-/// The like for writing; streams past the cache, so that a gradient does not evict what is still to be read.
+/// Writes what `read` reads, as V elements of T; streams past the cache, so that a gradient does not evict what is still to be read.
 template <int V, class T> __device__ __forceinline__ void write(T* to, const float (&from)[V]) {
     shim_count_write(V * sizeof(T));
     if constexpr (V == 1) {
@@ -97,7 +97,7 @@ template <int V, class T> __device__ __forceinline__ void write(T* to, const flo
     }
 }
 
-/// 16 bytes as they are, likewise.
+/// 16 bytes as they are, written as `write` does.
 __device__ __forceinline__ void write_raw(void* to, uint4 value) {
     shim_count_write(16);
     __stcs(reinterpret_cast<uint4*>(to), value);

@@ -130,7 +130,7 @@ def check_maps(students: Maps, teachers: Maps, pixel_maps: Maps = (), *, same_ch
     Students and teachers are (N, C, H, W), the `pixel_maps` (N, H, W), of which there may be none at all.
     """
     counts = {len(students), len(teachers), *([len(pixel_maps)] if pixel_maps else [])}
-    if len(counts) != 1:
+    if len(counts) != 1 or 0 in counts:
         told = f"{len(students)} student maps, {len(teachers)} teacher maps"
         raise UsageError(f"{told}, {len(pixel_maps)} maps of pixels", "Give one of each a level")
     for level, (s, t) in enumerate(zip(students, teachers, strict=True)):

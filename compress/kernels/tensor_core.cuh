@@ -19,7 +19,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32 (&to)[4], const void* row) {
                  : "memory");
 }
 
-/// The like of the transposed matrices.
+/// `ldmatrix_x4` of the transposed matrices.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32 (&to)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

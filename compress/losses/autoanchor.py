@@ -1,4 +1,4 @@
-"""Do the anchors fit the labels, and which would fit better?
+"""Measures how well anchors fit the labels, and evolves better ones where they do not.
 
 In: widths and heights of labels in pixels, as the network sees them. Out: anchors in pixels.
 The rules are those of YOLOv5 v7.0.
@@ -17,7 +17,7 @@ Sizes = NDArray[np.floating]
 """(n, 2) width and height in pixels."""
 
 GOOD_RECALL = 0.98
-"""Anchors that can answer for more than this share of the labels are kept as they are."""
+"""Anchors that match more than this share of the labels are kept as they are."""
 MIN_SIDE_PX = 2.0
 GENERATIONS = 1000
 RESTARTS = 30
@@ -25,23 +25,23 @@ LABELS_AT_MOST = 10_000
 """Evolution looks at a random draw of this many labels (0.5 ms a generation); decisions look at all."""
 
 
-class Fit(NamedTuple):
-    """How well anchors answer for labels, at one `anchor_t`."""
+class AnchorFit(NamedTuple):
+    """How well anchors match labels, at one `anchor_t`."""
 
     recall: float
-    """Best possible recall: share of labels that at least one anchor can answer for."""
+    """Best possible recall: share of labels that at least one anchor matches."""
     matches: float
     """Anchors above threshold per label, mean."""
     fitness: float
     """Mean over labels of the best ratio where it passes the threshold, else 0."""
 
 
-class Choice(NamedTuple):
+class AnchorChoice(NamedTuple):
     """The decision: `anchors_px` (nl, na, 2) are the ones to use."""
 
     anchors_px: NDArray[np.float32]
-    before: Fit
-    after: Fit
+    before: AnchorFit
+    after: AnchorFit
     replaced: bool
 
 
@@ -75,11 +75,11 @@ def _fitness(wh_px: Sizes, anchors_px: Sizes, anchor_t: float) -> float:
     return float(np.where(best > 1 / anchor_t, best, 0).mean())
 
 
-def measure(wh_px: Sizes, anchors_px: Sizes, anchor_t: float = 4.0) -> Fit:
-    """Fit of anchors (k, 2) to labels (n, 2), n > 0, both in pixels with positive sides."""
+def measure(wh_px: Sizes, anchors_px: Sizes, anchor_t: float = 4.0) -> AnchorFit:
+    """The fit of anchors (k, 2) to labels (n, 2), n > 0, both in pixels with positive sides."""
     ratios = _ratios(wh_px, anchors_px)
     passes = ratios > 1 / anchor_t
-    return Fit(
+    return AnchorFit(
         recall=float(passes.any(1).mean()),
         matches=float(passes.sum(1).mean()),
         fitness=_fitness(wh_px, anchors_px, anchor_t),
@@ -125,16 +125,16 @@ def evolve(
     anchors = _cluster(usable, count, rng).astype(np.float32)
     best = _fitness(usable, anchors, anchor_t)
     for _ in range(generations):
-        candidate = _mutated(anchors, rng).astype(np.float32)
-        fitness = _fitness(usable, candidate, anchor_t)
+        mutated = _mutated(anchors, rng).astype(np.float32)
+        fitness = _fitness(usable, mutated, anchor_t)
         if fitness > best:
-            anchors, best = candidate, fitness
+            anchors, best = mutated, fitness
     return anchors[np.argsort(anchors.prod(1))]
 
 
 def choose_anchors(
     wh_px: Sizes, anchors_px: Sizes, *, rng: np.random.Generator, anchor_t: float = 4.0, generations: int = GENERATIONS
-) -> Choice:
+) -> AnchorChoice:
     """Keep anchors whose recall is above 0.98; else evolve new ones and take them if their recall is greater.
 
     Args:
@@ -148,13 +148,13 @@ def choose_anchors(
     flat = current.reshape(-1, 2)
     wh_px = wh_px[(wh_px > 0).all(1)]
     if not len(wh_px):
-        unknown = Fit(1.0, 0.0, 0.0)
-        return Choice(current, unknown, unknown, False)
+        unknown = AnchorFit(1.0, 0.0, 0.0)
+        return AnchorChoice(current, unknown, unknown, False)
     before = measure(wh_px, flat, anchor_t)
     if before.recall > GOOD_RECALL:
-        return Choice(current, before, before, False)
+        return AnchorChoice(current, before, before, False)
     evolved = evolve(wh_px, len(flat), rng=rng, anchor_t=anchor_t, generations=generations)
     after = measure(wh_px, evolved, anchor_t)
     if after.recall > before.recall:
-        return Choice(evolved.reshape(current.shape), before, after, True)
-    return Choice(current, before, before, False)
+        return AnchorChoice(evolved.reshape(current.shape), before, after, True)
+    return AnchorChoice(current, before, before, False)

@@ -1,7 +1,7 @@
-"""The detection loss of YOLOv5 v7.0: which cells answer for which object, and what they should have said.
+"""The detection loss of YOLOv5 v7.0: assigns each labelled box to cells and anchors, and compares them.
 
 In: raw head maps and labelled boxes. Out: one scalar and its three parts. No step of it waits for the device:
-candidates are masked and never compacted, so every shape is known from the number of targets alone.
+rows without a target are masked and never removed, so every shape is known from the number of targets alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _BALANCE_OTHERWISE = (4.0, 1.0, 0.25, 0.06, 0.02)
 
 
 class Assignment(NamedTuple):
-    """Candidate rows of one level, in YOLOv5's order: copies outermost, then anchors, then targets.
+    """All pairs of cell and anchor with a target of one level, in YOLOv5's order: copies outermost, then anchors, then
+    targets.
 
     N = 5 * na * nt. Rows with `keep` False are padding with harmless values: a fixed N costs no device sync.
     """
@@ -43,7 +44,7 @@ class Assignment(NamedTuple):
     box: Tensor
     """(N, 4) float32: target x, y relative to the cell (-0.5..1.5), w, h; grid units."""
     keep: Tensor
-    """(N,) bool: this candidate is a positive."""
+    """(N,) bool: the pair is a positive."""
 
     def positives(self) -> Assignment:
         """Only the kept rows, in the same order. Waits for the device: for tests and plots."""
@@ -80,7 +81,7 @@ def _ratio_matches(anchors_wh: Tensor, targets_wh: Tensor, anchor_t: float) -> T
 
 
 def _copies(centres: Tensor, size_wh: Tensor) -> Tensor:
-    """(5, nt) bool: which of the five cells of `_OFFSETS` answer for each centre (nt, 2), in grid units."""
+    """(5, nt) bool: which of the five cells of `_OFFSETS` are assigned to each centre (nt, 2), in grid units."""
     from_far = size_wh - centres
     near = ((centres % 1 < 0.5) & (centres > 1)).T
     far = ((from_far % 1 < 0.5) & (from_far > 1)).T
@@ -88,10 +89,10 @@ def _copies(centres: Tensor, size_wh: Tensor) -> Tensor:
 
 
 def assign_targets(targets: Tensor, anchors_wh: Tensor, size_hw: tuple[int, int], anchor_t: float) -> Assignment:
-    """Which cells and anchors of one level answer for which target.
+    """Assign the targets to cells and anchors of one level.
 
-    A pair (anchor, target) matches when max(w/aw, aw/w, h/ah, ah/h) < anchor_t; it is then answered for by the cell
-    of the centre and by the nearer neighbour on each axis. As in YOLOv5 v7.0.
+    A pair (anchor, target) matches when max(w/aw, aw/w, h/ah, ah/h) < anchor_t; it is then assigned to the cell
+    of the centre and to the nearer neighbour on each axis. As in YOLOv5 v7.0.
 
     Args:
         targets: (nt, 6) float32 image, class, cx, cy, w, h; boxes normalised to the network's input.
@@ -165,8 +166,7 @@ class DetectionLoss(nn.Module):
         config: gains before scaling.
         imgsz: the size that the objectness gain is scaled for.
 
-    Raises:
-        UsageError: anchors and strides name different numbers of levels.
+    Raises UsageError when anchors and strides have different numbers of levels.
     """
 
     anchors_grid: Tensor
@@ -178,7 +178,7 @@ class DetectionLoss(nn.Module):
         levels = len(anchors_grid)
         if len(strides) != levels:
             raise UsageError(
-                f"{levels} levels of anchors but {len(strides)} strides", "Give one set of anchors per stride."
+                f"{levels} levels of anchors but {len(strides)} strides", "Give one set of anchors per stride"
             )
         self.config = config or LossConfig()
         self.nc = nc

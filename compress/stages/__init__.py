@@ -39,11 +39,14 @@ class Stage(Generic[C, I]):
     """Digests of files of the user, by name."""
     facts: Mapping[str, Callable[[], str]] = field(default_factory=dict)
     """Facts of the machine that change the result, by name."""
+    check: Callable[[C], None] = lambda _: None
+    """Judges the settings before any stage runs, beyond what their types say. Raises UsageError."""
     version: int = 1
 
     def task(self, recipe: Recipe, run_folder: Path) -> Task:
-        """The stage in the run of `recipe` in the folder `run_folder`."""
+        """The stage in the run of `recipe` in the folder `run_folder`, its settings checked."""
         config, folders = recipe.part(self.settings), {name: run_folder / name for name in self.after}
+        self.check(config)
         return Task(
             self.name,
             lambda out, log: self.run(config, self.inputs(recipe, folders), out, log),

@@ -15,6 +15,7 @@ from compress.config import DistillConfig, Settings, StudentConfig
 from compress.data import Dataset
 from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
+from compress.losses.distill import check_losses
 from compress.models import YOLOv5
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
@@ -92,5 +93,6 @@ STAGE = Stage(
     inputs=lambda recipe, folders: Inputs(dataset_of(recipe, folders), folders["teacher"] / TEACHER),
     run=run,
     after=("data", "teacher"),
+    check=lambda config: check_losses(config.distill),
     digests={"student_weights": lambda recipe: weights_digest(recipe.student.weights)},
 )

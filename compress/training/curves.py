@@ -76,7 +76,8 @@ def _draw(axes: Any, title: str, keys: Mapping[str, str], history: Sequence[Mapp
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
 
 
 class Scalars:

@@ -128,7 +128,7 @@ def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
 
 
 def ratio_of(*ratios: float) -> LatencyRatio:
-    """What a comparison whose rounds had these ratios gives."""
+    """The result of a comparison whose rounds had these ratios."""
     low, high = bootstrap(ratios, np.median, rng=np.random.default_rng(0))
     durations = Durations.of([1.0])
     return LatencyRatio(float(np.median(ratios)), low, high, ratios, durations, durations)

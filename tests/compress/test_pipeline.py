@@ -8,7 +8,7 @@ from compress.config import Recipe
 from compress.data import Dataset
 from compress.pipeline import ORDER, run_recipe, stage
 from compress.store import fingerprint
-from runtime.errors import UsageError
+from runtime.errors import InputError, UsageError
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -44,8 +44,19 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("losses", [{"cwdd": 1}, {"cwd": {"weight": 1, "taw": 2}}])
-def test_a_mistake_in_a_distillation_loss_is_told_before_the_first_stage(tmp_path: Path, losses: dict) -> None:
-    recipe = Recipe.model_validate({"data": "data.yaml", "distill": {"losses": losses}})
+def test_a_mistake_in_a_distillation_loss_is_found_before_the_first_stage_runs(
+    tiny_data: Dataset, tmp_path: Path, losses: dict[str, object]
+) -> None:
+    recipe = Recipe.model_validate({"data": tiny_data.path, "distill": {"losses": losses}})
     with pytest.raises(UsageError, match=r"Did you mean '(cwd|tau)'"):
         run_recipe(recipe, tmp_path, log=print)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_checkpoint_of_the_student_is_found_before_the_first_stage_runs(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate({"data": tiny_data.path, "student": {"weights": tmp_path / "none.pt"}})
+    with pytest.raises(InputError, match=r"none\.pt"):
+        run_recipe(recipe, tmp_path / "run", log=print)
+    assert not (tmp_path / "run").exists()

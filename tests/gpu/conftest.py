@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-
-SHIM = Path(__file__).resolve().parent.parent / "compress" / "kernels" / "shim"
-sys.path.insert(0, str(SHIM))  # for `cases` and `oracle`; tests are no package under --import-mode=importlib
-from poison import poisoned  # noqa: E402, F401
+from shim.poison import poisoned  # noqa: F401
 
 LARGEST: dict[tuple[str, str], tuple[float, float]] = {}
 """(loss, dtype) -> largest relative error of the loss and of a gradient."""

@@ -14,7 +14,7 @@ mkdir -p "$out" || exit 2
 log=$out/run.log
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
-export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD:$PWD/tests/compress/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 export EDGESTILL_CACHE=${EDGESTILL_CACHE:-$work/cache} # each source is compiled once for all parts
 unset EDGESTILL_KERNELS
 : >"$log"

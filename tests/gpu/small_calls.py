@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "compress" / "kernels" / "shim"))
-from cases import arguments
-from oracle import LAYOUTS
+from shim.cases import arguments
+from shim.oracle import LAYOUTS
 
 from compress.kernels.gpu import gpu
 from compress.kernels.losses import FUSED

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import with_learners
-from oracle import (
+from shim.cases import with_learners
+from shim.oracle import (
     DTYPES,
     GRADIENT_GATE,
     LAYOUTS,

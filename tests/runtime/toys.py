@@ -21,7 +21,7 @@ BOXES = np.array(
     ],
     np.float32,
 )
-"""What the toy sees on an all-white canvas; scores fall with the brightness of the canvas' middle pixel."""
+"""The detections of the toy on an all-white canvas; scores fall with the brightness of the canvas' middle pixel."""
 
 
 def save(path: Path, nodes: list, inputs: list, outputs: list, constants: dict, metadata: dict[str, str]) -> Path:

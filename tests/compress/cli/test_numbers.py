@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from benchmarks.__main__ import parser as bench_parser
 from compress.cli import cli, main
 from compress.config import Recipe
+from compress.data import Dataset
 from compress.losses.distill import LOSSES
 from runtime.__main__ import main as runtime_main
 from runtime.__main__ import parser as runtime_parser
@@ -58,9 +59,9 @@ LOSS_SETTINGS = [
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tiny_data: Dataset, tmp_path: Path) -> Path:
     file = tmp_path / "job.yaml"
-    file.write_text("data: nowhere.yaml\n")
+    file.write_text(f"data: {tiny_data.path}\n")
     return file
 
 

@@ -19,7 +19,7 @@ print(flush_denormals(print))
 
 
 def flushed(*, late: bool) -> list[str]:
-    """What a fresh process prints; `late` starts torch's threads before the flush."""
+    """The output of a fresh process; `late` starts torch's threads before the flush."""
     done = subprocess.run([sys.executable, "-c", FLUSH.format(late=late)], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 

@@ -10,20 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
-SHIM = Path(__file__).resolve().parent / "shim"
-sys.path.insert(0, str(SHIM))
+import torch
+from shim import host
+from shim.cases import Shape, arguments
+from shim.device import A100, H100, ShimDevice
+from shim.oracle import DTYPES, GRADIENT_GATE, LAYOUTS, LOSS_GATE, errors, kernels_of, same_bits, truth
 
-import host  # noqa: E402
-import torch  # noqa: E402
-from cases import Shape, arguments  # noqa: E402
-from device import A100, H100, ShimDevice  # noqa: E402
-from oracle import DTYPES, GRADIENT_GATE, LAYOUTS, LOSS_GATE, errors, kernels_of, same_bits, truth  # noqa: E402
-
-from compress.kernels import adapter_mse, cwd, pkd, rescale, weighted_mse  # noqa: E402
-from compress.kernels.losses import FUSED  # noqa: E402
+from compress.kernels import adapter_mse, cwd, pkd, rescale, weighted_mse
+from compress.kernels.losses import FUSED
 
 CAUGHT = 3
 """Exit code; a negative one, a crash, counts as well."""

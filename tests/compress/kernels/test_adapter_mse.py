@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import (
+from shim.oracle import (
     DTYPES,
     GRADIENT_GATE,
     LAYOUTS,
@@ -99,7 +99,7 @@ def test_what_the_tiles_do_not_fit_goes_the_general_way(make, dtype, level, layo
 
 
 def test_a_gpu_without_the_instructions_goes_the_general_way(make):
-    from device import H100
+    from shim.device import H100
 
     device = make(facts=H100._replace(capability=(7, 5)))
     check_as_eager(device, arguments([(2, *ODD, 7, 9)], torch.float16))
@@ -140,7 +140,7 @@ def test_every_schedule_gives_the_same_bits(make, shim, dtype, layout):
 
 
 def test_no_partition_depends_on_the_gpu(make):
-    from device import A100, H100
+    from shim.device import A100, H100
 
     given = arguments([LEVELS[1]], torch.float16)
     a, b = (by_kernels(adapter_mse, make(facts=facts), given) for facts in (A100, H100))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, by_kernels, check, errors, kernels_of, laid, pairs, same_bits, truth, upstream
+from shim.oracle import DTYPES, LAYOUTS, by_kernels, check, errors, kernels_of, laid, pairs, same_bits, truth, upstream
 
 from compress.kernels import cwd as module
 from compress.kernels.cwd import CWD, SOURCE, ColumnsArgs, RowsArgs, definition
@@ -232,7 +232,7 @@ def test_columns_are_read_twice_and_written_once(shim_device, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_partition_depends_on_the_gpu(shim_device, layout):
-    from device import A100, H100
+    from shim.device import A100, H100
 
     given = arguments(SHAPES[:3], torch.float32, layout=layout)
     a, b = (by_kernels(cwd, shim_device(facts=facts), given) for facts in (A100, H100))

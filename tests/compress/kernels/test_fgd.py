@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import (
+from shim.oracle import (
     DTYPES,
     LAYOUTS,
     LOSS_GATE,
@@ -93,7 +93,7 @@ def test_maps_off_the_alignment_are_read_right(shim_device, dtype, layout):
     check(fgd, definition, shim_device(), arguments([(2, 8, 8, 8)], dtype, skip=1, layout=layout))
 
 
-@pytest.mark.parametrize(("dtype", "layout"), zip(DTYPES, ["nchw", "channels_last", "nchw"], strict=True))
+@pytest.mark.parametrize(("dtype", "layout"), [*zip(DTYPES, ["nchw", "channels_last", "nchw"], strict=True)])
 def test_every_schedule_gives_the_same_bits(shim_device, shim, dtype, layout):
     given = arguments(LEVELS, dtype, layout=layout)
     results = [by_kernels(fgd, shim_device(seed=seed), given) for seed in shim.SEEDS]
@@ -101,7 +101,7 @@ def test_every_schedule_gives_the_same_bits(shim_device, shim, dtype, layout):
 
 
 def test_no_partition_depends_on_the_gpu(shim_device):
-    from device import H100, ORIN
+    from shim.device import H100, ORIN
 
     given = arguments(LEVELS, torch.float32)
     a, b = (by_kernels(fgd, shim_device(facts=facts), given) for facts in (ORIN, H100))

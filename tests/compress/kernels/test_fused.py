@@ -6,8 +6,8 @@ import traceback
 
 import pytest
 import torch
-from cases import SHAPES, arguments, with_learners
-from oracle import LAYOUTS, by_autograd, gradient_error
+from shim.cases import SHAPES, arguments, with_learners
+from shim.oracle import LAYOUTS, by_autograd, gradient_error
 from torch import Tensor
 
 from compress.kernels import cwd, fused
@@ -250,6 +250,7 @@ def test_an_empty_batch_gives_zero_with_a_gradient(name):
     ("change", "says"),
     [
         (lambda given: given[1].pop(), "2 student maps, 1 teacher maps"),
+        (lambda given: [maps.clear() for maps in given[:3]], "0 student maps, 0 teacher maps"),
         (lambda given: given[1].__setitem__(0, given[1][0][:, :, :4]), r"level 0 .*\(2, 16, 8, 8\), \(2, 16, 4, 8\)"),
         (lambda given: given[2].__setitem__(1, given[2][1][:, :2]), r"level 1 .*\(2, 2, 4\)"),
         (lambda given: given[2].pop(), "Give one of each a level"),

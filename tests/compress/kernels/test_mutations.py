@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import figures
 import pytest
 from mutations import CAUGHT, FAULTS, SHRUNK, findings, texts
+from shim import figures
 
 from compress.kernels.losses import FUSED
 

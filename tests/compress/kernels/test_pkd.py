@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import (
+from shim.oracle import (
     DTYPES,
     LAYOUTS,
     LOSS_GATE,
@@ -147,7 +147,7 @@ def test_groups_of_channels_give_the_bits_of_all_at_once(shim_device, monkeypatc
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_partition_depends_on_the_gpu(shim_device, layout):
-    from device import A100, ORIN
+    from shim.device import A100, ORIN
 
     given = arguments(LEVELS, torch.float32, layout=layout)
     a, b = (by_kernels(pkd, shim_device(facts=facts), given) for facts in (A100, ORIN))
@@ -267,7 +267,7 @@ def covered(levels, launches):
 
 
 def test_a_detectors_maps_run_by_clusters_on_hopper(shim):
-    from device import H100
+    from shim.device import H100
 
     levels, launches = planned(DETECTOR, H100)
     assert [launch.cluster for launch in launches] == [1, 2, 8]
@@ -275,7 +275,7 @@ def test_a_detectors_maps_run_by_clusters_on_hopper(shim):
 
 
 def test_groups_of_channels_fit_the_l2_cache(shim):
-    from device import A100
+    from shim.device import A100
 
     levels, launches = planned(DETECTOR, A100)
     assert not any(launch.cluster for launch in launches)
@@ -289,7 +289,7 @@ def test_groups_of_channels_fit_the_l2_cache(shim):
     [("ORIN", "nchw", DETECTOR), ("A100", "channels_last", DETECTOR), ("A100", "nchw", LEVELS)],
 )
 def test_two_passes_are_two_launches_where_the_cache_is_small_or_the_maps_are(shim, facts, layout, shapes):
-    import device
+    from shim import device
 
     levels, launches = planned(shapes, getattr(device, facts), layout=layout)
     assert len(launches) == 1
@@ -301,7 +301,7 @@ def test_two_passes_are_two_launches_where_the_cache_is_small_or_the_maps_are(sh
     "shape", [(64, 1024, 20, 20), (64, 1024, 80, 80), (256, 2048, 160, 160), (1, 1, 4096, 4096)], ids=str
 )
 def test_any_size_has_a_plan(shim, shape, layout):
-    from device import A100, H100, ORIN
+    from shim.device import A100, H100, ORIN
 
     for facts in (A100, H100, ORIN):
         levels, launches = planned([shape], facts, layout=layout)
@@ -320,7 +320,7 @@ class _Nowhere:
 
 
 def test_clusters_are_refused_where_there_are_none(shim_device):
-    from device import A100
+    from shim.device import A100
 
     given = arguments([(2, 8, 8, 8)], torch.float16)
     device = shim_device(facts=A100)

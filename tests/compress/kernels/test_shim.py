@@ -452,7 +452,7 @@ def test_the_portable_switch_agrees_with_the_assembly(shim: ModuleType) -> None:
 CHILD = """
 import ctypes, struct, sys
 from pathlib import Path
-import host
+from shim import host
 source, kernel, count, sanitize = sys.argv[1:]
 library = host.build(Path(source), optimise="-O0", sanitize=True) if sanitize else host.build(Path(source))
 malloc = ctypes.CDLL(None).malloc

@@ -5,8 +5,8 @@ import shutil
 import subprocess
 import sys
 
-import figures
 import pytest
+from shim import figures
 
 from compress.kernels import toolchain
 from compress.kernels.losses import SOURCES

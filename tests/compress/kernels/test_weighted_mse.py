@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, by_kernels, check, kernels_of, laid, pairs, pixel_weights, same_bits, upstream
+from shim.oracle import DTYPES, LAYOUTS, by_kernels, check, kernels_of, laid, pairs, pixel_weights, same_bits, upstream
 
 from compress.kernels.weighted_mse import SOURCE, WEIGHTED_MSE, Args, WeightSumArgs, definition
 
@@ -98,7 +98,7 @@ def test_bytes_are_those_of_two_maps_read_and_one_written(shim_device, dtype, la
 
 
 def test_no_partition_depends_on_the_gpu(shim_device):
-    from device import A100, H100
+    from shim.device import A100, H100
 
     given = arguments(LEVELS, torch.float32)
     a, b = (by_kernels(weighted_mse, shim_device(facts=facts), given) for facts in (A100, H100))

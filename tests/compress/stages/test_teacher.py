@@ -104,7 +104,7 @@ def test_a_training_leaves_weights_a_table_and_a_picture(tiny_data: Dataset, tmp
         "best.safetensors", "last.safetensors", "state.pt", "results.csv", "curves.png", "tensorboard",
     }  # fmt: skip
     assert load_model(result.best).arch.names == tiny_data.names
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert rows[-1]["metrics/mAP_0.5"] != ""
     assert [line for line in lines if line.startswith("epoch 2/2") and "mAP50" in line]
@@ -115,7 +115,7 @@ def test_losses_fall(tiny_data: Dataset, tmp_path: Path) -> None:
     quick = OptimizerConfig(lr0=0.01, warmup_epochs=0)
     settings = config(epochs=15, val_interval=15, augment=calm, optimizer=quick, autoanchor=False)
     train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     first, last = (sum(float(row[f"train/{t}_loss"]) for t in ("box", "obj", "cls")) for row in (rows[0], rows[-1]))
     assert last < 0.9 * first
 

@@ -32,7 +32,7 @@ def test_distillation_terms_stand_behind_yolov5s_columns() -> None:
 
 def test_what_was_not_measured_is_empty_in_the_table(tmp_path: Path) -> None:
     write_csv(HISTORY, PLAIN, tmp_path / "results.csv")
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert [row["metrics/mAP_0.5"] for row in rows] == ["", "0.5"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import host
 import torch
 from torch import Tensor
 
 from compress.kernels.device import Facts, Launch
+from shim import host
 
 H100 = Facts(capability=(9, 0), l2_bytes=50 << 20, shared_bytes=227 << 10)
 A100 = Facts(capability=(8, 0), l2_bytes=40 << 20, shared_bytes=163 << 10)

@@ -4,8 +4,8 @@
     counters = library.launch("mse", grid=4, block=256, args=bytes_of_the_struct, seed=1)
 
 Pointers inside ``args`` are plain addresses (``tensor.data_ptr()``, ``array.ctypes.data``). ``cluster=grid`` makes all
-blocks resident at once, so that they interleave; otherwise blocks (clusters) run one after another. The conftest.py of
-the kernels' tests puts this folder on the path, and its fixture ``shim`` gives this module.
+blocks resident at once, so that they interleave; otherwise blocks (clusters) run one after another. The
+fixture ``shim`` gives this module.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _library(path: Path) -> Library:
 def run_child(
     code: str, *arguments: str, sanitize: bool = False, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code, which may ``import host``, in a child: for kernels that crash, and for sanitized libraries."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), str(REPOSITORY)])}
+    """Run Python code, which may import `shim`, in a child: for kernels that crash, and for sanitized libraries."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), str(REPOSITORY)])}
     if sanitize:
         libraries = [_runtime_library(name) for name in ("libasan.so", "libstdc++.so.6")]
         environment |= {

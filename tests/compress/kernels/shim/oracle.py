@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import figures
 import torch
 from torch import Tensor
 
 from compress.kernels.fused import FusedLoss
+from shim import figures
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GRADIENT_GATE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
