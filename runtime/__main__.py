@@ -13,6 +13,7 @@ from runtime import __version__
 from runtime.detect import add_detect_options, detect
 from runtime.errors import EdgestillError, EngineError, InputError, UsageError, one_line
 from runtime.identity import SHOWN
+from runtime.numbers import whole
 from runtime.terminal import escape_what_cannot_be_printed, log, print_json, print_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
@@ -60,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
     build_.add_argument("--out", type=Path, help="the plan (default: beside the ONNX file, suffix .plan)")
     build_.add_argument("--backend", default="auto", help="auto, tensorrt or tensorrt_rtx (default: auto)")
     build_.add_argument("--targets", default="", metavar="SM,...", help="GPUs to build for (tensorrt_rtx): sm86,sm89")
-    build_.add_argument("--workspace", type=int, default=2048, metavar="MIB", help="builder's memory (default: 2048)")
+    build_.add_argument(
+        "--workspace", type=whole(1, 1 << 20), default=2048, metavar="MIB", help="builder's memory (default: 2048)"
+    )
     build_.add_argument("--timing-cache", type=Path, metavar="FILE", help="speeds up later builds (plain TensorRT)")
-    build_.add_argument("--dla-core", type=int, metavar="N", help="build for this DLA core, GPU as fallback")
+    build_.add_argument("--dla-core", type=whole(0, 63), metavar="N", help="build for this DLA core, GPU as fallback")
     build_.set_defaults(command=build)
 
     info_ = commands.add_parser("info", help="this machine, or what a model file is")

@@ -67,7 +67,7 @@ def _frame(text: str) -> list[int]:
     try:
         height, width = (int(side) for side in text.lower().split("x"))
     except ValueError:
-        raise UsageError(f"--frame {text!r}: expected HEIGHTxWIDTH", "For example --frame 1080x1920") from None
+        raise UsageError(f"--frame {text[:40]!r}: expected HEIGHTxWIDTH", "For example --frame 1080x1920") from None
     return [height, width]
 
 

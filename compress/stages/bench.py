@@ -14,7 +14,7 @@ from benchmarks.bench import Plan, measure_file
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from benchmarks.rows import Row, named_apart, plain
-from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
+from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
 from compress.data import Dataset
 from compress.flavours import FLAVOURS
 from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
@@ -29,7 +29,7 @@ from runtime.machine import facts
 
 class Config(Settings):
     bench: BenchConfig = BenchConfig()
-    imgsz: ImageSize = IMGSZ
+    imgsz: Side = IMGSZ
     """Side of the images on which the torch networks are measured."""
 
 

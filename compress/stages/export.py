@@ -19,7 +19,7 @@ import onnx
 import torch
 from torch import nn
 
-from compress.config import IMGSZ, ExportConfig, ImageSize, Recipe, Settings
+from compress.config import IMGSZ, ExportConfig, Recipe, Settings, Side
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.builder import write_model
 from compress.graph.candidates import CHOICES, CandidateStudy, Validation, canvas_of, ranked_rows, study_candidates
@@ -45,7 +45,7 @@ from compress.models import YOLOv5, load_model, network_digest
 from compress.stages import Figures, Stage
 from compress.store import Folders
 from runtime.card import ModelCard
-from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.errors import EdgestillError, InputError
 from runtime.files import sha256, write_json
 from runtime.identity import SETTINGS
 from runtime.image import read_image
@@ -58,7 +58,7 @@ UNMEASURED_SETTINGS = tuple(key for key in SETTINGS if key != "candidates")
 
 class Config(Settings):
     export: ExportConfig = ExportConfig()
-    imgsz: ImageSize = IMGSZ
+    imgsz: Side = IMGSZ
 
 
 class Inputs(NamedTuple):
@@ -158,7 +158,8 @@ def export(
     model.
     """
     network = load_model(model).eval()
-    size_hw = _size(imgsz, network)
+    network.arch.require_image_size(imgsz)
+    size_hw = imgsz, imgsz
     card = _card(config, model, network, size_hw)
     refuse_another_model(out, card, (SHIPPED, CONVENTIONAL), UNMEASURED_SETTINGS)
     traced, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
@@ -176,15 +177,6 @@ def export(
     _require_agreement(config, SHIPPED, boxes, log)
     files = [write_model(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
-
-
-def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
-    stride = max(network.strides)
-    if imgsz < stride or imgsz % stride:
-        raise UsageError(
-            f"image size {imgsz} is not a multiple of the stride {stride}", f"Use {-(-imgsz // stride) * stride}"
-        )
-    return imgsz, imgsz
 
 
 def head_shape(network: YOLOv5, size_hw: tuple[int, int]) -> HeadShape:
