@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress.compute.device import is_first_process
 from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig, Settings, StudentConfig
 from compress.data import Dataset
@@ -20,11 +19,13 @@ from compress.log import Log
 from compress.losses.distill import check_losses
 from compress.models import YOLOv5
 from compress.models.inherit import why_not
+from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
 from compress.training.inheritance import inherit_from
-from compress.training.loop import Job, read_resume, run_job
+from compress.training.loop import Job, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import model_from_state, new_model, open_splits
+from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from compress.training.teacher import Teacher, build_losses, check_distillation, load_teacher
 from runtime.files import write_json
@@ -54,7 +55,11 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     flush_denormals(log)  # before anything makes torch start its threads
     settings, data = config.distill, inputs.data
     resume = (out / STATE).is_file() if inputs.resume is None else inputs.resume
-    state = read_resume(out, settings) if resume else None
+    origin = origin_of(
+        settings, data, weights=config.student.weights, teacher=inputs.teacher, scale=config.student.scale,
+        device=config.device,
+    )  # fmt: skip
+    state = read_resume(out, settings, origin) if resume else None
     teacher = load_teacher(inputs.teacher, data.names)
     splits = open_splits(data, settings, log)
     student = model_from_state(state, data.names) if state else new_student(config, teacher, log)
@@ -65,7 +70,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     if not state and frozen:
         checks = check_distillation(objective, frozen, splits.train, settings, log)
         _publish(out / "checks.json", [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks])
-    job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen)
+    job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen, origin=origin)
     result = run_job(job, device=config.device, resume=state, log=log)
     if is_first_process():
         shutil.copyfile(result.best, out / STUDENT)
