@@ -169,7 +169,7 @@ def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False
 
     Raises UsageError when there is nothing to resume.
     """
-    folders = [project / name, *(project / f"{name}{i}" for i in range(2, 10_000))]
+    folders = numbered(project / name)
     if exist_ok:
         return folders[0]
     free = next(i for i, folder in enumerate(folders) if not folder.exists())
@@ -178,6 +178,11 @@ def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False
     if free == 0:
         raise UsageError(f"nothing to resume: {folders[0]} does not exist", "Start without --resume")
     return folders[free - 1]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """`folder`, `folder2`, `folder3`, ... as YOLOv5 numbers its runs."""
+    return [folder, *(folder.with_name(f"{folder.name}{i}") for i in range(2, 10_000))]
 
 
 def resumed_folder(path: Path) -> Path:
