@@ -123,7 +123,7 @@ class Detector:
         height, width = checked_frame(frame)
         if self.card.input == "frame":
             return self._whole_frame(frame, (height, width))
-        place = geometry((height, width), self.card.size_hw, auto=False, scale_up=True, stride=self.card.stride)
+        place = geometry((height, width), self.card.size_hw)
         canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change under queued frames
         fill_border(canvas[0], place)
         paste(canvas[0], frame, place)

@@ -146,7 +146,7 @@ def _val_item(
     """((image, labels), gain, pad) of one sample. An image that cannot be read is an error: mAP must not skip it."""
     image = read_resized(sample, imgsz, linear=False)
     height, width = image.shape[:2]
-    framed = letterbox(image, shape_hw, auto=False, scale_up=False)
+    framed = letterbox(image, shape_hw, scale_up=False)
     boxes = to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
     labels = to_normalised(boxes, shape_hw[1], shape_hw[0])
     return (to_chw_rgb(framed.image), labels), height / sample.size_hw[0], framed.pad_wh
