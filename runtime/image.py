@@ -185,21 +185,6 @@ def fill_border(canvas: Image, place: Geometry) -> None:
     canvas[:, left + width :] = LETTERBOX_FILL
 
 
-def resize_longest(image: Image, size: int, *, enlarge_or_augment_linear: bool) -> Image:
-    """Scale so that the longest side is `size`, as YOLOv5 v7.0's data loader does: sizes are truncated.
-
-    Bilinear when enlarging or when `enlarge_or_augment_linear` (images that augmentation will warp), else INTER_AREA.
-    An image that already fits is returned as it is.
-    """
-    height, width = _size_hw(image)
-    ratio = size / max(height, width)
-    if ratio == 1:
-        return image
-    linear = enlarge_or_augment_linear or ratio > 1
-    resized_wh = max(1, int(width * ratio)), max(1, int(height * ratio))
-    return cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
-
-
 def to_tensor(images_bgr: Image) -> NDArray[np.float32]:
     """(H, W, 3) or (B, H, W, 3) uint8 BGR -> contiguous (B, 3, H, W) float32 RGB in 0..1."""
     batch = images_bgr[None] if images_bgr.ndim == 3 else images_bgr

@@ -15,7 +15,7 @@ from PIL import Image
 
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
-from runtime.image import LETTERBOX_FILL, geometry, letterbox, read_image, resize_longest, to_tensor
+from runtime.image import LETTERBOX_FILL, geometry, letterbox, read_image, to_tensor
 
 PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8), (5, 5), 0)
 
@@ -186,27 +186,6 @@ def test_letterbox_returns_memory_of_its_own():
     image = np.zeros((64, 64, 3), np.uint8)
     letterbox(image, (64, 64)).image[:] = 9
     assert not image.any()
-
-
-@pytest.mark.parametrize(
-    ("size_hw", "size", "linear", "expected", "interpolation"),
-    [
-        ((481, 640), 320, False, (240, 320), cv2.INTER_AREA),
-        ((481, 640), 320, True, (240, 320), cv2.INTER_LINEAR),
-        ((100, 77), 640, False, (640, 492), cv2.INTER_LINEAR),  # 492.8: version 7.0 truncates
-        ((1, 3000), 640, False, (1, 640), cv2.INTER_AREA),
-    ],
-)
-def test_resize_longest_truncates_and_picks_the_loaders_interpolation(size_hw, size, linear, expected, interpolation):
-    image = np.random.default_rng(1).integers(0, 256, (*size_hw, 3), np.uint8)
-    resized = resize_longest(image, size, enlarge_or_augment_linear=linear)
-    assert resized.shape[:2] == expected
-    assert np.array_equal(resized, cv2.resize(image, expected[::-1], interpolation=interpolation))
-
-
-def test_resize_longest_leaves_an_image_that_fits():
-    image = np.zeros((48, 64, 3), np.uint8)
-    assert resize_longest(image, 64, enlarge_or_augment_linear=False) is image
 
 
 def test_tensor_is_rgb_planes_in_0_to_1():
