@@ -126,7 +126,7 @@ device: auto            # auto, cpu, or a GPU number
 
 teacher:                # used as it is where its classes are the data's, fine-tuned where they are not
   weights: {weights}
-  epochs: {teacher_epochs}
+  epochs: 60
   batch: 16
   # preset: finetune    # or yolov5-low, yolov5-med: the original's schedules for large data
 
@@ -134,7 +134,7 @@ student:
   scale: {student}             # p (smallest), n, s, m, l, x
 
 distill:
-  epochs: {student_epochs}
+  epochs: 80
   batch: 16
   losses:               # name: weight
     obj_kd: 1.0         # objectness-gated soft labels
@@ -160,28 +160,11 @@ bench:
 """
 
 
-def recipe_text(
-    *,
-    file: str,
-    name: str,
-    data: str,
-    weights: str | None,
-    student: str,
-    imgsz: int,
-    teacher_epochs: int = 60,
-    student_epochs: int = 80,
-) -> str:
+def recipe_text(*, file: str, name: str, data: str, weights: str | None, student: str, imgsz: int) -> str:
     """A commented recipe; `weights` None trains the teacher from scratch."""
     quoted = {"data": _quote(data), "weights": "null" if weights is None else _quote(weights), "name": _quote(name)}
-    return TEMPLATE.format(
-        file=file,
-        student=student,
-        imgsz=imgsz,
-        teacher_epochs=teacher_epochs,
-        student_epochs=student_epochs,
-        flavours=", ".join(QuantizeConfig().flavours),
-        **quoted,
-    )
+    flavours = ", ".join(QuantizeConfig().flavours)
+    return TEMPLATE.format(file=file, student=student, imgsz=imgsz, flavours=flavours, **quoted)
 
 
 def _quote(text: str) -> str:
