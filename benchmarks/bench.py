@@ -23,10 +23,9 @@ from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
-from runtime.files import read_json, sha256
+from runtime.files import sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
-
-MAX_JSON_BYTES = 2 << 30
+from runtime.sources import image_files
 
 NumberedImage = tuple[int, Path]
 """Id of the image in the ground truth, and its file."""
@@ -189,7 +188,7 @@ def list_images(folder: Path) -> list[Path]:
     """The images in `folder` and the folders below it, by path. Raises InputError when there is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "Give a folder with images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(image_files(folder))
     if not found:
         raise InputError(f"{folder} holds no image", f"Images are {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -213,16 +212,6 @@ def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None,
         f"The annotations know none of the images in {folder}",
         "Give `file_name` as a path relative to the folder, or to one above it",
     )
-
-
-def read_coco(path: Path) -> Row:
-    """COCO ground truth from a JSON file. Raises InputError when it is something else."""
-    hint = "Give COCO's instances JSON"
-    data = read_json(path, most_bytes=MAX_JSON_BYTES, hint=hint)
-    missing = [key for key in ("images", "annotations", "categories") if key not in data]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]!r}", hint)
-    return data
 
 
 def dataset_of(name: str, plan: Plan) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from compress.data.coco import to_coco
 from compress.flavours import REFERENCE
 from compress.graph.candidates import Validation
 from compress.store import Folders
+from runtime.files import read_json
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
@@ -77,8 +77,3 @@ def kept_files(folders: Folders) -> dict[str, Path]:
 def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
     entries = [entry for entry in read_json(folders["quantize"] / "quantize.json") if entry["file"]]
     return [(e, folders["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
-
-
-def read_json(path: Path) -> Any:
-    """A document that an earlier stage wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import yaml
 from compress.data.labels import lines_of
 from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
+from runtime.sources import image_files
 
 SPLITS = ("train", "val", "test")
 MAX_YAML_BYTES = 1 << 20
@@ -180,21 +181,6 @@ def _listed(root: Path, list_file: Path) -> list[Path]:
     lines = lines_of(_read_text(list_file, MAX_LIST_BYTES, what="list of images"))
     entries = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     return [without_parents((list_file.parent if entry.startswith("./") else root) / entry) for entry in entries]
-
-
-def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
-    """Image files below `folder`. Links to folders are followed, except to a folder that holds one of `above`: a cycle.
-
-    A broken link is listed too, so that the index reports it.
-    """
-    real = folder.resolve()
-    if any(one.is_relative_to(real) for one in above):
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from image_files(entry, (*above, real))
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
-            yield entry
 
 
 def without_parents(path: Path) -> Path:

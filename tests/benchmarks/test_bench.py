@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from benchmarks import overhead
 from benchmarks.__main__ import main
-from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images, read_coco
+from benchmarks.accuracy import read_coco
+from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
 from benchmarks.wording import findings
