@@ -6,18 +6,9 @@ from pathlib import Path
 
 import click
 
-from compress.cli.options import (
-    FILE,
-    as_json,
-    changes,
-    data,
-    imgsz,
-    indexed,
-    print_json,
-    run_alone,
-    show,
-)
+from compress.cli.options import FILE, as_json, changes, data, imgsz, indexed, run_alone, show
 from runtime.errors import UsageError
+from runtime.files import read_json
 
 
 @click.command()
@@ -39,7 +30,7 @@ def export(weights: Path, data: Path | None, frame: str | None, out: Path, as_js
 
     more = {"export.frame": _frame(frame)} if frame else {}
     run_alone(STAGE, lambda: Inputs(weights, validation_of(indexed(data, "val")) if data else None), out, more)
-    show(out / "export.json", as_json, lines=lambda _: (out / SHIPPED, out / CONVENTIONAL))
+    show(read_json(out / "export.json"), f"{out / SHIPPED}\n{out / CONVENTIONAL}", as_json)
 
 
 def _frame(text: str) -> list[int]:
@@ -63,11 +54,9 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
 
     target = out or model.parent
     run_alone(STAGE, lambda: Inputs(model, indexed(data)), target)
-    show(
-        target / "quantize.json",
-        as_json,
-        lines=lambda files: [model if f["name"] == REFERENCE else target / f["file"] for f in files if f["kept"]],
-    )
+    files = read_json(target / "quantize.json")
+    kept = [model if file["name"] == REFERENCE else target / file["file"] for file in files if file["kept"]]
+    show(files, "\n".join(map(str, kept)), as_json)
 
 
 @click.command()
@@ -81,7 +70,7 @@ def build(models: tuple[Path, ...], target: str, out: Path, as_json: bool) -> No
     from compress.stages.build import STAGE, by_precision
 
     run_alone(STAGE, lambda: by_precision(models), out, {"build.targets": target.split(",")} if target else {})
-    show(out / "build.json", as_json, lines=lambda _: [out])
+    show(read_json(out / "build.json"), out, as_json)
 
 
 @click.command()
@@ -99,8 +88,4 @@ def bench(models: tuple[Path, ...], data: Path, out: Path, as_json: bool) -> Non
 
     files = [MeasuredFile(model) for model in models]
     run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), out)
-    report = write_report(out)
-    if as_json:
-        print_json(report.data)
-    else:
-        click.echo(out / "report.html")
+    show(write_report(out).data, out / "report.html", as_json)

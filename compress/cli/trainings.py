@@ -17,17 +17,17 @@ from compress.cli.options import (
     device,
     imgsz,
     indexed,
-    print_json,
     run_alone,
     run_folder,
     say,
     setting,
     settings,
+    show,
 )
 from runtime.errors import UsageError
 
 
-def training_options(stage: str) -> Callable[[Any], Any]:
+def training_options(stage: str, project: str) -> Callable[[Any], Any]:
     """The options that `train` and `distill` have in common; `stage` is the part of the recipe that they change."""
     options = [
         data,
@@ -41,7 +41,7 @@ def training_options(stage: str) -> Callable[[Any], Any]:
         setting("--seed", key=f"{stage}.seed", help="Seed of every random number."),
         setting("--preset", key=f"{stage}.preset", help="Hyper-parameters to start from."),
         click.option("--resume", is_flag=True, help="Continue the newest run of this name, exactly where it was."),
-        click.option("--project", type=FILE, help="Folder of the runs; default runs/train or runs/distill."),
+        click.option("--project", type=FILE, default=Path(project), help="Folder of the runs."),
         click.option("--name", default="exp", help="Folder of this run; a number is added where it exists."),
         click.option("--exist-ok", is_flag=True, help="Write into an existing folder of this name."),
         changes,
@@ -55,25 +55,21 @@ def training_options(stage: str) -> Callable[[Any], Any]:
     return decorate
 
 
-def _out(task: str, project: Path | None, name: str, exist_ok: bool, resume: bool) -> Path:
-    return run_folder(project or Path("runs") / task, name, exist_ok=exist_ok, resume=resume)
-
-
 @click.command()
-@training_options("teacher")
+@training_options("teacher", "runs/train")
 def train(data: Path, weights: Path | None, scale: str | None, device: str, resume: bool, **folder: Any) -> None:
     """Train without a teacher."""
     from compress.stages.teacher import Config
     from compress.stages.teacher import train as run
 
     config = settings(Config, "teacher").teacher
-    out = _out("train", resume=resume, **folder)
+    out = run_folder(resume=resume, **folder)
     run(config, data=indexed(data), out=out, weights=weights, scale=scale, device=device, resume=resume, log=say)
     _print_best(out)
 
 
 @click.command()
-@training_options("distill")
+@training_options("distill", "runs/distill")
 @click.option("--teacher", type=FILE, required=True, help="Checkpoint of the teacher.")
 @click.option(
     "--loss",
@@ -98,7 +94,7 @@ def distill(
     more: dict[str, Any] = {"student.scale": scale, "student.weights": weights, "device": device}
     if losses:
         more["distill.losses"] = loss_choices(losses)
-    out = _out("distill", resume=resume, **folder)
+    out = run_folder(resume=resume, **folder)
     run_alone(STAGE, lambda: Inputs(indexed(data), teacher, resume), out, more)
     _print_best(out)
 
@@ -143,7 +139,4 @@ def val(as_json: bool, **options: Any) -> None:
     from compress.val import validate_file
 
     result = validate_file(**options)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        click.echo(result.to_text())
+    show(result.to_json(), result.to_text(), as_json)
