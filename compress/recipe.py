@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,16 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = list(_group(model, location[:-1]).model_fields)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        return f"unknown key {key!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
+        return f"unknown key {key!r}. {suggestion(location[-1], _group(model, location[:-1]).model_fields)}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     return f"{key}: {error['input']!r} is not accepted: {error['msg']}"
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Hint for an unknown name: the nearest of the known ones, or all of them where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}"
 
 
 def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
