@@ -153,7 +153,6 @@ def detector_accuracy(
     ground_truth: Mapping[str, Any],
     *,
     conf: float = ACCURACY_CONF,
-    max_det: int = COCO_MAX_DET,
 ) -> Accuracy:
     """COCO accuracy of what `detector` finds in the images (image id, path), by the same calls that are timed.
 
@@ -162,7 +161,7 @@ def detector_accuracy(
     """
     pairs = list(samples)
     truth = restrict(ground_truth, {image_id for image_id, _ in pairs})
-    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf), max_det=max_det)
+    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf))
 
 
 def detect_all(

@@ -27,6 +27,9 @@ from runtime.files import sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
 from runtime.sources import image_files
 
+FRAMES = 64
+"""Decoded images held in memory and timed in turn; accuracy reads all of them."""
+
 NumberedImage = tuple[int, Path]
 """Id of the image in the ground truth, and its file."""
 
@@ -40,23 +43,19 @@ class Plan:
     """COCO ground truth that knows the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
     """Timed calls of each file."""
-    frames: int = 64
-    """Decoded images held in memory and timed in turn; accuracy reads all of `images`."""
     warmup_ms: float = 200.0
     interval_ms: float | None = None
     """Time between frames, as from a camera; None takes the next frame when the last one is done."""
-    conf: float | None = None
-    """Score threshold while latency is measured; None is the model's own."""
     accuracy_conf: float = ACCURACY_CONF
-    accuracy_max_det: int = COCO_MAX_DET
+    """Score threshold while accuracy is measured; latency is measured at the model's own."""
     device: str = "auto"
     threads: int | None = None
 
     def detector(self, path: Path, variant: str | None = None) -> Detector:
-        return Detector.load(path, conf=self.conf, device=self.device, variant=variant, threads=self.threads)
+        return Detector.load(path, device=self.device, variant=variant, threads=self.threads)
 
     def read_frames(self) -> list[Frame]:
-        return [read_image(path) for _, path in self.images[: self.frames]]
+        return [read_image(path) for _, path in self.images[:FRAMES]]
 
 
 def measure_file(
@@ -105,9 +104,9 @@ def _settings(detector: Detector, plan: Plan) -> Row:
         "iou": detector.card.iou,
         "max_det": detector.card.max_det,
         "accuracy_conf": plan.accuracy_conf,
-        "accuracy_max_det": plan.accuracy_max_det,
+        "accuracy_max_det": COCO_MAX_DET,
         "latency_samples": plan.samples,
-        "frames": min(plan.frames, len(plan.images)),
+        "frames": min(FRAMES, len(plan.images)),
         "warmup_ms": plan.warmup_ms,
         "interval_ms": plan.interval_ms,
         "threads": plan.threads,
@@ -117,9 +116,7 @@ def _settings(detector: Detector, plan: Plan) -> Row:
 def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     if plan.ground_truth is None:
         return None
-    return detector_accuracy(
-        detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det
-    )
+    return detector_accuracy(detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf)
 
 
 def file_accuracy(path: Path, plan: Plan) -> Accuracy:
