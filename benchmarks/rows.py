@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def model_row(
-    path: str | Path,
+    path: Path,
     *,
     precision: str,
     backend: str,
@@ -34,7 +34,6 @@ def model_row(
 
     `settings` say how the file was measured. `more` are further values of one number or text: parameters, gflops, note.
     """
-    path = Path(path)
     return {
         "file": path.name,
         "role": role,
