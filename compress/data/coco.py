@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,9 +65,11 @@ def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]
         images = [_image_of(sample, by_file, path) for sample in samples]
         class_ids = {key: index for index, key in enumerate(category_ids(names, raw["categories"]))}
         image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
-        if len(image_ids) < len(images):
+        counts = Counter(image["id"] for image in images)
+        repeated = next((image["file_name"] for image in images if counts[image["id"]] > 1), None)
+        if repeated is not None:
             raise InputError(
-                f"{path}: {_repeated(images)} fits several images of the data", "Write more of the path into file_name"
+                f"{path}: {repeated} fits several images of the data", "Write more of the path into file_name"
             )
         return {
             "images": [image | {"id": number} for number, image in enumerate(images, 1)],
@@ -87,8 +90,3 @@ def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]],
     if found is None:
         raise InputError(f"{path}: no image {sample.key}", "Give file_name as it ends the path of the image")
     return found
-
-
-def _repeated(images: Iterable[Mapping[str, Any]]) -> str:
-    seen: set[int] = set()
-    return next(image["file_name"] for image in images if image["id"] in seen or seen.add(image["id"]))  # type: ignore[func-returns-value]

@@ -6,6 +6,7 @@ The file is read as data: every value is text, tags are refused, nothing is down
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,8 +241,7 @@ def _name_list(path: Path, names: Any) -> list[Any]:
 
 
 def _first_repeated(texts: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((text for text in texts if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]
+    return next((text for text, count in Counter(texts).items() if count > 1), None)
 
 
 def _kind(value: Any) -> str:
