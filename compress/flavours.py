@@ -72,5 +72,8 @@ FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
 """By name. Of plans, the earlier row is tried first on the device until a benchmark there says otherwise: FP16 is safe
 in accuracy, and INT8 through explicit Q/DQ is often no faster."""
 
+FILES: Mapping[str, str] = {name: f"model.{name}.onnx" for name in FLAVOURS}
+"""Name of the file of each flavour."""
+
 PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
 """TensorRT plans are built from these, best first."""

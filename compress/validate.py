@@ -84,7 +84,7 @@ def validate(
     batch: int = 32,
     rect: bool = True,
     nms: NmsSettings | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     half: bool = False,
     workers: int = 0,
     loss: Loss | None = None,
@@ -95,11 +95,15 @@ def validate(
 
     `half` runs the network in float16 where the device is a GPU. `annotations` is a COCO JSON that takes the place of
     the text labels in the COCO figures (it knows crowd regions; text labels do not).
+
+    Raises UsageError when the model does not take images of `imgsz` pixels.
     """
+    model.arch.require_image_size(imgsz)
     flush_denormals()
-    where = pick_device(device)
+    where = device if isinstance(device, torch.device) else pick_device(device)
     runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
-    batches = val_batches(samples, imgsz=imgsz, batch=batch, rect=rect, workers=workers)
+    stride = max(model.strides)
+    batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
     found = [one for batch_found in map(runner, runner.timed(batches)) for one in batch_found]
     names = model.arch.names
     return ValResult(

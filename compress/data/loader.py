@@ -23,8 +23,8 @@ from compress.data.image_store import read_resized, to_chw_rgb
 from compress.data.train_dataset import TrainDataset
 from runtime.image import Image, letterbox
 
-STRIDE, RECT_PAD = 32, 0.5
-"""Pixels that the sides of a rectangular batch are multiples of, and the share of them that is added."""
+RECT_PAD = 0.5
+"""Share of the stride by which rectangular batches are wider than needed."""
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -94,15 +94,17 @@ def batch_count(count: int, batch: int) -> int:
 
 
 def val_batches(
-    samples: Sequence[Sample], *, imgsz: int, batch: int, rect: bool = True, workers: int = 0
+    samples: Sequence[Sample], *, imgsz: int, batch: int, stride: int, rect: bool = True, workers: int = 0
 ) -> Iterator[ValBatch]:
     """Every sample once: in rectangular batches of like aspect ratio, or square in the given order.
+
+    The sides of rectangular batches are multiples of `stride`, the network's largest, half of it wider than needed.
 
     Small images are not enlarged beyond `imgsz`; shrinking averages areas.
     """
     ordered = by_aspect(samples) if rect else samples
     groups = [ordered[i : i + batch] for i in range(0, len(ordered), batch)]
-    jobs = [(group, _rect_shape(group, imgsz) if rect else (imgsz, imgsz)) for group in groups]
+    jobs = [(group, _rect_shape(group, imgsz, stride) if rect else (imgsz, imgsz)) for group in groups]
     yield from map_ahead(lambda job: _val_batch(imgsz, *job), jobs, workers)
 
 
@@ -119,11 +121,11 @@ def _aspect(sample: Sample) -> float:
     return sample.size_hw[0] / sample.size_hw[1]
 
 
-def _rect_shape(samples: Sequence[Sample], imgsz: int) -> tuple[int, int]:
+def _rect_shape(samples: Sequence[Sample], imgsz: int, stride: int) -> tuple[int, int]:
     """(height, width) of a batch: multiples of the stride, half a stride wider than the images need, as in YOLOv5."""
     lowest, highest = min(map(_aspect, samples)), max(map(_aspect, samples))
     shape = (highest, 1.0) if highest < 1 else (1.0, 1 / lowest) if lowest > 1 else (1.0, 1.0)
-    height, width = (math.ceil(side * imgsz / STRIDE + RECT_PAD) * STRIDE for side in shape)
+    height, width = (math.ceil(side * imgsz / stride + RECT_PAD) * stride for side in shape)
     return height, width
 
 

@@ -25,6 +25,7 @@ from compress.kernels.losses import FUSED
 from runtime import machine
 from runtime.errors import UnavailableError
 from runtime.files import write_json
+from runtime.numbers import real
 from runtime.terminal import exit_code_of
 
 SECONDS = 225.0
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="every number as JSON")
     parser.add_argument("--quick", action="store_true", help="one case a loss, in half a minute")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
+    parser.add_argument("--seconds", type=real(0), default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
     asked = parser.parse_args(arguments)
     return exit_code_of(lambda: 0 if run(asked.seconds, asked.out, quick=asked.quick)["cases"] else 1)
 

@@ -1,7 +1,7 @@
 """YOLOv5 networks and the files that hold them."""
 
 from compress.models.architecture import LAYOUTS, Architecture
-from compress.models.checkpoint import describe, load, load_model, save_model, transfer
+from compress.models.checkpoint import describe, load, load_model, network_digest, save_model, transfer
 from compress.models.complexity import complexity
 from compress.models.network import YOLOv5
 
@@ -13,6 +13,7 @@ __all__ = [
     "describe",
     "load",
     "load_model",
+    "network_digest",
     "save_model",
     "transfer",
 ]
