@@ -102,10 +102,8 @@ def validate(
     flush_denormals()
     where = device if isinstance(device, torch.device) else pick_device(device)
     runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
-    batches = val_batches(
-        by_aspect(samples) if rect else samples,
-        imgsz=imgsz, batch=batch, rect=rect, stride=max(model.strides), workers=workers,
-    )  # fmt: skip
+    stride = max(model.strides)
+    batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
     found = [one for batch_found in map(runner, runner.timed(batches)) for one in batch_found]
     names = model.arch.names
     return ValResult(
@@ -115,16 +113,6 @@ def validate(
         speed_ms={name: 1e3 * seconds / max(len(found), 1) for name, seconds in runner.watch.seconds.items()},
         images=len(found),
     )
-
-
-def by_aspect(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples by height/width as YOLOv5 sorts them, so that rectangular batches hold the same images.
-
-    The sort is NumPy's default, which orders equal ratios in its own way; a stable one puts other images into a batch's
-    wider shape and moves mAP50 of yolov5n on COCO128 by 0.002.
-    """
-    ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])
-    return [samples[index] for index in np.argsort(ratios)]
 
 
 class _Runner:
@@ -179,7 +167,7 @@ def as_network_input(images: Tensor, device: torch.device) -> Tensor:
 
 def to_original(boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int) -> NDArray[np.float32]:
     """Boxes (n, 4) of one image, from pixels of the batch to those of the original image."""
-    return unletterbox(boxes_xyxy, batch.gains[index], batch.pads_wh[index], batch.sizes_hw[index])
+    return unletterbox(boxes_xyxy, batch.gains[index], batch.pads_wh[index], batch.samples[index].size_hw)
 
 
 def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
