@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, coco_rows, match
 from compress.compute.device import pick_device, to_device
 from compress.compute.numerics import flush_denormals
+from compress.compute.threads import limit_threads
 from compress.compute.timing import Stopwatch
 from compress.data.coco import read_annotations, to_coco
 from compress.data.dataset import Sample
@@ -100,6 +101,7 @@ def validate(
     """
     model.arch.require_image_size(imgsz)
     flush_denormals()
+    limit_threads()
     where = device if isinstance(device, torch.device) else pick_device(device)
     runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
     stride = max(model.strides)

@@ -18,6 +18,7 @@ def open_session(model: onnx.ModelProto, *, optimise: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = compute_threads()  # see runtime.backends.onnx
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other work may have a core
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
