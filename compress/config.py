@@ -33,7 +33,7 @@ Count = Annotated[Int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[Int, Field(ge=0, le=MAX_COUNT)]
 Workers = Annotated[Int, Field(ge=0, le=256)]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
-"""What the random generators of NumPy and of torch both take."""
+"""A seed that the random generators of NumPy and of torch both take."""
 Side = Annotated[Int, Field(ge=1, le=8192)]
 """Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
@@ -203,6 +203,11 @@ class TrainConfig(Settings):
     """float16 arithmetic on a GPU; a CPU computes in float32."""
     workers: Annotated[Workers, NO_RESULT] = 1
     """Threads that load data."""
+    threads: Annotated[Workers, NO_RESULT] = 0
+    """Compute threads on a CPU; 0 takes OMP_NUM_THREADS, else measures them at the start and again now and then.
+
+    Only the last bits of the results depend on it. A resumed training goes on with the number it had; where a machine's
+    load changes, two trainings are equal to the last bit only with a number that is set."""
     seed: Seed = 0
     tensorboard: Annotated[bool, NO_RESULT] = True
 
@@ -323,7 +328,7 @@ class BenchConfig(Settings):
 
 
 class ValConfig(Settings):
-    """What `edgestill val` alone can be told."""
+    """Settings of `edgestill val` alone."""
 
     batch: Count = 32
 
@@ -361,6 +366,10 @@ class StudyConfig(Settings):
     """Name -> settings of `student` and `distill` that are laid over the recipe's."""
     split: Literal["val", "test"] = "test"
     """Images that judge; `val` also chose the best epoch of the teacher."""
+    seeds: Count = 5
+    """Trainings of each arm; more make the intervals narrower."""
+    jobs: Annotated[Count, NO_RESULT] = 1
+    """Trainings at a time, each with one CPU thread."""
 
 
 class Recipe(Settings):

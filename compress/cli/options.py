@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -145,6 +145,11 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
     return validate(group, raw, f"edgestill {click.get_current_context().info_name}")
 
 
+def given_settings() -> tuple[str, ...]:
+    """The settings that options gave to the running command, in the form of --set."""
+    return tuple(f"{key}={value}" for key, value in click.get_current_context().meta.get(GIVEN, {}).items())
+
+
 def given_changes() -> tuple[str, ...]:
     """The --set changes of the running command."""
     return tuple(click.get_current_context().meta["edgestill.changes"])
@@ -204,10 +209,9 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, default=str))
 
 
-def show(document: Path, as_json: bool, *, lines: Callable[[Any], Iterable[object]]) -> None:
-    """Print the JSON file that a stage wrote, or the `lines` that are made of it."""
-    content = json.loads(document.read_text(encoding="utf-8"))
+def show(document: Any, text: object, as_json: bool) -> None:
+    """Print a result as JSON or as text."""
     if as_json:
-        print_json(content)
+        print_json(document)
     else:
-        click.echo("\n".join(map(str, lines(content))))
+        click.echo(text)

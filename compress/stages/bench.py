@@ -17,13 +17,13 @@ from benchmarks.rows import Row, named_apart, plain
 from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
 from compress.data import Dataset
 from compress.flavours import FLAVOURS
-from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
 from compress.store import Folders
 from compress.validate import validate
-from runtime.files import write_json
+from runtime.files import read_json, write_json
 from runtime.machine import facts
 
 

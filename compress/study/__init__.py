@@ -37,22 +37,22 @@ SHOWN_LINES = 3
 """Last lines of a failed run that its error shows."""
 
 
-def run_study(recipe: Recipe, out: Path, *, arms: Sequence[str] = (), seeds: int, jobs: int, log: Log) -> Path:
-    """Train every arm with every seed, `jobs` at a time, and write the study into `out`. Returns study.json's path.
+def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = print) -> Path:
+    """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
 
     A run that is done is not repeated; one that was killed goes on. A run that fails costs the others nothing: the
     study is written without it. Raises UsageError when arms or split are unknown, EdgestillError when a run failed.
     """
     chosen = chosen_arms(recipe, arms)
-    plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(seeds) for arm in chosen]
+    plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
     _index_split(recipe, out)
     run_recipe(recipe, out, until="teacher", log=log)
-    ends = _in_processes(plan, jobs, out, log)
+    ends = _in_processes(plan, recipe.study.jobs, out, log)
     failed = {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True) if isinstance(end, str)}
     document = summary(
         {arm: recipe.study.arms[arm] for arm in chosen},
         [end for end in ends if isinstance(end, Run)],
-        seeds=seeds,
+        seeds=recipe.study.seeds,
         failed=failed,
         epochs=recipe.distill.epochs,
         imgsz=recipe.distill.imgsz,

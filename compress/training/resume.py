@@ -33,7 +33,7 @@ class Origin:
     scale: str | None
     device: str
     facts: dict[str, Any]
-    """What must be equal, by the name that a message gives it; None where nothing was said."""
+    """Facts that must be equal, by the name that a message gives them; None if nothing was said."""
 
 
 def origin_of(

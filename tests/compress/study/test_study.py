@@ -20,7 +20,7 @@ ARMS = {
 def recipe(data: Path, **changes: object) -> Recipe:
     short = {"epochs": 1, "batch": 4, "val_interval": 1, "workers": 0, "tensorboard": False}
     base = {
-        "data": data, "imgsz": 64, "seed": 3, "device": "cpu", "study": {"arms": ARMS},
+        "data": data, "imgsz": 64, "seed": 3, "device": "cpu", "study": {"arms": ARMS, "seeds": 2, "jobs": 2},
         "teacher": short, "distill": {**short, "optimizer": {"lrf": 0.5}},
     }  # fmt: skip
     return Recipe.model_validate(base | changes)
@@ -67,14 +67,14 @@ def three_splits(tiny_data: Dataset, tmp_path: Path) -> Path:
 
 def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no test split"):
-        run_study(recipe(tiny_data.path), tmp_path / "out", seeds=1, jobs=1, log=print)
+        run_study(recipe(tiny_data.path), tmp_path / "out")
     assert not (tmp_path / "out/teacher").exists()
 
 
 @pytest.mark.slow
 def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_splits: Path, tmp_path: Path) -> None:
     out, lines = tmp_path / "out", []
-    document = json.loads(run_study(recipe(three_splits), out, seeds=2, jobs=2, log=lines.append).read_text())
+    document = json.loads(run_study(recipe(three_splits), out, log=lines.append).read_text())
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
         ("scratch", 0), ("soft", 0), ("scratch", 1), ("soft", 1),
     ]  # fmt: skip
@@ -85,7 +85,7 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
 
     weights = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/distill/last.safetensors")}
     shutil.rmtree(out / "runs/soft-1")  # as if it had been killed
-    again = json.loads(run_study(recipe(three_splits), out, seeds=2, jobs=1, log=lines.append).read_text())
+    again = json.loads(run_study(recipe(three_splits), out, log=lines.append).read_text())
     same = [path for path, at in weights.items() if path.exists() and path.stat().st_mtime_ns == at]
     assert len(same) == 3
     assert [run["map50_95"] for run in again["runs"]] == [run["map50_95"] for run in document["runs"]]
@@ -94,9 +94,9 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
 @pytest.mark.slow
 def test_a_run_that_fails_costs_the_others_nothing(three_splits: Path, tmp_path: Path) -> None:
     arms = {**ARMS, "wild": {"distill": {"optimizer": {"name": "sgd", "lr0": 1e30, "clip_norm": 1e30}}}}
-    made = recipe(three_splits, study={"arms": arms})
+    made = recipe(three_splits, study={"arms": arms, "seeds": 1})
     with pytest.raises(EdgestillError, match="1 of 3 runs failed; wild-0: ") as caught:
-        run_study(made, tmp_path / "out", seeds=1, jobs=1, log=print)
+        run_study(made, tmp_path / "out")
     assert "\n" not in str(caught.value)
     document = json.loads((tmp_path / "out/study.json").read_text())
     assert [run["arm"] for run in document["runs"]] == ["scratch", "soft"]
