@@ -21,5 +21,7 @@ def test_groups_within_groups_are_reached() -> None:
 
 def test_every_other_setting_of_a_training_is_one() -> None:
     dumped = TrainConfig().model_dump(mode="json")
-    assert dumped.keys() - result_settings(TrainConfig()).keys() == {"workers", "tensorboard", "checkpoint_interval"}
+    assert dumped.keys() - result_settings(TrainConfig()).keys() == {
+        "workers", "threads", "tensorboard", "checkpoint_interval",
+    }  # fmt: skip
     assert all(dumped[key] == value for key, value in result_settings(TrainConfig()).items())
