@@ -15,7 +15,7 @@ from benchmarks.report import make_report
 from runtime.errors import EdgestillError
 
 DESCRIPTION = (
-    "Measure the latency from frame to boxes, and the mAP where there are annotations, of the same files in one run."
+    "Measure the latency from frame to boxes, and the mAP if there are annotations, of the same files in one run."
 )
 
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="time between frames, as from a camera (default: none, one frame after another)",
     )
-    made.add_argument("--threads", type=positive, help="CPU threads of one inference (default: a thread a core)")
+    made.add_argument("--threads", type=positive, help="CPU threads of one inference (default: one per core)")
     made.add_argument(
         "--max-images", type=int, default=0, metavar="N", help="use the first N images; 0 takes all (default: 0)"
     )
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RULE",
-        help="exit with 1 where this holds, for example 'map50_95<0.30'; repeatable",
+        help="exit with 1 if this holds, for example 'map50_95<0.30'; repeatable",
     )
     return made
 

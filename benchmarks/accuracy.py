@@ -37,7 +37,7 @@ _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """COCO's figures, all 0..1. A size is None where the ground truth has no object of it (COCO prints -1)."""
+    """COCO's figures, all 0..1. A size is None if the ground truth has no object of it (COCO prints -1)."""
 
     map50_95: float
     map50: float
@@ -46,7 +46,7 @@ class Accuracy:
     medium: float | None
     large: float | None
     recall: float
-    """Average recall at `max_det` detections an image."""
+    """Average recall at `max_det` detections per image."""
     per_class: Mapping[str, float] = field(default_factory=dict)
     """mAP50-95 of each class that the ground truth has."""
     images: int = 0
@@ -122,7 +122,7 @@ def _mean(values: Floats) -> float | None:
 def _printed_names(categories: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> dict[int, str]:
     names = [category["name"] for category in categories] if names is None else names
     if len(names) != len(categories):
-        raise InputError(f"{len(names)} class names for {len(categories)} categories", "Give one name a category")
+        raise InputError(f"{len(names)} class names for {len(categories)} categories", "Give one name per category")
     return {category["id"]: name for category, name in zip(categories, names, strict=True)}
 
 

@@ -169,7 +169,7 @@ def compare_files(reference: Path, candidate: Path, plan: Plan, rounds: int = 20
     """The latency of `candidate` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
-    a round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
+    per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
     with plan.detector(reference) as first, plan.detector(candidate) as second:

@@ -186,7 +186,7 @@ def _scales(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _draw(axes: Any, point: Point) -> None:
-    """The mark, and a whisker to the tail where it is longer than the mark."""
+    """The mark, and a whisker to the tail if it is longer than the mark."""
     own, at = colour(point.kind), axes.transData.transform
     if at((point.x_high, 0))[0] - at((point.x, 0))[0] > MARK:
         whisker = {"arrowstyle": "|-|,widthA=0,widthB=4", "mutation_scale": 1, "shrinkA": 0, "shrinkB": 0}

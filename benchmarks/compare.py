@@ -1,6 +1,6 @@
 """Several reports beside each other, and thresholds that turn a report into an exit code.
 
-Rows stand side by side and are never merged; differences that make them incomparable are listed above the table.
+Rows are shown side by side and never merged; differences that make them incomparable are listed above the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPARED_SETTINGS = (
     *("interval_ms", "threads"),
 )
 COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-"""Their defaults and kernels change with the version: TensorRT 11 times other things than TensorRT 10 does."""
+"""Packages whose version changes a latency: TensorRT 10 and 11, for example, choose different kernels."""
 
 
 class Comparison(NamedTuple):
@@ -55,7 +55,7 @@ def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list
 
 
 def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The facts that must agree between figures that stand side by side, with every value that a report has of them."""
+    """The facts that must be equal before figures may be compared, each with every value that the report has for it."""
     packages = data["machine"].get("packages", {})
     return {
         **{key: list(dict.fromkeys(row["settings"][key] for row in data["models"])) for key in COMPARED_SETTINGS},

@@ -40,7 +40,7 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Durations:
-    """Milliseconds of one span of the call, over all samples. A percentile is None where n is too small for it."""
+    """Milliseconds of one span of the call, over all samples. A percentile is None if n is too small for it."""
 
     n: int
     mean: float
@@ -186,7 +186,7 @@ def _timed_ms(call: Callable[[], object], clock: Clock) -> float:
 Verdict = Literal["faster", "slower", "inconclusive"]
 LEAST_ROUNDS = 10
 ROUNDS_AGREE = 0.8
-"""Share of the rounds that must lie on the verdict's side. Of 20 rounds without a difference, 16 or more lie on one
+"""Share of the rounds that must be on the verdict's side. Of 20 rounds without a difference, 16 or more are on one
 side in 1.2 % of all comparisons."""
 
 
@@ -200,7 +200,7 @@ class LatencyRatio:
     """`low` to `high` is the bootstrap 95 % interval of `ratio` over rounds."""
     high: float
     ratios: tuple[float, ...] = field(repr=False)
-    """One value a round: median of the candidate's calls / median of the reference's calls."""
+    """One value per round: median of the candidate's calls / median of the reference's calls."""
     reference: Durations = field(repr=False)
     candidate: Durations = field(repr=False)
 
@@ -211,7 +211,7 @@ class LatencyRatio:
     def verdict(self, limit: float = 1.0) -> Verdict:
         """Whether the candidate takes less or more than `limit` times the reference's time.
 
-        "inconclusive" where the interval holds `limit`, where one round in five contradicts it, or where the first
+        "inconclusive" if the interval holds `limit`, if one round in five contradicts it, or if the first
         half of the rounds says one thing and the second half another.
         """
         halves = [float(np.median(half)) for half in np.array_split(self.ratios, 2)]

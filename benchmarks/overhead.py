@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", type=Path, required=True, help=".onnx file")
     made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
     made.add_argument(
-        "--rounds", type=positive, default=20, help="each is ABBA or BAAB with five calls a letter (default: 20)"
+        "--rounds", type=positive, default=20, help="each is ABBA or BAAB with five calls per letter (default: 20)"
     )
     made.add_argument("--threads", type=positive, default=1, help="CPU threads of one inference (default: 1)")
     return made

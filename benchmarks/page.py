@@ -32,7 +32,7 @@ PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "f
 """Precision (its part before "-") -> CSS class of the colour."""
 ON_PAGE = tuple(column for column in TITLED if column.on_page)
 CELL_CSS = {formats.TOO_FEW: "r small", "kept": "kept", "refused": "refused"}
-"""Text -> CSS class, where it is not its column's."""
+"""Text -> CSS class, if it is not its column's."""
 NOT_MEASURED = {"accuracy": "not measured", "latency": "not timed"}
 NOT_DRAWN = ("epoch", "lr", "seconds", "momentum")
 """Beginnings of the columns of the training curves that say nothing about its result."""
@@ -197,7 +197,7 @@ def span_bars(rows: Sequence[Row]) -> list[Row]:
 
 
 def class_bars(data: Mapping[str, Any], best: Row | None) -> list[Row]:
-    """AP of every class, best first, with the teacher's beside it where it is known."""
+    """AP of every class, best first, with the teacher's beside it if it is known."""
     if best is None or not best["accuracy"]:
         return []
     teachers = [row for row in (*data["models"], *data["torch"]) if row["role"] == "teacher" and row["accuracy"]]

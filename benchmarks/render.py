@@ -47,7 +47,7 @@ PACKAGES = ("jinja2", "jsonschema", "matplotlib")
 
 
 def require_packages() -> None:
-    """Raises UnavailableError where `write` would, for a caller to know before minutes of measuring."""
+    """Raises UnavailableError when `write` would, for a caller to know before minutes of measuring."""
     for package in PACKAGES:
         optional(package)
 

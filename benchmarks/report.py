@@ -84,7 +84,7 @@ def make_report(
 
 
 def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
-    """The fastest student file that passed its gate, against the teacher's file; None where nothing was kept.
+    """The fastest student file that passed its gate, against the teacher's file; None if nothing was kept.
 
     A speed-up compares files on one device: a student on the GPU says nothing about a teacher on the CPU.
     """

@@ -30,7 +30,7 @@ def model_row(
     reason: str = "",
     **more: Any,
 ) -> Row:
-    """The row of one file, with its digest and size. `kept` is its gate's answer, None where there was no gate.
+    """The row of one file, with its digest and size. `kept` is its gate's answer, None if there was no gate.
 
     `settings` say how the file was measured. `more` are further values of one number or text: parameters, gflops, note.
     """
@@ -72,7 +72,7 @@ Read = Callable[[Row], Any]
 
 
 def at(*keys: str) -> Read:
-    """Reads a nested value; None where it or a part on the way is absent."""
+    """Reads a nested value; None if it or a part on the way is absent."""
 
     def read(row: Row) -> Any:
         value: Any = row
@@ -84,9 +84,9 @@ def at(*keys: str) -> Read:
 
 
 p50 = at("latency", "end_to_end", "p50")
-"""Median milliseconds end to end, where the row has it."""
+"""Median milliseconds end to end, if the row has it."""
 ap = at("accuracy", "map50_95")
-"""mAP50-95, where the row has it."""
+"""mAP50-95, if the row has it."""
 
 
 def is_kept(row: Row) -> bool:
@@ -107,7 +107,7 @@ def shared_settings(rows: Sequence[Row]) -> Row:
 
 
 class Column(NamedTuple):
-    """One figure of a file. All columns stand in the CSV; those with a title also in HTML, Markdown and comparisons."""
+    """One figure of a file. The CSV has all columns; HTML, Markdown and comparisons have those with a title."""
 
     name: str
     """Heading in the CSV, and the name of the figure in `--fail-on`."""
@@ -119,7 +119,7 @@ class Column(NamedTuple):
     is_number: bool = True
     """False is text: aligned left, and no figure for `--fail-on`."""
     on_page: bool = True
-    """Whether the HTML gives it a column of its own, where it has a title."""
+    """Whether the HTML gives it a column of its own, if it has a title."""
     detail: Read | None = None
     """Small print below the cell in the HTML."""
 

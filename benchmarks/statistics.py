@@ -35,7 +35,7 @@ def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -
 
 
 def percentile_estimate(samples: ArrayLike, percentile: float) -> float | None:
-    """A bound that the true percentile does not exceed, at 99 % confidence; None where there are too few samples.
+    """A bound that the true percentile does not exceed, at 99 % confidence; None if there are too few samples.
 
     The fewest are 11, 64, 130 and 662 for p50, p90, p95 and p99. No sample is clipped or trimmed: an outlier is part
     of the tail that is measured.

@@ -15,7 +15,7 @@ MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
 
 
 def label(row: Row, rows: Sequence[Row] = ()) -> str:
-    """Shortest name of a row: its role and precision, with backend or file where that is not enough."""
+    """Shortest name of a row: its role and precision, with backend or file if that is not enough."""
     options = (
         lambda other: f"{other['role']} {other['precision']}",
         lambda other: f"{other['role']} {other['precision']} {other['backend']}",

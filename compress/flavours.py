@@ -20,10 +20,10 @@ FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU
 class Flavour:
     """One row of the table.
 
-    `maker` names a function `(model) -> model` on `onnx.ModelProto`, or `(model, ranges) -> model` where the flavour
+    `maker` names a function `(model) -> model` on `onnx.ModelProto`, or `(model, ranges) -> model` if the flavour
     is `calibrated`; `ranges` are the activation ranges that `compress.graph.calibration.calibrate` measured. `check`
     names a function `(model, canvases) -> str` that says why the flavour of this FP32 model fails on its own hardware
-    where this CPU cannot show it, or nothing.
+    if this CPU cannot show it, or nothing.
     """
 
     name: str

@@ -46,7 +46,7 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
 
 
 class MeasuredFile(NamedTuple):
-    """A file to measure, and what its gate said: `kept` is None where there was no gate.
+    """A file to measure, and what its gate said: `kept` is None if there was no gate.
 
     `role` is teacher or student; `precision` None is that of the file's card.
     """

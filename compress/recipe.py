@@ -63,7 +63,7 @@ def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
 
 
 def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError where a group holds a single value."""
+    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError when a group holds a single value."""
     head, *rest = dotted.split(".")
     if not rest:
         return {**raw, head: value}
@@ -74,7 +74,7 @@ def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any
 
 
 def validate(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
-    """`raw` as `model`; a UsageError of one line where it does not fit."""
+    """`raw` as `model`; a UsageError of one line when it does not fit."""
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
@@ -124,7 +124,7 @@ imgsz: {imgsz}              # pixels; training, calibration, export and measurem
 seed: 0
 device: auto            # auto, cpu, or a GPU number
 
-teacher:                # used as it is where its classes are the data's, fine-tuned where they are not
+teacher:                # used as it is if its classes are the data's, fine-tuned if they are not
   weights: {weights}
   epochs: {teacher_epochs}
   batch: 16
@@ -185,5 +185,5 @@ def recipe_text(
 
 
 def _quote(text: str) -> str:
-    """`text` as a YAML scalar, quoted only where it must be."""
+    """`text` as a YAML scalar, quoted only if it must be."""
     return yaml.safe_dump(text, width=10_000, default_flow_style=True).splitlines()[0].removesuffix("...").strip()

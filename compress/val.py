@@ -48,7 +48,7 @@ class FileAccuracy:
             )
         if self.speed_ms:
             spans = "  ".join(f"{name} {ms:.1f}" for name, ms in self.speed_ms.items())
-            lines.append(f"speed   {spans}  ms an image")
+            lines.append(f"speed   {spans}  ms per image")
         return "\n".join(lines)
 
 

@@ -64,11 +64,11 @@ class ValResult:
     yolo: YoloMetrics
     """Figures by YOLOv5's protocol."""
     coco: Accuracy | None
-    """Figures by COCO's protocol; None where they were not wanted."""
+    """Figures by COCO's protocol; None if they were not wanted."""
     loss: tuple[float, float, float] | None
-    """Mean box, objectness and class loss, where a loss was given."""
+    """Mean box, objectness and class loss, if a loss was given."""
     speed_ms: Mapping[str, float]
-    """Milliseconds an image: load (waiting for decoded, letterboxed images), preprocess, inference, nms."""
+    """Milliseconds per image: load (waiting for decoded, letterboxed images), preprocess, inference, nms."""
     images: int
 
     @property
@@ -93,7 +93,7 @@ def validate(
 ) -> ValResult:
     """Measure `model` (left as it is: a fused copy runs) on `samples`.
 
-    `half` runs the network in float16 where the device is a GPU. `annotations` is a COCO JSON that takes the place of
+    `half` runs the network in float16 if the device is a GPU. `annotations` is a COCO JSON that takes the place of
     the text labels in the COCO figures (it knows crowd regions; text labels do not).
     """
     flush_denormals()

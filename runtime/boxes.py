@@ -38,7 +38,7 @@ def xyxy_to_xywh(boxes_xyxy: Floats) -> Floats:
 
 
 def pairwise_iou(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
-    """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 where both are empty."""
+    """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 if both are empty."""
     return overlap(np.asarray(a_xyxy)[:, None], np.asarray(b_xyxy)[None])
 
 
@@ -121,7 +121,7 @@ def _where(mask: NDArray[np.bool_]) -> tuple[Indices, Indices]:
 def _overlapping(a: Floats, b: Floats, iou: np.float32) -> NDArray[np.bool_]:
     """(N, M): which boxes of (4, N) and (4, M) overlap more than `iou`.
 
-    All pairs, one coordinate at a time: eight times cheaper a pair than gathering the pairs of equal classes.
+    All pairs, one coordinate at a time: eight times cheaper per pair than gathering the pairs of equal classes.
     """
     width = np.minimum(a[2][:, None], b[2]) - np.maximum(a[0][:, None], b[0])
     height = np.minimum(a[3][:, None], b[3]) - np.maximum(a[1][:, None], b[1])

@@ -88,7 +88,7 @@ def detect(options: argparse.Namespace) -> None:
 
 
 def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter | None, *, as_json: bool) -> None:
-    """Print a line for each frame, as text or JSON, and write it with its boxes where there is a writer."""
+    """Print a line for each frame, as text or JSON, and write it with its boxes if there is a writer."""
     from runtime.detections import draw, label_problem
 
     names = detector.card.names

@@ -68,7 +68,7 @@ class Detector:
 
         `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused. `variant` picks one
         precision or file of a bundle; `threads` limits the threads of the CPU. With `spin` these wait actively for the
-        next frame: fastest where frames follow at once, and over twice the CPU time on a camera. Raises UsageError,
+        next frame: fastest if frames follow at once, and over twice the CPU time on a camera. Raises UsageError,
         InputError, UnavailableError or EngineError with one line: what is wrong and what helps.
         """
         if device not in DEVICES:

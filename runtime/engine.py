@@ -93,7 +93,7 @@ def build_engine(
 
     `targets` ("sm86", ...) are for tensorrt_rtx, which builds ahead of time; plain TensorRT builds for the GPU that is
     there and says so in the log. `shapes` maps an input with open dimensions to (smallest, usual, largest).
-    `dla_core` and `hardware` are refused where the backend would silently ignore them. `timing_cache` is a file that
+    `dla_core` and `hardware` are refused if the backend would silently ignore them. `timing_cache` is a file that
     makes later builds with plain TensorRT faster. Raises InputError, UsageError, UnavailableError, or EngineError with
     TensorRT's own error lines.
     """
@@ -118,7 +118,7 @@ def build_engine(
 
 
 def resolve_backend(backend: str) -> str:
-    """The module to build with: "auto" takes tensorrt where it is installed, else tensorrt_rtx."""
+    """The module to build with: "auto" takes tensorrt if it is installed, else tensorrt_rtx."""
     if backend not in ("auto", *BUILDERS):
         raise UsageError(f"backend is {backend!r}, expected auto, {', '.join(BUILDERS)}")
     options = BUILDERS if backend == "auto" else (backend,)

@@ -40,6 +40,6 @@ class EngineError(EdgestillError):
 
 
 def one_line(error: Exception, most: int = 300) -> str:
-    """The text of another library's error on one line; the name of its class where it has no text."""
+    """The text of another library's error on one line; the name of its class if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Twice Pillow's warning limit, where it calls an image a decompression bomb: half a gigabyte decoded."""
+"""Half a gigabyte decoded: twice the limit above which Pillow warns of a decompression bomb."""
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PIXELS))  # OpenCV reads it once, when it is loaded
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # the messages of its decoders would stand beside our one-line error
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders would print messages beside our one-line error
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same for FFmpeg, which also prints addresses
 
 import cv2  # noqa: E402
@@ -125,7 +125,7 @@ def _too_large(path: str | Path) -> InputError:
 
 
 class Letterboxed(NamedTuple):
-    """`image` uint8 BGR; frame pixel p lies at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
+    """`image` uint8 BGR; frame pixel p is at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
 
     image: Image
     gain: float

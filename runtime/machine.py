@@ -39,7 +39,7 @@ GPU_FIELDS = {
 }
 JETSON_MODEL = Path("/proc/device-tree/model")
 JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3"}
-"""nvidia-smi of a Jetson, where there is one, does not give the compute capability. The order matters: an Orin Nano
+"""nvidia-smi of a Jetson, if there is one, does not give the compute capability. The order matters: an Orin Nano
 must be found as Orin."""
 NVIDIA_BOARD = re.compile("NVIDIA|Jetson")
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -75,7 +75,7 @@ def usable_cpus() -> list[int]:
 
 
 def usable_cores() -> int:
-    """Logical CPUs that this process may use at once: their number, or the container's CPU quota where it is less."""
+    """Logical CPUs that this process may use at once: their number, or the container's CPU quota if it is less."""
     return _within_quota(len(usable_cpus()))
 
 
@@ -137,7 +137,7 @@ def _read_text(path: Path) -> str:
 
 
 def gpus() -> list[dict[str, str]]:
-    """NVIDIA GPUs by nvidia-smi, or a Jetson's own by its board name; empty where there is none."""
+    """NVIDIA GPUs by nvidia-smi, or a Jetson's own by its board name; empty if there is none."""
     program = shutil.which("nvidia-smi")
     command = [str(program), f"--query-gpu={','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits"]
     listed = parse_gpus(_output(command)) if program else []
@@ -217,7 +217,7 @@ def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
 
 
 def same_version(left: str, right: str) -> bool:
-    """Equal as far as both are given: a module says 10.3.0 where its package says 10.3.0.26."""
+    """Equal as far as both are given: a module says 10.3.0 and its package 10.3.0.26."""
     pairs = list(zip(left.split("."), right.split("."), strict=False))
     return len(pairs) >= VERSION_PARTS and all(a == b for a, b in pairs)
 

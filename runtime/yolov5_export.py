@@ -13,7 +13,7 @@ from runtime.card import ModelCard
 from runtime.errors import InputError
 
 DEFAULT_SIZE = 640
-"""Height and width of the input where the file leaves them open."""
+"""Height and width of the input if the file leaves them open."""
 CONF, IOU, MAX_DET = 0.25, 0.45, 1000
 """Defaults of YOLOv5's detect."""
 MAX_NAMES_CHARS = 1 << 20
@@ -26,7 +26,7 @@ have as many rows as files with NMS inside: five anchors at strides 16 and 32 of
 
 
 def yolov5_card(path: Path, metadata: Mapping[str, str], backend: Backend) -> ModelCard:
-    """The card of the loaded file. Where the file leaves the output's shape open, a black image shows it.
+    """The card of the loaded file. If the file leaves the output's shape open, a black image shows it.
 
     Raises InputError when the shapes or the metadata are not those of a YOLOv5 detector: a file with NMS inside has
     [1, N, 6] too, but not one row for each anchor of its grids.
@@ -88,7 +88,7 @@ def _require_grid(path: Path, size_hw: tuple[int, int], spec: TensorSpec) -> Non
 
 
 def _names(path: Path, text: str | None, count: int) -> tuple[str, ...]:
-    """From `{0: 'person', ...}` or `['person', ...]`; numbered classes where the file does not name them."""
+    """From `{0: 'person', ...}` or `['person', ...]`; numbered classes if the file does not name them."""
     if text is None:
         return tuple(f"class{index}" for index in range(count))
     names = _parse_names(text[:MAX_NAMES_CHARS])

@@ -14,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def pick_device(request: str) -> torch.device:
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, or YOLOv5's plain number `0`.
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, or YOLOv5's plain number `0`.
 
     Of several processes on one machine (torchrun) each gets the GPU of its own number, whichever was asked for.
     Raises UsageError when `request` is another word, UnavailableError when the GPU is not here.

@@ -150,7 +150,7 @@ def mosaic(
 
 
 def _mosaic_offset(quadrant: int, size_hw: tuple[int, ...], centre_xy: tuple[int, int]) -> tuple[int, int]:
-    """Canvas position (x, y) of an image's top left corner; it may lie outside."""
+    """Canvas position (x, y) of an image's top left corner; it may be outside the canvas."""
     x, y = centre_xy
     return (x if quadrant % 2 else x - size_hw[1]), (y if quadrant >= 2 else y - size_hw[0])
 

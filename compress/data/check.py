@@ -56,7 +56,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """True where nothing had to be skipped, every split has labels and no image is in two splits."""
+        """True if nothing had to be skipped, every split has labels and no image is in two splits."""
         return not self.leaks and not self.unlabelled and not any(split.problems for split in self.splits.values())
 
     @property
@@ -186,7 +186,7 @@ def _odd_boxes(split: str, index: Index) -> Iterable[str]:
         f"boxes with a side under {SMALL_SIDE_PX:g} px": int((sides < SMALL_SIDE_PX).any(1).sum()),
         "boxes that reach beyond the image": int((corners < -EDGE_TOLERANCE).any(1).sum()),
         "boxes that fill the whole image": int((labels[:, 3:5] > 0.99).all(1).sum()),
-        "label files that lie beside their image in images/ and are not read": sum(1 for _ in stray_labels(index)),
+        "label files that are beside their image in images/ and are not read": sum(1 for _ in stray_labels(index)),
     }
     yield from (f"{split}: {count} {what}" for what, count in counts.items() if count)
     if index.boxes and index.background * 2 > len(index.samples):
@@ -220,7 +220,7 @@ def _summary(split: SplitReport) -> str:
     per_image = split.boxes_per_image.get("mean", 0)
     return (
         f"{split.usable} of {split.images} images usable, {split.background} without objects, {split.boxes} boxes "
-        f"({per_image:.1f} an image): {classes}; sizes {sizes}"
+        f"({per_image:.1f} per image): {classes}; sizes {sizes}"
     )
 
 

@@ -90,7 +90,7 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
 def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Converted:
     """Convert a folder of VOC XML files. Names become classes in alphabetical order; difficult objects are skipped.
 
-    Raises InputError where a file declares a document type (entities are never expanded) and for image names that
+    Raises InputError when a file declares a document type (entities are never expanded) and for image names that
     leave the image folder.
     """
     folder = Path(annotations)
@@ -192,7 +192,7 @@ def _finite(value: float) -> bool:
 
 
 def _read_xml(path: Path, problems: list[Problem]) -> Element | None:
-    """The root of a small XML file; None and a problem where it is damaged."""
+    """The root of a small XML file; None and a problem if it is damaged."""
     try:
         if path.stat().st_size > MAX_XML_BYTES:
             problems.append(Problem(path, 0, f"{path.stat().st_size} bytes, expected at most {MAX_XML_BYTES}"))
@@ -247,7 +247,7 @@ def _is_difficult(item: Element) -> bool:
 
 
 def _voc_file_name(path: Path, root: Element, images: Path) -> str:
-    """The stated file name; where no such file is there, an image named like the XML file."""
+    """The stated file name; if no such file is there, an image named like the XML file."""
     stated = (root.findtext("filename") or "").strip()
     if stated and (images / safe_relative(stated, origin=path)).is_file():
         return stated
@@ -294,7 +294,7 @@ def _write(
 
 
 def _write_image(target: Path, source: Path, one: Annotated, problems: list[Problem]) -> int | None:
-    """Copy one image and write its labels; returns the number of boxes, None where the image was left out."""
+    """Copy one image and write its labels; returns the number of boxes, None if the image was left out."""
     try:
         data = read_bytes(source)
         size_hw = decoded_size_hw(data, source)

@@ -26,7 +26,7 @@ FLOAT32_DIGITS = ".9g"
 
 
 class Problem(NamedTuple):
-    """Something in the user's data that was skipped; `line` is 0 where the whole file is meant."""
+    """Something in the user's data that was skipped; `line` is 0 if the whole file is meant."""
 
     path: Path
     line: int
@@ -90,7 +90,7 @@ class Dataset:
         return digest.hexdigest()
 
     def save(self, file: Path) -> None:
-        """Write `index.json`: one line an image, keys instead of absolute paths.
+        """Write `index.json`: one line per image, keys instead of absolute paths.
 
         Raises EdgestillError when the file cannot be written.
         """
@@ -102,7 +102,7 @@ class Dataset:
 
     @classmethod
     def load(cls, file: Path, root: Path) -> Dataset:
-        """The data set that `save` wrote, equal in every bit of its labels; its images lie under `root`.
+        """The data set that `save` wrote, equal in every bit of its labels; its images are below `root`.
 
         Raises InputError when the file is missing or is no index. Images are not opened.
         """
@@ -130,7 +130,7 @@ def key_of(path: Path, root: Path) -> str:
 
 
 def path_of(key: str, root: Path) -> Path:
-    """The path that `key_of` was asked for, where `root` is free of links."""
+    """The path of the file with this key: the reverse of `key_of`, if `root` has no links in it."""
     return Path(os.path.normpath(root / key))
 
 

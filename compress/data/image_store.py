@@ -1,4 +1,4 @@
-"""In: samples. Out: their decoded images, resized, which stay in memory where that has room for all of them."""
+"""In: samples. Out: their decoded images, resized, which stay in memory if that has room for all of them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def cached_bytes(samples: Sequence[Sample], imgsz: int) -> int:
 
 
 def free_bytes() -> int:
-    """Memory that is free now: of the machine, or of the container where that has less."""
+    """Memory that is free now: of the machine, or of the container if that has less."""
     free = psutil.virtual_memory().available
     try:
         limit = int((CGROUP / "memory.max").read_text())

@@ -65,7 +65,7 @@ def where_labels_are(index: Index, root: Path) -> str:
 
 
 def stray_labels(index: Index) -> Iterator[Sample]:
-    """Images without labels whose label file lies beside them, where it is not looked for."""
+    """Images without labels that have a label file beside them, where it is not looked for."""
     for sample in index.samples:
         beside = sample.image.with_suffix(".txt")
         if not len(sample.labels) and beside != label_path(sample.image) and beside.is_file():
@@ -129,7 +129,7 @@ def quick_digest(config: DataConfig) -> str:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds; zeros where the file is absent."""
+    """Size in bytes and time of change in nanoseconds; zeros if the file is absent."""
     try:
         status = file.stat()
     except OSError:

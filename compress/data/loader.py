@@ -65,7 +65,7 @@ def train_batches(
     """The batches of one epoch from number `start` on.
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
-    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; where it has fewer
+    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
     images than there are ranks it is filled up from its own images, so that no rank is left without work.
     """
     slices = rank_slices(epoch_order(dataset.seed, epoch, len(dataset)), batch=batch, rank=rank, world=world)

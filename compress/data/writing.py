@@ -60,7 +60,7 @@ def label_text(boxes: NDArray[np.floating[Any]], size_hw: tuple[int, int]) -> st
 
 
 def write_data_yaml(folder: Path, names: Sequence[str], header: str = "") -> None:
-    """Write `folder/data.yaml` for `images/train` and `images/val` (the former twice where the latter is absent)."""
+    """Write `folder/data.yaml` for `images/train` and `images/val` (the former twice if the latter is absent)."""
     has_val = (folder / "images" / "val").is_dir()
     content = {"path": ".", "train": "images/train", "val": f"images/{'val' if has_val else 'train'}"}
     text = yaml.safe_dump(content | {"names": dict(enumerate(names))}, sort_keys=False, allow_unicode=True)

@@ -113,7 +113,7 @@ def _tensor_problems(tensor: onnx.TensorProto) -> Iterator[str]:
     for side in tensor.dims:
         elements *= max(side, 0)
     if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-        yield f"tensor {tensor.name!r} lies in another file"
+        yield f"tensor {tensor.name!r} is stored in another file"
     if elements > MAX_ELEMENTS or any(side < 0 for side in tensor.dims):
         yield f"tensor {tensor.name!r} declares shape {list(tensor.dims)}"
 

@@ -108,7 +108,7 @@ def corners(boxes_xywh: np.ndarray) -> np.ndarray:
 
 
 def _candidate_errors(found: dict[str, np.ndarray], rows: np.ndarray) -> tuple[float, float]:
-    """Box error in px and score error, where a better row that was left out counts as score error."""
+    """Box error in px, and score error. A better row that was left out counts as score error."""
     index, label = found["candidates.row"], found["candidates.class"].astype(np.int64)
     chosen = rows[index]
     scores = chosen[np.arange(len(index)), 5 + label] * chosen[:, 4]

@@ -114,7 +114,7 @@ def facts() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power and temperature of the first GPU as they are; empty where nvidia-smi does not tell."""
+    """Clocks, power and temperature of the first GPU as they are; empty if nvidia-smi does not tell."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -163,7 +163,7 @@ def remarks(document: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="every number as JSON")
-    parser.add_argument("--quick", action="store_true", help="one case a loss, in half a minute")
+    parser.add_argument("--quick", action="store_true", help="one case per loss, in half a minute")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
     asked = parser.parse_args(arguments)
     try:

@@ -87,7 +87,7 @@ def input_sets(map_bytes: int, l2_bytes: int) -> int:
 
 
 def turns(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
-    """Every name once a round, in an order of its own each round."""
+    """Every name once per round, in an order of its own each round."""
     for _ in range(rounds):
         yield from rng.sample(names, len(names))
 
@@ -112,7 +112,7 @@ def timing(samples_us: Sequence[float], moved_bytes: int) -> dict[str, Any]:
 
 
 def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """How `ours` compares, by medians; None where one of the two could not be measured.
+    """How `ours` compares, by medians; None if one of the two could not be measured.
 
     `of_stream` is the share of the ceiling that it reaches, `noise` how far apart two copies of it came out.
     """
@@ -235,7 +235,7 @@ def prepare(call: Call, count: int) -> Ready:
     try:
         return Ready(captured(call, count), {**notes, "cuda_graph": True})
     except RuntimeError as error:
-        torch.cuda.synchronize()  # raises where the GPU itself has failed
+        torch.cuda.synchronize()  # raises if the GPU itself has failed
         notes |= {"cuda_graph": False, "why_no_graph": one_line(error)}
         return Ready(lambda: [call(index) for index in range(count)], notes)
 
@@ -348,14 +348,14 @@ def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench_case", description="A part of bench.py.")
     parser.add_argument("loss", choices=FUSED)
-    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one a case, are added to it")
+    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one per case, are added to it")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
     until = time.monotonic() + asked.seconds
     os.environ.pop(SWITCH, None)
     try:
-        gpu(0)  # where the kernels cannot run, `ours` would be the definition
+        gpu(0)  # if the kernels cannot run, `ours` would be the definition
     except EdgestillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

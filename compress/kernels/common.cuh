@@ -140,7 +140,7 @@ __device__ __forceinline__ void write_result(float* to, float value) {
     *to = value;
 }
 
-/// The upstream gradient that the caller expects, folded into the gradient before it is rounded. 1 where there is
+/// The upstream gradient that the caller expects, folded into the gradient before it is rounded. 1 if there is
 /// none; 0 is read as 1, since nothing could be rescaled from it.
 __device__ __forceinline__ float assumed_scale(const float* scale) {
     if (scale == nullptr) return 1.0f;

@@ -109,13 +109,13 @@ def power_of_2(least: int) -> int:
 
 
 def fits_vectors(run: int, *tensors: Tensor) -> bool:
-    """Whether 16-byte accesses cut every `run` elements of the first one evenly, and may start where each starts."""
+    """True if all tensors are 16-byte aligned and `run` elements of the first one are a multiple of 16 bytes."""
     aligned = all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
     return aligned and run % vector(tensors[0].dtype) == 0
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether (N, C, H, W) lies in memory as (N, H, W, C). Maps that are dense both ways count as NCHW."""
+    """Whether (N, C, H, W) is stored as (N, H, W, C). Maps that are dense both ways count as NCHW."""
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -140,7 +140,7 @@ class LevelMaps(NamedTuple):
 
 
 def dense_pairs(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last where the student is so and
+    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last if the student is so and
     `nchw` does not forbid it. What is already so is not copied.
 
     Raises UsageError for no level, more than MAX_LEVELS of them, or students of several dtypes.
@@ -167,7 +167,7 @@ def level_maps(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[Le
 
 
 def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[int]:
-    """Deal blocks out in proportion to `sizes`: `most` in all, fewer where `size_of_block` needs no more, one each at
+    """Deal blocks out in proportion to `sizes`: `most` in all, fewer if `size_of_block` needs no more, one each at
     least. Depends on nothing else: equal shapes give equal bits on every GPU.
     """
     blocks = min(most, ceil_div(sum(sizes), size_of_block))

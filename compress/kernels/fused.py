@@ -3,7 +3,7 @@
 The forward pass already writes the gradient, multiplied by the upstream gradient that the caller expects (`scale`: a
 gradient scaler's factor, the loss's weight, ...), because a gradient that is rounded to float16 first and multiplied
 afterwards has lost up to half of its entries. The backward pass compares, on the device, what was expected with what
-came, and does nothing where they agree.
+came, and does nothing if they agree.
 
 Eager code queues the kernels and hangs their gradient into autograd's graph by one `autograd.Function` (7 us on the
 host); compiled code calls `torch.ops.edgestill.*`, which torch can trace, at the price of a second buffer in the
@@ -70,7 +70,7 @@ class FusedLoss:
         return [tensor for place in self.learns for tensor in arguments[place]]
 
     def device(self, arguments: Arguments) -> Gpu | None:
-        """The GPU whose kernels serve these arguments, for `run`; None where torch does, for `by_torch`."""
+        """The GPU whose kernels serve these arguments, for `run`; None if torch does, for `by_torch`."""
         students = arguments[0]
         if torch.compiler.is_compiling() or is_empty(students) or not runs_fused(students):
             return None
@@ -95,7 +95,7 @@ class FusedLoss:
         return _Ready.apply(result, device, arguments[-1], *self.learners(arguments))  # type: ignore[no-untyped-call]
 
     def by_torch(self, arguments: Arguments) -> Tensor:
-        """The loss by the registered op where the code is compiled for a GPU, else by its definition."""
+        """The loss by the registered op if the code is compiled for a GPU, else by its definition."""
         *inputs, _ = arguments
         students = inputs[0]
         if is_empty(students):
@@ -132,7 +132,7 @@ def check_maps(students: Maps, teachers: Maps, pixel_maps: Maps = (), *, same_ch
     counts = {len(students), len(teachers), *([len(pixel_maps)] if pixel_maps else [])}
     if len(counts) != 1 or 0 in counts:
         told = f"{len(students)} student maps, {len(teachers)} teacher maps"
-        raise UsageError(f"{told}, {len(pixel_maps)} maps of pixels", "Give one of each a level")
+        raise UsageError(f"{told}, {len(pixel_maps)} maps of pixels", "Give one of each per level")
     for level, (s, t) in enumerate(zip(students, teachers, strict=True)):
         pixels = [pixel_maps[level].shape] if pixel_maps else []
         ours, theirs = (s.shape, t.shape) if same_channels else (_pixels(s), _pixels(t))
@@ -175,7 +175,7 @@ def runs_fused(students: Maps) -> bool:
 
 @torch.compiler.assume_constant_result  # or torch.compile would trace into the CUDA driver's bindings
 def why_not(index: int) -> str:
-    """Why kernels cannot run on cuda:`index`; empty where they can."""
+    """Why kernels cannot run on cuda:`index`; empty if they can."""
     return _looked_up(index)
 
 

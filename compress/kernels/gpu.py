@@ -1,7 +1,7 @@
 """The `Device` of the product: kernels on an NVIDIA GPU, through the CUDA driver, on torch's current stream.
 
 Modules are loaded as driver libraries, which belong to no context; a launch makes the device's primary context, which
-is torch's, current for its own duration where it is not (autograd's threads may have none).
+is torch's, current for its own duration if it is not (autograd's threads may have none).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PORTABLE_CLUSTER = 8
 
 
 class Gpu:
-    """One NVIDIA GPU. Raises EdgestillError where bindings or compiler are missing, or cannot serve it."""
+    """One NVIDIA GPU. Raises EdgestillError when bindings or compiler are missing, or cannot serve it."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -141,7 +141,7 @@ class Gpu:
 
 
 def load_driver() -> Any:
-    """The bindings to the CUDA driver. Raises UnavailableError where they are not installed."""
+    """The bindings to the CUDA driver. Raises UnavailableError when they are not installed."""
     try:
         from cuda.bindings import driver
     except ImportError as error:

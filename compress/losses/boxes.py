@@ -82,7 +82,7 @@ def paired_iou(a_xywh: Tensor, b_xywh: Tensor, kind: Overlap = "iou") -> Tensor:
 def paired_giou_exact(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
     """GIoU that is exactly 1 for equal boxes, however small.
 
-    Distillation must vanish where student equals teacher, also in float32. Every area comes from the same corners,
+    Distillation must vanish if student equals teacher, also in float32. Every area comes from the same corners,
     and the floor stands above and below the fraction: (inter + eps) / (union + eps).
 
     Args and returns as `paired_iou`.

@@ -19,7 +19,7 @@ _SHOWN = 3
 
 
 class Check(NamedTuple):
-    """One finding: `detail` says what was seen and, where `ok` is False, the remedy."""
+    """One finding: `detail` says what was seen and, if `ok` is False, the remedy."""
 
     name: str
     ok: bool
@@ -60,7 +60,7 @@ def preflight(
         losses: by name, made for these two networks.
         batch: a few labelled training images.
         task: the detection loss, to print its share of the gradient.
-        weights: of the losses, 1 where absent.
+        weights: of the losses, 1 if absent.
     """
     heads = [name for name, loss in losses.items() if loss.compares_heads]
     checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher)]
@@ -95,7 +95,7 @@ def _one_loss(name: str, loss: DistillLoss, term: Tensor, student: nn.Module) ->
 
 
 def _same_meaning(student: Any, teacher: Any, heads: Sequence[str]) -> list[Check]:
-    """Names, anchors and strides of the two architectures; only strides matter where no head is compared."""
+    """Names, anchors and strides of the two architectures; only strides matter if no head is compared."""
     facts = {
         "classes": (tuple(student.names), tuple(teacher.names), "fine-tune the teacher on the student's classes"),
         "anchors": (_rounded(student.anchors), _rounded(teacher.anchors), "set autoanchor: false for the student"),
@@ -168,7 +168,7 @@ def _reaches(name: str, term: Tensor, whom: str, parameters: list[Tensor], *, at
 
 def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: Context) -> Check:
     value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach())
-    return Check(f"{name} is zero where student equals teacher", value == 0, f"{value:.4g}")
+    return Check(f"{name} is zero if student equals teacher", value == 0, f"{value:.4g}")
 
 
 def _shares(terms: Mapping[str, Tensor], weights: Mapping[str, float], features: Sequence[Tensor]) -> Check:

@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
     block: str
     channels: int = 0
-    """Output channels at width 1; 0 where they follow from the inputs."""
+    """Output channels at width 1; 0 if they follow from the inputs."""
     repeats: int = 1
     """Bottlenecks at depth 1."""
     source: tuple[int, ...] = (-1,)
@@ -191,7 +191,7 @@ class Architecture:
 
     @property
     def scale(self) -> str | None:
-        """The name in `SCALES` of this depth and width; None where there is none."""
+        """The name in `SCALES` of this depth and width; None if there is none."""
         return next((name for name, multiples in SCALES.items() if multiples == (self.depth, self.width)), None)
 
     def channels(self, nominal: int) -> int:

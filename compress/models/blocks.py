@@ -29,7 +29,7 @@ class ScaledLayer(NamedTuple):
     inputs: tuple[int, ...]
     """Channels of the tensors that it reads."""
     channels: int
-    """Output channels; 0 where they follow from the inputs."""
+    """Output channels; 0 if they follow from the inputs."""
     repeats: int
     """Bottlenecks."""
     options: Mapping[str, Any]
@@ -84,7 +84,7 @@ class Conv(Block):
 
 
 class Bottleneck(Block):
-    """1x1, then 3x3, with a residual where `shortcut`."""
+    """1x1, then 3x3, with a residual if `shortcut`."""
 
     compared = ("add",)
 
@@ -218,7 +218,7 @@ class Concat(Block):
 
 
 class Detect(Block):
-    """One 1x1 convolution a level; the buffer `anchors` (nl, na, 2) is in units of the level's stride."""
+    """One 1x1 convolution per level; the buffer `anchors` (nl, na, 2) is in units of the level's stride."""
 
     anchors: Tensor
 

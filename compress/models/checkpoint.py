@@ -174,7 +174,7 @@ def _load_torch(path: Path) -> Checkpoint:
 
 
 def _network(root: Any) -> Stub:
-    """The averaged model where there is one (it is what YOLOv5 validates and ships), else the model."""
+    """The averaged model if there is one (it is what YOLOv5 validates and ships), else the model."""
     if isinstance(root, Stub):
         return root
     found = [root.get(key) for key in ("ema", "model")] if isinstance(root, dict) else []

@@ -39,7 +39,7 @@ COMPARED: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Saved(NamedTuple):
-    """A network as it lies in a file."""
+    """A network as a file holds it."""
 
     architecture: Architecture
     tensors: Mapping[str, TensorRef]
@@ -68,7 +68,7 @@ def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
 
 
 def named_modules(root: Stub) -> Iterator[tuple[str, Stub]]:
-    """The tree depth first, as torch walks it. Raises PickleError where it is endless or explodes."""
+    """The tree depth first, as torch walks it. Raises PickleError when it is endless or explodes."""
     yield from _walk(root, "", 0, [MAX_MODULES])
 
 
@@ -156,7 +156,7 @@ def _anchors_px(tensors: Mapping[str, TensorRef], layout: str, read: Callable[[T
 
 
 def _names(root: Stub, modules: Mapping[str, Stub]) -> tuple[str, ...]:
-    """Class names: a list up to 6.2, a table from 7.0 on; numbered where the file has none.
+    """Class names: a list up to 6.2, a table from 7.0 on; numbered if the file has none.
 
     YAML made numbers and booleans of names such as 0, 1.5 and no; they become text again.
     """

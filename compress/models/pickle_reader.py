@@ -57,7 +57,7 @@ class Stub:
 
 
 class StorageRef(NamedTuple):
-    """A flat run of numbers that lies outside the pickle."""
+    """A flat array of numbers that is stored outside the pickle."""
 
     key: str
     dtype: str
@@ -65,7 +65,7 @@ class StorageRef(NamedTuple):
 
 
 class TensorRef(NamedTuple):
-    """A view of a storage; it lies within the storage and has no more elements."""
+    """A view of a storage: every element is inside the storage, and there are no more of them than the storage has."""
 
     storage: StorageRef
     offset: int

@@ -1,4 +1,4 @@
-"""The stages of a run, a file each. A `Stage` names its settings and inputs; its command calls the same `run`."""
+"""The stages of a run, one file each. A `Stage` names its settings and inputs; its command calls the same `run`."""
 
 from __future__ import annotations
 

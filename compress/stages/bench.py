@@ -1,4 +1,4 @@
-"""Bench: latency and mAP of every file, taken in one run on one machine, so that they may stand in one row.
+"""Bench: latency and mAP of every file, measured in one run on one machine, so that they may be compared.
 
 In: files, and the data set whose val split they are measured on. Out: `bench.json`, the rows of the report.
 """
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     data: Dataset
     networks: Mapping[str, Path] = {}
     device: str = "cpu"
-    """A run measures on the CPU, where its gates have measured; a command may name another device."""
+    """A run measures on the CPU, as the gates of the flavours did; a command may name another device."""
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
@@ -81,7 +81,7 @@ def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
 
 
 def torch_row(role: str, file: Path, data: Dataset, imgsz: int, log: Log) -> Row:
-    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels a box."""
+    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels per box."""
     model = load_model(file)
     found = validate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None

@@ -96,10 +96,10 @@ class FileGate:
 
 @dataclass(frozen=True)
 class JudgedFile:
-    """A file of one precision, and whether its gate keeps it; `path` is None where the file could not be made.
+    """A file of one precision, and whether its gate keeps it; `path` is None if the file could not be made.
 
     `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest; `latency` is
-    against FP32, measured only where it counts.
+    against FP32, measured only if it counts.
     """
 
     name: str
@@ -212,7 +212,7 @@ def _fault(flavour: Flavour, source: onnx.ModelProto, path: Path, canvases: Sequ
     if not np.isfinite(after).all():
         return "its outputs are not finite"
     if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
-        return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
+        return f"its best score is {after[..., 4].max():.3g}, while FP32 has {before[..., 4].max():.3g}"
     return flavour.fault(source, canvases)
 
 
@@ -225,7 +225,7 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
 def _judge(
     config: QuantizeConfig, flavour: Flavour, path: Path, fault: str, gate: Gate, fp32: tuple[Path, float]
 ) -> JudgedFile:
-    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts.
+    """Kept without a fault, within the drop of mAP, and not slower than the limit if latency here counts.
 
     `fp32` is the reference and its mAP50-95.
     """

@@ -64,7 +64,7 @@ def assemble(config: Config, folders: Folders) -> Report:
 
 
 def _training(role: str, folder: Path) -> dict[str, Any] | None:
-    """The curves of a training; None where the teacher was used as it is."""
+    """The curves of a training; None if the teacher was used as it is."""
     table = folder / "results.csv"
     if not table.is_file():
         return None
@@ -83,7 +83,7 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _point(row: Mapping[str, str]) -> dict[str, Any]:
-    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty where it was not validated."""
+    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty if it was not validated."""
     values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
     return {"epoch": int(float(row["epoch"])) + 1, **values}
 

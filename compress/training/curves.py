@@ -20,7 +20,7 @@ RATES = ("x/lr0", "x/lr1", "x/lr2")
 
 
 def columns(terms: Sequence[str]) -> tuple[str, ...]:
-    """Column names in YOLOv5's order; terms beyond its three losses (distillation) stand at the end."""
+    """Column names in YOLOv5's order; terms beyond its three losses (distillation) come last."""
     train = tuple(f"train/{term}_loss" for term in terms)
     return ("epoch", *train[:3], *METRICS, *VAL, *RATES, *train[3:])
 

@@ -49,7 +49,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, weight_decay: fl
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
-    """Write the learning rate of each group, and the momentum where the optimiser has one (SGD)."""
+    """Write the learning rate of each group, and the momentum if the optimiser has one (SGD)."""
     for group, lr in zip(optimizer.param_groups, rates.lr, strict=True):
         group["lr"] = lr
         if "momentum" in group:

@@ -101,7 +101,7 @@ def _why(skipped: Sequence[str]) -> str:
 
 
 def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, log: Log) -> YOLOv5:
-    """The model with anchors that suit the labels: the same object where its own already suit them."""
+    """The model with anchors that suit the labels: the same object if its own already suit them."""
     sizes = scaled_sizes(
         [sample.labels[:, 3:5] for sample in samples],
         [sample.size_hw for sample in samples],
@@ -112,7 +112,7 @@ def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig,
     choice = choose_anchors(sizes, np.array(model.arch.anchors), rng=rng, anchor_t=config.loss.anchor_t)
     log(
         f"anchors: {'replaced' if choice.replaced else 'kept'}, best possible recall {choice.after.recall:.4f}, "
-        f"{choice.after.matches:.2f} matches a label"
+        f"{choice.after.matches:.2f} matches per label"
     )
     return with_anchors(model, choice.anchors_px) if choice.replaced else model
 

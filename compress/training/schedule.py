@@ -65,7 +65,7 @@ class Schedule:
 
     @property
     def accumulate(self) -> int:
-        """Batches a step after the warm-up."""
+        """Batches per step after the warm-up."""
         return max(round(self.batches_per_step), 1)
 
     @property

@@ -85,7 +85,7 @@ def load(request: LoadRequest) -> OnnxBackend:
 
 
 def choose_providers(device: str, available: list[str]) -> tuple[str, ...]:
-    """Providers for a device; "auto" takes CUDA where it is built in. Raises UnavailableError when one is not."""
+    """Providers for a device; "auto" takes CUDA if it is built in. Raises UnavailableError when one is not."""
     if device == "auto":
         return PROVIDERS["cuda"] if CUDA in available else PROVIDERS["cpu"]
     if device not in PROVIDERS:

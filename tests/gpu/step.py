@@ -160,7 +160,7 @@ def table(document: dict[str, Any]) -> str:
     ways = document["ways"]
     bare = ways["loss off"]["ms"]["p50"]
     return "\n".join(
-        f"{name:10} {way['ms']['p20']:8.1f} {way['ms']['p50']:8.1f} {way['ms']['p80']:8.1f} ms a step (p20 p50 p80), "
+        f"{name:10} {way['ms']['p20']:8.1f} {way['ms']['p50']:8.1f} {way['ms']['p80']:8.1f} ms per step (p20 p50 p80), "
         f"{way['peak_extra_bytes'] / 2**20:8.0f} MiB at the peak, loss {way['ms']['p50'] - bare:+.1f} ms"
         for name, way in ways.items()
     )

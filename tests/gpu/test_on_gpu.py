@@ -46,7 +46,7 @@ MEDIUM = [(8, 64, 40, 40), (8, 128, 20, 20)]
 EXTREME = [(64, 1024, 4, 4), (1, 8, 160, 160), (1, 3, 157, 163)]
 """More than 65 535 rows; rows longer than what registers hold, round and prime."""
 WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20}
-"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB a level; a copy of dW for each block."""
+"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block."""
 MEBIBYTE = 1 << 20
 TORCH = torch.device("cuda:0")
 HALF = torch.float16

@@ -37,7 +37,7 @@ class Part(NamedTuple):
     solids: tuple[Solid, ...]
     thread: Thread | None = None
     relative_size: float = 1.0
-    """Length of this part where a bolt has 1."""
+    """Length of this part; a bolt has length 1."""
 
 
 def bolt(rng: np.random.Generator) -> Part:

@@ -20,7 +20,7 @@ Field = NDArray[np.float32]
 
 OVERSAMPLING = 2
 MIN_VISIBLE = 0.45
-"""Least share of a part that stays visible where later ones cover it or the frame cuts it."""
+"""Least share of a part that stays visible when later ones cover it or the frame cuts it."""
 MIN_BOX_PX = 6
 PLACEMENT_TRIES = 8
 
@@ -120,7 +120,7 @@ def _place(
     free_rows: tuple[int, int],
     lamp: Lamp,
 ) -> Rendered | None:
-    """The part at a random pose on the belt that hides no other too much; None where no try succeeded."""
+    """The part at a random pose on the belt that hides no other too much; None if no try succeeded."""
     height, width = part_ids.shape
     length = min(height, width) * rng.uniform(0.22, 0.32) * part.relative_size
     rendered = _render(rng, part, length, rng.uniform(0, 2 * np.pi), lamp)
@@ -146,7 +146,7 @@ def _area(placed: Rendered) -> int:
 
 
 def _leaves_enough(placed: Rendered, part_ids: NDArray[np.int16], areas: list[int]) -> bool:
-    """True where the new part and all that it covers keep `MIN_VISIBLE` of their area in sight."""
+    """True if the new part and all that it covers keep `MIN_VISIBLE` of their area in sight."""
     image, own = _overlap(placed, part_ids.shape)
     mask = placed.coverage[own] > 0.5
     before = np.bincount(part_ids.ravel(), minlength=len(areas))
@@ -229,7 +229,7 @@ def _fill(outline: Outline, holes: tuple[Outline, ...], unit: float, angle: floa
 
 
 def _ridges(part: Part, unit: float, angle: float, side: int) -> Field | float:
-    """Height of the thread in px, where there is one."""
+    """Height of the thread in px, if there is one."""
     if part.thread is None:
         return 0.0
     start, end, pitch, lean = part.thread

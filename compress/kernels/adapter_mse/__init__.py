@@ -44,11 +44,11 @@ MAX_CHANNELS = 128
 PIXELS = 64
 """Pixels of a tile."""
 RESIDENT_WARPS = 8
-"""Warps of a multiprocessor at once, which 192 registers a thread allow."""
+"""Warps of a multiprocessor at once, which 192 registers per thread allow."""
 WARPS = 132 * RESIDENT_WARPS
 """Warps of one launch, over all levels: all that 132 multiprocessors run at once."""
 TILES = 4
-"""Tiles of a block at least, where there are so many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
+"""Tiles of a block at least, if there are so many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
 SUM_THREADS = 256
 SOURCE = with_constants(
     "adapter_mse",
@@ -75,15 +75,15 @@ def adapter_mse(
 ) -> Tensor:
     """`weighted_mse` of W s + b against the teacher: W is the matrix of a 1x1 convolution, b its bias.
 
-    W and b are used in the dtype of the maps, as under autocast; what they give is compared unrounded where the kernel
+    W and b are used in the dtype of the maps, as under autocast; what they give is compared unrounded if the kernel
     computes it, and rounded to that dtype in plain torch.
 
     Args:
-        students: (N, C_student, H, W) a level, in any float dtype.
-        teachers: (N, C_teacher, H, W) a level; no gradient.
-        matrices: (C_teacher, C_student) a level, in any float dtype.
-        biases: (C_teacher) a level.
-        weights: (N, H, W) float32 a level, or none at all; no gradient.
+        students: (N, C_student, H, W) per level, in any float dtype.
+        teachers: (N, C_teacher, H, W) per level; no gradient.
+        matrices: (C_teacher, C_student) per level, in any float dtype.
+        biases: (C_teacher) per level.
+        weights: (N, H, W) float32 per level, or none at all; no gradient.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for shapes that do not fit each other.
@@ -101,7 +101,7 @@ def check_adapters(students: Maps, teachers: Maps, matrices: Maps, biases: Maps)
     """Raises UsageError unless each level has a matrix and a bias between its numbers of channels."""
     if not len(students) == len(matrices) == len(biases):
         told = f"{len(students)} student maps, {len(matrices)} matrices, {len(biases)} biases"
-        raise UsageError(told, "Give one of each a level")
+        raise UsageError(told, "Give one of each per level")
     for s, t, matrix, bias in zip(students, teachers, matrices, biases, strict=True):
         channels = (t.shape[1], s.shape[1])
         if matrix.shape != channels or bias.shape != channels[:1]:

@@ -5,7 +5,7 @@
 //     L = sum over levels  inv * sum_{n,c,p} w[n,p] d^2        inv = 1 / (C * sum w + 1e-9), or 1 / (N C HW)
 //     G = u w d,  f = scale * 2 * inv / u:        dx = f W^T G,  dW = f sum_{n,p} G x^T,  db = f sum_{n,p} G
 //
-// Traffic: reads x and t once, writes dx once (3U, U the mean of the two maps), and dW | db as float32 once a block,
+// Traffic: reads x and t once, writes dx once (3U, U the mean of the two maps), and dW | db as float32 once per block,
 //   which `adapter_sums` reads again: at 128 channels of 80x80, batch 32, another 0.3U.
 // Tiling: a tile is 64 pixels of all channels; a fixed number of blocks walk the tiles of their level in strides. A
 //   block has a warp for every 16 channels of the teacher, and W in shared memory all the time; the next tile of x and
@@ -64,7 +64,7 @@ struct AdapterArgs {
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
-/// Elements from row to row. The eight rows that ldmatrix reads at one column must lie in eight different groups of
+/// Elements from row to row. The eight rows that ldmatrix reads at one column must be in eight different groups of
 /// four banks: rows of 64 or 128 elements are swizzled to that end, others are an odd number of 16 bytes apart.
 template <int kColumns> constexpr int kPitch = kColumns % 64 == 0 ? kColumns : kColumns + 8;
 
@@ -139,7 +139,7 @@ __device__ __forceinline__ void each_eight(const AdapterLevel& level, int left, 
     }
 }
 
-/// Starts to read a tile; what lies outside the image, or pads the channels, becomes 0.
+/// Starts to read a tile; values outside the image, and those that pad the channels, become 0.
 template <class T, int kChannels>
 __device__ __forceinline__ void load_tile(const AdapterLevel& level, const void* map, const Place& place,
                                           const Tile<T, kChannels>& to) {
@@ -190,7 +190,7 @@ __device__ __forceinline__ void fetch(const AdapterLevel& level, uint32 tile, co
         copy_async<4>(shared.weights(buffer) + i, i < place.left ? from + i : from, i < place.left);
 }
 
-/// W, b and, where a level has none, weights of 1.
+/// W, b and, if a level has none, weights of 1.
 template <class T> __device__ __forceinline__ void fetch_constants(const AdapterLevel& level, const Shared<T>& shared) {
 #pragma unroll 8
     for (int i = threadIdx.x; i < kOut * kIn; i += kThreads) {
@@ -403,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 EDGESTILL_KERNEL(adapter_mse_f16, AdapterArgs)
 EDGESTILL_KERNEL(adapter_mse_bf16, AdapterArgs)
 
-/// dW and db of each level, from the shares of its blocks in the order of the blocks. kSumBlocks blocks a level.
+/// dW and db of each level, from the shares of its blocks in the order of the blocks. kSumBlocks blocks per level.
 extern "C" __global__ void __launch_bounds__(kSumThreads) adapter_sums(const __grid_constant__ AdapterArgs args) {
     const AdapterLevel& level = args.levels[blockIdx.x / kSumBlocks];
     const uint32 i = blockIdx.x % kSumBlocks * kSumThreads + threadIdx.x;

@@ -6,13 +6,13 @@
 //
 // NCHW, `cwd_rows`: reads s and t once, writes g once (3U). Rows of more than 8192 values, or off the 16-byte grid, are
 //   read twice (5U), the second time from a cache. A fixed number of blocks is dealt out to the levels. As many warps
-//   share a row as hold it in registers at 16 values a thread and map, so a block takes one row of a large level at a
+//   share a row as hold it in registers at 16 values per thread and map, so a block takes one row of a large level at a
 //   time, and several of a small one.
 // Channels last, where rows are columns: `cwd_column_sums` reads s and t and leaves each column's softmax, then
 //   `cwd_columns` reads them again and writes g (5U), last blocks first, since the L2 still holds what was read last. A
 //   block takes a stretch of pixels; neighbouring threads have neighbouring channels, 16 bytes each.
 // Numerics: everything is 2^(kappa x - top) with kappa = log2(e) / tau. A thread uses the top of its own values; where
-//   threads or blocks meet, they scale their sums to the common top, so one barrier a row is enough. The top is a mere
+//   threads or blocks meet, they scale their sums to the common top, so one barrier per row is enough. The top is a mere
 //   scale: fmaxf drops a NaN, but the sums carry it to the loss and to the whole row. Student and teacher go through
 //   the same operations, and no product is contracted into the sum of one only: equal maps give exactly 0.
 #include "common.cuh"
@@ -40,7 +40,7 @@ struct Factors {
     float gradient;  // scale * tau / (N C)
 };
 
-/// x a - y b, exactly 0 where x equals y and a equals b: as fmaf(x, a, -(y b)) it would be a rounding error.
+/// x a - y b, exactly 0 if x equals y and a equals b: as fmaf(x, a, -(y b)) it would be a rounding error.
 __device__ __forceinline__ float difference(float x, float a, float y, float b) {
     return __fmul_rn(x, a) - __fmul_rn(y, b);
 }
@@ -63,7 +63,7 @@ struct RowsLevel {
     uint32 rows;    // N * C
     uint32 pixels;  // of a row
     uint32 first_block, blocks;
-    uint32 warps;       // that share a row: it is held in registers where they can
+    uint32 warps;       // that share a row: it is held in registers if they can
     uint32 vectorised;  // 16-byte access is aligned and never crosses a row
 };
 
@@ -96,7 +96,7 @@ __device__ __forceinline__ void merge_warp(Softmaxes& x) {
 }
 
 /// Merge the softmaxes of the `warps` that share a row; each of their threads gets the whole. `scratch` holds a float4
-/// a warp, and the next call must be given another.
+/// per warp, and the next call must be given another.
 __device__ __forceinline__ void merge_row(Softmaxes& x, int warps, float4* scratch) {
     merge_warp(x);
     if (warps == 1) return;  // the same in the whole block
@@ -269,7 +269,7 @@ template <class T> __device__ __forceinline__ void cwd_rows(const RowsArgs& args
     const Factors factors = {args.kappa, assumed_scale(args.scale) * mean};
     float bits[1];
     if (!level.vectorised)
-        bits[0] = walk<T, 1, false>(level, factors);  // 16 addresses a thread and map would take 106 registers
+        bits[0] = walk<T, 1, false>(level, factors);  // 16 addresses per thread and map would take 106 registers
     else if (level.pixels > level.warps * kWarp * kValues)
         bits[0] = walk<T, kVector<T>, false>(level, factors);
     else
@@ -358,7 +358,7 @@ __device__ __forceinline__ void add_pixels(float2 (&softmaxes)[V], const float (
 }
 
 /// Merge what the rows of threads have of one map (0 student, 1 teacher) into `to`, (4, channels) tops and sums.
-/// `shared` holds V float2 a thread.
+/// `shared` holds V float2 per thread.
 template <int V>
 __device__ __forceinline__ void merge_rows(const ColumnsLevel& level, const Tile& tile, int map,
                                            const float2 (&mine)[V], float2* shared, float* to) {

@@ -36,7 +36,7 @@ THREADS = 256
 ATTENTION_THREADS = 1024
 ROWS_PER_THREAD = 16
 SCALAR_COLUMNS = 4
-"""Columns of a thread where 16-byte access does not fit."""
+"""Columns of a thread if 16-byte access does not fit."""
 FEWEST_LANES, MOST_LANES = 8, 32
 """Threads that share a row; more would cross warps, fewer would give a tile more rows than are worth a partial sum."""
 SOURCE = with_constants(
@@ -66,9 +66,9 @@ def fgd(
     pixels: so that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient; the teacher's
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient; the teacher's
             attention has none.
-        masks: (N, H, W) float32 a level, the weights of the pixels (`compress.losses.distill.features.FGD`).
+        masks: (N, H, W) float32 per level, the weights of the pixels (`compress.losses.distill.features.FGD`).
         gamma: weight of the attention's distances, at least 0.
         temperature: T of the attention, above 0.
         scale: () float32, the upstream gradient to expect; None is 1.

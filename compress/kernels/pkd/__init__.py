@@ -47,12 +47,12 @@ SPLIT_SAMPLES = 16384
 MAX_SPLITS = 32
 """Blocks of an NCHW channel at most: the lanes of the warp that adds them up."""
 LAST_BLOCKS = 384
-"""Blocks of one channels-last launch: 3 a multiprocessor on 128 of them, which 80 registers a thread allow; every block
+"""Blocks of one channels-last launch: 3 per multiprocessor on 128 of them, as 80 registers per thread allow. Each block
 more costs a record of 1280 bytes."""
 LAST_BLOCK_BYTES = 32 << 10
 """Bytes of the student for one channels-last block at least: 8 passes of its threads."""
 VECTOR_COLUMNS, SCALAR_COLUMNS = 8, 32
-"""Columns of a channels-last tile, in vectors of 16 bytes, or in single channels where those do not fit."""
+"""Columns of a channels-last tile, in vectors of 16 bytes, or in single channels if those do not fit."""
 L2_SHARE = 0.4
 """Share of the L2 cache for the maps of one group: an H100 keeps what all its multiprocessors read in both halves."""
 MIN_GROUP_BYTES = 8 << 20
@@ -83,11 +83,11 @@ def pkd(students: Maps, teachers: Maps, *, scale: Tensor | None = None) -> Tenso
     """1 - Pearson's r of each channel over (N, H, W), averaged over channels; the levels are added up.
 
     Computed as half the mean squared difference of the standardised channels, (x - mean) / sqrt(var + 1e-6) with the
-    biased variance: equal to 1 - r but for that epsilon, and exactly 0 for equal maps, constant channels included.
+    biased variance: equal to 1 - r except for that epsilon, and exactly 0 for equal maps, constant channels included.
     Source: Cao et al., NeurIPS 2022.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient.
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for maps of unlike shapes.
@@ -168,7 +168,7 @@ class Level(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Channels [begin, end) of a level; all of them where channels last."""
+    """Channels [begin, end) of a level; all of them if channels last."""
 
     level: int
     begin: int
@@ -192,7 +192,7 @@ def launches(
 
     `form`: "plain" reads all maps twice, "grouped" does so for as many channels at a time as the L2 cache holds, with
     the same bits; "cluster" reads them once; "auto" is "cluster" for the levels that can have it and "grouped" for the
-    rest. Raises UsageError where `form` is "cluster" and the GPU or a level cannot have it.
+    rest. Raises UsageError when `form` is "cluster" and the GPU or a level cannot have it.
     """
     levels = describe(level_maps(students, teachers))
     work = _Workspace(device, levels)
@@ -256,7 +256,7 @@ def _grouped(parts: Sequence[Part], budget: float) -> list[Group]:
 
 
 def _cut(part: Part, budget: float) -> Iterator[Part]:
-    """Even runs of channels within `budget`; the whole where not even one channel fits."""
+    """Even runs of channels within `budget`; the whole if not even one channel fits."""
     channels, channel_bytes = part.end, part.nbytes // part.end
     most = int(min(channels, budget / channel_bytes)) or channels
     runs = ceil_div(channels, most)
@@ -271,7 +271,7 @@ def _group_bytes(facts: Facts) -> float:
 
 
 def _cluster(facts: Facts, level: Level) -> int:
-    """Blocks of the smallest cluster that holds a channel, two blocks a multiprocessor if that can be; 0 for none."""
+    """Blocks of the smallest cluster that holds a channel, two blocks per multiprocessor if that can be; 0 for none."""
     if facts.capability < CLUSTER_CAPABILITY or level.maps.channels_last or not level.vectorised:
         return 0
     for most in ((facts.shared_bytes - RESERVED_SHARED_BYTES) // 2, facts.shared_bytes):
@@ -297,7 +297,7 @@ def _check_clusters(facts: Facts, levels: Sequence[Level], clusters: Sequence[in
         if not cluster:
             raise UsageError(
                 f"PKD by clusters of maps {tuple(level.maps.student.shape)}: NCHW, 16-byte rows and at most "
-                f"{CLUSTER_SIZES[-1]} x {facts.shared_bytes} bytes a channel are possible",
+                f"{CLUSTER_SIZES[-1]} x {facts.shared_bytes} bytes per channel are possible",
                 "Leave out form='cluster'",
             )
 
@@ -306,7 +306,7 @@ def _check_clusters(facts: Facts, levels: Sequence[Level], clusters: Sequence[in
 
 
 class _Workspace:
-    """Device addresses of what the kernels hand on to each other, float32 but for the tickets."""
+    """Device addresses of what the kernels pass to each other, float32 except for the tickets."""
 
     def __init__(self, device: Device, levels: Sequence[Level]) -> None:
         self.firsts = [0, *accumulate(level.channels for level in levels)]

@@ -5,13 +5,13 @@
 //     g = scale / (C M v_s) * (x - q y - e x)
 //
 // It is half the mean squared difference of the standardised maps, multiplied out. Equal maps give x = y, var_s = cov
-// and q = 1, hence loss and gradient of exactly 0; `fmaf` is spelt out where a compiler's own choice of what to fuse
+// and q = 1, hence loss and gradient of exactly 0; `fmaf` is spelt out if a compiler's own choice of what to fuse
 // would leave a rounding error instead.
 //
 // Two-pass form: `statistics` reads s and t (2U), `gradient` reads them again and writes g (3U). 5U; for NCHW maps 3U
-//   of DRAM, where the host half launches the pair for as many channels at a time as the L2 cache holds.
+//   of DRAM, if the host half launches the pair for as many channels at a time as the L2 cache holds.
 // Cluster form, NCHW on sm_90 and newer: the blocks of a cluster keep their channel in shared memory. 3U.
-// Tiling: NCHW: a block takes every `splits`th piece of one channel, over all images, 16 bytes a thread at a time.
+// Tiling: NCHW: a block takes every `splits`th piece of one channel, over all images, 16 bytes per thread at a time.
 //   Channels last: a block takes `width` vectors of channels, a thread one of them, and every `splits`th piece of the
 //   pixels. The last block of a channel (of a tile of channels) adds up the splits and solves for what `gradient`
 //   needs.
@@ -400,7 +400,7 @@ template <class T> __device__ __forceinline__ void pkd_gradient_last(const PkdAr
     if (args.loss && blockIdx.x == 0) total_loss(args, scratch);
 }
 
-// 3 blocks a multiprocessor: left to itself, ptxas takes up to 99 registers for half types, and spills for float32.
+// 3 blocks per multiprocessor: left to itself, ptxas takes up to 99 registers for half types, and spills for float32.
 #define PKD_LAST_BOUNDS kThreads, 3
 EDGESTILL_PER_DTYPE(pkd_statistics_last, PkdArgs, PKD_LAST_BOUNDS)
 EDGESTILL_PER_DTYPE(pkd_gradient_last, PkdArgs, kThreads)

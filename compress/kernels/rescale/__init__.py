@@ -47,7 +47,7 @@ class Args(ctypes.Structure):
 def rescale(
     device: Device, gradients: Sequence[Tensor], upstream: Tensor, assumed: Tensor | None, *, in_place: bool
 ) -> list[Tensor]:
-    """Each gradient times upstream / assumed; the very tensors where `in_place`, else new ones.
+    """Each gradient times upstream / assumed; the very tensors if `in_place`, else new ones.
 
     Args:
         gradients: dense, each in a dtype of its own.

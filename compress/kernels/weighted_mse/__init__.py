@@ -37,7 +37,7 @@ WEIGHT_CONSTANTS = {"WEIGHT_EPS": WEIGHT_EPS, "WEIGHT_BLOCKS": WEIGHT_BLOCKS}
 """The constants that weights.cuh needs from a source that includes it."""
 THREADS = 256
 BLOCKS = 512
-"""Blocks of one launch at most, over all levels: 4 a multiprocessor on 128 of them, as 64 registers a thread allow."""
+"""Most blocks of one launch, over all levels: 4 per multiprocessor on 128 of them, as 64 registers per thread allow."""
 SOURCE = with_constants("weighted_mse", THREADS=THREADS, **WEIGHT_CONSTANTS)
 
 
@@ -45,8 +45,8 @@ def weighted_mse(students: Maps, teachers: Maps, weights: Maps = (), *, scale: T
     """Mean squared difference, or with weights sum w (s - t)^2 / (C * sum w + 1e-9); the levels are added up.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient.
-        weights: (N, H, W) float32 a level, or none at all.
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient.
+        weights: (N, H, W) float32 per level, or none at all.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for maps of unlike shapes.

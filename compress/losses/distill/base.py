@@ -40,7 +40,7 @@ class Context(NamedTuple):
     targets: Tensor | None = None
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""
     upstream: Tensor | None = None
-    """() float32, the gradient of the final loss by this one, where it is known beforehand; it changes no result."""
+    """() float32, the gradient of the final loss by this one, if it is known beforehand; it changes no result."""
 
 
 NO_CONTEXT = Context()
@@ -58,7 +58,7 @@ class DistillLoss(nn.Module):
         config: the distillation's settings.
         settings: those of the loss itself, fields of its `Settings`.
 
-    Raises UsageError where this loss cannot compare the two networks, or for a setting that it does not have.
+    Raises UsageError when this loss cannot compare the two networks, or for a setting that it does not have.
     """
 
     name: str
@@ -103,7 +103,7 @@ class DistillLoss(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         """The loss () float32 of one batch. No gradient reaches the teacher.
 
-        Raises UsageError where the maps belong to different images or image sizes.
+        Raises UsageError when the maps belong to different images or image sizes.
         """
         return self.compare(student, detached(teacher), context)
 

@@ -43,7 +43,7 @@ class Pointwise(nn.Conv2d):
 
 
 def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
-    """Brings features into the teacher's channels; starts as the identity where there are equally many."""
+    """Brings features into the teacher's channels; starts as the identity if there are equally many."""
     conv = Pointwise(channels_in, channels_out, bias=bias)
     if channels_in == channels_out:
         nn.init.dirac_(conv.weight)
@@ -53,10 +53,10 @@ def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
 
 
 class FeatureLoss(DistillLoss):
-    """A loss of the features, which an adapter a level brings into the teacher's channels: a subclass has `compare`."""
+    """A loss of the features. An adapter per level gives them the teacher's channels. A subclass has `compare`."""
 
     sees_offsets = True
-    """Whether the loss changes when a constant is added to a channel; where not, an adapter has no bias to learn."""
+    """Whether the loss changes when a constant is added to a channel; if not, an adapter has no bias to learn."""
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student, teacher, config, **settings)
@@ -77,7 +77,7 @@ class FeatureLoss(DistillLoss):
 class FeatMSE(FeatureLoss):
     """Mean squared difference of features: sum over levels of mean (A(s) - t)^2, A the 1x1 convolution.
 
-    Adapter and comparison are one kernel: the adapted map is not written to memory where channels allow it.
+    Adapter and comparison are one kernel: the adapted map is not written to memory if channels allow it.
     """
 
     name = "feat_mse"
@@ -218,7 +218,7 @@ def box_density(feature: Tensor, targets: Tensor | None) -> Tensor:
 
 
 def _touched(centre: Tensor, size: Tensor, cells: int) -> Tensor:
-    """(n, cells) float32, 1 where the interval reaches into the cell. `centre` and `size` (n,) are fractions."""
+    """(n, cells) float32, 1 if the interval reaches into the cell. `centre` and `size` (n,) are fractions."""
     low, high = ((centre + side * size / 2)[:, None] * cells for side in (-1, 1))
     cell = torch.arange(cells, device=centre.device)
     return ((cell < high) & (cell + 1 > low)).float()

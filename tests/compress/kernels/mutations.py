@@ -1,6 +1,6 @@
 """Faults planted in the kernels, one at a time; the tests must see every one of them.
 
-A fault is caught where, on small maps and every schedule of the host shim, a result is wrong, two schedules give
+A fault is caught if, on small maps and every schedule of the host shim, a result is wrong, two schedules give
 different bits, or the shim reports a broken rule. `python mutations.py NAME` examines one in a process of its own,
 since a fault may crash it.
 """
@@ -377,7 +377,7 @@ def _device(replaced: dict[str, str], seed: int, facts: Any) -> ShimDevice:
 
 
 def examine(name: str) -> str:
-    """The first finding for the fault `name`; empty where it was not caught.
+    """The first finding for the fault `name`; empty if it was not caught.
 
     Raises whatever keeps the faulty source from being compiled and tried, which is no catch.
     """

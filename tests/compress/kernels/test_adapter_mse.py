@@ -56,7 +56,7 @@ def arguments(levels, dtype, *, weighted=False, layout="nchw", skip=0, residual=
 
 
 def _level(seed, level, dtype, residual):
-    """With a teacher that is, but for the residual, the adapted student; W and b are numbers of `dtype`."""
+    """With a teacher that is the adapted student, except for the residual; W and b are numbers of `dtype`."""
     n, inputs, outputs, h, w = level
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).float()  # noqa: E731

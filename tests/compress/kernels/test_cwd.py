@@ -10,11 +10,11 @@ from runtime.errors import UsageError
 
 cwd = kernels_of(CWD)
 SHAPES = [
-    (2, 8, 20, 20),  # a warp a row
+    (2, 8, 20, 20),  # one warp per row
     (3, 5, 7, 9),
     (1, 1, 1, 1),
     (2, 3, 1, 1),
-    (1, 3, 40, 40),  # four warps a row
+    (1, 3, 40, 40),  # four warps per row
     (2, 13, 11, 5),
     (1, 40, 33, 40),  # several stretches of pixels
     (1, 320, 3, 50),  # several tiles of channels
@@ -150,7 +150,7 @@ def test_no_scale_and_a_scale_of_zero_are_one(shim_device, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_scaled_gradient_does_not_underflow(shim_device, layout):
-    """As at stride 8 of a batch of 32, where 60 % of it would be 0 without the scale."""
+    """As at stride 8 of a batch of 32: without the scale 60 % of it would be 0."""
     given = arguments([(1, 8, 80, 80)], torch.float16, layout=layout)
     given[-1] = torch.tensor(65536.0 / 4096 * 8)
     gradient = cwd(shim_device(), *given)[1][0]

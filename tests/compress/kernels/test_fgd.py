@@ -29,7 +29,7 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 1, 8, 8),
     (2, 13, 11, 5),
-    (1, 72, 20, 16),  # several tiles of columns, or of rows where channels come last
+    (1, 72, 20, 16),  # several tiles of columns, or of rows if channels come last
     (1, 130, 18, 16),  # both
 ]
 LEVELS = [(2, 8, 20, 20), (3, 13, 10, 10), (1, 136, 7, 5)]

@@ -109,7 +109,7 @@ def lost(name: str, device, *, folded: bool) -> float:
 
 @pytest.mark.parametrize("name", ["weighted_mse", "cwd", "pkd", "fgd"])
 def test_a_folded_scale_keeps_float16_gradients_from_vanishing(shim_device, name):
-    """At stride 8 up to 60 % of the entries are lost where the scale is multiplied after the rounding."""
+    """At stride 8 up to 60 % of the entries are lost if the scale is multiplied after the rounding."""
     assert lost(name, shim_device(), folded=True) < 1e-3
 
 
@@ -253,7 +253,7 @@ def test_an_empty_batch_gives_zero_with_a_gradient(name):
         (lambda given: [maps.clear() for maps in given[:3]], "0 student maps, 0 teacher maps"),
         (lambda given: given[1].__setitem__(0, given[1][0][:, :, :4]), r"level 0 .*\(2, 16, 8, 8\), \(2, 16, 4, 8\)"),
         (lambda given: given[2].__setitem__(1, given[2][1][:, :2]), r"level 1 .*\(2, 2, 4\)"),
-        (lambda given: given[2].pop(), "Give one of each a level"),
+        (lambda given: given[2].pop(), "Give one of each per level"),
     ],
 )
 def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(change, says):

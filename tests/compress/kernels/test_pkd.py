@@ -76,7 +76,7 @@ def test_blocks_that_share_a_channel_agree_on_it(shim_device, small_pieces, dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cluster", module.CLUSTER_SIZES)
 def test_a_cluster_agrees_on_its_channel(shim_device, dtype, cluster):
-    shape = (3, 3, 4, 10 * vector(dtype) // 4)  # 30 vectors a channel: no even share for 4 or 8 blocks
+    shape = (3, 3, 4, 10 * vector(dtype) // 4)  # 30 vectors per channel: no even share for 4 or 8 blocks
     device = shim_device(facts=cluster_facts(shape, dtype, cluster))
     given = arguments([shape], dtype)
     check(partial(pkd, form="cluster"), definition, device, given)

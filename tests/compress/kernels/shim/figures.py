@@ -24,7 +24,7 @@ def compared(dtype: object, error: float) -> None:
 
 
 def line() -> str:
-    """Empty where nothing was seen."""
+    """Empty if nothing was seen."""
     parts = []
     if compiled:
         entries = max(map(len, compiled.values()))

@@ -93,7 +93,7 @@ def by_kernels(kernels: Callable[..., Result], device: Any, arguments: Sequence[
 
 
 def gradient_error(found: Tensor, true: Tensor) -> float:
-    """Relative L2 error; absolute where the truth is 0."""
+    """Relative L2 error; absolute if the truth is 0."""
     norm = true.norm().item()
     return ((found.double() - true).norm() / (norm or 1.0)).item()
 
