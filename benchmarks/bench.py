@@ -165,14 +165,14 @@ def engine_row(file: ModelFile, note: str) -> Row:
     }
 
 
-def compare_files(reference: Path, candidate: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
-    """The latency of `candidate` over that of `reference`, frame to boxes, both loaded once and timed in turns.
+def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
+    """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
     per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
-    with plan.detector(reference) as first, plan.detector(candidate) as second:
+    with plan.detector(reference) as first, plan.detector(other) as second:
         sides = _call_on(first, frames), _call_on(second, frames)
         return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 

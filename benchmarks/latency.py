@@ -192,7 +192,7 @@ side in 1.2 % of all comparisons."""
 
 @dataclass(frozen=True)
 class LatencyRatio:
-    """Time of the candidate over time of the reference, measured in turns; below 1 the candidate is faster."""
+    """Time of the other over time of the reference, measured in turns; below 1 the other is faster."""
 
     ratio: float
     """Median of `ratios`."""
@@ -200,16 +200,16 @@ class LatencyRatio:
     """`low` to `high` is the bootstrap 95 % interval of `ratio` over rounds."""
     high: float
     ratios: tuple[float, ...] = field(repr=False)
-    """One value per round: median of the candidate's calls / median of the reference's calls."""
+    """One value per round: median of the other's calls / median of the reference's calls."""
     reference: Durations = field(repr=False)
-    candidate: Durations = field(repr=False)
+    other: Durations = field(repr=False)
 
     @property
     def rounds(self) -> int:
         return len(self.ratios)
 
     def verdict(self, limit: float = 1.0) -> Verdict:
-        """Whether the candidate takes less or more than `limit` times the reference's time.
+        """Whether the other takes less or more than `limit` times the reference's time.
 
         "inconclusive" if the interval holds `limit`, if one round in five contradicts it, or if the first
         half of the rounds says one thing and the second half another.
@@ -227,7 +227,7 @@ class LatencyRatio:
 
 def compare_in_turns(
     reference: Callable[[], object],
-    candidate: Callable[[], object],
+    other: Callable[[], object],
     rounds: int = 20,
     *,
     calls: int = 5,
@@ -242,11 +242,11 @@ def compare_in_turns(
     """
     if rounds < LEAST_ROUNDS or calls < 1:
         raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
-    sides = (reference, candidate)
+    sides = (reference, other)
     for side in sides:
         warm_up(side, warmup_ms, clock)
     times = [_round(sides, calls, number % 2 == 1, clock) for number in range(rounds)]
-    ratios = [float(np.median(candidate) / np.median(reference)) for reference, candidate in times]
+    ratios = [float(np.median(other) / np.median(reference)) for reference, other in times]
     interval = bootstrap(ratios, np.median, rng=rng or np.random.default_rng(0))
     durations = (Durations.of(np.concatenate(side)) for side in zip(*times, strict=True))
     return LatencyRatio(float(np.median(ratios)), *interval, tuple(ratios), *durations)

@@ -70,7 +70,7 @@ def describe(found: LatencyRatio, name: str) -> str:
     lines = [
         f"{name}: time end to end over time of the bare session.run: {found}, {spread}, verdict: {found.verdict()}"
     ]
-    for side, ms in (("detector", found.candidate), ("session", found.reference)):
+    for side, ms in (("detector", found.other), ("session", found.reference)):
         shown = {"median": ms.p50, "mean": ms.mean, "std": ms.std, "min": ms.min, "max": ms.max}
         each = ", ".join(f"{key} {milliseconds(value)}" for key, value in shown.items())
         lines.append(f"  {side}: {each} ms, n = {ms.n}")

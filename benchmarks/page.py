@@ -95,10 +95,10 @@ class Cell(NamedTuple):
 
 def cells_of(row: Row) -> Iterator[Cell]:
     """The row's cells; the columns of a part that was not measured are one cell."""
-    for part, group in groupby(ON_PAGE, key=lambda column: column.part):
+    for section, group in groupby(ON_PAGE, key=lambda column: column.section):
         columns = list(group)
-        if part and row[part] is None:
-            yield Cell(NOT_MEASURED[part], "r small", span=len(columns))
+        if section and row[section] is None:
+            yield Cell(NOT_MEASURED[section], "r small", span=len(columns))
         else:
             yield from (_cell(row, column) for column in columns)
 

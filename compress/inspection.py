@@ -40,7 +40,7 @@ def _checkpoint(path: Path) -> Description:
 
 def _onnx(path: Path) -> Description:
     from compress.graph.parts import op_counts
-    from compress.graph.safe_load import read_model
+    from compress.graph.untrusted_onnx import read_model
 
     model = read_model(path)
     graph = model.graph

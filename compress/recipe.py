@@ -25,7 +25,7 @@ def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
     raw = read_yaml(path)
     for change in changes:
         raw = with_change(raw, change)
-    recipe = validate(Recipe, raw, origin=path.name)
+    recipe = parse(Recipe, raw, origin=path.name)
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -73,7 +73,7 @@ def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any
     return {**raw, head: with_value(inner, ".".join(rest), value)}
 
 
-def validate(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
+def parse(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
     """`raw` as `model`; a UsageError of one line when it does not fit."""
     try:
         return model.model_validate(dict(raw))

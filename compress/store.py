@@ -87,26 +87,26 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
     target = run_folder / task.name
     mark = fingerprint(task)
     if target.exists():
-        _require_own(target)
+        _refuse_foreign_folder(target)
     if not force and (done := _finished(target, mark)):
         return _outcome(task.name, target, done, skipped=True)
     work = run_folder / ".work" / f"{task.name}-{mark[:16]}"
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    manifest = _finished(work, mark) or _work(task, work, mark, log)
+    manifest = _finished(work, mark) or _run_task(task, work, mark, log)
     _publish(work, target)
     _drop_stale_work(run_folder / ".work", task.name)
     return _outcome(task.name, target, manifest, skipped=False)
 
 
-def _work(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
+def _run_task(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EdgestillError(
             f"{work}: cannot be made ({error.strerror})", "Choose a writable folder with --out"
         ) from None
-    _drop_torn(work)
+    _delete_partial_files(work)
     start = time.monotonic()
     figures = dict(task.run(work, log))
     manifest = {
@@ -144,14 +144,14 @@ def _publish(work: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_own(target: Path) -> None:
+def _refuse_foreign_folder(target: Path) -> None:
     """A folder of the user's that happens to have a stage's name is never replaced."""
     if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
         return
     raise UsageError(f"{target} exists and is not the result of a stage", "Move it away, or choose another --out")
 
 
-def _drop_torn(work: Path) -> None:
+def _delete_partial_files(work: Path) -> None:
     """A process killed inside `atomic_write` leaves a hidden file, which must not be published with the rest."""
     for torn in work.rglob(".*"):
         if torn.is_file():

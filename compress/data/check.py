@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.data.dataset import Index, Sample, all_labels, key_of
+from compress.data.dataset import Sample, SplitIndex, all_labels, key_of
 from compress.data.dataset_yaml import DataConfig
 from compress.data.index import NO_LABELS, index_images, stray_labels, where_labels_are
 from compress.data.labels import label_path
@@ -98,13 +98,13 @@ def check(config: DataConfig) -> CheckReport:
     )
 
 
-def _unlabelled(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+def _unlabelled(config: DataConfig, indices: Mapping[str, SplitIndex]) -> Iterable[str]:
     for split, index in indices.items():
         if index.samples and not index.boxes:
             yield f"{split}: {NO_LABELS} ({where_labels_are(index, config.root)})"
 
 
-def _split_report(config: DataConfig, split: str, index: Index) -> SplitReport:
+def _split_report(config: DataConfig, split: str, index: SplitIndex) -> SplitReport:
     counts = [len(sample.labels) for sample in index.samples]
     sizes = Counter(f"{sample.size_hw[1]}x{sample.size_hw[0]}" for sample in index.samples)
     per_image = Counter(int(c) for sample in index.samples for c in np.unique(sample.labels[:, 0]))
@@ -142,7 +142,7 @@ def _sides_px(samples: Sequence[Sample]) -> NDArray[np.float64]:
 Groups = tuple[tuple[str, ...], ...]
 
 
-def _identical_files(indices: Mapping[str, Index]) -> tuple[Groups, Groups]:
+def _identical_files(indices: Mapping[str, SplitIndex]) -> tuple[Groups, Groups]:
     """Keys of usable files with equal bytes: those that are in several splits, and those within one."""
     places: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for split, index in indices.items():
@@ -157,7 +157,7 @@ def _keys(groups: Iterable[set[tuple[str, str]]]) -> Groups:
     return tuple(tuple(sorted({key for _, key in group})) for group in groups)
 
 
-def _unusual(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+def _unusual(config: DataConfig, indices: Mapping[str, SplitIndex]) -> Iterable[str]:
     """Findings that are allowed but often a mistake."""
     yield from config.notices
     yield from _class_balance(config, indices)
@@ -167,7 +167,7 @@ def _unusual(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
         yield from _orphans(config, split)
 
 
-def _class_balance(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+def _class_balance(config: DataConfig, indices: Mapping[str, SplitIndex]) -> Iterable[str]:
     counts = {split: Counter(all_labels(index.samples)[:, 0].astype(int).tolist()) for split, index in indices.items()}
     for class_id, name in enumerate(config.names):
         train, val = (counts[split][class_id] for split in ("train", "val"))
@@ -179,7 +179,7 @@ def _class_balance(config: DataConfig, indices: Mapping[str, Index]) -> Iterable
             yield f"class {name} has only {train} boxes in train"
 
 
-def _odd_boxes(split: str, index: Index) -> Iterable[str]:
+def _odd_boxes(split: str, index: SplitIndex) -> Iterable[str]:
     labels, sides = all_labels(index.samples), _sides_px(index.samples)
     corners = np.concatenate([labels[:, 1:3] - labels[:, 3:5] / 2, 1 - labels[:, 1:3] - labels[:, 3:5] / 2], axis=1)
     counts = {
@@ -194,7 +194,7 @@ def _odd_boxes(split: str, index: Index) -> Iterable[str]:
         yield f"{split}: {images} have no labels; labels are looked for in labels/"
 
 
-def _shared_labels(split: str, index: Index) -> Iterable[str]:
+def _shared_labels(split: str, index: SplitIndex) -> Iterable[str]:
     """Images that differ in nothing but the suffix read one label file."""
     files: dict[Path, list[str]] = defaultdict(list)
     for sample in index.samples:

@@ -32,7 +32,7 @@ Box = tuple[int, float, float, float, float]
 """class, x1, y1, x2, y2 in pixels."""
 
 
-class Annotated(NamedTuple):
+class AnnotatedImage(NamedTuple):
     """One image of the source: its path below the image folder, its stated (height, width), and its boxes."""
 
     file_name: str
@@ -69,10 +69,10 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
     content = _read_coco(path)
     problems: list[Problem] = []
     classes, names = _coco_classes(path, content, problems)
-    by_id: dict[int, Annotated] = {}
+    by_id: dict[int, AnnotatedImage] = {}
     for image in _entries(path, content, "images"):
         file_name, size_hw = _coco_image(path, image)
-        if by_id.setdefault(image["id"], Annotated(file_name, size_hw, [])).file_name != file_name:
+        if by_id.setdefault(image["id"], AnnotatedImage(file_name, size_hw, [])).file_name != file_name:
             raise InputError(f"{path}: image id {image['id']} stands for two files", "Give every image its own id")
     skipped = 0
     for number, annotation in enumerate(_entries(path, content, "annotations"), 1):
@@ -104,7 +104,7 @@ def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Convert
     if not names:
         raise InputError(f"{folder}: no objects in {len(files)} .xml files", str(problems[0]) if problems else "")
     annotated = [
-        Annotated(_voc_file_name(path, roots[path], Path(images)), None, _classed(found, names))
+        AnnotatedImage(_voc_file_name(path, roots[path], Path(images)), None, _classed(found, names))
         for path, found in objects.items()
     ]
     skipped = sum(_is_difficult(item) for root in roots.values() for item in root.iter("object"))
@@ -136,7 +136,7 @@ def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem
     names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
     if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
-    for key in _headings(path, content):
+    for key in _grouping_categories(path, content):
         problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: two categories have one name", "Give every class its own name")
@@ -144,7 +144,7 @@ def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem
     return {key: index for index, key in enumerate(ordered)}, [names[key] for key in ordered]  # type: ignore[misc]
 
 
-def _headings(path: Path, content: Mapping[str, Any]) -> set[int]:
+def _grouping_categories(path: Path, content: Mapping[str, Any]) -> set[int]:
     """Ids of the categories that another one names as its supercategory and that no annotation has."""
     categories = _entries(path, content, "categories")
     below = [(entry["id"], entry.get("supercategory")) for entry in categories]
@@ -164,7 +164,9 @@ def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, i
     return name, size_hw if all(_is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
 
 
-def _coco_box(annotation: Mapping[str, Any], by_id: Mapping[int, Annotated], classes: Mapping[int, int]) -> Box | str:
+def _coco_box(
+    annotation: Mapping[str, Any], by_id: Mapping[int, AnnotatedImage], classes: Mapping[int, int]
+) -> Box | str:
     """The box of an annotation, or what is wrong with it."""
     image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
     if not _is_whole(image_id) or image_id not in by_id:
@@ -271,7 +273,12 @@ def safe_relative(name: str, origin: Path) -> PurePosixPath:
 
 
 def _write(
-    annotated: list[Annotated], names: Sequence[str], images: Path, out: Path, skipped: int, problems: list[Problem]
+    annotated: list[AnnotatedImage],
+    names: Sequence[str],
+    images: Path,
+    out: Path,
+    skipped: int,
+    problems: list[Problem],
 ) -> Converted:
     if not images.is_dir():
         raise InputError(f"{images}: no such folder", "Give the folder of the images")
@@ -293,7 +300,7 @@ def _write(
     return Converted(out / "data.yaml", len(counts), sum(counts.values()), skipped, tuple(problems))
 
 
-def _write_image(target: Path, source: Path, one: Annotated, problems: list[Problem]) -> int | None:
+def _write_image(target: Path, source: Path, one: AnnotatedImage, problems: list[Problem]) -> int | None:
     """Copy one image and write its labels; returns the number of boxes, None if the image was left out."""
     try:
         data = read_bytes(source)

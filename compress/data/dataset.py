@@ -53,7 +53,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Index:
+class SplitIndex:
     """The usable images of one split in the order of their paths, and what was skipped on the way."""
 
     samples: tuple[Sample, ...]
@@ -77,7 +77,7 @@ class Dataset:
     root: Path
     names: tuple[str, ...]
     notices: tuple[str, ...]
-    splits: Mapping[str, Index]
+    splits: Mapping[str, SplitIndex]
 
     @cached_property
     def sha256(self) -> str:
@@ -96,7 +96,7 @@ class Dataset:
         """
         head = {"schema_version": SCHEMA_VERSION, "path": key_of(self.path, self.root)}
         head |= {"names": self.names, "notices": self.notices}
-        splits = ",\n".join(f"{_compact(split)}: {_index_text(i, self.root)}" for split, i in self.splits.items())
+        splits = ",\n".join(f"{_compact(split)}: {_split_to_json(i, self.root)}" for split, i in self.splits.items())
         with atomic_write(file) as temporary:
             temporary.write_text(f'{_compact(head)[:-1]},\n"splits": {{\n{splits}\n}}}}\n', encoding="ascii")
 
@@ -112,7 +112,7 @@ class Dataset:
         try:
             if raw["schema_version"] != SCHEMA_VERSION:
                 raise InputError(f"{file}: schema {raw['schema_version']}, expected {SCHEMA_VERSION}", hint)
-            splits = {split: _index(content, root) for split, content in raw["splits"].items()}
+            splits = {split: _split_from_json(content, root) for split, content in raw["splits"].items()}
             return cls(path_of(raw["path"], root), root, tuple(raw["names"]), tuple(raw["notices"]), splits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: not an index of images ({error!r})", hint) from error
@@ -143,7 +143,7 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: a file name may be no valid UTF-8
 
 
-def _index_text(index: Index, root: Path) -> str:
+def _split_to_json(index: SplitIndex, root: Path) -> str:
     images = ",\n".join(
         _compact([sample.key, sample.size_hw, sample.sha256, _rows(sample.labels)]) for sample in index.samples
     )
@@ -155,10 +155,10 @@ def _rows(labels: NDArray[np.float32]) -> list[list[float]]:
     return [[float(format(value, FLOAT32_DIGITS)) for value in row] for row in labels.tolist()]
 
 
-def _index(content: Mapping[str, Any], root: Path) -> Index:
+def _split_from_json(content: Mapping[str, Any], root: Path) -> SplitIndex:
     samples = tuple(_sample(root, *entry) for entry in content["images"])
     problems = tuple(Problem(path_of(key, root), int(line), str(what)) for key, line, what in content["problems"])
-    return Index(samples, problems)
+    return SplitIndex(samples, problems)
 
 
 def _sample(root: Path, key: str, size_hw: list[int], sha256: str, rows: list[list[float]]) -> Sample:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from compress.data.dataset import Dataset, Index, Problem, Sample, key_of
+from compress.data.dataset import Dataset, Problem, Sample, SplitIndex, key_of
 from compress.data.dataset_yaml import DataConfig
 from compress.data.labels import label_path, read_labels
 from runtime.errors import InputError
@@ -25,7 +25,7 @@ USED = ("train", "val")
 """The splits that a training reads."""
 
 
-class Indexed(NamedTuple):
+class ImageOutcome(NamedTuple):
     """The outcome for one image file: its sample, or None and the reason among the problems."""
 
     sample: Sample | None
@@ -54,7 +54,7 @@ def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: 
     return Dataset(config.path, config.root, config.names, config.notices, indices)
 
 
-def where_labels_are(index: Index, root: Path) -> str:
+def where_labels_are(index: SplitIndex, root: Path) -> str:
     """Why no label of `index` was read, in one line: files beside the images, wrong rows, or no files at all."""
     stray = next(stray_labels(index), None)
     if stray:
@@ -64,7 +64,7 @@ def where_labels_are(index: Index, root: Path) -> str:
     return f"Labels of {index.samples[0].key} are looked for in {_label_folder(index.samples[0], root)}"
 
 
-def stray_labels(index: Index) -> Iterator[Sample]:
+def stray_labels(index: SplitIndex) -> Iterator[Sample]:
     """Images without labels that have a label file beside them, where it is not looked for."""
     for sample in index.samples:
         beside = sample.image.with_suffix(".txt")
@@ -76,32 +76,32 @@ def _label_folder(sample: Sample, root: Path) -> str:
     return key_of(label_path(sample.image).parent, root)
 
 
-def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, Index]:
+def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, SplitIndex]:
     """Split -> index; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         found = dict(zip(images, pool.map(lambda image: index_image(image, config), images), strict=True))
-    return {split: _index(found[image] for image in config.splits[split]) for split in splits}
+    return {split: _split_index(found[image] for image in config.splits[split]) for split in splits}
 
 
-def _index(found: Iterable[Indexed]) -> Index:
+def _split_index(found: Iterable[ImageOutcome]) -> SplitIndex:
     found = tuple(found)
     samples = tuple(one.sample for one in found if one.sample is not None)
-    return Index(samples, tuple(problem for one in found for problem in one.problems))
+    return SplitIndex(samples, tuple(problem for one in found for problem in one.problems))
 
 
-def index_image(image: Path, config: DataConfig) -> Indexed:
+def index_image(image: Path, config: DataConfig) -> ImageOutcome:
     """Decode one image file and read its labels."""
     try:
         data = read_bytes(image)
         size_hw = decoded_size_hw(data, image)
     except InputError as error:
-        return Indexed(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
+        return ImageOutcome(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
     labels_file = label_path(image)
     labels, rows = read_labels(labels_file, len(config.names), config.keypoint_values)
     labels.setflags(write=False)
     sample = Sample(image, key_of(image, config.root), labels, size_hw, hashlib.sha256(data).hexdigest())
-    return Indexed(sample, [Problem(labels_file, *row) for row in rows])
+    return ImageOutcome(sample, [Problem(labels_file, *row) for row in rows])
 
 
 def decoded_size_hw(data: bytes, origin: Path) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def input_sets(map_bytes: int, l2_bytes: int) -> int:
     return max(2, math.ceil(L2_TIMES * l2_bytes / (3 * map_bytes)))
 
 
-def turns(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
+def shuffled_rounds(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
     """Every name once per round, in an order of its own each round."""
     for _ in range(rounds):
         yield from rng.sample(names, len(names))
@@ -168,7 +168,7 @@ def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:
 
 def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     """Everything that is compared, by name, over the same `count` sets of inputs."""
-    plain, ours = FUSED[case.loss].definition, FUSED[case.loss].function
+    plain, ours = FUSED[case.loss].reference, FUSED[case.loss].function
     compiled = torch.compile(plain, dynamic=False, fullgraph=True)
     sets = [arguments(case, device, seed) for seed in range(count)]
     last = [arguments(case, device, seed, channels_last=True) for seed in range(count)]
@@ -233,7 +233,7 @@ def prepare(call: Call, count: int) -> Ready:
     notes["peak_extra_bytes"] = peak_extra_bytes(call)
     notes |= host_times(call, count)
     try:
-        return Ready(captured(call, count), {**notes, "cuda_graph": True})
+        return Ready(capture_cuda_graph(call, count), {**notes, "cuda_graph": True})
     except RuntimeError as error:
         torch.cuda.synchronize()  # raises if the GPU itself has failed
         notes |= {"cuda_graph": False, "why_no_graph": one_line(error)}
@@ -267,7 +267,7 @@ def host_times(call: Call, count: int) -> dict[str, float]:
     }
 
 
-def captured(call: Call, count: int) -> Callable[[], None]:
+def capture_cuda_graph(call: Call, count: int) -> Callable[[], None]:
     """One pass over the sets as a CUDA graph. Every set's gradients have memory of their own, as its inputs have."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -299,7 +299,7 @@ def times_in_turns(runs: Mapping[str, Callable[[], Any]], samples: int) -> dict[
     """Milliseconds of a run, `samples` of each, in random turns."""
     repeats = {name: max(1, math.ceil(SAMPLE_MS / max(elapsed_ms(run, 1), 1e-3))) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for name in turns(list(runs), samples, random.Random(0)):
+    for name in shuffled_rounds(list(runs), samples, random.Random(0)):
         found[name].append(elapsed_ms(runs[name], repeats[name]) / repeats[name])
     return found
 
@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = time.monotonic() + asked.seconds
     os.environ.pop(SWITCH, None)
     try:
-        gpu(0)  # if the kernels cannot run, `ours` would be the definition
+        gpu(0)  # if the kernels cannot run, `ours` would be the reference
     except EdgestillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -2,7 +2,7 @@
 //
 // The file compiles three ways: by NVRTC when a kernel is first used, by nvcc in the tests, and by g++ with the tests'
 // host shim, which runs the same kernels on a CPU. Kernels read and write global memory only through `read*`/`write*`.
-// Names in capitals that no header defines are constants of the host half (`SOURCE` beside each kernel.cu).
+// Names in capitals that no header defines are constants of the launcher (`SOURCE` beside each kernel.cu).
 //
 // Numerics: arithmetic and accumulation in float32; one rounding, to nearest even, when a gradient is stored; an
 // overflow becomes infinity, so that a gradient scaler sees it. Every reduction has a fixed partition and order, so

@@ -1,6 +1,6 @@
-"""The part that all host halves share: the launch, the device it goes to, and the maps as kernels read them.
+"""The part that all launchers share: the launch, the device it goes to, and the maps as kernels read them.
 
-A host half plans: it allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
+A launcher plans: it allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
 asks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
 """
 
@@ -73,7 +73,7 @@ Maps = Sequence[Tensor]
 Result = tuple[Tensor, list[Tensor]]
 """A loss () float32, and the gradient of each tensor that learns, in the order of the arguments."""
 Launches = Generator[Launch, None, Result]
-"""The host half at work: it yields one launch after another, and its return value is there after the last.
+"""The launcher at work: it yields one launch after another, and its return value is there after the last.
 
 As long as it is not finished it holds every tensor whose address it wrote into a launch."""
 

@@ -28,7 +28,7 @@ _REPORTED = re.compile(r"(\d+) (registers|bytes spill stores|bytes smem)")
 
 
 class Source(NamedTuple):
-    """A CUDA source, and the constants of its host half, which it gets as defines."""
+    """A CUDA source, and the constants of its launcher, which it gets as defines."""
 
     folder: str
     """The folder of this package that holds its `kernel.cu`."""

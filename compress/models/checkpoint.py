@@ -19,8 +19,8 @@ from torch import Tensor
 
 from compress.models.architecture import LAYOUTS, Architecture
 from compress.models.complexity import complexity
-from compress.models.module_tree import mismatch, recognise
-from compress.models.network import YOLOv5, network_without_memory
+from compress.models.module_tree import mismatch, read_network
+from compress.models.network import YOLOv5, network_on_meta_device
 from compress.models.pickle_reader import PickleError, Stub, brief
 from compress.models.pickle_to_json import to_json
 from compress.models.torch_file import is_torch_file, open_torch_file
@@ -167,7 +167,7 @@ def _what_instead(head: bytes) -> str:
 def _load_torch(path: Path) -> Checkpoint:
     with open_torch_file(path) as file:
         network = _network(file.root)
-        saved = recognise(network, file.tensor)
+        saved = read_network(network, file.tensor)
         state = {key: file.tensor(ref) for key, ref in saved.tensors.items()}
         meta = _meta(file.root, network, file.tensor)
     return Checkpoint(saved.architecture, _sound(path, state, saved.architecture), meta, file.container)
@@ -187,7 +187,7 @@ def _network(root: Any) -> Stub:
 def _sound(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The tensors in torch's order, floats as float32. Raises InputError when a type is wrong or a value not finite."""
     made = {}
-    for key, expected in network_without_memory(architecture).state_dict().items():
+    for key, expected in network_on_meta_device(architecture).state_dict().items():
         tensor = state[key]
         if tensor.is_floating_point() != expected.is_floating_point():
             raise InputError(f"{path}: tensor {key} is {tensor.dtype} instead of {expected.dtype}", GIVE)

@@ -16,7 +16,7 @@ from compress.config import SCALES
 from compress.models.activations import ACTIVATIONS
 from compress.models.architecture import LAYOUTS, MAX_CLASSES, Architecture
 from compress.models.blocks import Block
-from compress.models.network import YOLOv5, network_without_memory
+from compress.models.network import YOLOv5, network_on_meta_device
 from compress.models.pickle_reader import PickleError, Stub, TensorRef, attributes, brief
 from runtime.errors import UsageError
 
@@ -45,7 +45,7 @@ class Saved(NamedTuple):
     tensors: Mapping[str, TensorRef]
 
 
-def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
+def read_network(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
     """The network of a module tree; `read` fetches a tensor from the file.
 
     Raises PickleError naming the first thing that is not as in a YOLOv5 detection model.
@@ -63,7 +63,7 @@ def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
         "activation": _activation(modules),
     }
     architecture = _fitting(_multiples(root), common, tensors)
-    _compare(modules, network_without_memory(architecture))
+    _compare(modules, network_on_meta_device(architecture))
     return Saved(architecture, tensors)
 
 
@@ -211,7 +211,7 @@ def _fitting(
 
 def mismatch(shapes: Mapping[str, Sequence[int]], architecture: Architecture) -> str | None:
     """The first difference between tensors of these names and shapes and those of the architecture; None without."""
-    expected = {key: tuple(value.shape) for key, value in network_without_memory(architecture).state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in network_on_meta_device(architecture).state_dict().items()}
     for key, shape in expected.items():
         if key not in shapes:
             return f"tensor {key} is missing"

@@ -156,7 +156,7 @@ def decode_level(raw: Tensor, anchors_px: Tensor, stride: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def network_without_memory(architecture: Architecture) -> YOLOv5:
+def network_on_meta_device(architecture: Architecture) -> YOLOv5:
     """The network on torch's `meta` device: shapes and names only. Shared among callers, who must not change it."""
     with torch.device("meta"):
         return YOLOv5(architecture).eval()

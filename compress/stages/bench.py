@@ -16,13 +16,13 @@ from benchmarks.report import Report, make_report
 from benchmarks.rows import Row, plain
 from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
 from compress.data import Dataset
+from compress.evaluate import evaluate
 from compress.flavours import FLAVOURS
 from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
 from compress.store import Folders
-from compress.validate import validate
 from runtime.files import write_json
 from runtime.machine import facts
 
@@ -83,7 +83,7 @@ def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
 def torch_row(role: str, file: Path, data: Dataset, imgsz: int, log: Log) -> Row:
     """The network before export, by YOLOv5's way of validating: rectangular batches, several labels per box."""
     model = load_model(file)
-    found = validate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
+    found = evaluate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None
     log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
     cost = complexity(model.arch, (imgsz, imgsz))

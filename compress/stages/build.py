@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from compress.config import BuildConfig, Settings
 from compress.flavours import PLAN_PRECISIONS
 from compress.graph.metadata import read_card
-from compress.graph.safe_load import read_model
+from compress.graph.untrusted_onnx import read_model
 from compress.inputs import kept_files
 from compress.log import Log
 from compress.stages import Figures, Stage, packages

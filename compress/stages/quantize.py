@@ -26,8 +26,8 @@ from compress.flavours import FLAVOURS, REFERENCE, Flavour
 from compress.graph.builder import write_model
 from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
-from compress.graph.safe_load import read_model
 from compress.graph.session import open_session
+from compress.graph.untrusted_onnx import read_model
 from compress.inputs import SHIPPED, dataset_of, plan_of
 from compress.log import Log
 from compress.stages import Figures, Stage, cpu_and_runtime
@@ -76,8 +76,8 @@ class Gate(Protocol):
         """mAP50-95 of a file."""
         ...
 
-    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
-        """Time of `candidate` over time of `reference`, taken in turns on this machine."""
+    def latency(self, reference: Path, other: Path) -> LatencyRatio:
+        """Time of `other` over time of `reference`, taken in turns on this machine."""
         ...
 
 
@@ -90,8 +90,8 @@ class FileGate:
     def accuracy(self, path: Path) -> float:
         return file_accuracy(path, self.plan).map50_95
 
-    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
-        return compare_files(reference, candidate, self.plan)
+    def latency(self, reference: Path, other: Path) -> LatencyRatio:
+        return compare_files(reference, other, self.plan)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
+from compress.evaluate import fitness
 from compress.inputs import SHIPPED, read_json
 from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
-from compress.validate import fitness
 
 ROLES = {"teacher": "teacher", "student": "distill"}
 

@@ -12,7 +12,7 @@ import torch
 
 from compress.config import TrainConfig
 from compress.data.class_names import class_conflict
-from compress.data.dataset import Dataset, Index, Sample
+from compress.data.dataset import Dataset, Sample, SplitIndex
 from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
@@ -34,7 +34,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
 
 
-def _samples(split: str, index: Index, log: Log) -> Sequence[Sample]:
+def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
     for problem in index.problems[:SHOWN_PROBLEMS]:
         log(f"{split}: skipped {problem}")

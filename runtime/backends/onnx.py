@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import Array, LoadRequest, TensorSpec, closed_error
-from runtime.backends.onnx_trial import load_in_child
+from runtime.backends.onnx_child_load import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
 from runtime.machine import compute_threads

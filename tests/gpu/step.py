@@ -130,14 +130,14 @@ def switch(value: str | None) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from compress.kernels.bench_case import quantiles, turns
+    from compress.kernels.bench_case import quantiles, shuffled_rounds
     from runtime import machine
 
     steps = Steps(options, folder)
     for name in MODES:
         steps.block(name, WARM_UP, counts=False)
     size = min(BLOCK, options.steps)
-    for name in turns(list(MODES), options.steps // size, random.Random(0)):
+    for name in shuffled_rounds(list(MODES), options.steps // size, random.Random(0)):
         steps.block(name, size)
     return {
         "measured": "tests/gpu/step.py",

@@ -12,9 +12,9 @@ import torch
 from shim.cases import with_learners
 from shim.oracle import (
     DTYPES,
-    GRADIENT_GATE,
+    GRADIENT_TOLERANCE,
     LAYOUTS,
-    LOSS_GATE,
+    LOSS_TOLERANCE,
     by_autograd,
     check,
     errors,
@@ -134,7 +134,7 @@ def differentiated(name: str, given: list[Any], *upstreams: float, retain: bool 
 
 def true_gradients(name: str, given: list[Any], wanted: float) -> list[Tensor]:
     replaced = [*given[:-1], torch.tensor(wanted, device=TORCH)]
-    return truth(FUSED[name].definition, replaced, FUSED[name].learns).gradients
+    return truth(FUSED[name].reference, replaced, FUSED[name].learns).gradients
 
 
 def run_kernels(name: str, given: list[Any]) -> Any:
@@ -143,7 +143,7 @@ def run_kernels(name: str, given: list[Any]) -> Any:
 
 def checked(name: str, given: list[Any]) -> tuple[float, float]:
     """See `oracle.check`."""
-    return check(kernels_of(FUSED[name]), FUSED[name].definition, gpu(0), given, FUSED[name].learns)
+    return check(kernels_of(FUSED[name]), FUSED[name].reference, gpu(0), given, FUSED[name].learns)
 
 
 # ---- loss and gradient --------------------------------------------------------------------------------------------
@@ -488,8 +488,8 @@ def test_adapter_mse_multiplies_the_elements_that_the_shim_says(channels, dtype,
     assert dx.nonzero().tolist() == [[2, int(chosen[5]), 7, 3]]
     assert set(dw.nonzero()[:, 0].tolist()) == {5}
     assert db.nonzero().tolist() == [[5]]
-    true = truth(FUSED["adapter_mse"].definition, given, FUSED["adapter_mse"].learns)
-    assert max(errors(found, true)) <= 2 * GRADIENT_GATE[dtype]  # of one element, which is rounded twice
+    true = truth(FUSED["adapter_mse"].reference, given, FUSED["adapter_mse"].learns)
+    assert max(errors(found, true)) <= 2 * GRADIENT_TOLERANCE[dtype]  # of one element, which is rounded twice
 
 
 @every_layout
@@ -512,9 +512,9 @@ def test_adapter_mse_brings_other_numbers_of_channels_into_the_teachers(channels
 def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
     """On tensor cores, and in the general way."""
     given, loss = arguments("adapter_mse", [shape], scale=scale), FUSED["adapter_mse"]
-    true = truth(loss.definition, given, loss.learns)
-    eager = by_autograd(loss.definition, given, loss.learns, None)
+    true = truth(loss.reference, given, loss.learns)
+    eager = by_autograd(loss.reference, given, loss.learns, None)
     found = run_kernels("adapter_mse", given)
-    assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_GATE
+    assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_TOLERANCE
     for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
         assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6

@@ -1,4 +1,4 @@
-"""1x1 adapter and weighted mean squared error: definition, host half of kernel.cu, and the function that losses call.
+"""1x1 adapter and weighted mean squared error: reference, launcher of kernel.cu, and the function that losses call.
 
 What the kernel does not take (more than 128 channels, float32, GPUs before sm_80) goes the general way: torch's matrix
 products around the kernel of weighted_mse.
@@ -112,14 +112,14 @@ def check_adapters(students: Maps, teachers: Maps, matrices: Maps, biases: Maps)
             )
 
 
-def definition(students: Maps, teachers: Maps, matrices: Maps, biases: Maps, weights: Maps = ()) -> Tensor:
+def reference(students: Maps, teachers: Maps, matrices: Maps, biases: Maps, weights: Maps = ()) -> Tensor:
     """`adapter_mse` in plain torch."""
     levels = zip(students, matrices, biases, strict=True)
     adapted = [F.conv2d(s, w.to(s.dtype)[:, :, None, None], b.to(s.dtype)) for s, w, b in levels]
-    return general.definition(adapted, teachers, weights)
+    return general.reference(adapted, teachers, weights)
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _Level(ctypes.Structure):
@@ -298,7 +298,7 @@ def _describe(level: _Level, problem: _Problem, gradients: _Gradients, kind: _Ki
 
 
 def _general(device: Device, problems: Sequence[_Problem], scale: Tensor | None) -> _Part:
-    adapted = [_times(p.matrix, p.student, p.bias) for p in problems]
+    adapted = [_apply_adapter(p.matrix, p.student, p.bias) for p in problems]
     teachers = [p.teacher for p in problems]
     weights = [p.weights for p in problems if p.weights is not None]
     loss, gradients = yield from general.launches(device, adapted, teachers, weights, scale)
@@ -309,13 +309,13 @@ def _backwards(problem: _Problem, gradient: Tensor) -> _Gradients:
     """The gradients, from the gradient of the adapted map."""
     by_image = torch.bmm(gradient.flatten(2), problem.student.flatten(2).mT)
     return _Gradients(
-        _times(problem.matrix.mT, gradient),
+        _apply_adapter(problem.matrix.mT, gradient),
         by_image.sum(0, dtype=torch.float32),
         gradient.sum((0, 2, 3), dtype=torch.float32),
     )
 
 
-def _times(matrix: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
+def _apply_adapter(matrix: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix times each pixel's channels, plus bias, in the dtype and layout of the maps (N, C, H, W)."""
     last, x = is_channels_last(maps), maps.flatten(2)
     grown = matrix.to(x.dtype).expand(len(x), *matrix.shape)
@@ -334,6 +334,6 @@ ADAPTER_MSE = FusedLoss(
     function=adapter_mse,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
     learns=(0, 2, 3),
 )

@@ -1,4 +1,4 @@
-"""Channel-wise distillation: definition, host half of kernel.cu, and the function that losses call."""
+"""Channel-wise distillation: reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -34,6 +33,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import total, wide
 from runtime.errors import UsageError
 
 MAX_WARPS, LEAST_WARPS = 16, 8
@@ -73,7 +73,7 @@ def cwd(students: Maps, teachers: Maps, tau: float = 1.0, *, scale: Tensor | Non
     return CWD.differentiable(device, CWD.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps, tau: float = 1.0) -> Tensor:
+def reference(students: Maps, teachers: Maps, tau: float = 1.0) -> Tensor:
     """`cwd` in plain torch."""
     return total(_level(wide(s), wide(t), tau) for s, t in zip(students, teachers, strict=True))
 
@@ -83,7 +83,7 @@ def _level(s: Tensor, t: Tensor, tau: float) -> Tensor:
     return tau**2 * (log_p.exp() * (log_p - log_q)).sum(2).mean()
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _RowsLevel(ctypes.Structure):
@@ -197,5 +197,5 @@ CWD = FusedLoss(
     function=cwd,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
 )

@@ -1,4 +1,4 @@
-"""Focal distillation (FGD): definition, host half of kernel.cu, and the function that losses call."""
+"""Focal distillation (FGD): reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -31,6 +30,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import total, wide
 
 THREADS = 256
 ATTENTION_THREADS = 1024
@@ -83,7 +83,7 @@ def fgd(
     return FGD.differentiable(device, FGD.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps, masks: Maps, gamma: float = 1.0, temperature: float = 0.5) -> Tensor:
+def reference(students: Maps, teachers: Maps, masks: Maps, gamma: float = 1.0, temperature: float = 0.5) -> Tensor:
     """`fgd` in plain torch."""
     levels = zip(students, teachers, masks, strict=True)
     return total(_level(wide(s), wide(t), mask, gamma, temperature) for s, t, mask in levels)
@@ -106,7 +106,7 @@ def _attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     )
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _Axis(ctypes.Structure):
@@ -223,5 +223,5 @@ FGD = FusedLoss(
     function=fgd,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
 )

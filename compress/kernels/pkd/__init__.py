@@ -1,4 +1,4 @@
-"""Pearson distance (PKD): definition, host half of kernel.cu, and the function that losses call."""
+"""Pearson distance (PKD): reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -35,6 +34,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import total, wide
 from runtime.errors import UsageError
 
 EPS = 1e-6
@@ -100,7 +100,7 @@ def pkd(students: Maps, teachers: Maps, *, scale: Tensor | None = None) -> Tenso
     return PKD.differentiable(device, PKD.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps) -> Tensor:
+def reference(students: Maps, teachers: Maps) -> Tensor:
     """`pkd` in plain torch."""
     pairs = zip(students, teachers, strict=True)
     return total(0.5 * F.mse_loss(_standardised(wide(s)), _standardised(wide(t))) for s, t in pairs)
@@ -111,7 +111,7 @@ def _standardised(x: Tensor) -> Tensor:
     return (x - mean) * (variance + EPS).rsqrt()
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _LevelArgs(ctypes.Structure):
@@ -167,7 +167,7 @@ class Level(NamedTuple):
         return ceil_div(self.channels, self.tile)
 
 
-class Part(NamedTuple):
+class ChannelRange(NamedTuple):
     """Channels [begin, end) of a level; all of them if channels last."""
 
     level: int
@@ -180,7 +180,7 @@ class Part(NamedTuple):
 class Group(NamedTuple):
     """Parts that go together: one cluster launch, or statistics and then gradient."""
 
-    parts: list[Part]
+    parts: list[ChannelRange]
     cluster: int = 0
     """Blocks of a cluster; 0 is the two-pass form."""
 
@@ -232,7 +232,7 @@ def plan(facts: Facts, levels: Sequence[Level], form: Form) -> list[Group]:
     clusters = [_cluster(facts, level) if form in ("auto", "cluster") else 0 for level in levels]
     if form == "cluster":
         _check_clusters(facts, levels, clusters)
-    whole = [Part(i, 0, level.channels, 2 * level.maps.student.nbytes) for i, level in enumerate(levels)]
+    whole = [ChannelRange(i, 0, level.channels, 2 * level.maps.student.nbytes) for i, level in enumerate(levels)]
     groups = [
         Group([whole[i] for i, c in enumerate(clusters) if c == size], size) for size in sorted({*clusters} - {0})
     ]
@@ -244,9 +244,9 @@ def plan(facts: Facts, levels: Sequence[Level], form: Form) -> list[Group]:
     return groups
 
 
-def _grouped(parts: Sequence[Part], budget: float) -> list[Group]:
+def _grouped(parts: Sequence[ChannelRange], budget: float) -> list[Group]:
     """`parts` cut into runs of channels of at most `budget` bytes, and as many as fit together again."""
-    groups: list[list[Part]] = []
+    groups: list[list[ChannelRange]] = []
     for run in (run for part in parts for run in _cut(part, budget)):
         if groups and len(groups[-1]) < MAX_LEVELS and sum(p.nbytes for p in groups[-1]) + run.nbytes <= budget:
             groups[-1].append(run)
@@ -255,14 +255,14 @@ def _grouped(parts: Sequence[Part], budget: float) -> list[Group]:
     return [Group(parts) for parts in groups]
 
 
-def _cut(part: Part, budget: float) -> Iterator[Part]:
+def _cut(part: ChannelRange, budget: float) -> Iterator[ChannelRange]:
     """Even runs of channels within `budget`; the whole if not even one channel fits."""
     channels, channel_bytes = part.end, part.nbytes // part.end
     most = int(min(channels, budget / channel_bytes)) or channels
     runs = ceil_div(channels, most)
     for i in range(runs):
         begin, end = channels * i // runs, channels * (i + 1) // runs
-        yield Part(part.level, begin, end, channel_bytes * (end - begin))
+        yield ChannelRange(part.level, begin, end, channel_bytes * (end - begin))
 
 
 def _group_bytes(facts: Facts) -> float:
@@ -334,7 +334,9 @@ def _launches(levels: Sequence[Level], work: _Workspace, group: Group, args: Arg
     yield Launch(SOURCE, f"pkd_gradient{last}{suffix}", args, grid, THREADS)
 
 
-def _fill(args: Args, levels: Sequence[Level], work: _Workspace, parts: Sequence[Part], cluster: int = 0) -> int:
+def _fill(
+    args: Args, levels: Sequence[Level], work: _Workspace, parts: Sequence[ChannelRange], cluster: int = 0
+) -> int:
     """Describe the parts; returns the number of blocks."""
     block = 0
     for entry, part in zip(args.levels, parts, strict=False):
@@ -354,5 +356,5 @@ def _fill(args: Args, levels: Sequence[Level], work: _Workspace, parts: Sequence
 
 
 PKD = FusedLoss(
-    "pkd", "Tensor[] students, Tensor[] teachers", function=pkd, source=SOURCE, launches=launches, definition=definition
+    "pkd", "Tensor[] students, Tensor[] teachers", function=pkd, source=SOURCE, launches=launches, reference=reference
 )

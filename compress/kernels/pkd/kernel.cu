@@ -9,7 +9,7 @@
 // would leave a rounding error instead.
 //
 // Two-pass form: `statistics` reads s and t (2U), `gradient` reads them again and writes g (3U). 5U; for NCHW maps 3U
-//   of DRAM, if the host half launches the pair for as many channels at a time as the L2 cache holds.
+//   of DRAM, if the launcher launches the pair for as many channels at a time as the L2 cache holds.
 // Cluster form, NCHW on sm_90 and newer: the blocks of a cluster keep their channel in shared memory. 3U.
 // Tiling: NCHW: a block takes every `splits`th piece of one channel, over all images, 16 bytes per thread at a time.
 //   Channels last: a block takes `width` vectors of channels, a thread one of them, and every `splits`th piece of the
@@ -419,7 +419,7 @@ static_assert(sizeof(ClusterHead) <= kHeadFloats * sizeof(float), "the kept maps
 
 /// Cluster: one channel, in equal runs of vectors. Always vectorised; `splits` is the cluster's size.
 template <class T> __device__ __forceinline__ void pkd_cluster(const PkdArgs& args) {
-#if defined(EDGESTILL_HOST) || __CUDA_ARCH__ >= 900  // an older GPU is never asked: see the host half
+#if defined(EDGESTILL_HOST) || __CUDA_ARCH__ >= 900  // an older GPU is never asked: see the launcher
     constexpr int V = kVector<T>;
     DYNAMIC_SHARED(float, memory);
     ClusterHead& head = *reinterpret_cast<ClusterHead*>(memory);

@@ -1,4 +1,4 @@
-"""Host half of kernel.cu: multiplies gradients by the upstream gradient that came over the one that was expected."""
+"""Launcher of kernel.cu: multiplies gradients by the upstream gradient that came over the one that was expected."""
 
 from __future__ import annotations
 

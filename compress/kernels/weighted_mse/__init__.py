@@ -1,4 +1,4 @@
-"""Weighted mean squared error: definition, host half of kernel.cu, and the function that losses call."""
+"""Weighted mean squared error: reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -28,6 +27,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import total, wide
 
 WEIGHT_EPS = 1e-9
 """Added to the sum of a level's weights, so that all-zero weights give 0."""
@@ -59,7 +59,7 @@ def weighted_mse(students: Maps, teachers: Maps, weights: Maps = (), *, scale: T
     return WEIGHTED_MSE.differentiable(device, WEIGHTED_MSE.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps, weights: Maps = ()) -> Tensor:
+def reference(students: Maps, teachers: Maps, weights: Maps = ()) -> Tensor:
     """`weighted_mse` in plain torch."""
     if not weights:
         return total(F.mse_loss(wide(s), wide(t)) for s, t in zip(students, teachers, strict=True))
@@ -72,7 +72,7 @@ def _weighted_mean(squared: Tensor, weights: Tensor, channels: int) -> Tensor:
     return (weights * squared).sum() / (channels * weights.sum() + WEIGHT_EPS)
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _Level(ctypes.Structure):
@@ -157,5 +157,5 @@ WEIGHTED_MSE = FusedLoss(
     function=weighted_mse,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
 )

@@ -55,13 +55,13 @@ def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
 class FeatureLoss(DistillLoss):
     """A loss of the features. An adapter per level gives them the teacher's channels. A subclass has `compare`."""
 
-    sees_offsets = True
+    depends_on_offset = True
     """Whether the loss changes when a constant is added to a channel; if not, an adapter has no bias to learn."""
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student, teacher, config, **settings)
         pairs = zip(student.channels, teacher.channels, strict=True)
-        self.adapters = nn.ModuleList(adapter(*pair, bias=self.sees_offsets) for pair in pairs)
+        self.adapters = nn.ModuleList(adapter(*pair, bias=self.depends_on_offset) for pair in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         adapted = [adapter(feature) for adapter, feature in zip(self.adapters, student.features, strict=True)]
@@ -124,7 +124,7 @@ class CWD(FeatureLoss):
     """
 
     name = "cwd"
-    sees_offsets = False
+    depends_on_offset = False
 
     class Settings(LossSettings):
         tau: Positive = 1.0
@@ -144,7 +144,7 @@ class PKD(FeatureLoss):
     """
 
     name = "pkd"
-    sees_offsets = False
+    depends_on_offset = False
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         return pkd(student.features, teacher.features, scale=context.upstream)

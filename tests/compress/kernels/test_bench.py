@@ -19,8 +19,8 @@ from compress.kernels.bench_case import (
     plan,
     quantiles,
     ratios,
+    shuffled_rounds,
     timing,
-    turns,
     variants,
 )
 from compress.kernels.losses import FUSED
@@ -61,7 +61,7 @@ def test_inputs_are_four_times_the_cache(map_mib, l2_mib, sets) -> None:
 
 
 def test_every_variant_has_its_turn_in_each_round() -> None:
-    order = list(turns(["a", "b", "c"], 20, random.Random(1)))
+    order = list(shuffled_rounds(["a", "b", "c"], 20, random.Random(1)))
     rounds = [order[i : i + 3] for i in range(0, 60, 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 1

@@ -11,9 +11,9 @@ from benchmarks.rows import plain
 from compress.compute.numerics import flush_denormals
 from compress.data import DataConfig, index_dataset, load_data
 from compress.data.class_names import class_conflict
+from compress.evaluate import NmsSettings, evaluate
 from compress.inputs import validation_of
 from compress.models import load_model
-from compress.validate import NmsSettings, validate
 from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
 
@@ -81,7 +81,7 @@ def validate_file(
     truth = annotations or _annotations_of(config)
     samples = index_dataset(config, [split]).splits[split].samples
     nms = NmsSettings(conf, iou, max_det, not single_label)
-    found = validate(
+    found = evaluate(
         model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device, half=half, annotations=truth
     )
     assert found.coco is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 
-from runtime.backends.onnx_trial import load_error
+from runtime.backends.onnx_child_load import load_error
 from runtime.child_process import limit, run_child
 from runtime.errors import InputError, one_line
 
@@ -64,7 +64,9 @@ def _read_bytes(path: Path) -> bytes:
 def _judge(data: bytes) -> str:
     """The reason why the child refused the bytes; empty when it accepted them."""
     try:
-        done = run_child("from compress.graph.safe_load import main; main()", data=data, timeout_s=2 * _CPU_SECONDS)
+        done = run_child(
+            "from compress.graph.untrusted_onnx import main; main()", data=data, timeout_s=2 * _CPU_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return f"loading it takes more than {2 * _CPU_SECONDS} s"
     if done.returncode == 0:

@@ -25,7 +25,7 @@ def load_in_child(path: Path) -> None:
     """Raises InputError when the file does not load within the limits."""
     try:
         done = run_child(
-            "from runtime.backends.onnx_trial import main; main()",
+            "from runtime.backends.onnx_child_load import main; main()",
             data=os.fsencode(path.resolve()),
             timeout_s=2 * CPU_SECONDS,
         )

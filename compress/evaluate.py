@@ -76,7 +76,7 @@ class ValResult:
         return fitness(self.yolo.map50, self.yolo.map50_95)
 
 
-def validate(
+def evaluate(
     model: YOLOv5,
     samples: Sequence[Sample],
     *,
