@@ -1,7 +1,7 @@
 """Measure model files: the latency and the accuracy of the same file, in the same run.
 
 In: an ONNX file, an engine or a bundle, and images, with or without COCO ground truth. Out: rows of a report, and for
-two files the ratio of their latencies. Every other door to a measurement of a file (`edgestill bench`, the stages of a
+two files the ratio of their latencies. Every other way to measure a file (`edgestill bench`, the stages of a
 run, `python -m benchmarks`) calls this module.
 """
 

@@ -37,7 +37,7 @@ COLOURS = (
 
 
 def colour(name: str) -> str:
-    """Stands for a CSS variable while matplotlib draws, which knows no variables; `_svg` puts the variable back."""
+    """A colour that matplotlib can draw, in place of a CSS variable; `_svg` replaces it by the variable."""
     return f"#c0de{COLOURS.index(name):02x}"
 
 
@@ -51,7 +51,7 @@ def _axes(size_wh: tuple[float, float], plot: Box) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, title: str) -> str:
-    """The figure for use inside a page: no ids but classes (gid "class:NAME"), no links, no colour but the page's."""
+    """The figure for use in a page: classes (gid "class:NAME") instead of ids, no links, only the page's colours."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the page's font is the reader's, and may have it
@@ -186,7 +186,7 @@ def _scales(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _draw(axes: Any, point: Point) -> None:
-    """The mark, and a whisker to the tail if it is longer than the mark."""
+    """The mark, and a whisker to the tail if the whisker is longer than the mark."""
     own, at = colour(point.kind), axes.transData.transform
     if at((point.x_high, 0))[0] - at((point.x, 0))[0] > MARK:
         whisker = {"arrowstyle": "|-|,widthA=0,widthB=4", "mutation_scale": 1, "shrinkA": 0, "shrinkB": 0}
@@ -224,7 +224,7 @@ def _write_labels(figure: Any, axes: Any, points: Sequence[Point], best: Sequenc
 
 
 def _line_obstacles(corners: Sequence[tuple[float, float]]) -> list[Box]:
-    """Small boxes along a line, which keep labels off it."""
+    """Small boxes along a line: labels must not cover them."""
     steps = [(a, b, step / 40) for a, b in pairwise(corners) for step in range(41)]
     centres = [(a[0] + (b[0] - a[0]) * part, a[1] + (b[1] - a[1]) * part) for a, b, part in steps]
     return [Box(cx - 3, cy - 3, cx + 3, cy + 3) for cx, cy in centres]
@@ -239,7 +239,7 @@ def place_labels(
 ) -> list[Box]:
     """A box for each text near its point, chosen so that no text covers another text, a mark, a whisker or `avoid`.
 
-    Greedy from the top of the chart: the first free place of ever wider circles around the point.
+    Greedy from the top of the chart: the first free position, nearest to the point first.
     """
     taken = [Box(px - 10, py - 9, max(px + 10, tail + 4), py + 9) for (px, py), tail in zip(places, tails, strict=True)]
     taken += avoid
@@ -252,7 +252,7 @@ def place_labels(
 
 
 def _label_positions(place: tuple[float, float], tail: float, width: float) -> Iterator[Box]:
-    """Places above, below, right of the whisker, left; then the same ever farther away."""
+    """Positions of a label: above, below, right of the whisker, left; then the same farther and farther away."""
     (x, y), half = place, LINE / 2
     for step in range(8):
         far = 11 + half + step * 13

@@ -49,7 +49,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each thing that differs and must not, with every value."""
+    """One sentence for each fact that must be equal and is not, with every value."""
     facts = [comparable(report) for report in reports]
     return [sentence for what in facts[0] if (sentence := _difference(what, names, [fact[what] for fact in facts]))]
 
@@ -153,7 +153,7 @@ def _is_number(text: str) -> bool:
 def fail_on(rule: str | Rule, report: Report) -> list[str]:
     """One sentence for each student file (kept by its gate) for which the rule holds; empty when all is well.
 
-    A figure that was not measured is a violation too: a threshold nobody checks must not pass.
+    A figure that was not measured is a violation too: a threshold that was not checked must not pass.
     """
     asked = parse_rule(rule) if isinstance(rule, str) else rule
     values = _values(asked, report.data)

@@ -71,7 +71,7 @@ class Durations:
 
 
 class Warmup(NamedTuple):
-    """The calls before the first sample; `settled` says whether two successive windows agreed."""
+    """The calls before the first sample; `settled` is true if two successive windows agreed."""
 
     calls: int
     ms: float
@@ -82,7 +82,7 @@ class Warmup(NamedTuple):
 class Latency:
     """The spans of the same calls; `end_to_end` contains the other three and, with an interval, the wait in the queue.
 
-    `steady` says whether the medians of the first and the second half of the samples agree within 5 %.
+    `steady` is true if the medians of the first and the second half of the samples agree within 5 %.
     """
 
     preprocess: Durations
@@ -142,7 +142,7 @@ def _due_times(start_ns: int, interval_ms: float | None, samples: int) -> list[i
 def _timestamps(
     detector: Timed, frame: Frame, clock: Clock, due: int | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> tuple[int, int, int, int, int]:
-    """Nanoseconds at which the frame was due, was begun, was prepared, was inferred, was done."""
+    """Nanoseconds at which the frame was due, and at which it was started, prepared, inferred and done."""
     if due is not None and clock() < due:
         sleep((due - clock()) / 1e9)
     begun = clock()
@@ -159,7 +159,7 @@ def warm_up(
 ) -> Warmup:
     """Call for at least `least_ms`, then until the medians of two successive windows agree within 10 %.
 
-    Gives up at `most_ms`: a machine that never settles is measured all the same, and the result says so.
+    Stops at `most_ms`: a machine whose times stay unsteady is measured too, and the result says so.
     """
     start, calls, before, settled = clock(), 0, float("inf"), False
     while not settled or _since(start, clock) < least_ms:
@@ -192,7 +192,7 @@ side in 1.2 % of all comparisons."""
 
 @dataclass(frozen=True)
 class LatencyRatio:
-    """Time of the other over time of the reference, measured in turns; below 1 the other is faster."""
+    """Time of the other file over time of the reference, measured in turns; below 1 the other is faster."""
 
     ratio: float
     """Median of `ratios`."""
@@ -255,7 +255,7 @@ def compare_in_turns(
 def _round(
     sides: Sequence[Callable[[], object]], calls: int, reverse: bool, clock: Clock
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of the calls of either side."""
+    """Milliseconds of the calls of each side."""
     times: tuple[list[float], list[float]] = ([], [])
     for side in (1, 0, 0, 1) if reverse else (0, 1, 1, 0):
         times[side].extend(_timed_ms(sides[side], clock) for _ in range(calls))

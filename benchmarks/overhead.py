@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: the time that the host adds to the network, as a ratio measured in turns.
 
 Detector end to end (frame to boxes) against a bare `session.run` of the same ONNX file on the same prepared input.
-Both run on one thread unless told otherwise: idle threads of one session spin, and take the cores from the other.
+Both run on one thread by default: idle threads of one session spin, and take the cores from the other.
 """
 
 from __future__ import annotations

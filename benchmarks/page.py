@@ -35,7 +35,7 @@ CELL_CSS = {formats.TOO_FEW: "r small", "kept": "kept", "refused": "refused"}
 """Text -> CSS class, if it is not its column's."""
 NOT_MEASURED = {"accuracy": "not measured", "latency": "not timed"}
 NOT_DRAWN = ("epoch", "lr", "seconds", "momentum")
-"""Beginnings of the columns of the training curves that say nothing about its result."""
+"""Prefixes of those columns of the training curves that say nothing about the result."""
 CURVE_ORDER = ("map50_95", "map50")
 
 
@@ -134,7 +134,7 @@ def headline_row(data: Mapping[str, Any], key: str = "file") -> Row | None:
 
 
 def latency_of(data: Mapping[str, Any], key: str) -> Row | None:
-    """Its end-to-end latency."""
+    """The end-to-end latency of the row that the headline names under `key`."""
     row = headline_row(data, key)
     return row["latency"]["end_to_end"] if row and row["latency"] else None
 

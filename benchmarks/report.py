@@ -1,7 +1,7 @@
 """The report: one JSON that a schema checks.
 
-In: rows of measured files and the other facts of a run. Out: a `Report`, from which `benchmarks.render` makes pages
-that show no number which is not in it. Figures that compare rows (`headline`) are therefore computed here, when the
+In: rows of measured files and the other facts of a run. Out: a `Report`, from which `benchmarks.render` makes pages.
+Every number of a page is in the report. Figures that compare rows (`headline`) are therefore computed here, when the
 report is made, not when it is drawn.
 """
 

@@ -52,7 +52,7 @@ def model_row(
 
 
 def plain(value: Any) -> Any:
-    """JSON values of dataclasses, named tuples, mappings and sequences, all the way down."""
+    """JSON values of dataclasses, named tuples, mappings and sequences, nested to any depth."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
@@ -72,7 +72,7 @@ Read = Callable[[Row], Any]
 
 
 def nested_reader(*keys: str) -> Read:
-    """Reads a nested value; None if it or a section on the way is absent."""
+    """A function that reads a nested value of a row; it gives None if a key on the way is absent."""
 
     def read(row: Row) -> Any:
         value: Any = row
@@ -115,7 +115,7 @@ class Column(NamedTuple):
     title: str = ""
     text: Callable[[Any], str] = number
     section: str = ""
-    """Key of the row's section that holds the figure; a section that is None was not measured."""
+    """Key of the section of the row that holds the figure; a section that is None was not measured."""
     is_number: bool = True
     """False is text: aligned left, and no figure for `--fail-on`."""
     on_page: bool = True

@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`: nothing more may be written to it
+    except BrokenPipeError:  # the reader of the output has closed it, as with `| head`: write nothing more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a path that cannot even be looked at, a disk that fails
+    except OSError as error:  # a path that cannot be read, or a disk that fails
         log(f"error: {one_line(error)}")
         return 1
     return 0

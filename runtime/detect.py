@@ -29,7 +29,7 @@ def add_detect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", "--weights", required=True, help=".onnx file, engine with its card, or bundle folder"
     )
-    parser.add_argument("--conf", "--conf-thres", type=float, help="least score (default: that of the model)")
+    parser.add_argument("--conf", "--conf-thres", type=float, help="lowest score of a box (default: that of the model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
     parser.add_argument("--variant", help="precision or file to take from a bundle")
     parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: one for each core)")
@@ -113,7 +113,7 @@ def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter 
 
 
 def log_choice(detector: Detector) -> None:
-    """Log the file that runs, and why each file before it does not."""
+    """Log which file runs, and for each file before it why it does not run."""
     for file, reason in detector.skipped:
         log(f"skipped {file}: {reason}")
     file = detector.artifact.file if detector.artifact else detector.card.name

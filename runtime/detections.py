@@ -19,7 +19,7 @@ PALETTE_BGR = (
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MAX_LISTED = 10
-"""Names in one warning."""
+"""Most names in one warning."""
 
 
 class Detection(NamedTuple):
@@ -74,7 +74,7 @@ class Detections:
             yield Detection(tuple(box), score, class_id)
 
     def __getitem__(self, which: int | slice | Sequence[int] | NDArray[Any]) -> Detections:
-        """A part of the detections, in the order asked for: an index, a slice, a list of indices or a mask."""
+        """Some of the detections, in the given order: an index, a slice, a list of indices or a mask."""
         which = [which] if isinstance(which, (int, np.integer)) else which
         return Detections(self.xyxy[which], self.score[which], self.class_id[which])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class EdgestillError(Exception):
-    """The work failed: `message` says value and expectation, `hint` says the remedy."""
+    """The work failed. `message` gives the value and what was expected, `hint` the remedy."""
 
     exit_code = 1
 
@@ -22,7 +22,7 @@ class EdgestillError(Exception):
 
 
 class UsageError(EdgestillError):
-    """The request itself is wrong: an unknown option, key or name, or a combination that cannot be."""
+    """The request itself is wrong: an unknown option, key or name, or an impossible combination."""
 
     exit_code = 2
 

@@ -18,21 +18,21 @@ from runtime.image import Image, read_image
 from runtime.sources import PIPELINE, Source
 
 MAX_FAILURES = 30
-"""Frames in a row that may fail; a damaged part of a file has a few, at the end of it all do."""
+"""Most successive frames that may fail. A damaged part of a file has a few; after its end, every frame fails."""
 STREAM_PATIENCE_S = 5.0
-"""A stream that gives no frame for so long, and does not block, is taken for dropped."""
+"""A stream that gives no frame for this long, and does not block, counts as dropped."""
 RECONNECT_PAUSE_S = 1.0
 TOLERANCE = 0.02
-"""A container's frame count may be an estimate: a file is taken for cut short beyond this share, and one frame."""
+"""A container's frame count may be an estimate: a file is cut short if more than this share and one are missing."""
 USUAL_FPS = 25.0
-"""Taken for a stream that does not say its rate."""
+"""The rate of a stream that does not give one."""
 MAX_FPS = 1000.0
 
 
 class Frame(NamedTuple):
     """`image` uint8 (H, W, 3) BGR; `number` counts the frames of a source from 0; `fps` is None for an image file.
 
-    `repeat` is 1 and the number of frames that were passed over before this one.
+    `repeat` is 1 plus the number of frames that were skipped before this one.
     """
 
     source: str
@@ -201,7 +201,7 @@ def _has_gstreamer() -> bool:
 
 
 def newest(frames: Iterator[Frame]) -> Iterator[Frame]:
-    """Read the frames in a thread as they come and give the newest one each time; those in between are passed over."""
+    """Read frames in a thread as they arrive, and give the newest one each time; those in between are skipped."""
     changed = threading.Condition()
     waiting: list[Frame] = []
     ended: list[EdgestillError | None] = []

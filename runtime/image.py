@@ -46,8 +46,8 @@ Image = NDArray[np.uint8]
 def read_image(path: str | Path) -> Image:
     """Decode an image to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
 
-    Of 16-bit pixels the upper 8 bits are taken. Pixels that use 12 of the 16 bits or fewer would become black or nearly
-    so; they are refused, as are float and 32-bit pixels, whose range the file does not say.
+    Of 16-bit pixels the upper 8 bits are used. Pixels that use 12 of the 16 bits or fewer would become black or nearly
+    black; they are refused, as are float and 32-bit pixels, whose range the file does not give.
 
     Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not an image.
     """
@@ -146,7 +146,7 @@ class Geometry(NamedTuple):
 def geometry(
     frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int
 ) -> Geometry:
-    """Geometry of YOLOv5's letterbox: scale to fit, split the rest, the odd pixel right and below."""
+    """Geometry of YOLOv5's letterbox: scale to fit, share the border between both sides, the odd pixel right and below."""
     (height, width), (canvas_height, canvas_width) = frame_hw, size_hw
     gain = min(canvas_height / height, canvas_width / width)
     if not scale_up:

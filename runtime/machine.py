@@ -27,9 +27,9 @@ PACKAGES = {
     "pycuda": ("pycuda",),
     "torch": ("torch",),
 }
-"""Import name -> the distributions that bring it."""
+"""Import name -> the distributions that install it."""
 UNKNOWN = "unknown"
-"""Version of a backend's library that is there without metadata, as JetPack installs TensorRT."""
+"""The version of a backend's library that was installed without metadata, as TensorRT is by JetPack."""
 VERSION_PARTS = 3
 GPU_FIELDS = {
     "name": "name",
@@ -85,7 +85,7 @@ def compute_threads() -> int:
 
 
 def _within_quota(cores: int) -> int:
-    """Rounded down: threads beyond the quota stop all of them for the rest of each period."""
+    """`cores`, or the CPU quota rounded down: with more threads than that, all stop for the rest of each period."""
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -217,7 +217,7 @@ def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
 
 
 def same_version(left: str, right: str) -> bool:
-    """Equal as far as both are given: a module says 10.3.0 and its package 10.3.0.26."""
+    """Whether versions are equal as far as both are given: a module says 10.3.0 and its package 10.3.0.26."""
     pairs = list(zip(left.split("."), right.split("."), strict=False))
     return len(pairs) >= VERSION_PARTS and all(a == b for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""Backends: each runs one kind of model file, one array in, one array out. `BACKENDS` is the table of them.
+"""Backends: each runs one kind of model file; it takes one array and returns one. `BACKENDS` is their table.
 
 A new backend is a module with `load(request) -> Backend` and a row here; nothing else in `runtime` names a backend.
 """
@@ -31,12 +31,12 @@ class BackendSpec(NamedTuple):
     suffixes: tuple[str, ...]
     """Suffixes of its files. If two rows have the same one, the card decides; without a card the first row does."""
     distributions: tuple[str, ...]
-    """Distributions that bring its library, for the version."""
+    """Distributions that install its library; they give its version."""
     remedy: str
     """Hint of an error when a file is missing, altered or has no card."""
     package: str = ""
     devices: tuple[str, ...] = ()
-    """Values of `device`, beside "auto", for which a bundle's files of this backend are taken."""
+    """Values of `device`, besides "auto", for which files of this backend are taken from a bundle."""
     portable: bool = True
     metadata: Callable[[Path], dict[str, str]] | None = None
     """Reads the text that a file carries, a model card for example, without the backend's library."""

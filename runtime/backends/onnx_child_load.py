@@ -1,8 +1,8 @@
 """Load a foreign ONNX file first in a child process with limits on memory and time.
 
 Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes for a file of
-a hundred bytes. Here only the child crashes. This protects from broken files and does not judge the model: files with
-an edgestill card skip it, because they come from our own export.
+a hundred bytes. Here only the child crashes. This protects from broken files and does not check the model. Files with
+an edgestill card skip it, because edgestill exported them.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class TensorRTBackend:
 
 
 class Loaded(NamedTuple):
-    """An engine and what must outlive it."""
+    """An engine, and the objects that must exist as long as it does."""
 
     engine: Any
     runtime: Any
