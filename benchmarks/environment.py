@@ -34,5 +34,5 @@ def _governor() -> str:
 
 
 def _load() -> float | None:
-    """Processes that wanted a CPU in the last minute: if there are more than cores, other programs raise the latency."""
+    """Processes that wanted a CPU in the last minute: if there are more than cores, they raise the latency."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

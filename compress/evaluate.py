@@ -93,8 +93,8 @@ def evaluate(
 ) -> ValResult:
     """Measure `model` (left as it is: a fused copy runs) on `samples`.
 
-    `half` runs the network in float16 if the device is a GPU. `annotations` is a COCO JSON that takes the place of
-    the text labels in the COCO figures (it knows crowd regions; text labels do not).
+    `half` runs the network in float16 on a GPU. `annotations` is a COCO JSON that replaces the text labels
+    in the COCO figures (it has crowd regions; text labels do not).
     """
     flush_denormals()
     where = pick_device(device)
@@ -114,15 +114,15 @@ def evaluate(
 def by_aspect(samples: Sequence[Sample]) -> list[Sample]:
     """Samples by height/width as YOLOv5 sorts them, so that rectangular batches hold the same images.
 
-    The sort is NumPy's default, which orders equal ratios in its own way; a stable one puts other images into a batch's
-    wider shape and moves mAP50 of yolov5n on COCO128 by 0.002.
+    The sort is NumPy's default, which orders equal ratios in its own way; a stable sort puts other images into a batch
+    and changes mAP50 of yolov5n on COCO128 by 0.002.
     """
     ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])
     return [samples[index] for index in np.argsort(ratios)]
 
 
 class _Runner:
-    """Takes batches through the network and NMS on one device, and keeps the time and the loss."""
+    """Runs batches through the network and NMS on one device, and adds up the time and the loss."""
 
     def __init__(self, model: YOLOv5, nms: NmsSettings, device: torch.device, *, half: bool, loss: Loss | None) -> None:
         self._model = to_device(model.fuse().eval().float(), device)
@@ -179,7 +179,7 @@ def to_original(boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int) ->
 def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
     """(m, 5) class x1 y1 x2 y2 of one image, in its original pixels.
 
-    They come back from the batch, as YOLOv5's do: its clipping and rounding decide matches at IoU 0.95.
+    Recomputed from the batch's targets, as in YOLOv5: the clipping and rounding there decide matches at IoU 0.95.
     """
     height, width = batch.images.shape[2:]
     rows = batch.targets[batch.targets[:, 0] == index].numpy()

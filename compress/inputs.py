@@ -17,7 +17,7 @@ from compress.store import Folders
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
 TEACHER_ONNX = "teacher.onnx"
-"""Beside the student's files: the teacher as the same kind of file, so that both are measured alike."""
+"""The teacher, exported like the student and measured in the same way; it is beside the student's files."""
 
 
 def dataset_of(recipe: Recipe, folders: Folders) -> Dataset:
@@ -33,7 +33,7 @@ def validation_of(dataset: Dataset) -> Validation:
 
 
 def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
-    """How files are measured, on the val split; accuracy and latency alike."""
+    """How files are measured, both accuracy and latency, on the val split."""
     data = validation_of(dataset)
     return Plan(
         data.images[: config.max_images or None],
@@ -46,7 +46,7 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
 
 
 class MeasuredFile(NamedTuple):
-    """A file to measure, and what its gate said: `kept` is None if there was no gate.
+    """A file to measure, and the result of its gate: `kept` is None if there was no gate.
 
     `role` is teacher or student; `precision` None is that of the file's card.
     """
@@ -59,7 +59,7 @@ class MeasuredFile(NamedTuple):
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
-    """The teacher's file, the student's FP32, and every flavour that was made, those that were refused too."""
+    """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
     flavours = [
         MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"])
         for entry, file in _flavours(folders)

@@ -17,7 +17,7 @@ MAX_YAML_BYTES = 1 << 20
 
 
 def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
-    """Read the recipe at `path` and lay `changes` ("quantize.calibration_images=64") over it.
+    """Read the recipe at `path` and apply `changes` ("quantize.calibration_images=64") to it.
 
     Paths in the recipe are relative to its folder. Raises InputError for an unreadable file and UsageError for a
     key or value that no stage knows, naming the nearest key.
@@ -74,7 +74,7 @@ def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any
 
 
 def parse(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
-    """`raw` as `model`; a UsageError of one line when it does not fit."""
+    """`raw` as `model`. Raises UsageError, in one line, when it does not fit."""
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Results that are kept: fingerprint, manifest, atomic publication, skip when unchanged.
+"""Keep the results of stages: fingerprint, manifest, atomic publication, skip when nothing changed.
 
 A stage works in `<run>/.work/<stage>-<fingerprint>` and is published by one rename to `<run>/<stage>`. Its manifest
 is the last file written, so a folder with a manifest is complete. A killed run finds its work folder again
@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`skipped` stages were found done; `seconds` is the time that the work took when it was done."""
+    """`skipped` is true if the result was there already; `seconds` is the time that the work took when it was done."""
 
     stage: str
     folder: Path
@@ -135,7 +135,7 @@ def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
 
 
 def _publish(work: Path, target: Path) -> None:
-    """Swap `work` in for `target`. Killed between the renames, the next run finds `work` complete and goes on."""
+    """Replace `target` by `work`. After a kill between the renames, the next run finds `work` complete and goes on."""
     old = work.parent / f"{target.name}-old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -145,14 +145,14 @@ def _publish(work: Path, target: Path) -> None:
 
 
 def _refuse_foreign_folder(target: Path) -> None:
-    """A folder of the user's that happens to have a stage's name is never replaced."""
+    """Raises UsageError when the folder is not the result of a stage: a user's folder is never replaced."""
     if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
         return
     raise UsageError(f"{target} exists and is not the result of a stage", "Move it away, or choose another --out")
 
 
 def _delete_partial_files(work: Path) -> None:
-    """A process killed inside `atomic_write` leaves a hidden file, which must not be published with the rest."""
+    """Delete the hidden files that a process killed inside `atomic_write` leaves: they must not be published."""
     for torn in work.rglob(".*"):
         if torn.is_file():
             torn.unlink()

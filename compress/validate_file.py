@@ -1,4 +1,4 @@
-"""`edgestill val`: the accuracy of a checkpoint, or of a file that ships."""
+"""`edgestill val`: the accuracy of a checkpoint, or of a file that runs on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.errors import InputError, UsageError
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 ANNOTATIONS = Path("annotations", "instances.json")
-"""Beside the images of a data set that was made from COCO: knows crowd regions, which text labels cannot say."""
+"""COCO JSON beside the images of a data set that was made from COCO: it has crowd regions, which text labels lack."""
 
 
 @dataclass(frozen=True)

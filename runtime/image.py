@@ -146,7 +146,7 @@ class Geometry(NamedTuple):
 def geometry(
     frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int
 ) -> Geometry:
-    """Geometry of YOLOv5's letterbox: scale to fit, share the border between both sides, the odd pixel right and below."""
+    """Geometry of YOLOv5's letterbox: scale to fit, half the border on each side, the odd pixel right and below."""
     (height, width), (canvas_height, canvas_width) = frame_hw, size_hw
     gain = min(canvas_height / height, canvas_width / width)
     if not scale_up:

@@ -1,4 +1,4 @@
-"""Floating-point hygiene: denormal numbers flushed on every CPU thread, non-finite losses named."""
+"""Flush denormal numbers to zero on every CPU thread, and stop a training on a loss that is NaN or infinite."""
 
 from __future__ import annotations
 

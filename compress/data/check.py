@@ -1,4 +1,4 @@
-"""In: a `DataConfig`. Out: what the data holds and what is wrong with it. Every image is decoded, none changed."""
+"""In: a `DataConfig`. Out: the contents of the data and its faults. Every image is decoded, none is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress.data.index import NO_LABELS, index_images, stray_labels, where_lab
 from compress.data.labels import label_path
 
 SHOWN = 20
-"""Problems of one kind in the text report; the JSON has all of them."""
+"""Most problems of one kind in the text report; the JSON has all of them."""
 SMALL_SIDE_PX = 3.0
 EDGE_TOLERANCE = 0.005
 FEW_BOXES = 10
@@ -61,7 +61,7 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """How much there is to mend, in one line."""
+        """The numbers of faults, in one line."""
         problems = sum(len(split.problems) for split in self.splits.values())
         return (
             f"{problems} bad images or label rows, {len(self.leaks)} images in more than one split, "

@@ -24,7 +24,7 @@ from runtime.files import read_json
 from runtime.image import IMAGE_SUFFIXES, read_bytes
 
 SHOWN = 20
-"""Problems in the summary; `Converted.problems` has all."""
+"""Most problems in the summary; `Converted.problems` has all."""
 MAX_JSON_BYTES = 2 << 30
 MAX_XML_BYTES = 4 << 20
 
@@ -42,7 +42,7 @@ class AnnotatedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """Figures of a conversion and what it left out. `skipped` counts crowd regions and objects marked difficult."""
+    """Figures of a conversion, and its problems. `skipped` counts crowd regions and objects marked difficult."""
 
     data_yaml: Path
     images: int
@@ -131,7 +131,7 @@ def _entries(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str,
 def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem]) -> tuple[dict[int, int], list[str]]:
     """Category id -> class index, and the class names.
 
-    A category that only groups others (an exporter's root) is no class, and is reported.
+    A category that only groups others, such as an exporter's root, does not become a class, and is reported.
     """
     names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
     if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
@@ -265,7 +265,7 @@ def _classed(found: Sequence[Named], names: Sequence[str]) -> list[Box]:
 
 
 def safe_relative(name: str, origin: Path) -> PurePosixPath:
-    """`name` as a path that stays below the folder it is joined to, else an InputError."""
+    """`name` as a path that stays below the folder it is joined to. Raises InputError when it would leave it."""
     relative = PurePosixPath(name.replace("\\", "/"))
     if not relative.parts or relative.is_absolute() or ".." in relative.parts or ":" in name or "\0" in name:
         raise InputError(f"{origin}: image name {ascii(name)[:80]} leaves the image folder", "Use plain relative names")

@@ -1,4 +1,4 @@
-"""A data set as every stage after the indexing sees it, and the file `index.json` that keeps it."""
+"""A data set as all stages after the indexing use it, and its file `index.json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX = "index.json"
 SCHEMA_VERSION = 1
 MAX_INDEX_BYTES = 2 << 30
 FLOAT32_DIGITS = ".9g"
-"""Nine digits name a float32 exactly, also when they are read as float64 first."""
+"""Nine digits restore a float32 exactly, also when they are read as float64 first."""
 
 
 class Problem(NamedTuple):
@@ -54,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """The usable images of one split in the order of their paths, and what was skipped on the way."""
+    """The usable images of one split in the order of their paths, and the problems found in it."""
 
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
@@ -81,7 +81,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of what was indexed: names, keys, image bytes and labels. No time and no absolute path counts."""
+        """Hex digest of names, keys, image bytes and labels. It does not depend on times or absolute paths."""
         digest = hashlib.sha256(json.dumps(self.names).encode())
         for split, index in sorted(self.splits.items()):
             for sample in index.samples:
@@ -102,7 +102,7 @@ class Dataset:
 
     @classmethod
     def load(cls, file: Path, root: Path) -> Dataset:
-        """The data set that `save` wrote, equal in every bit of its labels; its images are below `root`.
+        """The data set that `save` wrote, its labels bit for bit; its images are below `root`.
 
         Raises InputError when the file is missing or is no index. Images are not opened.
         """
@@ -135,7 +135,7 @@ def path_of(key: str, root: Path) -> Path:
 
 
 def all_labels(samples: Iterable[Sample]) -> NDArray[np.float32]:
-    """Labels of every sample below each other, (n, 5) float32."""
+    """Labels of all samples, one after another, (n, 5) float32."""
     return np.concatenate([np.zeros((0, 5), np.float32), *(sample.labels for sample in samples)])
 
 

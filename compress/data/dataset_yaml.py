@@ -27,7 +27,7 @@ class DataConfig:
     """The content of a data.yaml: where the images are, and the names of their classes.
 
     `splits` holds the sorted image files of `train`, `val` and, if the file names one that exists, `test`.
-    `keypoint_values` is the number of values behind the box in a row of labels, by `kpt_shape`; they are not used.
+    `keypoint_values` is the number of key point values after the box in a label row (`kpt_shape`); they are not used.
     `notices` says what was left out and why.
     """
 
@@ -183,7 +183,7 @@ def _listed(root: Path, list_file: Path) -> list[Path]:
 
 
 def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
-    """Image files below `folder`. Links to folders are followed, except to a folder that holds one of `above`: a cycle.
+    """Image files below `folder`. Links to folders are followed, except those that would make a cycle through `above`.
 
     A broken link is listed too, so that the index reports it.
     """

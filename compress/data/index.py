@@ -1,7 +1,7 @@
-"""In: a `DataConfig`. Out: the `Dataset` of its usable images, and every problem found on the way.
+"""In: a `DataConfig`. Out: the `Dataset` of its usable images, and every problem that was found.
 
 Each image is decoded once, by the decoder that training uses: its size and its digest come from the same bytes.
-Reads only: no cache file, no repaired image is ever written beside the user's data.
+It only reads: no cache file and no repaired image is ever written beside the user's data.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def decoded_size_hw(data: bytes, origin: Path) -> tuple[int, int]:
 def quick_digest(config: DataConfig) -> str:
     """sha256 over data.yaml's content, every label file, and every image's key, size and time of change.
 
-    Opens no image, so it tells cheaply whether a data set has to be indexed again; `Dataset.sha256` is about content.
+    It opens no image, so it is a fast check whether a data set must be indexed again; `Dataset.sha256` covers content.
     """
     digest = hashlib.sha256(repr((config.names, config.keypoint_values, config.notices)).encode())
     for split, images in sorted(config.splits.items()):

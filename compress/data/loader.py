@@ -39,7 +39,7 @@ class ValBatch(NamedTuple):
     """A validation batch; all per-image fields are in batch order.
 
     images uint8 (B, 3, H, W) RGB; targets as in `Batch`. `gains` is resized height / original height, `pads_wh` the
-    float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and `sizes_hw`, the original sizes.
+    float letterbox pad in pixels, `sizes_hw` the original sizes: the arguments of `runtime.boxes.unletterbox`.
     """
 
     images: torch.Tensor
@@ -66,7 +66,7 @@ def train_batches(
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
     global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
-    images than there are ranks it is filled up from its own images, so that no rank is left without work.
+    images than there are ranks, some of its images are repeated, so that every rank has work.
     """
     slices = rank_slices(epoch_order(dataset.seed, epoch, len(dataset)), batch=batch, rank=rank, world=world)
 
@@ -143,7 +143,7 @@ def _val_batch(samples: Sequence[Sample], imgsz: int, indices: Sequence[int], sh
 def _val_item(
     sample: Sample, imgsz: int, shape_hw: tuple[int, int]
 ) -> tuple[tuple[Image, NDArray[np.float32]], float, tuple[float, float]]:
-    """((image, labels), gain, pad) of one sample. An image that cannot be read is an error: mAP must not skip it."""
+    """((image, labels), gain, pad) of one sample. An unreadable image is an error: mAP must count every image."""
     image = read_resized(sample, imgsz, linear=False)
     height, width = image.shape[:2]
     framed = letterbox(image, shape_hw, auto=False, scale_up=False)

@@ -1,6 +1,6 @@
-"""Metal parts of the demo set as solids in part coordinates: unit length, origin in the middle, x along the part.
+"""Metal parts of the demo set as solids in part coordinates: length 1, origin in the middle, x along the part.
 
-Every function draws its variation from the generator it is given and returns a `Part`.
+Every function draws its variation from the given generator and returns a `Part`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def generate(
 ) -> Path:
     """Write `images` images of `size` (height, width) with labels into the new folder `out`; returns its data.yaml.
 
-    The folder appears whole or not at all. Raises UsageError when it exists and is not empty.
+    The folder appears only when it is complete. Raises UsageError when it exists and is not empty.
     """
     if images < 2:
         raise UsageError(f"{images} images, expected at least 2", "One is for training and one for validation")
