@@ -13,6 +13,7 @@ from benchmarks.environment import environment
 from benchmarks.render import require_packages, to_markdown, write
 from benchmarks.report import make_report
 from runtime.errors import EdgestillError
+from runtime.numbers import real, whole
 
 DESCRIPTION = (
     "Measure the latency from frame to boxes, and the mAP if there are annotations, of the same files in one run."
@@ -44,20 +45,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variant", help="precision or file to take from a bundle (default: all that run here)")
     made.add_argument("--device", default=Plan.device, help="auto, cpu, cuda or tensorrt (default: %(default)s)")
     made.add_argument(
-        "--samples", type=positive, default=Plan.samples, help="timed frames (default: %(default)s; p99 needs 662)"
+        "--samples", type=whole(1), default=Plan.samples, help="timed frames (default: %(default)s; p99 needs 662)"
     )
     made.add_argument(
-        "--warmup", type=float, default=Plan.warmup_ms, metavar="MS", help="shortest warm-up (default: %(default)g)"
+        "--warmup", type=real(0), default=Plan.warmup_ms, metavar="MS", help="shortest warm-up (default: %(default)g)"
     )
     made.add_argument(
         "--interval",
-        type=float,
+        type=real(0),
         metavar="MS",
         help="time between frames, as from a camera (default: none, one frame after another)",
     )
-    made.add_argument("--threads", type=positive, help="CPU threads of one inference (default: one per core)")
+    made.add_argument("--threads", type=whole(1), help="CPU threads of one inference (default: one per core)")
     made.add_argument(
-        "--max-images", type=int, default=0, metavar="N", help="use the first N images; 0 takes all (default: 0)"
+        "--max-images", type=whole(0), default=0, metavar="N", help="use the first N images; 0 takes all (default: 0)"
     )
     made.add_argument("--name", help="name of the report (default: the model's)")
     made.add_argument(
@@ -68,13 +69,6 @@ def parser() -> argparse.ArgumentParser:
         help="exit with 1 if this holds, for example 'map50_95<0.30'; repeatable",
     )
     return made
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

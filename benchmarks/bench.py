@@ -87,6 +87,7 @@ def measure_file(
             device=device_name(detector.providers),
             role=role,
             settings=_settings(detector, plan),
+            identity=detector.card.identity,
             latency=latency,
             accuracy=_accuracy(detector, plan),
             **more,

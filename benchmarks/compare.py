@@ -5,6 +5,7 @@ Rows are shown side by side and never merged; differences that make them incompa
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -144,10 +145,9 @@ def parse_rule(text: str) -> Rule:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def fail_on(rule: str | Rule, report: Report) -> list[str]:

@@ -57,6 +57,11 @@ def number(value: Any) -> str:
     return NOTHING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def digest_start(value: str | None) -> str:
+    """As many digits of a digest as people compare."""
+    return NOTHING if value is None else value[:12]
+
+
 def duration(seconds: float | None) -> str:
     return NOTHING if seconds is None else f"{seconds:.1f} s"
 

@@ -13,11 +13,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import guarded, positive
+from benchmarks.__main__ import guarded
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
 from runtime.errors import UsageError
+from runtime.numbers import whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", type=Path, required=True, help=".onnx file")
     made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
     made.add_argument(
-        "--rounds", type=positive, default=20, help="each is ABBA or BAAB with five calls per letter (default: 20)"
+        "--rounds", type=whole(1), default=20, help="each is ABBA or BAAB with five calls per letter (default: 20)"
     )
-    made.add_argument("--threads", type=positive, default=1, help="CPU threads of one inference (default: 1)")
+    made.add_argument("--threads", type=whole(1), default=1, help="CPU threads of one inference (default: 1)")
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.accuracy import Accuracy
-from benchmarks.formats import NOTHING, accuracy, count, milliseconds, number, percentile, size
+from benchmarks.formats import NOTHING, accuracy, count, digest_start, milliseconds, number, percentile, size
 from benchmarks.latency import Latency
 from runtime.files import sha256
 
@@ -23,6 +23,7 @@ def model_row(
     backend: str,
     device: str,
     settings: Mapping[str, Any],
+    identity: str = "",
     role: str = "student",
     latency: Latency | None = None,
     accuracy: Accuracy | None = None,
@@ -32,13 +33,17 @@ def model_row(
 ) -> Row:
     """The row of one file, with its digest and size. `kept` is its gate's answer, None if there was no gate.
 
-    `settings` say how the file was measured. `more` are further values of one number or text: parameters, gflops, note.
+    `settings` say how the file was measured. `identity` is that of its model, by default the file's digest, as a file
+    that edgestill did not export is a model of its own. `more` are further values of one number or text: parameters,
+    gflops, note.
     """
     path = Path(path)
+    digest = sha256(path)
     return {
         "file": path.name,
         "role": role,
-        "sha256": sha256(path),
+        "identity": identity or digest,
+        "sha256": digest,
         "bytes": path.stat().st_size,
         "precision": precision,
         "backend": backend,
@@ -91,6 +96,27 @@ ap = nested_reader("accuracy", "map50_95")
 
 def is_kept(row: Row) -> bool:
     return row["gate"] is None or row["gate"]["kept"]
+
+
+def identities(rows: Sequence[Row]) -> list[str | None]:
+    """The models that the rows are of, each once; None for rows of reports that were made before models had one."""
+    return list(dict.fromkeys(row.get("identity") for row in rows))
+
+
+def named_apart(rows: Sequence[Row], paths: Sequence[Path]) -> list[Row]:
+    """The rows with as many folders before the name of their file as tell it from the others.
+
+    `paths` are what was measured: files, or bundles that hold the file.
+    """
+    whole = [path / row["file"] if path.is_dir() else path for row, path in zip(rows, paths, strict=True)]
+    return [row | {"file": _short_path(path, whole)} for row, path in zip(rows, whole, strict=True)]
+
+
+def _short_path(path: Path, paths: Sequence[Path]) -> str:
+    others = [other.parts for other in paths if other != path]
+    counts = range(1, len(path.parts) + 1)
+    unique = (n for n in counts if all(other[-n:] != path.parts[-n:] for other in others))
+    return "/".join(path.parts[-next(unique, 1) :])
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
@@ -163,6 +189,7 @@ COLUMNS: tuple[Column, ...] = (
     _text_column("precision", "Precision", on_page=False),
     _text_column("backend", "Backend", on_page=False),
     _text_column("device"),
+    Column("identity", nested_reader("identity"), "Model", digest_start, is_number=False, on_page=False),
     _text_column("sha256"),
     Column("bytes", nested_reader("bytes"), "Size", size),
     Column("parameters", nested_reader("parameters")),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.formats import count, milliseconds, moment, number
-from benchmarks.rows import Row, is_kept, p50, shared_settings
+from benchmarks.formats import count, digest_start, milliseconds, moment, number
+from benchmarks.rows import Row, identities, is_kept, p50, shared_settings
 
 FEW_IMAGES = 100
 SAME_TOLERANCE = 0.05
@@ -54,9 +54,20 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 def findings(data: Mapping[str, Any]) -> list[str]:
     """Conclusions from the figures; those against a file come first."""
     rows = data["models"]
-    parts = (_settings, _refusals, _quantised, _slower_students, _unsteady)
+    parts = (_models, _settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]
     return [*sentences, *_idle_engines(data.get("engines", ())), *_few_images(data), *data.get("notes", ())]
+
+
+def _models(rows: Sequence[Row]) -> Iterator[str]:
+    """One sentence for each role whose files are of several models, which says which is which."""
+    for role in ("teacher", "student"):
+        of_role = [row for row in rows if row["role"] == role]
+        found = identities(of_role)
+        if len(found) > 1:
+            files = (", ".join(row["file"] for row in of_role if row.get("identity") == one) for one in found)
+            each = "; ".join(f"{names}: {digest_start(one)}" for names, one in zip(files, found, strict=True))
+            yield f"The {role} files are {len(found)} models, so none of them stands for the others: {each}."
 
 
 def _settings(rows: Sequence[Row]) -> Iterator[str]:
@@ -90,7 +101,9 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _full_precision(row: Row, rows: Sequence[Row]) -> Row | None:
-    same = [other for other in rows if all(other.get(k) == row.get(k) for k in ("role", "backend", "device"))]
+    same = [
+        other for other in rows if all(other.get(k) == row.get(k) for k in ("role", "backend", "device", "identity"))
+    ]
     return next((r for r in same if r["precision"] == "fp32"), None) if row["precision"] != "fp32" else None
 
 

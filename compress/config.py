@@ -9,15 +9,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from compress.flavours import FLAVOURS, PLAN_PRECISIONS
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-ImageSize = Annotated[int, Field(ge=32, multiple_of=32)]
+MAX_COUNT = 1_000_000_000
+
+
+def _number(value: Any) -> Any:
+    """Refuses `true` and `yes`, which would pass for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("boolean_number", "expected a number")
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Int = Annotated[int, BeforeValidator(_number)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Count = Annotated[Int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[Int, Field(ge=0, le=MAX_COUNT)]
+Workers = Annotated[Int, Field(ge=0, le=256)]
+Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+"""Seeds that the random generators of both NumPy and torch accept."""
+Side = Annotated[Int, Field(ge=1, le=8192)]
+"""Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
 
 SCALES: dict[str, tuple[float, float]] = {
@@ -56,7 +74,7 @@ PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
 class Settings(BaseModel):
     """A frozen, closed group of settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def result_settings(settings: Settings) -> dict[str, Any]:
@@ -88,14 +106,14 @@ class OptimizerConfig(Settings):
     momentum: Fraction = 0.937
     weight_decay: NonNegative = 0.0005
     warmup_epochs: NonNegative = 2.0
-    warmup_min_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_min_iterations: CountOrZero = 0
     warmup_momentum: Fraction = 0.8
     warmup_bias_lr: NonNegative = 0.0
     schedule: Literal["linear", "cosine"] = "cosine"
     clip_norm: Positive = 10.0
-    nominal_batch: Annotated[int, Field(ge=0)] = 0
+    nominal_batch: CountOrZero = 0
     """Gradients are accumulated up to this many images a step; 0 steps on every batch."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    ema_decay: Annotated[Float, Field(gt=0, lt=1)] = 0.999
     ema_ramp: Positive = 200.0
     """EMA decay after update n is `ema_decay * (1 - exp(-n / ema_ramp))`."""
 
@@ -108,7 +126,7 @@ class LossConfig(Settings):
     cls: NonNegative = 0.5
     cls_pw: Positive = 1.0
     obj_pw: Positive = 1.0
-    anchor_t: Annotated[float, Field(gt=1)] = 4.0
+    anchor_t: Annotated[Float, Field(gt=1)] = 4.0
     fl_gamma: NonNegative = 0.0
     label_smoothing: Fraction = 0.0
 
@@ -123,12 +141,12 @@ class AugmentConfig(Settings):
     translate: Fraction = 0.1
     scale: Fraction = 0.5
     shear: NonNegative = 0.0
-    perspective: Annotated[float, Field(ge=0, le=0.001)] = 0.0
+    perspective: Annotated[Float, Field(ge=0, le=0.001)] = 0.0
     flipud: Fraction = 0.0
     fliplr: Fraction = 0.5
     mosaic: Fraction = 1.0
     mixup: Fraction = 0.0
-    close_mosaic: Annotated[int, Field(ge=0)] = 10
+    close_mosaic: CountOrZero = 10
     """The last this many epochs run without mosaic and mixup (capped at a fifth of the epochs)."""
 
 
@@ -166,26 +184,26 @@ class TrainConfig(Settings):
 
     preset: PresetName = "finetune"
     """Where the settings of `optimizer`, `loss` and `augment` start from."""
-    epochs: Annotated[int, Field(ge=1)] = 60
-    batch: Annotated[int, Field(ge=1)] = 16
-    imgsz: Annotated[int, Field(ge=32)] = IMGSZ
+    epochs: Count = 60
+    batch: Count = 16
+    imgsz: Side = IMGSZ
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     augment: AugmentConfig = AugmentConfig()
     autoanchor: bool = True
-    freeze: Annotated[int, Field(ge=0)] = 0
+    freeze: CountOrZero = 0
     """Layers 0..freeze-1 are not trained."""
-    patience: Annotated[int, Field(ge=0)] = 0
+    patience: CountOrZero = 0
     """Stop after this many epochs without a better fitness; 0 never stops early."""
-    val_interval: Annotated[int, Field(ge=1)] = 5
+    val_interval: Count = 5
     """Validate every this many epochs and always after the last."""
-    checkpoint_interval: Annotated[int, Field(ge=1), NO_RESULT] = 1
+    checkpoint_interval: Annotated[Count, NO_RESULT] = 1
     """Save the state to resume from every this many epochs and always after the last."""
     amp: bool = True
     """float16 arithmetic on a GPU; a CPU computes in float32."""
-    workers: Annotated[int, Field(ge=0), NO_RESULT] = 1
+    workers: Annotated[Workers, NO_RESULT] = 1
     """Threads that load data."""
-    seed: int = 0
+    seed: Seed = 0
     tensorboard: Annotated[bool, NO_RESULT] = True
 
     @model_validator(mode="before")
@@ -238,18 +256,18 @@ class DistillConfig(TrainConfig):
 class ExportConfig(Settings):
     """Settings that are fixed inside the shipped graph."""
 
-    iou: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    iou: Annotated[Float, Field(gt=0, lt=1)] = 0.6
     conf: Fraction = 0.25
     """Not inside the graph: the default threshold that the card carries."""
-    max_det: Annotated[int, Field(ge=1)] = 300
-    candidates: Annotated[int, Field(ge=0)] = 0
+    max_det: Annotated[Int, Field(ge=1, le=30_000)] = 300
+    candidates: CountOrZero = 0
     """Boxes that enter NMS; 0 measures the fewest that cost at most `candidates_tolerance` mAP50-95."""
     candidates_tolerance: NonNegative = 0.002
-    nms_iterations: Annotated[int, Field(ge=1)] = 12
+    nms_iterations: Annotated[Int, Field(ge=1, le=1000)] = 12
     """Length of the longest suppression chain that is followed; on COCO128 a 13th changes no image, a 9th changed 5."""
-    frame: tuple[int, int] | None = None
+    frame: tuple[Side, Side] | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
-    opset: Annotated[int, Field(ge=17, le=21)] = 19
+    opset: Annotated[Int, Field(ge=17, le=21)] = 19
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
     max_score_error: Positive = 1e-3
@@ -259,7 +277,7 @@ class QuantizeConfig(Settings):
     """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
 
     flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
-    calibration_images: Annotated[int, Field(ge=1)] = 128
+    calibration_images: Count = 128
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     max_map_drop: NonNegative = 0.02
     """mAP50-95 that a flavour may lose against FP32, measured on the file; from 1 on it keeps any accuracy."""
@@ -274,18 +292,32 @@ class BuildConfig(Settings):
     targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
     precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
-    workspace_mib: Annotated[int, Field(ge=1)] = 2048
+    workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
 
 
 class BenchConfig(Settings):
     """The measurement: same files, same run, for latency and mAP."""
 
-    latency_samples: Annotated[int, Field(ge=11)] = 700
+    latency_samples: Annotated[Int, Field(ge=11, le=MAX_COUNT)] = 700
     """662 are the fewest that support a p99."""
     warmup_ms: NonNegative = 200.0
     accuracy_conf: Fraction = 0.001
-    max_images: Annotated[int, Field(ge=0)] = 0
+    max_images: CountOrZero = 0
     """Validation images to use; 0 takes all."""
+
+
+class ValConfig(Settings):
+    """Settings that only `edgestill val` has."""
+
+    batch: Count = 32
+
+
+class BeltConfig(Settings):
+    """The data set that `edgestill data make` generates."""
+
+    images: Annotated[Int, Field(ge=2, le=MAX_COUNT)] = 240
+    size: Annotated[Int, Field(ge=64, le=4096)] = 320
+    seed: Seed = 0
 
 
 class TeacherConfig(TrainConfig):
@@ -309,8 +341,8 @@ class Recipe(Settings):
 
     name: str = "run"
     data: Path
-    imgsz: ImageSize = IMGSZ
-    seed: int = 0
+    imgsz: Side = IMGSZ
+    seed: Seed = 0
     device: str = "auto"
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()

@@ -84,7 +84,7 @@ def evaluate(
     batch: int = 32,
     rect: bool = True,
     nms: NmsSettings | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     half: bool = False,
     workers: int = 0,
     loss: Loss | None = None,
@@ -93,13 +93,19 @@ def evaluate(
 ) -> ValResult:
     """Measure `model` (left as it is: a fused copy runs) on `samples`.
 
-    `half` runs the network in float16 on a GPU. `annotations` is a COCO JSON that replaces the text labels
-    in the COCO figures (it has crowd regions; text labels do not).
+    `half` runs the network in float16 on a GPU. `annotations` is a COCO JSON that replaces the text labels in the COCO
+    figures (it has crowd regions; text labels do not).
+
+    Raises UsageError when the model does not take images of `imgsz` pixels.
     """
+    model.arch.require_image_size(imgsz)
     flush_denormals()
-    where = pick_device(device)
+    where = device if isinstance(device, torch.device) else pick_device(device)
     runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
-    batches = val_batches(by_aspect(samples) if rect else samples, imgsz=imgsz, batch=batch, rect=rect, workers=workers)
+    batches = val_batches(
+        by_aspect(samples) if rect else samples,
+        imgsz=imgsz, batch=batch, rect=rect, stride=max(model.strides), workers=workers,
+    )  # fmt: skip
     found = [one for batch_found in map(runner, runner.timed(batches)) for one in batch_found]
     names = model.arch.names
     return ValResult(

@@ -72,5 +72,8 @@ FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
 """By name. The device tries the plan of an earlier row first, until a benchmark there says otherwise: FP16 is safe
 for accuracy, and INT8 by explicit Q/DQ is often no faster."""
 
+FILES: Mapping[str, str] = {name: f"model.{name}.onnx" for name in FLAVOURS}
+"""Name of the file of each flavour."""
+
 PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
 """TensorRT plans are built from these, best first."""

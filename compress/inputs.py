@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,13 @@ from benchmarks.bench import Plan
 from compress.config import BenchConfig, Recipe
 from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
-from compress.flavours import REFERENCE
+from compress.flavours import FILES, REFERENCE
 from compress.graph.candidates import Validation
 from compress.store import Folders
+from runtime.bundle import card_inside, card_of
+from runtime.card import CARD_FILE, ModelCard
+from runtime.errors import InputError
+from runtime.identity import ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
@@ -69,14 +74,44 @@ def measured_files(folders: Folders) -> list[MeasuredFile]:
     return [MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE), student, *flavours]
 
 
+def refuse_another_model(
+    out: Path, card: ModelCard, writes: Collection[str], settings: Sequence[str] = SETTINGS
+) -> None:
+    """Raises OccupiedError when the files `writes` would stand in `out` beside files of another model than `card`.
+
+    Also where one of them would replace a file that edgestill did not write, or that a `model.json` lists by its hash.
+    """
+    hint = "Choose another folder with --out"
+    for path in (out / name for name in (CARD_FILE, SHIPPED, CONVENTIONAL, *FILES.values()) if (out / name).exists()):
+        found = _card_at(path)
+        if found is None:
+            raise OccupiedError(f"{path} is no file that edgestill wrote, or is damaged", f"{hint}, or delete it")
+        common = ROWS_SETTINGS if found.output == "rows" else settings
+        require_same((found, path), (card, "the one to be written"), hint, settings=common, error=OccupiedError)
+        if listed := sorted({artifact.file for artifact in found.artifacts} & set(writes)):
+            raise OccupiedError(f"{path} lists {listed[0]} by its hash, so it would no longer load", hint)
+
+
+def _card_at(path: Path) -> ModelCard | None:
+    try:
+        return ModelCard.load(path) if path.name == CARD_FILE else card_inside(path)
+    except InputError:
+        return None
+
+
 def kept_files(folders: Folders) -> dict[str, Path]:
     """Precision -> ONNX file, of FP32 and every flavour that passed its gate."""
     return {entry["name"]: file for entry, file in _flavours(folders) if entry["kept"]}
 
 
 def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
+    """Entries and files of a run, FP32 first. Raises InputError when one is of another model."""
     entries = [entry for entry in read_json(folders["quantize"] / "quantize.json") if entry["file"]]
-    return [(e, folders["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
+    found = [(e, folders["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
+    reference = folders["export"] / SHIPPED
+    for _, file in found:
+        require_same((card_of(file), file), (card_of(reference), reference), "Run again with --force quantize")
+    return found
 
 
 def read_json(path: Path) -> Any:

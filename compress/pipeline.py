@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from compress.config import Recipe
 from compress.log import Log
+from compress.processes import process_count
 from compress.stages import Stage
 from compress.store import Outcome, execute
 from runtime.errors import UsageError
@@ -30,9 +30,10 @@ def run_recipe(
     """Run every stage up to `until`; those named in `force` even when they are done.
 
     The user's settings and files are checked for all stages before the first one runs. Raises UsageError when a
-    stage or a setting is unknown or several processes were started, InputError when a checkpoint is missing.
+    stage or a setting is unknown, a network does not take images of the recipe's size or several processes were
+    started, InputError when a checkpoint is missing.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (processes := process_count()) > 1:
         raise UsageError(
             f"{processes} processes were started, but stages are published by one",
             "Start `edgestill train` or `distill` by torchrun, and the recipe alone",
@@ -40,6 +41,8 @@ def run_recipe(
     for name in (until, *force):
         require_stage(name)
     tasks = [stage(name).task(recipe, out) for name in ORDER[: ORDER.index(until) + 1]]
+    if "distill" in (task.name for task in tasks):
+        import_module("compress.training.prepare").check_image_sizes(recipe)
     outcomes = []
     for task in tasks:
         outcomes.append(execute(task, out, log=log, force=task.name in force))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from compress.config import QuantizeConfig, Recipe
 from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""Raised for wrong syntax; for bytes that are no UTF-8, a 13th month or a number of 5000 digits; for deep nesting."""
 
 
 def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
@@ -40,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise InputError(f"{path}: YAML aliases are not accepted", "Write the values out")
         raw = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise InputError(f"{path}: not plain YAML ({one_line(error)})", "Remove tags and fix the syntax") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds a {type(raw).__name__}, expected `key: value` lines")
@@ -57,8 +60,8 @@ def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
         raise UsageError(f"--set {change!r}: expected KEY=VALUE", "For example --set quantize.calibration_images=64")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {change!r}: the value is not plain YAML") from None
+    except NOT_YAML:
+        raise UsageError(f"--set {reprlib.repr(change)}: the value of {dotted} is not plain YAML") from None
     return with_value(raw, dotted, value)
 
 
@@ -91,7 +94,12 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
         return f"unknown key {key!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
     if error["type"] == "missing":
         return f"{key!r} is missing"
-    return f"{key}: {error['input']!r} is not accepted: {error['msg']}"
+    return f"{key}: {not_accepted(error)}"
+
+
+def not_accepted(error: Mapping[str, Any]) -> str:
+    """One of the errors that pydantic found, in words: the value and what was expected."""
+    return f"{reprlib.repr(error['input'])} is not accepted: {error['msg']}"
 
 
 def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:

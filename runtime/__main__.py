@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from runtime import __version__
 from runtime.detect import add_detect_options, detect
 from runtime.errors import EdgestillError, EngineError, InputError, UsageError, one_line
+from runtime.identity import SHOWN
+from runtime.numbers import whole
 from runtime.terminal import escape_what_cannot_be_printed, log, print_json, print_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
@@ -59,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
     build_.add_argument("--out", type=Path, help="the plan (default: beside the ONNX file, suffix .plan)")
     build_.add_argument("--backend", default="auto", help="auto, tensorrt or tensorrt_rtx (default: auto)")
     build_.add_argument("--targets", default="", metavar="SM,...", help="GPUs to build for (tensorrt_rtx): sm86,sm89")
-    build_.add_argument("--workspace", type=int, default=2048, metavar="MIB", help="builder's memory (default: 2048)")
+    build_.add_argument(
+        "--workspace", type=whole(1, 1 << 20), default=2048, metavar="MIB", help="builder's memory (default: 2048)"
+    )
     build_.add_argument("--timing-cache", type=Path, metavar="FILE", help="speeds up later builds (plain TensorRT)")
-    build_.add_argument("--dla-core", type=int, metavar="N", help="build for this DLA core, GPU as fallback")
+    build_.add_argument("--dla-core", type=whole(0, 63), metavar="N", help="build for this DLA core, GPU as fallback")
     build_.set_defaults(command=build)
 
     info_ = commands.add_parser("info", help="this machine, or what a model file is")
@@ -75,10 +79,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(options: argparse.Namespace) -> None:
-    from runtime.engine import build_engine, card_for, record_plan
+    from runtime.bundle import card_of, folder_card, list_files
+    from runtime.engine import build_engine
 
     out = options.out or options.onnx.with_suffix(".plan")
-    card, precision = card_for(options.onnx, out)
+    folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
     report = build_engine(
         options.onnx,
         out,
@@ -90,7 +95,7 @@ def build(options: argparse.Namespace) -> None:
     )
     for line in report.log:
         log(f"warning: {line}")
-    record_plan(card, precision, out, report)
+    list_files(out.parent, options.onnx, [report.artifact(out.name, card_of(options.onnx))])
     targets = ", ".join(report.targets)
     print_line(f"{out}: {report.bytes / 1e6:.1f} MB for {targets}, {report.seconds:.1f} s, sha256 {report.sha256}")
 
@@ -119,7 +124,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check the hash of every file that the card lists. Raises EngineError, after a line for each bad file."""
+    """Check the hash of every file that the card lists, and that all are of its model.
+
+    Raises EngineError, after a line for each bad file.
+    """
     from runtime.bundle import listed_files, problems
 
     listed = listed_files(options.path)
@@ -130,7 +138,9 @@ def verify(options: argparse.Namespace) -> None:
         print_line(problem)
     if bad:
         raise EngineError(f"{options.path}: {len(bad)} files are not as the card says")
-    print_line(f"{options.path}: {len(listed)} model files, each as the card says")
+    identity = listed[0].card.identity if listed[0].card else ""
+    told = f"of model {identity[:SHOWN]}" if identity else "not checked to be of one model: the card has no identity"
+    print_line(f"{options.path}: {len(listed)} model files, each as the card says, {told}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.backends import BACKENDS, BackendSpec, backend_of
 from runtime.card import CARD_FILE, METADATA_KEY, Artifact, FileDigest, ModelCard
 from runtime.errors import EngineError, InputError, UsageError
+from runtime.identity import SHOWN, OccupiedError, difference, require_same
 
 MAX_PREFIX_BYTES = 1 << 20
 
@@ -100,6 +102,33 @@ def card_of(path: Path) -> ModelCard:
     return card
 
 
+def folder_card(folder: Path, model: Path) -> ModelCard:
+    """The card that will list files made of the ONNX file `model` in `folder`: the one there, else the model's own.
+
+    Raises InputError when `model` carries no card, OccupiedError when the card there is of another model.
+    """
+    own, beside = card_of(model), folder / CARD_FILE
+    if not beside.is_file():
+        return replace(own, artifacts=())
+    card = ModelCard.load(beside)
+    require_same((own, model), (card, beside), "Choose another folder with --out", error=OccupiedError)
+    return card
+
+
+def list_files(
+    folder: Path, model: Path, made: Sequence[Artifact], order: Callable[[Artifact], Any] | None = None
+) -> ModelCard:
+    """Put files made of the ONNX file `model` before those that the card of `folder` lists, and write that card.
+
+    The card is read again, as another build may have added to it meanwhile. `order` sorts the whole list.
+    """
+    card, names = folder_card(folder, model), {artifact.file for artifact in made}
+    listed = (*made, *(artifact for artifact in card.artifacts if artifact.file not in names))
+    card = replace(card, artifacts=tuple(sorted(listed, key=order)) if order else listed)
+    card.save(folder / CARD_FILE)
+    return card
+
+
 def refuse_foreign_prefix(path: Path) -> None:
     """Ultralytics puts a 4-byte length and JSON before the plan; no TensorRT tool reads such a file."""
     with path.open("rb") as file:
@@ -123,20 +152,46 @@ def read_checked(file: ModelFile) -> dict[str, bytes]:
     """Bytes of the file and of its parts by name, after their hashes agreed with the card; empty where none is known.
 
     The bytes that were hashed are the bytes that get loaded: each file is read once. Raises InputError when one is
-    missing, EngineError when one is not the file that was built.
+    missing, EngineError when one is not the file that was built, or is of another model than the card.
     """
-    return {item.file: _read_checked(file.path.parent / item.file, item, file.spec.remedy) for item in _digests(file)}
+    contents = {
+        item.file: _read_checked(file.path.parent / item.file, item, file.spec.remedy) for item in _digests(file)
+    }
+    _refuse_another_model(file)
+    return contents
 
 
 def problems(file: ModelFile) -> list[str]:
     """The files of a listed model that are missing or are not as the card says, a line for each; empty when all are."""
-    found = []
+    found: list[str] = []
     for digest in _digests(file):
         try:
             _read_checked(file.path.parent / digest.file, digest, file.spec.remedy)
         except (EngineError, InputError) as error:
             found.append(str(error))
+    try:
+        if not found:
+            _refuse_another_model(file)
+    except (EngineError, InputError) as error:
+        found.append(str(error))
     return found
+
+
+def _refuse_another_model(file: ModelFile) -> None:
+    """Raises EngineError when a listed file says of itself that it is of another model than its card."""
+    if file.artifact is None or file.card is None:
+        return
+    inside = card_inside(file.path)
+    if inside is not None and inside.identity not in ("", file.card.identity):
+        raise EngineError(
+            f"{file.path}: is another model than its card says: {difference(inside, file.card)}", file.spec.remedy
+        )
+    if file.artifact.identity not in ("", file.card.identity):
+        raise EngineError(
+            f"{file.path}: was made of model {file.artifact.identity[:SHOWN]}, its card is of "
+            f"{file.card.identity[:SHOWN] or 'an unknown one'}",
+            file.spec.remedy,
+        )
 
 
 def _digests(file: ModelFile) -> tuple[FileDigest, ...]:

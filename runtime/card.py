@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from runtime.backends import BACKENDS
 from runtime.errors import InputError
 from runtime.files import write_json
+from runtime.identity import SHOWN, identity_of
 
 SCHEMA_VERSION = 1
 CARD_FILE = "model.json"
@@ -33,15 +34,15 @@ class FileDigest:
     def __post_init__(self) -> None:
         named = self.file != "" and Path(self.file).name == self.file
         _require(named, "artifacts.file", self.file, "a file name, no folder")
-        is_digest = len(self.sha256) == 64 and set(self.sha256) <= set("0123456789abcdef")
-        _require(is_digest, "artifacts.sha256", self.sha256, "64 lower-case hex digits")
+        _require(_is_digest(self.sha256), "artifacts.sha256", self.sha256, "64 lower-case hex digits")
         _require(self.bytes >= 0, "artifacts.bytes", self.bytes, "0 or more")
 
 
 @dataclass(frozen=True)
 class Artifact(FileDigest):
     """A model file of a bundle. `backend` is a name of the table of backends, `targets` are the GPUs it was built for
-    ("sm86"), `versions` those of the libraries that built it, `parts` further files that it cannot be loaded without.
+    ("sm86"), `versions` those of the libraries that built it, `parts` further files that it cannot be loaded without,
+    `identity` that of the model it was made from, where it is known.
     """
 
     precision: str
@@ -49,15 +50,16 @@ class Artifact(FileDigest):
     targets: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[FileDigest, ...] = ()
+    identity: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.backend in BACKENDS, "artifacts.backend", self.backend, tuple(BACKENDS))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `parts` only where there are some, so that older readers take all other cards."""
+        """Plain JSON values; `parts` and `identity` only where there are some, as older readers know neither."""
         values = asdict(self)
-        return _plain({key: value for key, value in values.items() if key != "parts" or value})
+        return _plain({key: value for key, value in values.items() if key not in ("parts", "identity") or value})
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class ModelCard:
     `input`: "canvas" is uint8 BGR [1, S, S, 3] that the host letterboxes; "frame" is uint8 BGR [1, H, W, 3] of
     `frame_hw`, letterboxed inside the graph; "tensor" is float32 RGB NCHW in 0..1 (YOLOv5's convention).
     `output`: "boxes" is float32 [1, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
-    rows with score 0 are empty; "rows" is float32 [B, N, 5 + C], and the host does the NMS. `artifacts` are in
-    order of preference. Raises InputError when a value is of the wrong kind.
+    rows with score 0 are empty; "rows" is float32 [B, N, 5 + C], and the host does the NMS. `weights` is the digest of
+    the network, empty where it is not known. `artifacts` are in order of preference. Raises InputError when a value is
+    of the wrong kind.
     """
 
     name: str
@@ -84,6 +87,7 @@ class ModelCard:
     nms_iterations: int = 0
     frame_hw: tuple[int, int] | None = None
     precision: str = "fp32"
+    weights: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     artifacts: tuple[Artifact, ...] = ()
 
@@ -96,13 +100,23 @@ class ModelCard:
         _require(0 <= self.conf <= 1, "conf", self.conf, "0..1")
         _require(0 <= self.iou <= 1, "iou", self.iou, "0..1")
         _require(self.max_det > 0, "max_det", self.max_det, "1 or more")
+        known = self.weights == "" or _is_digest(self.weights)
+        _require(known, "weights", self.weights, "64 lower-case hex digits")
         sized = self.frame_hw is not None and len(self.frame_hw) == 2 and min(self.frame_hw) > 0
         _require(sized or self.input != "frame", "frame_hw", self.frame_hw, 'two positive sizes for input "frame"')
 
+    @property
+    def identity(self) -> str:
+        """Digest of weights and settings, equal for all precisions of a model; empty where it is not known."""
+        return identity_of(self)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, `schema_version` first."""
+        """Plain JSON values, `schema_version` first; `weights` and `identity` only where they are known."""
         values = {**asdict(self), "artifacts": [artifact.to_dict() for artifact in self.artifacts]}
-        return {"schema_version": SCHEMA_VERSION, **_plain(values)}
+        own = {"identity": self.identity} if self.weights else {}
+        if not self.weights:
+            values.pop("weights")
+        return {"schema_version": SCHEMA_VERSION, **own, **_plain(values)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
@@ -111,13 +125,16 @@ class ModelCard:
     def from_dict(cls, data: object, source: str = "model card") -> ModelCard:
         """Raises InputError, which starts with `source`, when a value is unknown, missing or wrong."""
         try:
-            values = _checked(data, cls, extra=("schema_version",))
+            values = _checked(data, cls, extra=("schema_version", "identity"))
+            identity = values.pop("identity", "")
             version = values.pop("schema_version", None)
             _require(
                 version == SCHEMA_VERSION, "schema_version", version, f"{SCHEMA_VERSION}, which this edgestill reads"
             )
             values["artifacts"] = tuple(_artifact(item) for item in values.get("artifacts", ()))
-            return cls(**values)
+            card = cls(**values)
+            _require_identity(card, identity)
+            return card
         except InputError as error:
             raise InputError(f"{source}: {error.message}", error.hint) from error
 
@@ -154,6 +171,19 @@ class ModelCard:
 def _require(condition: bool, key: str, value: object, expected: object) -> None:
     if not condition:
         raise InputError(f"{key} is {value!r}, expected {expected}")
+
+
+def _require_identity(card: ModelCard, written: str) -> None:
+    """Settings that were edited by hand do not change the graph, so the card would no longer describe it."""
+    if written and written != card.identity:
+        raise InputError(
+            f"identity is {written[:SHOWN]}, but weights and settings make {card.identity[:SHOWN] or 'none'}",
+            "The card was changed by hand: export again with the settings that you want",
+        )
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _artifact(data: object) -> Artifact:
@@ -211,7 +241,7 @@ def _items(value: object) -> list[Any]:
 
 
 READERS_BY_KIND = {
-    "text": (_text, ("name", "input", "output", "precision", "file", "sha256", "backend")),
+    "text": (_text, ("name", "input", "output", "precision", "file", "sha256", "backend", "weights", "identity")),
     "a list of texts": (_strings, ("names", "targets")),
     "a list of whole numbers": (_sizes, ("size_hw", "frame_hw")),
     "a whole number": (_whole, ("stride", "max_det", "candidates", "nms_iterations", "bytes", "schema_version")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import EdgestillError, InputError
+from runtime.numbers import real, whole
 from runtime.terminal import log, print_json, print_line
 
 if TYPE_CHECKING:
@@ -29,22 +30,26 @@ def add_detect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", "--weights", required=True, help=".onnx file, engine with its card, or bundle folder"
     )
-    parser.add_argument("--conf", "--conf-thres", type=float, help="lowest score of a box (default: that of the model)")
+    parser.add_argument("--conf", "--conf-thres", type=real(0, 1), help="least score (default: that of the model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
     parser.add_argument("--variant", help="precision or file to take from a bundle")
-    parser.add_argument("--threads", type=int, help="CPU threads of one inference (default: one for each core)")
+    parser.add_argument(
+        "--threads", type=whole(1, 1024), help="CPU threads of one inference (default: one for each core)"
+    )
     parser.add_argument(
         "--spin",
         action=argparse.BooleanOptionalAction,
         help="let CPU threads wait actively: faster, at twice the CPU time (default: for files, not for streams)",
     )
-    parser.add_argument("--stride", type=int, default=1, metavar="N", help="every Nth frame of a video (default: 1)")
+    parser.add_argument(
+        "--stride", type=whole(1), default=1, metavar="N", help="every Nth frame of a video (default: 1)"
+    )
     parser.add_argument(
         "--latest", action="store_true", help="only the newest frame of a stream, skip those in between"
     )
     parser.add_argument(
         "--reconnect",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="connect again up to N times when a stream drops (default: 0)",

@@ -22,8 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from runtime import machine
 from runtime.backends.tensorrt import INSTALL, collecting_logger, errors_of, import_tensorrt
-from runtime.bundle import card_of
-from runtime.card import CARD_FILE, Artifact, ModelCard
+from runtime.card import Artifact, ModelCard
 from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
@@ -34,7 +33,6 @@ Hardware = Literal["this", "ampere_plus", "same_compute_capability"]
 HARDWARE = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 NO_TARGET = ("NONE", "CURRENT")
 MIB = 1 << 20
-SAME_MODEL = ("names", "input", "output", "size_hw", "frame_hw")
 
 
 class ShapeRange(NamedTuple):
@@ -73,9 +71,18 @@ class BuildReport:
     targets: tuple[str, ...]
     log: tuple[str, ...]
 
-    def artifact(self, file: str, precision: str) -> Artifact:
-        """The card's entry of the plan."""
-        return Artifact(file, self.sha256, self.bytes, precision, self.backend, self.targets, dict(self.versions))
+    def artifact(self, file: str, card: ModelCard) -> Artifact:
+        """The card's entry of the plan, which was built from the ONNX file with this card."""
+        return Artifact(
+            file,
+            self.sha256,
+            self.bytes,
+            card.precision,
+            self.backend,
+            self.targets,
+            dict(self.versions),
+            identity=card.identity,
+        )
 
 
 def build_engine(
@@ -348,27 +355,3 @@ def brief(lines: Sequence[str], limit: int = 3) -> str:
     """The last distinct lines as one."""
     distinct = list(dict.fromkeys(" ".join(line.split())[:400] for line in lines))
     return "; ".join(distinct[-limit:])
-
-
-def card_for(onnx_path: str | Path, plan: str | Path) -> tuple[ModelCard, str]:
-    """The card that will describe a plan beside it, and the plan's precision, both checked before the long build.
-
-    Raises InputError when the ONNX file carries no card (its engine could never be loaded), or when the folder's
-    `model.json` describes another model.
-    """
-    inside = card_of(Path(onnx_path))
-    beside = Path(plan).parent / CARD_FILE
-    card = ModelCard.load(beside) if beside.is_file() else inside
-    if any(getattr(card, key) != getattr(inside, key) for key in SAME_MODEL):
-        raise InputError(f"{beside}: describes another model than {onnx_path}", "Choose another folder with --out")
-    return card, inside.precision
-
-
-def record_plan(card: ModelCard, precision: str, plan: str | Path, report: BuildReport) -> ModelCard:
-    """Write the card beside the plan with the plan as the first of its artifacts."""
-    plan = Path(plan)
-    entry = report.artifact(plan.name, precision)
-    others = tuple(artifact for artifact in card.artifacts if artifact.file != plan.name)
-    card = replace(card, artifacts=(entry, *others))
-    card.save(plan.parent / CARD_FILE)
-    return card

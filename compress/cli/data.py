@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from compress.cli.options import FILE, as_json, print_json, say
+from compress.cli.options import FILE, as_json, print_json, say, setting
 from runtime.errors import EdgestillError, UsageError
 
 
@@ -17,9 +17,9 @@ def data() -> None:
 
 @data.command()
 @click.argument("out", type=FILE)
-@click.option("--images", type=click.IntRange(min=2), default=240, help="Number of images.")
-@click.option("--size", type=click.IntRange(min=64), default=320, help="Side in pixels.")
-@click.option("--seed", type=int, default=0, help="Seed of every random number.")
+@setting("--images", key="images", group="BeltConfig", expose_value=True, help="Number of images.")
+@setting("--size", key="size", group="BeltConfig", expose_value=True, help="Side in pixels.")
+@setting("--seed", key="seed", group="BeltConfig", expose_value=True, help="Seed of every random number.")
 def make(out: Path, images: int, size: int, seed: int) -> None:
     """Generate metal parts on a conveyor belt into the folder OUT; the same seed gives the same bytes."""
     from compress.data.demo.generate import generate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import click
@@ -13,11 +15,15 @@ from compress.cli.options import (
     data,
     imgsz,
     indexed,
+    numbered,
     print_json,
     run_alone,
+    run_folder,
+    say,
     show,
 )
 from runtime.errors import UsageError
+from runtime.identity import OccupiedError
 
 
 @click.command()
@@ -29,24 +35,39 @@ from runtime.errors import UsageError
     metavar="HxW",
     help="Letterbox inside the graph: frames of this size in, their boxes out.",
 )
-@click.option("--out", type=FILE, default=Path("runs/export"), help="Folder to write into.")
+@click.option("--out", type=FILE, help="Folder to write into; default runs/export, or a new one beside other models.")
 @changes
 @as_json
-def export(weights: Path, data: Path | None, frame: str | None, out: Path, as_json: bool) -> None:
+def export(weights: Path, data: Path | None, frame: str | None, out: Path | None, as_json: bool) -> None:
     """Checkpoint to model.onnx (frame in, boxes out) and model.yolov5.onnx (YOLOv5's conventions)."""
     from compress.inputs import CONVENTIONAL, SHIPPED, validation_of
     from compress.stages.export import STAGE, Inputs
 
     more = {"export.frame": _frame(frame)} if frame else {}
-    run_alone(STAGE, lambda: Inputs(weights, validation_of(indexed(data, "val")) if data else None), out, more)
-    show(out / "export.json", as_json, lines=lambda _: (out / SHIPPED, out / CONVENTIONAL))
+    inputs = cache(lambda: Inputs(weights, validation_of(indexed(data, "val")) if data else None))
+    folder = into(out, Path("runs/export"), lambda target: run_alone(STAGE, inputs, target, more))
+    show(folder / "export.json", as_json, lines=lambda _: (folder / SHIPPED, folder / CONVENTIONAL))
+
+
+def into(out: Path | None, default: Path, work: Callable[[Path], None]) -> Path:
+    """Do the work in `out`; where none was named, in the first of `default`, `default2`, ... without another model."""
+    for folder in (out,) if out else numbered(default):
+        try:
+            work(folder)
+        except OccupiedError as error:
+            if out:
+                raise
+            say(f"{error.message}; trying the next folder")
+        else:
+            return folder
+    raise UsageError(f"{default} and the folders after it hold other models", "Choose a folder with --out")
 
 
 def _frame(text: str) -> list[int]:
     try:
         height, width = (int(side) for side in text.lower().split("x"))
     except ValueError:
-        raise UsageError(f"--frame {text!r}: expected HEIGHTxWIDTH", "For example --frame 1080x1920") from None
+        raise UsageError(f"--frame {text[:40]!r}: expected HEIGHTxWIDTH", "For example --frame 1080x1920") from None
     return [height, width]
 
 
@@ -73,15 +94,16 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
 @click.command()
 @click.option("--model", "--weights", "models", type=FILE, multiple=True, required=True, help=".onnx file; repeatable.")
 @click.option("--target", default="", help="For example sm86,sm89,sm120; tensorrt_rtx builds for them ahead of time.")
-@click.option("--out", type=FILE, default=Path("runs/build"), help="Folder to write into.")
+@click.option("--out", type=FILE, help="Folder to write into; default runs/build, or a new one beside other models.")
 @changes
 @as_json
-def build(models: tuple[Path, ...], target: str, out: Path, as_json: bool) -> None:
+def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool) -> None:
     """ONNX to TensorRT plans with the model.json that they need on the device."""
     from compress.stages.build import STAGE, by_precision
 
-    run_alone(STAGE, lambda: by_precision(models), out, {"build.targets": target.split(",")} if target else {})
-    show(out / "build.json", as_json, lines=lambda _: [out])
+    more = {"build.targets": target.split(",")} if target else {}
+    folder = into(out, Path("runs/build"), lambda folder: run_alone(STAGE, lambda: by_precision(models), folder, more))
+    show(folder / "build.json", as_json, lines=lambda _: [folder])
 
 
 @click.command()
@@ -89,18 +111,19 @@ def build(models: tuple[Path, ...], target: str, out: Path, as_json: bool) -> No
     "--model", "--weights", "models", type=FILE, multiple=True, required=True, help="File or bundle; repeatable."
 )
 @data
-@click.option("--out", type=FILE, default=Path("runs/bench"), help="Folder to write into.")
+@click.option("--out", type=FILE, help="Folder to write into; default runs/bench, or a new one where that exists.")
 @changes
 @as_json
-def bench(models: tuple[Path, ...], data: Path, out: Path, as_json: bool) -> None:
+def bench(models: tuple[Path, ...], data: Path, out: Path | None, as_json: bool) -> None:
     """Latency and mAP of each file, measured in one run; report.html, .md, .csv and .json."""
     from compress.inputs import MeasuredFile
     from compress.stages.bench import STAGE, Inputs, write_report
 
     files = [MeasuredFile(model) for model in models]
-    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), out)
-    report = write_report(out)
+    folder = out or run_folder(Path("runs"), "bench", exist_ok=False, resume=False)
+    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), folder)
+    report = write_report(folder)
     if as_json:
         print_json(report.data)
     else:
-        click.echo(out / "report.html")
+        click.echo(folder / "report.html")

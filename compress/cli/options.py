@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
+from compress.processes import is_first_process
 from runtime.errors import UsageError
 
 FILE = click.Path(path_type=Path)
@@ -17,37 +18,67 @@ GIVEN = "edgestill.settings"
 """Where a command's context keeps the settings that its options gave: dotted key of the recipe -> value."""
 
 
-class Setting(click.Option):
-    """An option for one setting of the recipe, whose type and default are read from `compress.config` when they are
-    shown: the command line itself starts without pydantic, which a device need not have.
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether the command line says the option, so that its value is not the default."""
+    return ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
 
-    It reaches the command through `settings()`; with `expose_value` as an ordinary argument.
+
+class FieldType(click.ParamType):
+    """The type of the field `key` of a group of `compress.config`, by whose rule a value is accepted.
+
+    The field is looked up when it is needed: the command line itself starts without pydantic, which a device need not
+    have.
     """
 
-    def __init__(self, *names: Any, key: str, expose_value: bool = False, **attributes: Any) -> None:
-        self.key = key
-        super().__init__(*names, expose_value=expose_value, callback=self._keep, **attributes)
+    name = "setting"
 
-    def _keep(self, ctx: click.Context, _: click.Parameter, value: Any) -> Any:
-        if not self.expose_value and ctx.get_parameter_source(str(self.name)) != click.core.ParameterSource.DEFAULT:
-            ctx.meta.setdefault(GIVEN, {})[self.key] = value
-        return value
+    def __init__(self, key: str, group: str) -> None:
+        self._key, self._group = key, group
 
-    def _field(self) -> Any:
-        model, *keys = resolve_name("compress.config:Recipe"), *self.key.split(".")
+    @property
+    def field(self) -> Any:
+        model, *keys = resolve_name(f"compress.config:{self._group}"), *self._key.split(".")
         for key in keys[:-1]:
             model = model.model_fields[key].annotation
         return model.model_fields[keys[-1]]
 
-    def get_default(self, ctx: click.Context, call: bool = True) -> Any:
-        return self._field().default
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pydantic import TypeAdapter, ValidationError
 
-    def make_metavar(self, ctx: click.Context) -> str:
-        if self.expose_value:
-            return super().make_metavar(ctx)
-        kind = self._field().annotation
+        from compress.recipe import not_accepted
+
+        rule: Any = Annotated[(self.field.annotation, self.field)]
+        try:
+            return TypeAdapter(rule).validate_python(value)
+        except ValidationError as error:
+            self.fail(not_accepted(error.errors()[0]), param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        kind = self.field.annotation
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         return f"[{'|'.join(choices)}]" if choices else getattr(kind, "__name__", "text").upper()
+
+
+class Setting(click.Option):
+    """An option for one field of `compress.config`: its type and default are the field's.
+
+    It reaches the command through `settings()`; with `expose_value` as an ordinary argument.
+    """
+
+    def __init__(
+        self, *names: Any, key: str, group: str = "Recipe", expose_value: bool = False, **attributes: Any
+    ) -> None:
+        self.key, self._field_type = key, FieldType(key, group)
+        attributes.setdefault("type", self._field_type)
+        super().__init__(*names, expose_value=expose_value, callback=self._keep, **attributes)
+
+    def _keep(self, ctx: click.Context, _: click.Parameter, value: Any) -> Any:
+        if not self.expose_value and is_given(ctx, str(self.name)):
+            ctx.meta.setdefault(GIVEN, {})[self.key] = value
+        return value
+
+    def get_default(self, ctx: click.Context, call: bool = True) -> Any:
+        return self._field_type.field.default
 
 
 class NameIn(click.ParamType):
@@ -92,12 +123,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON d
 
 def imgsz(key: str = "imgsz", **attributes: Any) -> Callable[[Any], Any]:
     return setting(
-        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of 32.", **attributes
-    )
+        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of the largest stride.",
+        **attributes,
+    )  # fmt: skip
 
 
 def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) -> Any:
-    """The settings `group` from the command's options, then `more`, then every --set.
+    """The settings `group`: `more`, over it the command's options, over these every --set.
 
     A --set may leave out `own`, the part of the recipe that the command is about.
     """
@@ -105,7 +137,7 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
 
     meta = click.get_current_context().meta
     raw: dict[str, Any] = {}
-    for key, value in {**meta.get(GIVEN, {}), **(more or {})}.items():
+    for key, value in {**(more or {}), **meta.get(GIVEN, {})}.items():
         raw = with_value(raw, key, value)
     for change in given_changes():
         full = change.partition("=")[0].partition(".")[0] in group.model_fields
@@ -132,12 +164,12 @@ def indexed(data: Path, *splits: str) -> Any:
     return index_dataset(load_data(data), splits or USED)
 
 
-def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool) -> Path:
+def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False) -> Path:
     """`project/name`, or the first free of name2, name3, ...; on resume the newest that exists.
 
     Raises UsageError when there is nothing to resume.
     """
-    folders = [project / name, *(project / f"{name}{i}" for i in range(2, 10_000))]
+    folders = numbered(project / name)
     if exist_ok:
         return folders[0]
     free = next(i for i, folder in enumerate(folders) if not folder.exists())
@@ -148,9 +180,24 @@ def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool) -> Pat
     return folders[free - 1]
 
 
+def numbered(folder: Path) -> list[Path]:
+    """`folder`, `folder2`, `folder3`, ... as YOLOv5 numbers its runs."""
+    return [folder, *(folder.with_name(f"{folder.name}{i}") for i in range(2, 10_000))]
+
+
+def resumed_folder(path: Path) -> Path:
+    """The folder of a run, from itself or one of its files. Raises UsageError when there is no such path."""
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    raise UsageError(f"--resume {path}: no such run", "Give the folder of a run, its state.pt or its last.safetensors")
+
+
 def say(line: str) -> None:
-    """Progress goes to standard error, so that standard output holds results only."""
-    click.echo(line, err=True)
+    """Progress goes to standard error, so that standard output holds results only; one of several processes says it."""
+    if is_first_process():
+        click.echo(line, err=True)
 
 
 def print_json(document: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compress.cli.options import FILE, SCALE, as_json, changes, given_changes, imgsz, print_json, say, setting
 from runtime.errors import EdgestillError, UsageError
+
+if TYPE_CHECKING:
+    from compress.config import Recipe
 
 
 @click.command()
@@ -36,7 +39,7 @@ def run(file: Path, until: str | None, force: tuple[str, ...], out: Path | None,
 @click.option("--data", type=FILE, default=Path("data.yaml"), help="data.yaml of your data.")
 @click.option("--weights", type=FILE, help="YOLOv5 checkpoint that the teacher starts from; without it, from scratch.")
 @setting("--student", key="student.scale", type=SCALE, expose_value=True, help="Size of the student.")
-@imgsz(type=int, expose_value=True)
+@imgsz(expose_value=True)
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int, overwrite: bool) -> None:
     """Write a commented recipe; change it and give it to `edgestill run`."""
@@ -55,7 +58,7 @@ def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int,
     )
     with atomic_write(file) as temporary:
         temporary.write_text(text)
-        load_recipe(temporary)
+        _check(load_recipe(temporary))
     say(f"wrote {file}; next: edgestill run {file}")
 
 
@@ -117,6 +120,14 @@ def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_j
         print_json([dataclasses.asdict(outcome) for outcome in outcomes])
     elif outcomes[-1].stage == "bundle":
         click.echo(f"report  {out / 'report' / 'report.html'}\nbundle  {out / 'bundle'}")
+
+
+def _check(recipe: Recipe) -> None:
+    """Raises UsageError when the recipe's networks, as far as they are there, do not take images of its size."""
+    if recipe.teacher.weights is None or recipe.teacher.weights.is_file():
+        from compress.training.prepare import check_image_sizes
+
+        check_image_sizes(recipe)
 
 
 def _relative(path: Path, folder: Path) -> str:

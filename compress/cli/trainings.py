@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -17,20 +17,23 @@ from compress.cli.options import (
     device,
     imgsz,
     indexed,
+    is_given,
     print_json,
+    resumed_folder,
     run_alone,
     run_folder,
     say,
     setting,
     settings,
 )
+from compress.processes import is_first_process
 from runtime.errors import UsageError
 
 
 def training_options(stage: str) -> Callable[[Any], Any]:
     """The options that `train` and `distill` have in common; `stage` is the part of the recipe that they change."""
     options = [
-        data,
+        click.option("--data", type=FILE, help="data.yaml: path, train, val, names; needed unless a run is resumed."),
         click.option("--weights", type=FILE, help="Checkpoint to start from; tensors that fit are copied."),
         click.option("--scale", "--cfg", type=SCALE, help="Size of the network; default that of --weights."),
         setting("--epochs", key=f"{stage}.epochs", help="Passes over the training images."),
@@ -40,7 +43,14 @@ def training_options(stage: str) -> Callable[[Any], Any]:
         setting("--workers", key=f"{stage}.workers", help="Threads that load data."),
         setting("--seed", key=f"{stage}.seed", help="Seed of every random number."),
         setting("--preset", key=f"{stage}.preset", help="Hyper-parameters to start from."),
-        click.option("--resume", is_flag=True, help="Continue the newest run of this name, exactly where it was."),
+        click.option(
+            "--resume",
+            is_flag=False,
+            flag_value="",
+            metavar="[PATH]",
+            help="Continue a run exactly where it was, with its settings and files: PATH is its folder, state.pt or "
+            "last.safetensors; without PATH the newest run of this name.",
+        ),
         click.option("--project", type=FILE, help="Folder of the runs; default runs/train or runs/distill."),
         click.option("--name", default="exp", help="Folder of this run; a number is added where it exists."),
         click.option("--exist-ok", is_flag=True, help="Write into an existing folder of this name."),
@@ -55,26 +65,62 @@ def training_options(stage: str) -> Callable[[Any], Any]:
     return decorate
 
 
-def _out(task: str, project: Path | None, name: str, exist_ok: bool, resume: bool) -> Path:
-    return run_folder(project or Path("runs") / task, name, exist_ok=exist_ok, resume=resume)
+def _out(task: str, project: Path | None, name: str, exist_ok: bool, resume: str | None) -> Path:
+    if resume:
+        return resumed_folder(Path(resume))
+    return run_folder(project or Path("runs") / task, name, exist_ok=exist_ok, resume=resume is not None)
+
+
+class Begun(NamedTuple):
+    """Settings and origin of the run that is resumed; options of the command line come before them."""
+
+    config: Mapping[str, Any] = {}
+    origin: Mapping[str, Any] = {}
+
+    def file(self, option: str, given: Path | None) -> Path:
+        """The `given` file, else the run's own. Raises MissingParameter, which names the option, when there is none."""
+        file = given or self.origin.get(option)
+        if file is None:
+            raise click.MissingParameter(param_hint=f"'--{option}'", param_type="option")
+        return Path(file)
+
+    def device(self, given: str) -> str:
+        """The `given` device where the command line says it, else the run's own."""
+        said = is_given(click.get_current_context(), "device")
+        return given if said else self.origin.get("device", given)
+
+
+def _begun(out: Path, resume: str | None) -> Begun:
+    if resume is None:
+        return Begun()
+    from compress.training.state import STATE, load_state
+
+    state = load_state(out / STATE)
+    return Begun(state["config"], state["origin"])
 
 
 @click.command()
 @training_options("teacher")
-def train(data: Path, weights: Path | None, scale: str | None, device: str, resume: bool, **folder: Any) -> None:
+def train(
+    data: Path | None, weights: Path | None, scale: str | None, device: str, resume: str | None, **folder: Any
+) -> None:
     """Train without a teacher."""
     from compress.stages.teacher import Config
     from compress.stages.teacher import train as run
 
-    config = settings(Config, "teacher").teacher
     out = _out("train", resume=resume, **folder)
-    run(config, data=indexed(data), out=out, weights=weights, scale=scale, device=device, resume=resume, log=say)
+    begun = _begun(out, resume)
+    config, file = settings(Config, "teacher", {"teacher": begun.config}).teacher, begun.file("data", data)
+    run(
+        config, data=indexed(file), out=out, weights=weights, scale=scale, device=begun.device(device),
+        resume=resume is not None, log=say,
+    )  # fmt: skip
     _print_best(out)
 
 
 @click.command()
 @training_options("distill")
-@click.option("--teacher", type=FILE, required=True, help="Checkpoint of the teacher.")
+@click.option("--teacher", type=FILE, help="Checkpoint of the teacher; needed unless a run is resumed.")
 @click.option(
     "--loss",
     "losses",
@@ -83,23 +129,26 @@ def train(data: Path, weights: Path | None, scale: str | None, device: str, resu
     help="Distillation loss, and NAME.SETTING=VALUE for its settings; repeatable.",
 )
 def distill(
-    data: Path,
+    data: Path | None,
     weights: Path | None,
     scale: str | None,
     device: str,
-    resume: bool,
-    teacher: Path,
+    resume: str | None,
+    teacher: Path | None,
     losses: tuple[str, ...],
     **folder: Any,
 ) -> None:
     """Train a student against a frozen teacher."""
     from compress.stages.distill import STAGE, Inputs
 
-    more: dict[str, Any] = {"student.scale": scale, "student.weights": weights, "device": device}
+    out = _out("distill", resume=resume, **folder)
+    begun = _begun(out, resume)
+    more: dict[str, Any] = {"distill": begun.config, "device": begun.device(device)}
+    more |= {"student.scale": scale, "student.weights": weights}
     if losses:
         more["distill.losses"] = loss_choices(losses)
-    out = _out("distill", resume=resume, **folder)
-    run_alone(STAGE, lambda: Inputs(indexed(data), teacher, resume), out, more)
+    files = begun.file("data", data), begun.file("teacher", teacher)
+    run_alone(STAGE, lambda: Inputs(indexed(files[0]), files[1], resume is not None), out, more)
     _print_best(out)
 
 
@@ -117,8 +166,6 @@ def loss_choices(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _print_best(out: Path) -> None:
-    from compress.compute.device import is_first_process
-
     if is_first_process():
         click.echo(out / "best.safetensors")
 
@@ -127,12 +174,12 @@ def _print_best(out: Path) -> None:
 @data
 @click.option("--weights", type=FILE, required=True, help=".pt or .safetensors, or an .onnx, engine or bundle.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="val", help="Images to measure on.")
-@imgsz(type=int, expose_value=True)
-@click.option("--batch", "--batch-size", type=int, default=32, help="Images a batch.")
+@imgsz(expose_value=True)
+@setting("--batch", "--batch-size", key="batch", group="ValConfig", expose_value=True, help="Images a batch.")
 @click.option("--rect/--square", default=False, help="Rectangular batches, as YOLOv5 validates.")
-@setting("--conf", "--conf-thres", key="bench.accuracy_conf", type=float, expose_value=True, help="Least score.")
-@setting("--iou", "--iou-thres", key="export.iou", type=float, expose_value=True, help="IoU threshold of NMS.")
-@setting("--max-det", key="export.max_det", type=int, expose_value=True, help="Most boxes of an image.")
+@setting("--conf", "--conf-thres", key="bench.accuracy_conf", expose_value=True, help="Least score.")
+@setting("--iou", "--iou-thres", key="export.iou", expose_value=True, help="IoU threshold of NMS.")
+@setting("--max-det", key="export.max_det", expose_value=True, help="Most boxes of an image.")
 @click.option("--single-label", is_flag=True, help="One class a box, as the shipped graph has it.")
 @click.option("--annotations", type=FILE, help="COCO JSON for the COCO figures, in place of the text labels.")
 @click.option("--half", is_flag=True, help="float16 network; GPU only.")

@@ -1,8 +1,9 @@
-"""Find a device by name, move a module to it, wait for it; tell whether this is the first of several processes."""
+"""Find a device by name, move a module to it, and wait for it."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from runtime.errors import UnavailableError, UsageError
 
 Module = TypeVar("Module", bound=nn.Module)
+GPU_NUMBER = re.compile("[0-9]{1,2}")
 
 
 def pick_device(request: str) -> torch.device:
@@ -21,8 +23,8 @@ def pick_device(request: str) -> torch.device:
     """
     if request == "auto":
         request = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{request}" if request.isdigit() else request
-    if name != "cpu" and not (name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())):
+    name = f"cuda:{request}" if GPU_NUMBER.fullmatch(request) else request
+    if name not in ("cpu", "cuda") and not (name.startswith("cuda:") and GPU_NUMBER.fullmatch(name[5:])):
         raise UsageError(f"device {request!r} is not known", "Use auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -32,11 +34,6 @@ def pick_device(request: str) -> torch.device:
             f"device {request!r} is not here: torch sees {torch.cuda.device_count()} GPUs", "Use --device cpu"
         )
     return device
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that logs and writes files: the only one, or the first that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def synchronize(device: torch.device) -> None:

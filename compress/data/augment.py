@@ -189,7 +189,7 @@ def warp_image(image: Image, matrix: NDArray[np.float64], out_hw: tuple[int, int
 
 
 def warp_boxes(boxes: Boxes, matrix: NDArray[np.float64], out_hw: tuple[int, int], scale: float) -> Boxes:
-    """Axis-aligned bounds of the warped corners, clipped to the output; boxes that are now too small or thin are left out.
+    """Axis-aligned bounds of the warped corners, clipped to the output, without those now too small or thin.
 
     `scale` is that of the warp: a box is judged by the share of its area that is still inside.
     """

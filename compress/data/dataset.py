@@ -63,6 +63,15 @@ class SplitIndex:
     def boxes(self) -> int:
         return sum(len(sample.labels) for sample in self.samples)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of keys, image bytes and labels. It does not depend on times or absolute paths."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(json.dumps([sample.key, sample.sha256, len(sample.labels)]).encode())
+            digest.update(sample.labels.astype("<f4").tobytes())
+        return digest.hexdigest()
+
     @property
     def background(self) -> int:
         """The number of images without labels."""
@@ -81,13 +90,9 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of names, keys, image bytes and labels. It does not depend on times or absolute paths."""
-        digest = hashlib.sha256(json.dumps(self.names).encode())
-        for split, index in sorted(self.splits.items()):
-            for sample in index.samples:
-                digest.update(json.dumps([split, sample.key, sample.sha256, len(sample.labels)]).encode())
-                digest.update(sample.labels.astype("<f4").tobytes())
-        return digest.hexdigest()
+        """Hex digest of what was indexed: the names and every split."""
+        splits = [(split, index.sha256) for split, index in sorted(self.splits.items())]
+        return hashlib.sha256(json.dumps([self.names, splits]).encode()).hexdigest()
 
     def save(self, file: Path) -> None:
         """Write `index.json`: one line per image, keys instead of absolute paths.

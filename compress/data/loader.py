@@ -100,11 +100,13 @@ def val_batches(
     imgsz: int,
     batch: int,
     rect: bool = True,
+    stride: int,
     pad: float = 0.5,
-    stride: int = 32,
     workers: int = 0,
 ) -> Iterator[ValBatch]:
     """Every sample once: in rectangular batches of like aspect ratio, or square in the given order.
+
+    The sides of rectangular batches are multiples of `stride`, the network's largest, `pad` of it wider than needed.
 
     Small images are not enlarged beyond `imgsz`; shrinking averages areas.
     """
@@ -114,7 +116,7 @@ def val_batches(
 
 
 def rect_batches(
-    samples: Sequence[Sample], imgsz: int, batch: int, pad: float, stride: int = 32
+    samples: Sequence[Sample], imgsz: int, batch: int, pad: float, stride: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Sample order by height/width ascending (ties as given) and the (height, width) of each batch."""
     ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])

@@ -25,6 +25,7 @@ from compress.kernels.losses import FUSED
 from runtime import machine
 from runtime.errors import EdgestillError, UnavailableError
 from runtime.files import write_json
+from runtime.numbers import real
 
 SECONDS = 225.0
 GRACE_SECONDS = 10.0
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="every number as JSON")
     parser.add_argument("--quick", action="store_true", help="one case per loss, in half a minute")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
+    parser.add_argument("--seconds", type=real(0), default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
     asked = parser.parse_args(arguments)
     try:
         document = run(asked.seconds, asked.out, quick=asked.quick)

@@ -1,7 +1,7 @@
 """YOLOv5 networks and the files that hold them."""
 
 from compress.models.architecture import DEFAULT_ANCHORS, LAYOUTS, Architecture
-from compress.models.checkpoint import Checkpoint, describe, load, load_model, save_model, transfer
+from compress.models.checkpoint import Checkpoint, describe, load, load_model, network_digest, save_model, transfer
 from compress.models.complexity import complexity
 from compress.models.network import YOLOv5
 
@@ -15,6 +15,7 @@ __all__ = [
     "describe",
     "load",
     "load_model",
+    "network_digest",
     "save_model",
     "transfer",
 ]

@@ -180,6 +180,15 @@ class Architecture:
         """Pixels of a cell, finest level first."""
         return LAYOUTS[self.layout].strides
 
+    def require_image_size(self, imgsz: int) -> None:
+        """Raises UsageError when images of `imgsz` pixels do not divide into whole cells of the coarsest level."""
+        stride = max(self.strides)
+        if imgsz < stride or imgsz % stride:
+            raise UsageError(
+                f"image size {imgsz} is not a multiple of the network's stride {stride}",
+                f"Use {-(-imgsz // stride) * stride}",
+            )
+
     @property
     def layers(self) -> tuple[Layer, ...]:
         return LAYOUTS[self.layout].layers

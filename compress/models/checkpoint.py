@@ -26,6 +26,7 @@ from compress.models.pickle_to_json import to_json
 from compress.models.torch_file import is_torch_file, open_torch_file
 from runtime.errors import InputError, one_line
 from runtime.files import atomic_write
+from runtime.identity import weights_digest
 
 HEADER_KEY = "edgestill"
 SCHEMA_VERSION = 1
@@ -85,6 +86,13 @@ def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None =
         temporary.write_bytes(save(tensors, metadata))  # its own writer hides a full disk in an error of another kind
 
 
+def network_digest(architecture: Architecture, state_dict: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of the network, equal for all files that hold it: names, counters and metadata are left out."""
+    structure = {key: value for key, value in architecture.to_json().items() if key != "names"}
+    tensors = {key: value.cpu().numpy() for key, value in state_dict.items() if value.is_floating_point()}
+    return weights_digest(structure, tensors)
+
+
 @torch.no_grad()
 def transfer(state_dict: Mapping[str, Tensor], model: YOLOv5) -> tuple[list[str], list[str]]:
     """Copy into `model` every tensor whose name and shape agree; anchors stay, they belong to the architecture.
@@ -125,6 +133,7 @@ def describe(path: str | Path, imgsz: int = 640) -> dict[str, Any]:
         "names": list(architecture.names),
         "strides": list(architecture.strides),
         "anchors_px": [[list(wh) for wh in level] for level in architecture.anchors],
+        "weights": network_digest(architecture, checkpoint.state_dict),
         "tensors": len(checkpoint.state_dict),
         "parameters": cost.parameters,
         "fused_parameters": cost.fused_parameters,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from benchmarks.bench import Plan, measure_file
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
-from benchmarks.rows import Row, plain
-from compress.config import IMGSZ, BenchConfig, ImageSize, Recipe, Settings
+from benchmarks.rows import Row, named_apart, plain
+from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
 from compress.data import Dataset
 from compress.evaluate import evaluate
 from compress.flavours import FLAVOURS
@@ -29,7 +29,7 @@ from runtime.machine import facts
 
 class Config(Settings):
     bench: BenchConfig = BenchConfig()
-    imgsz: ImageSize = IMGSZ
+    imgsz: Side = IMGSZ
     """Side of the images on which the torch networks are measured."""
 
 
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Measure every file and write `bench.json` into `out`. Raises the errors of `measure_file`."""
     plan, data = plan_of(config.bench, inputs.data, inputs.device), inputs.data
-    rows = [_row(file, plan, log) for file in inputs.files]
+    rows = named_apart([_row(file, plan, log) for file in inputs.files], [file.path for file in inputs.files])
     torch = [torch_row(role, file, data, config.imgsz, log) for role, file in inputs.networks.items()]
     dataset = {
         "name": data.path.parent.name,

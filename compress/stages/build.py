@@ -9,22 +9,22 @@ one file; plain TensorRT builds for the GPU that is there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.config import BuildConfig, Settings
 from compress.flavours import PLAN_PRECISIONS
-from compress.graph.metadata import read_card
-from compress.graph.untrusted_onnx import read_model
 from compress.inputs import kept_files
 from compress.log import Log
 from compress.stages import Figures, Stage, packages
-from runtime.bundle import card_of
-from runtime.card import CARD_FILE, Artifact, ModelCard
+from runtime.backends import BACKENDS
+from runtime.bundle import card_of, folder_card, list_files
+from runtime.card import Artifact
 from runtime.engine import build_engine
 from runtime.errors import InputError, UnavailableError, UsageError
-from runtime.files import write_json
+from runtime.files import sha256, write_json
+from runtime.identity import require_same
 
 
 class Config(Settings):
@@ -33,13 +33,12 @@ class Config(Settings):
 
 class Inputs(NamedTuple):
     models: Mapping[str, Path]
-    """Precision -> ONNX file; the first one has the card that all of them share."""
+    """Precision -> ONNX file, all of one model."""
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Write the plans, their `model.json` and `build.json` into `out`. Raises the errors of `build`."""
-    card = card_of(next(iter(inputs.models.values())))
-    plans = build(config.build, models=inputs.models, out=out, card=card, log=log)
+    plans = build(config.build, models=inputs.models, out=out, log=log)
     write_json(out / "build.json", [plan.to_json() for plan in plans])
     return {"plans": sum(plan.artifact is not None for plan in plans)}
 
@@ -47,9 +46,19 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
 def by_precision(models: Sequence[Path]) -> Inputs:
     """ONNX files by the precision that their cards name.
 
-    Raises UsageError when plans are not built from a precision, InputError when edgestill did not write a file.
+    Raises UsageError when plans are not built from a precision or two files have the same one, InputError when
+    edgestill did not write a file or they are of two models.
     """
-    found = {card_of(model).precision: model for model in models}
+    found: dict[str, Path] = {}
+    for model in models:
+        card = card_of(model)
+        if found and sha256(model) not in map(sha256, found.values()):
+            _require_one_model(model, next(iter(found.values())))
+            if card.precision in found:
+                raise UsageError(
+                    f"{found[card.precision]} and {model} are both {card.precision} of one model", "Give one of them"
+                )
+        found[card.precision] = model
     if odd := found.keys() - set(PLAN_PRECISIONS):
         raise UsageError(
             f"{min(odd)} is no precision that TensorRT plans are built from", f"Known: {', '.join(PLAN_PRECISIONS)}"
@@ -84,25 +93,34 @@ def build(
     *,
     models: Mapping[str, Path],
     out: Path,
-    card: ModelCard,
     log: Log = print,
 ) -> tuple[EnginePlan, ...]:
-    """Build a plan for each precision of `config` that `models` has, into the folder `out`, and write `model.json`.
+    """Build a plan for each precision of `config` that `models` has, into the folder `out`; `model.json` lists them.
 
-    The artifacts of `card` stay, after the new plans. Where backend is "auto" and no TensorRT is installed, each plan
-    is skipped with the reason. Raises `UnavailableError` when a named backend is missing, `EngineError` when TensorRT
-    logs any error, and `InputError` when a model is not one that edgestill wrote.
+    What the `model.json` in `out` lists already stays, after the plans. Where backend is "auto" and no TensorRT is
+    installed, each plan is skipped with the reason. Raises `UnavailableError` when a named backend is missing,
+    `EngineError` when TensorRT logs any error, `InputError` when a model is not one that edgestill wrote or they are
+    of several models, and `OccupiedError` when `out` holds another model.
     """
+    first = next(iter(models.values()))
+    for precision, model in models.items():
+        _check(model, precision, first)
+    name = folder_card(out, first).name
     wanted = [precision for precision in PLAN_PRECISIONS if precision in config.precisions and precision in models]
     if config.backend == "none":
         plans = [EnginePlan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
     else:
-        plans = [_plan(config, precision, models[precision], card, out) for precision in wanted]
+        plans = [_plan(config, precision, models[precision], out / f"{name}.{precision}.plan") for precision in wanted]
     for plan in plans:
         log(describe(plan))
-    artifacts = (*(plan.artifact for plan in plans if plan.artifact), *card.artifacts)
-    replace(card, artifacts=artifacts).save(out / CARD_FILE)
+    list_files(out, first, [plan.artifact for plan in plans if plan.artifact], _preference)
     return tuple(plans)
+
+
+def _preference(artifact: Artifact) -> int:
+    """Plans before portable files, best precision first."""
+    is_plan = not BACKENDS[artifact.backend].portable and artifact.precision in PLAN_PRECISIONS
+    return PLAN_PRECISIONS.index(artifact.precision) if is_plan else len(PLAN_PRECISIONS)
 
 
 def describe(plan: EnginePlan) -> str:
@@ -113,10 +131,8 @@ def describe(plan: EnginePlan) -> str:
     return f"{plan.precision}: {made.file}, {made.bytes / 1e6:.1f} MB for {targets}, {plan.seconds:.1f} s"
 
 
-def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out: Path) -> EnginePlan:
-    _check(model, precision, card)
-    target = out / f"{card.name}.{precision}.plan"
-    out.mkdir(parents=True, exist_ok=True)
+def _plan(config: BuildConfig, precision: str, model: Path, target: Path) -> EnginePlan:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         built = build_engine(
             model,
@@ -129,22 +145,22 @@ def _plan(config: BuildConfig, precision: str, model: Path, card: ModelCard, out
         if config.backend != "auto":
             raise
         return EnginePlan(precision, None, 0.0, f"skipped: {error}")
-    return EnginePlan(precision, built.artifact(target.name, precision), built.seconds)
+    return EnginePlan(precision, built.artifact(target.name, card_of(model)), built.seconds)
 
 
-def _check(model: Path, precision: str, card: ModelCard) -> None:
-    """Raises `InputError` when the card inside the file is not that of this model in this precision."""
-    found = read_card(read_model(model), model.name)
-    same: Sequence[tuple[str, Any, Any]] = (
-        ("precision", found.precision, precision),
-        ("names", found.names, card.names),
-        ("size_hw", found.size_hw, card.size_hw),
-        ("input", found.input, card.input),
-        ("output", found.output, card.output),
-    )
-    for key, value, expected in same:
-        if value != expected:
-            raise InputError(f"{model.name} has {key} {value!r}, expected {expected!r}", "Export and quantise again")
+def _check(model: Path, precision: str, first: Path) -> None:
+    """Raises `InputError` when the card inside the file is not of this precision, or of another model than `first`."""
+    found = card_of(model)
+    if found.precision != precision:
+        raise InputError(
+            f"{model.name} has precision {found.precision!r}, expected {precision!r}", "Export and quantise again"
+        )
+    if model != first:
+        _require_one_model(model, first)
+
+
+def _require_one_model(model: Path, first: Path) -> None:
+    require_same((card_of(model), model), (card_of(first), first), "Build each model into its own folder with --out")
 
 
 STAGE = Stage(

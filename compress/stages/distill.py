@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from compress.compute.device import is_first_process
 from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig, Settings, StudentConfig
 from compress.data import Dataset
@@ -18,9 +17,11 @@ from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
 from compress.losses.distill import check_losses
 from compress.models import YOLOv5
+from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
-from compress.training.loop import Job, read_resume, run_job
+from compress.training.loop import Job, run_job
 from compress.training.objective import Objective, detection_loss
+from compress.training.origin import origin_of, read_resume
 from compress.training.prepare import model_from_state, new_model, open_splits
 from compress.training.state import STATE
 from compress.training.teacher import Teacher, build_losses, check_distillation, load_teacher
@@ -50,7 +51,11 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     flush_denormals(log)  # before anything makes torch start its threads
     settings, data = config.distill, inputs.data
     resume = (out / STATE).is_file() if inputs.resume is None else inputs.resume
-    state = read_resume(out, settings) if resume else None
+    origin = origin_of(
+        settings, data, weights=config.student.weights, teacher=inputs.teacher, scale=config.student.scale,
+        device=config.device,
+    )  # fmt: skip
+    state = read_resume(out, settings, origin) if resume else None
     teacher = load_teacher(inputs.teacher, data.names)
     splits = open_splits(data, settings, log)
     student = model_from_state(state, data.names) if state else new_student(config, teacher, data, log)
@@ -62,7 +67,9 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         if is_first_process():
             rows = [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks]
             write_json(out / "checks.json", rows)
-    job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen, decay_to=settings.decay_to)
+    job = Job(
+        settings, objective, splits.train, splits.val, out, teacher=frozen, decay_to=settings.decay_to, origin=origin
+    )
     result = run_job(job, device=config.device, resume=state, log=log)
     if is_first_process():
         shutil.copyfile(result.best, out / STUDENT)

@@ -19,7 +19,7 @@ import onnx
 import torch
 from torch import nn
 
-from compress.config import IMGSZ, ExportConfig, ImageSize, Recipe, Settings
+from compress.config import IMGSZ, ExportConfig, Recipe, Settings, Side
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.builder import write_model
 from compress.graph.candidates import CHOICES, CandidateStudy, Validation, canvas_of, ranked_rows, study_candidates
@@ -30,23 +30,35 @@ from compress.graph.nms import NmsShape
 from compress.graph.preprocess import FrameLetterbox
 from compress.graph.session import open_session
 from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
-from compress.inputs import CONVENTIONAL, SHIPPED, STUDENT, TEACHER, TEACHER_ONNX, dataset_of, validation_of
+from compress.inputs import (
+    CONVENTIONAL,
+    SHIPPED,
+    STUDENT,
+    TEACHER,
+    TEACHER_ONNX,
+    dataset_of,
+    refuse_another_model,
+    validation_of,
+)
 from compress.log import Log
-from compress.models import YOLOv5, load_model
+from compress.models import YOLOv5, load_model, network_digest
 from compress.stages import Figures, Stage
 from compress.store import Folders
 from runtime.card import ModelCard
-from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.errors import EdgestillError, InputError
 from runtime.files import sha256, write_json
+from runtime.identity import SETTINGS
 from runtime.image import read_image
 
 CHECKED_IMAGES = 4
 UNMEASURED_CANDIDATES = 300
+UNMEASURED_SETTINGS = tuple(key for key in SETTINGS if key != "candidates")
+"""The settings that are known before the candidates are measured."""
 
 
 class Config(Settings):
     export: ExportConfig = ExportConfig()
-    imgsz: ImageSize = IMGSZ
+    imgsz: Side = IMGSZ
 
 
 class Inputs(NamedTuple):
@@ -141,13 +153,16 @@ def export(
     """Write both graphs of the checkpoint `model` into the folder `out`, at `imgsz` x `imgsz` pixels.
 
     Without `data` the check runs on noise and the candidates are `config.candidates` or 300. Raises `EdgestillError`
-    and writes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`, and
-    `UsageError` when `imgsz` is not a multiple of the network's stride.
+    and writes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`,
+    `UsageError` when `imgsz` is not a multiple of the network's stride, and `OccupiedError` when `out` holds another
+    model.
     """
     network = load_model(model).eval()
-    size_hw = _size(imgsz, network)
-    traced, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
+    network.arch.require_image_size(imgsz)
+    size_hw = imgsz, imgsz
     card = _card(config, model, network, size_hw)
+    refuse_another_model(out, card, (SHIPPED, CONVENTIONAL), UNMEASURED_SETTINGS)
+    traced, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
     rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
     conventional = yolov5_graph(traced, head, opset=config.opset, metadata=metadata_of(rows_card))
     canvases = _canvases(data, size_hw)
@@ -157,19 +172,11 @@ def export(
     measured = _measure_candidates(config, conventional, data, card, log)
     card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
     card = replace(card, candidates=min(card.candidates, head.rows))
+    refuse_another_model(out, card, (SHIPPED, CONVENTIONAL))
     shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
     _require_agreement(config, SHIPPED, boxes, log)
     files = [write_model(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
     return ExportResult(files[0], files[1], card, boxes, rows, measured)
-
-
-def _size(imgsz: int, network: YOLOv5) -> tuple[int, int]:
-    stride = max(network.strides)
-    if imgsz < stride or imgsz % stride:
-        raise UsageError(
-            f"image size {imgsz} is not a multiple of the stride {stride}", f"Use {-(-imgsz // stride) * stride}"
-        )
-    return imgsz, imgsz
 
 
 def head_shape(network: YOLOv5, size_hw: tuple[int, int]) -> HeadShape:
@@ -204,6 +211,7 @@ def _card(config: ExportConfig, model: Path, network: YOLOv5, size_hw: tuple[int
         nms_iterations=config.nms_iterations,
         frame_hw=config.frame,
         precision="fp32",
+        weights=network_digest(network.arch, network.state_dict()),
         provenance={"checkpoint": model.name, "checkpoint_sha256": sha256(model), "opset": config.opset},
         artifacts=(),
     )
@@ -297,4 +305,5 @@ STAGE = Stage(
     inputs=inputs_of,
     run=run,
     after=("data", "teacher", "distill"),
+    version=2,
 )

@@ -22,13 +22,13 @@ from benchmarks.bench import Plan, compare_files, file_accuracy
 from benchmarks.latency import LatencyRatio
 from compress.config import BenchConfig, QuantizeConfig, Settings
 from compress.data import Dataset
-from compress.flavours import FLAVOURS, REFERENCE, Flavour
+from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.builder import write_model
 from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
 from compress.graph.session import open_session
 from compress.graph.untrusted_onnx import read_model
-from compress.inputs import SHIPPED, dataset_of, plan_of
+from compress.inputs import SHIPPED, dataset_of, plan_of, refuse_another_model
 from compress.log import Log
 from compress.stages import Figures, Stage, cpu_and_runtime
 from runtime.card import ModelCard
@@ -138,11 +138,12 @@ def quantize(
     """All flavours of `config`, after the FP32 reference itself. Files are written into the folder `out`.
 
     `images` come from the training split; `config.calibration_images` of them are used, spread evenly. Raises
-    `InputError` when `model` is not a graph that `export` wrote, and `EdgestillError` when a flavour that is
-    calibrated has no images.
+    `InputError` when `model` is not a graph that `export` wrote, `OccupiedError` when `out` holds files of another
+    model, and `EdgestillError` when a flavour that is calibrated has no images.
     """
     source = read_model(model)
     card = _boxes_card(source, model.name)
+    refuse_another_model(out, card, [FILES[name] for name in config.flavours])
     chosen = spread(images, config.calibration_images)
     calibration = {**_digest(chosen), "method": config.method}
     ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
@@ -150,12 +151,12 @@ def quantize(
     log(f"{REFERENCE}: mAP50-95 {reference:.4f}")
     judged = [JudgedFile(REFERENCE, model, True, "the reference", reference, 0.0)]
     for flavour in (FLAVOURS[name] for name in config.flavours):
-        path = out / f"model.{flavour.name}.onnx"
+        path = out / FILES[flavour.name]
         measured = (ranges(),) if flavour.calibrated else ()
         try:
             made = flavour.make(source, *measured)
         except EdgestillError as error:
-            path.unlink(missing_ok=True)  # of an earlier model
+            path.unlink(missing_ok=True)  # of an earlier calibration
             judged.append(JudgedFile(flavour.name, None, False, f"it cannot be made: {error.message}"))
         else:
             write_card(made, replace(card, precision=flavour.name))

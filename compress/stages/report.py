@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
+from benchmarks.rows import Row
 from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
 from compress.evaluate import fitness
 from compress.inputs import SHIPPED, read_json
@@ -20,6 +21,9 @@ from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
+from runtime.card import ModelCard
+from runtime.errors import InputError
+from runtime.identity import SHOWN
 
 ROLES = {"teacher": "teacher", "student": "distill"}
 
@@ -48,8 +52,9 @@ def run(config: Config, folders: Folders, out: Path, log: Log) -> Figures:
 
 
 def assemble(config: Config, folders: Folders) -> Report:
-    """A checked report from the folders of the stages."""
+    """A checked report from the folders of the stages. Raises InputError when they are of several models."""
     bench, exported = read_json(folders["bench"] / "bench.json"), read_json(folders["export"] / "export.json")
+    require_one_model(bench["models"], ModelCard.load(folders["build"]))
     return make_report(
         config.name,
         argv=[Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -61,6 +66,16 @@ def assemble(config: Config, folders: Folders) -> Report:
         engines=[_engine(plan) for plan in read_json(folders["build"] / "build.json")],
         stages=[_stage(name, folder) for name, folder in folders.items()],
     )
+
+
+def require_one_model(rows: Sequence[Row], card: ModelCard) -> None:
+    """Raises InputError when a measured file of the student is of another model than the `card` of its plans."""
+    for row in rows:
+        if row["role"] == "student" and row["identity"] != card.identity:
+            raise InputError(
+                f"{row['file']} is of model {row['identity'][:SHOWN]}, the plans are of {card.identity[:SHOWN]}",
+                "Run again with --force build and --force bench",
+            )
 
 
 def _training(role: str, folder: Path) -> dict[str, Any] | None:

@@ -19,8 +19,9 @@ from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.models import YOLOv5, checkpoint
 from compress.stages import Figures, Stage, weights_digest
-from compress.training.loop import Job, TrainResult, read_resume, run_job
+from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
+from compress.training.origin import origin_of, read_resume
 from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
 from compress.training.state import STATE
 from runtime.errors import UsageError
@@ -86,10 +87,12 @@ def train(
 
     `weights` are copied if name and shape agree, so a checkpoint of other classes starts everything but the head.
     `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Raises InputError when
-    a file cannot be used, UsageError when requests contradict each other, EdgestillError when a loss is not finite.
+    a file cannot be used, UsageError when requests contradict each other or what is resumed, EdgestillError when a loss
+    is not finite.
     """
     flush_denormals(log)  # before anything makes torch start its threads
-    state = read_resume(out, config) if resume else None
+    origin = origin_of(config, data, weights=weights, scale=scale, device=device)
+    state = read_resume(out, config, origin) if resume else None
     splits = open_splits(data, config, log)
     model: YOLOv5
     if state:
@@ -99,7 +102,8 @@ def train(
         if config.autoanchor:
             model = adapt_anchors(model, splits.train.samples, config, log)
     objective = Objective(model, detection_loss(model, config))
-    return run_job(Job(config, objective, splits.train, splits.val, out), device=device, resume=state, log=log)
+    job = Job(config, objective, splits.train, splits.val, out, origin=origin)
+    return run_job(job, device=device, resume=state, log=log)
 
 
 STAGE = Stage(

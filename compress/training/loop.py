@@ -12,17 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 
 from compress.compute.device import pick_device, to_device
-from compress.config import TrainConfig, result_settings
+from compress.config import TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
 from compress.data.train_dataset import TrainDataset
@@ -35,11 +34,13 @@ from compress.training.ema import Ema
 from compress.training.epoch_losses import EpochLosses
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
+from compress.training.origin import LAST, Origin
 from compress.training.progress import Progress, epoch_line, open_progress
 from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
-from compress.training.state import STATE, load_state, random_state, restore_random_state, save_state
+from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.teacher import Teacher
-from runtime.errors import EdgestillError, UsageError
+from compress.training.together import decided_by_first, lost_processes_named
+from runtime.errors import EdgestillError
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Job:
     teacher: Teacher | None = None
     decay_to: float = 1.0
     """Factor of the distillation losses in the last epoch; it is 1 in the first."""
+    origin: Origin | None = None
+    """Kept in the state, so that it is resumed from the same; a training that nobody resumes needs none."""
 
 
 @dataclass(frozen=True)
@@ -91,30 +94,18 @@ class TrainState:
 def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, log: Log = print) -> TrainResult:
     """Train until the last epoch or an early stop, from the state `resume` (of `read_resume`) where it is given.
 
-    Raises EdgestillError when a loss is not finite, the GPU's memory is full or a file cannot be written; the files
-    then hold the last good epoch.
+    Raises EdgestillError when a loss is not finite, the memory is full, a file cannot be written or another process of
+    the training has ended; the files then hold the last good epoch.
     """
     trainer = Trainer(job, device, log)
     if resume:
         trainer.load_state_dict(resume)
     try:
-        return trainer.run()
+        with lost_processes_named():
+            return trainer.run()
     except torch.OutOfMemoryError as error:
         where = f"batch {job.config.batch} at {job.config.imgsz} pixels"
         raise EdgestillError(f"the GPU's memory is full: {where} do not fit", "Lower batch or imgsz") from error
-
-
-def read_resume(out: Path, config: TrainConfig) -> dict[str, Any]:
-    """The state in `out`. Raises InputError when there is none, UsageError when it belongs to other settings."""
-    state = load_state(out / STATE)
-    was, now = state["config"], result_settings(config)
-    for key in sorted(was.keys() | now.keys()):
-        if was.get(key) != now.get(key):
-            raise UsageError(
-                f"{out} was trained with {key} = {was.get(key)}, not {now.get(key)}",
-                "Resume with the same settings, or start anew in another folder",
-            )
-    return state
 
 
 class Trainer:
@@ -232,13 +223,15 @@ class Trainer:
 
     def close_epoch(self, record: Record) -> None:
         """Validate where it is due and write the files; the first process does it, and decides for all."""
-        if self.is_main:
-            if self._validation_is_due():
-                self._validate(record)
-            self.state.history.append(record)
-            self.state.epoch += 1
-            self._write_files()
-        self.state = broadcast_object_list([self.state])[0] if self.processes > 1 else self.state
+        self.state = decided_by_first(self.accelerator, lambda: self._closed_epoch(record))
+
+    def _closed_epoch(self, record: Record) -> TrainState:
+        if self._validation_is_due():
+            self._validate(record)
+        self.state.history.append(record)
+        self.state.epoch += 1
+        self._write_files()
+        return self.state
 
     def _validation_is_due(self) -> bool:
         done = self.state.epoch + 1
@@ -258,7 +251,7 @@ class Trainer:
     def _accuracy(self) -> ValResult:
         return evaluate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
-            device=str(self.device), half=self.config.amp, workers=self.config.workers,
+            device=self.device, half=self.config.amp, workers=self.config.workers,
             loss=self.objective.detection, coco=False,
         )  # fmt: skip
 
@@ -267,7 +260,7 @@ class Trainer:
         state, terms, out = self.state, self.objective.terms, self.job.out
         write_csv(state.history, terms, out / "results.csv")
         if self.finished or state.epoch % self.config.checkpoint_interval == 0:
-            self._save_weights("last.safetensors", state.history[-1])
+            self._save_weights(LAST, state.history[-1])
             save_state(self.state_dict(), out / STATE)
         if self.finished:
             draw_curves(state.history, terms, out / "curves.png")
@@ -276,7 +269,7 @@ class Trainer:
         save_model(self.ema.module, self.job.out / name, {"imgsz": self.config.imgsz, "record": record})
 
     def _result(self) -> TrainResult:
-        best, last = (self.job.out / name for name in ("best.safetensors", "last.safetensors"))
+        best, last = (self.job.out / name for name in ("best.safetensors", LAST))
         self.log(f"best epoch {self.state.best_epoch + 1}, fitness {self.state.best_fitness:.4f}: {best}")
         return TrainResult(best, last, self.state.history[self.state.best_epoch], self.state.epoch)
 
@@ -285,7 +278,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on."""
         return {
-            "config": result_settings(self.config),
+            "config": self.config.model_dump(mode="json"),
+            "origin": asdict(self.job.origin) if self.job.origin else None,
             "architecture": self.objective.model.arch.to_json(),
             "objective": self.objective.state_dict(),
             "gradients": [parameter.grad for parameter in self.objective.parameters()],

@@ -30,7 +30,11 @@ class Loss(NamedTuple):
 
 
 def detection_loss(model: YOLOv5, config: TrainConfig) -> DetectionLoss:
-    """YOLOv5's loss for the anchors that the model has now, its gains scaled to classes and image size."""
+    """YOLOv5's loss for the anchors that the model has now, its gains scaled to classes and image size.
+
+    Raises UsageError when the model does not take images of this size.
+    """
+    model.arch.require_image_size(config.imgsz)
     return DetectionLoss(model.detect.anchors, model.arch.strides, model.arch.nc, config.loss, config.imgsz)
 
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from compress.config import TrainConfig
+from compress.config import Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
 from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
+from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
 from runtime.errors import UsageError
 
@@ -48,7 +49,7 @@ def new_model(
     *,
     scale: str | None,
     weights: Path | None,
-    anchors: Any = None,
+    anchors: Anchors | None = None,
     seed: int = 0,
     log: Log = print,
 ) -> YOLOv5:
@@ -58,12 +59,9 @@ def new_model(
     default. The rest starts as in a fresh seeded network, with the head's biases set for rare objects. Raises
     UsageError when neither is given.
     """
-    if scale is None and weights is None:
-        raise UsageError("neither a scale nor weights are given", "Use --weights FILE or --scale n")
+    _require_start(scale, weights)
     checkpoint = load(weights) if weights else None
-    architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None)
-    if anchors is not None:
-        architecture = replace(architecture, anchors=anchors)
+    architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None, anchors)
     torch.manual_seed(seed)
     model = YOLOv5(architecture)
     model.init_detect_bias()
@@ -87,13 +85,42 @@ def model_from_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
     return YOLOv5(architecture)
 
 
-def _architecture(names: tuple[str, ...], scale: str | None, given: Architecture | None) -> Architecture:
-    if given is None:
-        assert scale is not None
-        return Architecture.of_scale(scale, names)
-    if scale is None:
-        return replace(given, names=names)
-    return Architecture.of_scale(scale, names, anchors=given.anchors)
+def _architecture(
+    names: tuple[str, ...], scale: str | None, given: Architecture | None, anchors: Anchors | None = None
+) -> Architecture:
+    """The network of `scale`, with as many levels as there are groups of anchors, or the `given` one.
+
+    Raises UsageError when the given network has another number of levels.
+    """
+    if scale is not None:
+        return Architecture.of_scale(scale, names, anchors=anchors or (given.anchors if given else None))
+    assert given is not None
+    if anchors and len(anchors) != len(given.anchors):
+        raise UsageError(
+            f"the student's weights are of a network with {len(given.anchors)} levels, the teacher has {len(anchors)}",
+            "Name a scale of the student, or weights with as many levels",
+        )
+    return replace(given, names=names, anchors=anchors or given.anchors)
+
+
+def check_image_sizes(recipe: Recipe) -> None:
+    """Raises UsageError when teacher and student do not take images of the recipe's sizes."""
+    teacher = _planned(None if recipe.teacher.weights else recipe.teacher.scale, recipe.teacher.weights)
+    student = _planned(recipe.student.scale, recipe.student.weights, teacher.anchors)
+    for network, training in ((teacher, recipe.teacher), (student, recipe.distill)):
+        network.require_image_size(recipe.imgsz)
+        network.require_image_size(training.imgsz)
+
+
+def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:
+    """The network that `new_model` would make, of one class."""
+    _require_start(scale, weights)
+    return _architecture(("any",), scale, load(weights).architecture if weights else None, anchors)
+
+
+def _require_start(scale: str | None, weights: Path | None) -> None:
+    if scale is None and weights is None:
+        raise UsageError("neither a scale nor weights are given", "Use --weights FILE or --scale n")
 
 
 def _why(skipped: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
 from compress.training.progress import Progress
+from runtime.numbers import whole
 
 PHASES = ("data", "teacher", "forward", "loss", "backward", "step")
 
@@ -76,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--scale")
-    parser.add_argument("--imgsz", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=TrainConfig().workers)
-    parser.add_argument("--threads", type=int, default=0, help="torch's compute threads; 0 leaves its choice")
+    parser.add_argument("--imgsz", type=whole(1), default=320)
+    parser.add_argument("--batch", type=whole(1), default=16)
+    parser.add_argument("--epochs", type=whole(1), default=2)
+    parser.add_argument("--workers", type=whole(0, 256), default=TrainConfig().workers)
+    parser.add_argument("--threads", type=whole(0, 256), default=0, help="torch's compute threads; 0 leaves its choice")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     if asked.threads:

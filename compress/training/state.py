@@ -19,7 +19,7 @@ from runtime.files import atomic_write
 
 STATE = "state.pt"
 """Name of the file in the folder of a training."""
-VERSION = 2
+VERSION = 3
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -50,7 +50,10 @@ def load_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable training state ({reason})", "Start without --resume") from error
     found = state.get("version") if isinstance(state, dict) else None
     if found != VERSION:
-        raise InputError(f"{path} has state version {found}, expected {VERSION}", "Start without --resume")
+        raise InputError(
+            f"{path} has state version {found}, expected {VERSION}",
+            "Start a new training from its weights: --weights last.safetensors",
+        )
     return state
 
 

@@ -72,6 +72,16 @@ def test_warnings_are_in_every_rendering(sample: Report) -> None:
     assert to_markdown(found).count("model.fp16.onnx") == 2
 
 
+def test_rows_of_two_models_say_which_is_which(sample: Report) -> None:
+    mine, other = (
+        Report({**sample.data, "models": [row | {"identity": digit * 64} for row in sample.data["models"]]})
+        for digit in "ab"
+    )
+    text = to_markdown(compare([mine, other]))
+    assert "| Model |" in text
+    assert text.count("a" * 12) == text.count("b" * 12) == len(sample.data["models"])
+
+
 def test_nothing_to_compare_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no report"):
         compare([])

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.compare import fail_on
+from benchmarks.render import to_html
 from benchmarks.report import REPORT_FILE, Report, headline, make_report, schema
+from benchmarks.wording import findings
 from runtime.errors import InputError
 from tests.benchmarks.conftest import SETTINGS, make_row
 
@@ -40,6 +43,30 @@ def test_a_teacher_on_another_device_gives_no_speed_up(sample: Report) -> None:
 def test_without_a_kept_student_there_is_no_headline(sample: Report) -> None:
     assert headline([row for row in sample.data["models"] if row["role"] == "teacher"]) is None
     assert headline([row for row in sample.data["models"] if row["precision"] == "int8-trt"]) is None
+
+
+def test_the_best_of_several_models_is_no_headline(sample: Report) -> None:
+    """Each is measured and shown; the fastest of one says nothing about the mAP of another."""
+    models = [row | {"identity": "ab"[index % 2] * 64} for index, row in enumerate(sample.data["models"])]
+    assert headline(models) is None
+    assert headline([row | {"identity": "a" * 64} for row in models]) is not None
+    report = make_report("two", machine={}, models=models)
+    assert any("are 2 models" in sentence and "b" * 12 in sentence for sentence in findings(report.data))
+    assert "speed-up" not in to_html(report).lower()
+    assert "speedup<1: no file" in fail_on("speedup<1", report)[0]
+
+
+def test_two_teachers_are_no_headline(sample: Report) -> None:
+    teacher, *students = sample.data["models"]
+    assert headline([teacher | {"identity": "a" * 64}, teacher | {"identity": "b" * 64}, *students]) is None
+
+
+def test_a_flavour_is_not_held_against_the_fp32_of_another_model(sample: Report) -> None:
+    _, full, half, *_ = sample.data["models"]
+    other = [full | {"identity": "a" * 64}, half | {"identity": "b" * 64}]
+    assert not [sentence for sentence in findings({**sample.data, "models": other}) if "faster than fp32" in sentence]
+    same = [row | {"identity": "a" * 64} for row in (full, half)]
+    assert [sentence for sentence in findings({**sample.data, "models": same}) if "faster than fp32" in sentence]
 
 
 def test_the_schema_itself_is_valid() -> None:

@@ -12,7 +12,7 @@ from benchmarks import compare, page, render, rows
 from benchmarks.latency import Durations, Warmup
 from benchmarks.render import to_csv, to_html, to_markdown
 from benchmarks.report import Report
-from benchmarks.rows import COLUMNS, TITLED, Column, model_row, nested_reader, plain
+from benchmarks.rows import COLUMNS, TITLED, Column, model_row, named_apart, nested_reader, plain
 from tests.benchmarks.conftest import SETTINGS, minimal
 
 MEASURED = {"precision": "fp32", "backend": "onnx", "device": "cpu", "settings": SETTINGS}
@@ -40,7 +40,7 @@ def test_every_rendering_shows_the_titles_of_the_table(sample: Report) -> None:
     shown_titles = re.findall(
         r"<th(?: [^>]*)?>(.*?)</th>", to_html(sample).partition("Every file")[2].partition("</thead>")[0]
     )
-    assert shown_titles == [title for title in titles if title not in ("Precision", "Backend")]
+    assert shown_titles == [title for title in titles if title not in ("Precision", "Backend", "Model")]
     names = to_csv(sample).partition("\n")[0].split(",")
     assert names == ["name", "created", *(column.name for column in COLUMNS)]
     assert len(set(names)) == len(names)
@@ -52,6 +52,23 @@ def test_a_row_carries_digest_and_size_of_its_file(tmp_path: Path) -> None:
     assert row["sha256"].startswith("ba7816bf")
     assert (row["bytes"], row["gate"], row["gflops"]) == (3, {"kept": False, "reason": "why"}, 1.5)
     assert minimal([row]).data["headline"] is None
+
+
+def test_a_file_without_an_identity_is_a_model_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"abc")
+    row = model_row(tmp_path / "m.onnx", **MEASURED)
+    assert row["identity"] == row["sha256"]
+    assert model_row(tmp_path / "m.onnx", **MEASURED, identity="f" * 64)["identity"] == "f" * 64
+
+
+def test_files_of_one_name_are_named_with_the_folder_that_tells_them_apart(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    paths = [Path("runs/a/model.onnx"), Path("runs/b/model.onnx"), Path("c.onnx"), bundle]
+    measured = [{"file": "model.onnx"}, {"file": "model.onnx"}, {"file": "c.onnx"}, {"file": "model.onnx"}]
+    named = [row["file"] for row in named_apart(measured, paths)]
+    assert named == ["a/model.onnx", "b/model.onnx", "c.onnx", "bundle/model.onnx"]
+    assert [row["file"] for row in named_apart(measured[:1] * 2, paths[:1] * 2)] == ["model.onnx"] * 2
 
 
 def test_plain_values_are_plain_all_the_way_down() -> None:

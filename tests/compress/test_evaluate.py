@@ -35,7 +35,7 @@ def perfect(samples: tuple[Sample, ...]) -> list[Found]:
 
 def blind(samples: tuple[Sample, ...]) -> list[Found]:
     """Labels, and nothing detected."""
-    (batch,) = val_batches(samples, imgsz=64, batch=len(samples))
+    (batch,) = val_batches(samples, imgsz=64, batch=len(samples), stride=32)
     nothing = np.zeros((0, 6), np.float32)
     return [Found(sample, nothing, batch_labels(batch, i)) for i, sample in enumerate(batch.samples)]
 

@@ -3,7 +3,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from compress.inputs import kept_files, measured_files
+from runtime.errors import InputError
+from tests.runtime.toys import canvas_model, card
+
+
+def write_files(folders: dict[str, Path], **changes: object) -> None:
+    """FP32 and two flavours; `changes` are those of the last one's card."""
+    canvas_model(folders["export"] / "model.onnx", card())
+    for precision, more in {"int8-cpu": {}, "int8-trt": changes}.items():
+        canvas_model(folders["quantize"] / f"model.{precision}.onnx", card(precision=precision, **more))
 
 
 def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_path: Path) -> None:
@@ -16,6 +27,7 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
         {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0"},
     ]
     (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
+    write_files(folders)
     files = {(file.role, file.precision): file.path.name for file in measured_files(folders)}
     assert files == {
         ("teacher", "fp32"): "teacher.onnx",
@@ -24,3 +36,15 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
         ("student", "int8-trt"): "model.int8-trt.onnx",
     }
     assert set(kept_files(folders)) == {"fp32", "int8-trt"}
+
+
+@pytest.mark.parametrize("changes", [{"weights": "6" * 64}, {"max_det": 100}, {"weights": ""}])
+def test_a_flavour_of_another_model_is_neither_measured_nor_shipped(tmp_path: Path, changes: dict[str, object]) -> None:
+    folders = {name: tmp_path / name for name in ("export", "quantize")}
+    write_files(folders, **changes)
+    files = {"fp32": "model.onnx", "int8-trt": "model.int8-trt.onnx"}
+    entries = [{"name": name, "file": file, "kept": True, "reason": ""} for name, file in files.items()]
+    (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
+    for read in (kept_files, measured_files):
+        with pytest.raises(InputError, match=r"model\.int8-trt\.onnx"):
+            read(folders)

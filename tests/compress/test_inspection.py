@@ -16,7 +16,7 @@ from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
 
-CARD = ModelCard("part", ("bolt", "nut"), (32, 32))
+CARD = ModelCard("part", ("bolt", "nut"), (32, 32), weights="5" * 64)
 
 
 def write_onnx(path: Path, metadata: dict[str, str]) -> Path:
@@ -56,6 +56,7 @@ def test_an_onnx_file_is_described_by_its_tensors_operators_and_card(tmp_path: P
     assert found["outputs"] == {"maps": "float [batch, 4, 32, 32]"}
     assert (found["parameters"], found["operators"]) == (16, {"Conv": 1})
     assert found["card"] == CARD.to_dict()
+    assert found["card"]["identity"] == CARD.identity
     assert found["metadata"] == {"names": "{0: 'bolt', 1: 'nut'}", "stride": "32"}
 
 
@@ -70,6 +71,7 @@ def test_a_checkpoint_is_described_without_its_weights(tmp_path: Path) -> None:
     found = inspect_file(path)
     assert found["bytes"] == path.stat().st_size
     assert "bolt" in as_text(found)
+    assert len(found["weights"]) == 64
 
 
 @pytest.mark.parametrize(("digest", "intact"), [(None, True), ("0" * 64, False)])

@@ -42,7 +42,8 @@ def test_set_reaches_nested_keys_and_leaves_the_rest() -> None:
         ("data: d\ndistill: {epoch: 3}\n", "Did you mean 'epochs'"),
         ("data: d\ndistill: {optimizer: {lr: 3}}\n", "unknown key 'distill.optimizer.lr'"),
         ("imgsz: 320\n", "'data' is missing"),
-        ("data: d\nimgsz: 321\n", "imgsz: 321"),
+        ("data: d\nimgsz: 0\n", "imgsz: 0"),
+        ("data: d\nimgsz: true\n", "imgsz: True is not accepted: expected a number"),
         ("data: d\nteacher: {epochs: many}\n", "teacher.epochs: 'many'"),
     ],
 )

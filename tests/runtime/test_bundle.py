@@ -9,11 +9,12 @@ import pytest
 
 from runtime.backends import BACKENDS
 from runtime.backends import tensorrt as tensorrt_backend
-from runtime.bundle import model_files, read_checked
-from runtime.card import Artifact, FileDigest
+from runtime.bundle import folder_card, list_files, model_files, problems, read_checked
+from runtime.card import Artifact, FileDigest, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError, UsageError
 from runtime.files import sha256
+from runtime.identity import OccupiedError
 
 
 def artifact(path, precision="fp32", backend="onnx", **more):
@@ -187,3 +188,59 @@ def test_the_remedy_fits_the_kind_of_file():
 def test_a_wrong_threshold_is_wrong_usage_and_no_reason_to_skip_a_file(folder):
     with pytest.raises(UsageError, match="conf is 7"):
         Detector.load(folder, conf=7)
+
+
+OTHER_MODELS = [{"weights": "6" * 64}, {"iou": 0.45}, {"max_det": 100}, {"candidates": 500}, {"names": ("bolt", "cat")}]
+
+
+@pytest.mark.parametrize("changes", OTHER_MODELS)
+def test_an_onnx_file_of_another_model_is_refused_where_a_bundle_lists_it(folder, toys, changes):
+    stranger = toys.canvas_model(folder / "toy.int8.onnx", toys.card(**changes))
+    toys.card(artifacts=(artifact(folder / "toy.onnx"), artifact(stranger, "int8-cpu"))).save(folder / "model.json")
+    with pytest.raises(EngineError, match="another model than its card says") as caught:
+        Detector.load(folder, variant="int8-cpu")
+    assert "\n" not in str(caught.value)
+    assert [len(problems(file)) for file in model_files(folder)] == [0, 1]
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_loaded(folder, toys, deserialised):
+    plan = artifact(folder / "toy.fp16.plan", "fp16", "tensorrt_rtx", identity=toys.card(iou=0.45).identity)
+    toys.card(artifacts=(plan,)).save(folder / "model.json")
+    with pytest.raises(EngineError, match="was made of model"):
+        Detector.load(folder)
+    assert deserialised == []
+
+
+def test_a_bundle_from_before_models_had_an_identity_still_loads(toys, tmp_path):
+    before = toys.card(weights="")
+    file = toys.canvas_model(tmp_path / "toy.onnx", before)
+    replace(before, artifacts=(artifact(file),)).save(tmp_path / "model.json")
+    Detector.load(tmp_path).close()
+
+
+@pytest.mark.parametrize("changes", [*OTHER_MODELS, {"weights": ""}])
+def test_a_folder_of_another_model_is_not_taken(folder, toys, changes):
+    before = (folder / "model.json").read_bytes()
+    other = toys.canvas_model(folder / "other.onnx", toys.card(**changes))
+    made = artifact(folder / "toy.fp16.plan", "fp16", "tensorrt_rtx")
+    with pytest.raises(OccupiedError):
+        folder_card(folder, other)
+    with pytest.raises(OccupiedError):
+        list_files(folder, other, [made])
+    assert (folder / "model.json").read_bytes() == before
+
+
+def test_a_new_file_stands_before_those_that_the_card_lists_already(folder, toys):
+    card = replace(ModelCard.load(folder), conf=0.5)  # chosen by the user
+    card.save(folder / "model.json")
+    model = toys.canvas_model(folder / "toy.fp16.onnx", toys.card(precision="fp16"))
+    list_files(folder, model, [artifact(model, "fp16")])
+    list_files(folder, model, [artifact(model, "fp16")])
+    found = ModelCard.load(folder)
+    assert [item.file for item in found.artifacts] == ["toy.fp16.onnx", "toy.fp16.plan", "toy.onnx", "toy.int8.onnx"]
+    assert replace(found, artifacts=()) == replace(card, artifacts=())
+
+
+def test_the_first_file_in_a_folder_takes_the_card_of_its_model(toys, tmp_path):
+    model = toys.canvas_model(tmp_path / "toy.onnx", toys.card(artifacts=(Artifact("x", "0" * 64, 1, "fp32", "onnx"),)))
+    assert list_files(tmp_path / "new", model, []) == ModelCard.load(tmp_path / "new") == toys.card()

@@ -99,3 +99,21 @@ def test_only_files_of_several_parts_list_them():
 def test_artifacts_are_found_by_file():
     assert CARD.artifact("model.plan") == ARTIFACT
     assert CARD.artifact("other") is None
+
+
+def test_a_setting_that_was_changed_by_hand_is_refused_and_the_threshold_may_be(tmp_path):
+    """The graph still does what it was exported with, so a report would state a setting that was not used."""
+    known = replace(CARD, weights="5" * 64)
+    with pytest.raises(InputError, match=r"identity is .* changed by hand"):
+        ModelCard.from_dict(known.to_dict() | {"iou": 0.3})
+    assert ModelCard.from_dict(known.to_dict() | {"conf": 0.3}) == replace(known, conf=0.3)
+    with pytest.raises(InputError, match="weights is 'zz'"):
+        ModelCard.from_dict(known.to_dict() | {"weights": "zz"})
+
+
+def test_only_known_identities_are_written():
+    assert not {"weights", "identity"} & set(CARD.to_dict())
+    assert "identity" not in CARD.to_dict()["artifacts"][0]
+    known = replace(CARD, weights="5" * 64, artifacts=(replace(ARTIFACT, identity="a" * 64),))
+    assert known.to_dict()["identity"] == known.identity
+    assert ModelCard.from_json(known.to_json()) == known

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from runtime import child_process, engine
-from runtime.bundle import model_files, read_checked
-from runtime.engine import BuildRequest, ShapeRange, build_engine, card_for, record_plan
+from runtime.bundle import card_of, folder_card, list_files, model_files, read_checked
+from runtime.engine import BuildRequest, ShapeRange, build_engine
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
 
@@ -127,10 +127,9 @@ def test_the_same_builder_serves_a_module_called_tensorrt(toys, tmp_path):
 @rtx
 def test_a_built_plan_is_listed_in_the_card_beside_it(toys, tmp_path):
     model, out = toys.canvas_model(tmp_path / "toy.onnx"), tmp_path / "toy.plan"
-    card, precision = card_for(model, out)
     report = build_engine(model, out, targets=("sm86",))
-    record_plan(card, precision, out, report)
-    record_plan(*card_for(model, out), out, report)  # building again replaces the entry
+    for _ in range(2):  # building again replaces the entry
+        list_files(tmp_path, model, [report.artifact(out.name, card_of(model))])
     (file,) = model_files(out)
     assert (file.spec.name, file.artifact.targets) == ("tensorrt_rtx", ("sm86",))
     assert read_checked(file) == {out.name: out.read_bytes()}
@@ -139,13 +138,7 @@ def test_a_built_plan_is_listed_in_the_card_beside_it(toys, tmp_path):
 
 def test_a_model_without_a_card_cannot_become_an_engine_that_could_not_be_loaded(toys, tmp_path):
     with pytest.raises(InputError, match="no edgestill card"):
-        card_for(toys.conv_model(tmp_path / "a.onnx"), tmp_path / "a.plan")
-
-
-def test_another_models_folder_is_not_taken(toys, tmp_path):
-    toys.card(names=("cat",)).save(tmp_path / "model.json")
-    with pytest.raises(InputError, match="another model"):
-        card_for(toys.canvas_model(tmp_path / "toy.onnx"), tmp_path / "toy.plan")
+        folder_card(tmp_path, toys.conv_model(tmp_path / "a.onnx"))
 
 
 @pytest.mark.parametrize(

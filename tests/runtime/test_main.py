@@ -173,6 +173,35 @@ def test_verify_wants_a_card_with_hashes(model, capsys):
     assert "Give a bundle folder" in capsys.readouterr().err
 
 
+def test_verify_finds_a_file_of_another_model(toys, tmp_path, capsys):
+    files = [toys.canvas_model(tmp_path / f"{iou}.onnx", toys.card(iou=iou)) for iou in (0.6, 0.45)]
+    artifacts = tuple(Artifact(path.name, sha256(path), path.stat().st_size, "fp32", "onnx") for path in files)
+    toys.card(artifacts=artifacts[:1]).save(tmp_path / "model.json")
+    assert main(["verify", str(tmp_path)]) == 0
+    assert f"of model {toys.card().identity[:12]}" in capsys.readouterr().out
+    toys.card(artifacts=artifacts).save(tmp_path / "model.json")
+    assert main(["verify", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "0.45.onnx: is another model than its card says: iou 0.45 instead of 0.6" in line
+
+
+def test_verify_says_where_a_card_has_no_identity(toys, tmp_path, capsys):
+    path = toys.canvas_model(tmp_path / "a.onnx", toys.card(weights=""))
+    artifacts = (Artifact(path.name, sha256(path), path.stat().st_size, "fp32", "onnx"),)
+    toys.card(weights="", artifacts=artifacts).save(tmp_path / "model.json")
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "the card has no identity" in capsys.readouterr().out
+
+
+def test_build_refuses_the_folder_of_another_model_before_it_builds(toys, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("runtime.engine.build_engine", lambda *_, **__: pytest.fail("built"))
+    toys.card(artifacts=()).save(tmp_path / "model.json")
+    other = toys.canvas_model(tmp_path / "other.onnx", toys.card(max_det=100))
+    assert main(["build", str(other), "--out", str(tmp_path / "other.plan")]) == 1
+    assert "max_det 100 instead of 300" in capsys.readouterr().err
+    assert not (tmp_path / "other.plan").exists()
+
+
 def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx")
     assert main(["build", model, "--backend", "tensorrt_rtx", "--targets", "sm86,sm89"]) == 0

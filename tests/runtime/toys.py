@@ -36,7 +36,13 @@ def save(path: Path, nodes: list, inputs: list, outputs: list, constants: dict, 
 
 
 def card(**changes: object) -> ModelCard:
-    values = {"name": "toy", "names": NAMES, "size_hw": (SIZE, SIZE), "provenance": {"made": "by a test"}}
+    values = {
+        "name": "toy",
+        "names": NAMES,
+        "size_hw": (SIZE, SIZE),
+        "provenance": {"made": "by a test"},
+        "weights": "5" * 64,
+    }
     return ModelCard(**(values | changes))
 
 

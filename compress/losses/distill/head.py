@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from compress.config import DistillConfig, NonNegative, Positive
+from compress.config import DistillConfig, Float, NonNegative, Positive
 from compress.losses.boxes import decode_in_cell, paired_giou_exact
 from compress.losses.detection import Gains, level_balance, scaled_gains
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, check_same_images
@@ -125,7 +125,7 @@ class ObjKD(HeadLoss):
     name = "obj_kd"
 
     class Settings(LossSettings):
-        beta: Annotated[float, Field(ge=1)] = 1.0
+        beta: Annotated[Float, Field(ge=1)] = 1.0
         """Below 1 the gradient at p_S = p_T would be infinite."""
         weights: tuple[NonNegative, NonNegative, NonNegative] = (1.0, 1.0, 4.0)
         """Weights of objectness, classes and boxes."""

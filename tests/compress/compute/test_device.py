@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.compute.device import is_first_process, pick_device, synchronize, to_device
+from compress.compute.device import pick_device, synchronize, to_device
 from runtime.errors import UnavailableError, UsageError
 
 
@@ -25,13 +25,6 @@ def test_each_process_gets_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("cuda:0") == torch.device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
-
-
-def test_only_the_first_process_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    assert is_first_process()
-    monkeypatch.setenv("RANK", "1")
-    assert not is_first_process()
 
 
 def test_convolutions_move_channels_last_and_a_cpu_has_nothing_to_wait_for() -> None:

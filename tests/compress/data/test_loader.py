@@ -137,7 +137,7 @@ def test_an_image_that_breaks_during_training_is_reported_once_and_loses_its_lab
 def test_an_image_that_breaks_before_validation_is_an_error(samples: tuple[Sample, ...]) -> None:
     samples[2].image.write_bytes(b"broken")
     with pytest.raises(InputError, match=r"02\.png"):
-        list(val_batches(samples, imgsz=64, batch=4, workers=2))
+        list(val_batches(samples, imgsz=64, batch=4, stride=32, workers=2))
 
 
 def test_decoded_images_are_kept_only_when_they_fit(
@@ -168,7 +168,7 @@ def test_reading_a_dataset_changes_nothing_in_its_folder(dataset: Path) -> None:
     before = folder_hash(dataset.parent)
     found = index_dataset(load_data(dataset), ("train",)).splits["train"].samples
     list(train_batches(TrainDataset(found, 64, AugmentConfig()), batch=2, epoch=0, workers=2))
-    list(val_batches(found, imgsz=64, batch=2))
+    list(val_batches(found, imgsz=64, batch=2, stride=32))
     assert folder_hash(dataset.parent) == before
 
 
@@ -177,7 +177,7 @@ def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, 
     numbers = json.loads((reference / "data_reference.json").read_text())
     expected = numbers[f"rect_batch_shapes_bs{batch}"]
     samples = index_dataset(load_data(shared / "data/coco128/data.yaml"), ("val",)).splits["val"].samples
-    batches = list(val_batches(samples, imgsz=640, batch=batch, workers=2))
+    batches = list(val_batches(samples, imgsz=640, batch=batch, stride=32, workers=2))
     assert [list(one.images.shape[2:]) for one in batches] == expected["batch_shapes"]
     ratio = {str(int(s.image.stem)): s.size_hw[0] / s.size_hw[1] for s in samples}
     ours = [str(int(sample.image.stem)) for one in batches for sample in one.samples]
@@ -190,13 +190,13 @@ def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, 
 
 
 def test_square_batches_keep_the_given_order(samples: tuple[Sample, ...]) -> None:
-    batches = list(val_batches(samples, imgsz=96, batch=4, rect=False))
+    batches = list(val_batches(samples, imgsz=96, batch=4, stride=32, rect=False))
     assert [tuple(one.images.shape[2:]) for one in batches] == [(96, 96)] * 3
     assert [index for one in batches for index in one.indices] == list(range(11))
 
 
 def test_validation_labels_can_be_mapped_to_the_original_boxes(samples: tuple[Sample, ...]) -> None:
-    for one in val_batches(samples, imgsz=96, batch=4):
+    for one in val_batches(samples, imgsz=96, batch=4, stride=32):
         height, width = one.images.shape[2:]
         for position, sample in enumerate(one.samples):
             cx, cy, w, h = (one.targets[one.targets[:, 0] == position, 2:].numpy() * [width, height, width, height]).T

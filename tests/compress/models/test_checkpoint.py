@@ -11,7 +11,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compress.models import LAYOUTS, Architecture, YOLOv5, describe, load, load_model, save_model, transfer
+from compress.models import (
+    LAYOUTS,
+    Architecture,
+    YOLOv5,
+    describe,
+    load,
+    load_model,
+    network_digest,
+    save_model,
+    transfer,
+)
 from compress.models.pickle_reader import Stub, find_name
 from compress.models.pickle_to_json import to_json
 from runtime.errors import EdgestillError, InputError
@@ -93,6 +103,23 @@ def test_every_layout_in_both_containers_comes_back_bit_for_bit(tmp_path, foreig
         rows = model.decode(model(images))
     assert rows.shape == (1, sum(3 * (64 // s) ** 2 for s in arch.strides), 8)
     assert torch.isfinite(rows).all()
+
+
+def test_one_network_has_one_digest_in_every_file_and_any_change_another(tmp_path, foreign, small):
+    torch.save({"model": foreign(seeded(small)), "epoch": 3}, tmp_path / "best.pt")
+    model = load_model(tmp_path / "best.pt")
+    save_model(model, tmp_path / "same.safetensors", {"note": "other metadata"})
+    first, same = (load(tmp_path / name) for name in ("best.pt", "same.safetensors"))
+    digest = network_digest(first.architecture, first.state_dict)
+    assert network_digest(same.architecture, same.state_dict) == digest == network_digest(small, model.state_dict())
+    assert network_digest(replace(small, names=("a", "b")), model.state_dict()) == digest
+    anchors = tuple(tuple((2 * w, h) for w, h in level) for level in small.anchors)
+    others = [replace(small, activation="ReLU"), replace(small, anchors=anchors)]
+    assert digest not in [network_digest(other, model.state_dict()) for other in others]
+    for key in ("model.0.conv.weight", "model.0.bn.running_var", "model.24.m.0.bias"):
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        state[key].view(-1)[0] += 1e-3
+        assert network_digest(small, state) != digest
 
 
 def test_old_checkpoints_with_anchors_in_pixels_and_counters_are_read(tmp_path, foreign):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from onnx import TensorProto, helper, numpy_helper
 import compress.stages.build as stage
 from compress.config import BuildConfig
 from compress.graph.metadata import metadata_of
-from compress.stages.build import build
+from compress.stages.build import build, by_precision
+from runtime.bundle import model_files, problems
 from runtime.card import Artifact, ModelCard
-from runtime.errors import EdgestillError, InputError, UnavailableError
+from runtime.engine import BuildReport
+from runtime.errors import EdgestillError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
+from runtime.identity import OccupiedError
 
 NAMES = ("bolt", "nut")
-CARD = ModelCard("part", NAMES, (32, 32))
+CARD = ModelCard("part", NAMES, (32, 32), weights="5" * 64)
 
 
-def write_model(path: Path, precision: str = "fp32", names: tuple[str, ...] = NAMES) -> Path:
+def write_model(path: Path, precision: str = "fp32", **changes: Any) -> Path:
     """A graph with one convolution that carries a card."""
     nodes = [
         helper.make_node("Cast", ["canvas"], ["float"], to=TensorProto.FLOAT),
@@ -39,8 +43,7 @@ def write_model(path: Path, precision: str = "fp32", names: tuple[str, ...] = NA
         opset_imports=[helper.make_opsetid("", 19)],
         ir_version=9,
     )
-    card = ModelCard("part", names, (32, 32), precision=precision)
-    helper.set_model_props(model, metadata_of(card))
+    helper.set_model_props(model, metadata_of(replace(CARD, precision=precision, **changes)))
     onnx.save(model, path)
     return path
 
@@ -52,17 +55,13 @@ def models(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 def test_plans_are_built_ahead_of_time_and_described_by_model_json(models, tmp_path):
-    first = Artifact("model.onnx", "0" * 64, 1, "fp32", "onnx")
     config = BuildConfig(backend="tensorrt_rtx")
     lines: list[str] = []
     out = tmp_path / "plans"
-    plans = build(
-        config, models=models, out=out, card=ModelCard("part", NAMES, (32, 32), artifacts=(first,)), log=lines.append
-    )
+    plans = build(config, models=models, out=out, log=lines.append)
     card = ModelCard.load(out)
-    assert [artifact.precision for artifact in card.artifacts] == ["fp16", "fp32", "fp32"]
-    assert card.artifacts[-1] == first
-    for plan, artifact in zip(plans, card.artifacts, strict=False):
+    assert [artifact.precision for artifact in card.artifacts] == ["fp16", "fp32"]
+    for plan, artifact in zip(plans, card.artifacts, strict=True):
         assert plan.artifact == artifact
         assert artifact.sha256 == sha256(out / artifact.file)
         assert artifact.bytes == (out / artifact.file).stat().st_size
@@ -75,7 +74,7 @@ def test_plans_are_built_ahead_of_time_and_described_by_model_json(models, tmp_p
 def test_a_target_that_does_not_exist_is_one_line_and_leaves_no_plan(models, tmp_path):
     config = BuildConfig(backend="tensorrt_rtx", targets=("sm86", "sm11"))
     with pytest.raises(EdgestillError, match="sm11"):
-        build(config, models=models, out=tmp_path / "plans", card=CARD, log=lambda _: None)
+        build(config, models=models, out=tmp_path / "plans", log=lambda _: None)
     assert not list((tmp_path / "plans").glob("*"))
 
 
@@ -86,7 +85,7 @@ def no_tensorrt(*_: Any, **__: Any) -> Any:
 def test_without_tensorrt_auto_skips_and_says_what_to_install(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", no_tensorrt)
     lines: list[str] = []
-    plans = build(BuildConfig(), models=models, out=tmp_path / "plans", card=CARD, log=lines.append)
+    plans = build(BuildConfig(), models=models, out=tmp_path / "plans", log=lines.append)
     assert [plan.artifact for plan in plans] == [None, None]
     assert all("skipped: no TensorRT is installed. pip install edgestill[rtx]" in line for line in lines)
     assert ModelCard.load(tmp_path / "plans") == CARD
@@ -95,34 +94,99 @@ def test_without_tensorrt_auto_skips_and_says_what_to_install(models, tmp_path, 
 def test_without_tensorrt_a_named_backend_fails(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", no_tensorrt)
     with pytest.raises(UnavailableError):
-        build(BuildConfig(backend="tensorrt"), models=models, out=tmp_path / "plans", card=CARD)
+        build(BuildConfig(backend="tensorrt"), models=models, out=tmp_path / "plans")
 
 
 def test_backend_none_builds_nothing(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", lambda *_, **__: pytest.fail("built"))
-    plans = build(BuildConfig(backend="none"), models=models, out=tmp_path, card=CARD, log=lambda _: None)
+    plans = build(BuildConfig(backend="none"), models=models, out=tmp_path, log=lambda _: None)
     assert {plan.skipped for plan in plans} == {"skipped: the backend is none"}
 
 
 def test_only_precisions_that_passed_their_gate_are_built(models, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "build_engine", no_tensorrt)
     config = BuildConfig(precisions=("fp32", "int8-trt"))
-    plans = build(config, models=models, out=tmp_path, card=CARD, log=lambda _: None)
+    plans = build(config, models=models, out=tmp_path, log=lambda _: None)
     assert [plan.precision for plan in plans] == ["fp32"]
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [({"precision": "fp16"}, "has precision 'fp16', expected 'fp32'"), ({"names": ("a", "b")}, "has names")],
-)
-def test_a_file_that_is_not_this_model_is_one_line(tmp_path, given, reason):
-    path = write_model(tmp_path / "other.onnx", **given)
-    with pytest.raises(InputError, match=reason):
-        build(BuildConfig(), models={"fp32": path}, out=tmp_path, card=CARD)
+def fake_build(model: Path, target: Path, **_: Any) -> BuildReport:
+    """A plan whose bytes are those of its ONNX file."""
+    target.write_bytes(model.read_bytes())
+    return BuildReport("tensorrt_rtx", {}, 0.1, target.stat().st_size, sha256(target), ("sm86",), ())
+
+
+def test_two_models_in_one_build_are_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "build_engine", lambda *_, **__: pytest.fail("built"))
+    mine = write_model(tmp_path / "mine.onnx")
+    for name, changes in {
+        "weights": {"weights": "6" * 64},
+        "iou": {"iou": 0.45},
+        "names": {"names": ("a", "b")},
+    }.items():
+        for precision in ("fp32", "fp16"):
+            other = write_model(tmp_path / f"{name}.{precision}.onnx", precision, **changes)
+            with pytest.raises(InputError, match=f"{other} is another model than {mine}: .*{name}"):
+                by_precision([mine, other])
+        with pytest.raises(InputError, match="another model"):
+            build(BuildConfig(), models={"fp32": mine, "fp16": other}, out=tmp_path / "plans")
+    assert not (tmp_path / "plans").exists()
+
+
+def test_files_of_two_unknown_models_are_refused(tmp_path):
+    files = [write_model(tmp_path / f"{precision}.onnx", precision, weights="") for precision in ("fp32", "fp16")]
+    with pytest.raises(InputError, match="has no identity"):
+        by_precision(files)
+    assert by_precision(files[:1]).models == {"fp32": files[0]}
+
+
+def test_two_calibrations_of_one_precision_are_refused_and_the_same_file_twice_is_not(tmp_path):
+    first = write_model(tmp_path / "a.onnx", "int8-trt")
+    second = write_model(tmp_path / "b.onnx", "int8-trt", provenance={"calibration": 2})
+    with pytest.raises(UsageError, match="both int8-trt"):
+        by_precision([first, second])
+    assert by_precision([first, first]).models == {"int8-trt": first}
+
+
+def test_a_second_build_adds_to_the_card_of_the_first(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "build_engine", fake_build)
+    out = tmp_path / "plans"
+    for precision in ("fp16", "fp32", "fp16"):
+        build(BuildConfig(), models={precision: models[precision]}, out=out, log=lambda _: None)
+    card = ModelCard.load(out)
+    assert [artifact.file for artifact in card.artifacts] == ["part.fp16.plan", "part.fp32.plan"]
+    assert {artifact.identity for artifact in card.artifacts} == {CARD.identity}
+    assert [problem for file in model_files(out) for problem in problems(file)] == []
+
+
+def test_a_build_into_a_bundle_keeps_what_it_offers(models, tmp_path, monkeypatch):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    file = write_model(bundle / "model.onnx")
+    offered = Artifact(file.name, sha256(file), file.stat().st_size, "fp32", "onnx")
+    replace(CARD, name="bundled", artifacts=(offered,)).save(bundle / "model.json")
+    monkeypatch.setattr(stage, "build_engine", fake_build)
+    build(BuildConfig(), models=models, out=bundle, log=lambda _: None)
+    card = ModelCard.load(bundle)
+    assert [item.file for item in card.artifacts] == ["bundled.fp16.plan", "bundled.fp32.plan", "model.onnx"]
+    assert card.artifacts[-1] == offered
+
+
+@pytest.mark.parametrize("changes", [{"weights": "6" * 64}, {"iou": 0.45}, {"max_det": 100}, {"weights": ""}])
+def test_the_folder_of_another_model_is_refused(models, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(stage, "build_engine", lambda *_, **__: pytest.fail("built"))
+    replace(CARD, **changes).save(tmp_path / "model.json")
+    with pytest.raises(OccupiedError, match=r"model\.json"):
+        build(BuildConfig(), models=models, out=tmp_path)
+
+
+def test_a_file_of_another_precision_is_one_line(models, tmp_path):
+    with pytest.raises(InputError, match="has precision 'fp16', expected 'fp32'"):
+        build(BuildConfig(), models={"fp32": models["fp16"]}, out=tmp_path)
 
 
 def test_onnx_of_another_kind_is_one_line(tmp_path):
     path = tmp_path / "page.onnx"
     path.write_text("<html>not found</html>")
-    with pytest.raises(InputError, match="not an ONNX model"):
-        build(BuildConfig(), models={"fp32": path}, out=tmp_path, card=CARD)
+    with pytest.raises(InputError, match="not an ONNX file"):
+        build(BuildConfig(), models={"fp32": path}, out=tmp_path)

@@ -17,10 +17,11 @@ from compress.graph.candidates import Placement, RankedRows, Validation, canvas_
 from compress.graph.metadata import read_card
 from compress.graph.verify import best_class, nchw, unit_rgb
 from compress.inputs import CONVENTIONAL, SHIPPED
-from compress.models import Architecture, YOLOv5, save_model
+from compress.models import Architecture, YOLOv5, describe, save_model
 from compress.stages.export import export, rows_of
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.errors import EdgestillError, UsageError
+from runtime.identity import OccupiedError
 
 SIZE = 160
 NAMES = ("bolt", "nut", "it's a washer")
@@ -240,3 +241,50 @@ def test_the_official_checkpoint_keeps_its_map_on_coco128(shared: Path, weights:
     file_map = accuracy(lambda c: session.run(None, {"canvas": c})[0][0])
     assert abs(torch_map - file_map) <= 0.005
     assert torch_map == pytest.approx(0.3527, abs=0.001)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("changes", [{"iou": 0.45}, {"max_det": 100}, {"frame": (108, 192)}, {"nms_iterations": 3}])
+def test_another_model_is_not_exported_over_one_that_lies_there(student, exported, tmp_path, monkeypatch, changes):
+    """Its flavours and plans may lie there too, and would then be of neither."""
+    before = listing(exported[0].model_onnx.parent)
+    monkeypatch.setattr("compress.stages.export.trace", lambda *_: pytest.fail("traced"))
+    with pytest.raises(OccupiedError, match=next(iter(changes))):
+        export(ExportConfig(**changes), model=student.path, out=exported[0].model_onnx.parent, imgsz=SIZE)
+    assert listing(exported[0].model_onnx.parent) == before
+
+
+def test_another_number_of_candidates_is_another_model(student, exported):
+    folder = exported[0].model_onnx.parent
+    before = listing(folder)
+    config = ExportConfig(candidates=exported[0].card.candidates + 1)
+    with pytest.raises(OccupiedError, match="candidates"):
+        export(config, model=student.path, out=folder, imgsz=SIZE, log=lambda _: None)
+    assert listing(folder) == before
+
+
+def test_other_weights_of_the_same_name_are_another_model(student, exported, tmp_path):
+    network = make_network()
+    with torch.no_grad():
+        network.detect.m[0].bias[0] += 1e-3
+    save_model(network, tmp_path / "student.safetensors", {})
+    with pytest.raises(OccupiedError, match="other weights"):
+        export(ExportConfig(), model=tmp_path / "student.safetensors", out=exported[0].model_onnx.parent, imgsz=SIZE)
+
+
+def test_files_that_edgestill_did_not_write_are_not_replaced(student, exported, tmp_path):
+    foreign = onnx.load(exported[0].yolov5_onnx)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / SHIPPED)
+    with pytest.raises(OccupiedError, match="no file that edgestill wrote"):
+        export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE)
+
+
+def test_both_files_have_the_digest_of_the_checkpoints_network(student, exported):
+    result = exported[0]
+    cards = [read_card(onnx.load(path), path.name) for path in (result.model_onnx, result.yolov5_onnx)]
+    assert {card.weights for card in cards} == {describe(student.path)["weights"]}
+    assert cards[0].identity != cards[1].identity, "their NMS differs"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
 from compress.flavours import FLAVOURS
 from compress.graph.assemble import boxes_graph, yolov5_graph
-from compress.graph.metadata import metadata_of, read_card
+from compress.graph.metadata import metadata_of, read_card, write_card
 from compress.graph.network import trace
 from compress.graph.nms import NmsShape
 from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
 from compress.stages.export import RawMaps, head_shape
 from compress.stages.quantize import quantize, spread
-from runtime.card import ModelCard
+from runtime.card import Artifact, ModelCard
 from runtime.errors import EdgestillError, InputError
+from runtime.identity import OccupiedError
 
 SIZE = 160
 CONFIG = QuantizeConfig(flavours=("fp16", "int8-trt", "int8-cpu"), calibration_images=4)
@@ -36,7 +38,7 @@ def graphs() -> tuple[onnx.ModelProto, onnx.ModelProto]:
     for conv in network.detect.m:
         torch.nn.init.normal_(conv.weight, 0, 2.0)
     traced, head = trace(RawMaps(network.fuse()), (SIZE, SIZE)), head_shape(network, (SIZE, SIZE))
-    card = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), candidates=300, nms_iterations=8)
+    card = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), candidates=300, nms_iterations=8, weights="5" * 64)
     rows = ModelCard("part", ("bolt", "nut"), (SIZE, SIZE), input="tensor", output="rows")
     return (
         boxes_graph(traced, head, NmsShape(0.6, 300, 300, 8), opset=19, metadata=metadata_of(card)),
@@ -203,7 +205,7 @@ def test_a_weight_beyond_fp16_leaves_out_fp16_and_nothing_else(graphs, images, t
     array.flat[0] = 7e4
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     onnx.save(broken, tmp_path / "model.onnx")
-    (tmp_path / "model.fp16.onnx").write_bytes(b"of an earlier model")
+    onnx.save(broken, tmp_path / "model.fp16.onnx")  # as from an earlier calibration
     found, lines = run(CONFIG, tmp_path / "model.onnx", images, tmp_path, {})
     assert {name for name, judged in found.items() if judged.path} == {"fp32", "int8-trt", "int8-cpu"}
     assert (found["fp16"].kept, found["fp16"].to_json()["file"]) == (False, None)
@@ -256,3 +258,24 @@ def test_the_same_images_give_the_same_bytes(model, images, flavours, tmp_path):
     again, _ = run(CONFIG, model, images, tmp_path, {})
     for name in ("fp16", "int8-trt", "int8-cpu"):
         assert again[name].path.read_bytes() == flavours[0][name].path.read_bytes(), name
+
+
+def test_flavours_are_not_written_beside_those_of_another_model(model, images, tmp_path):
+    """Nor those that this call would not make: they would be taken for flavours of this model."""
+    source = onnx.load(model)
+    other = replace(read_card(source, "model.onnx"), weights="6" * 64, precision="int8-cpu")
+    write_card(source, other)
+    onnx.save(source, tmp_path / "model.int8-cpu.onnx")
+    before = (tmp_path / "model.int8-cpu.onnx").read_bytes()
+    for flavours in (("fp16",), ("int8-cpu",)):
+        with pytest.raises(OccupiedError, match="other weights"):
+            run(QuantizeConfig(flavours=flavours, calibration_images=4), model, images, tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.int8-cpu.onnx"]
+    assert (tmp_path / "model.int8-cpu.onnx").read_bytes() == before
+
+
+def test_a_bundle_that_lists_a_flavour_by_its_hash_is_not_broken(model, images, tmp_path):
+    listed = Artifact("model.fp16.onnx", "0" * 64, 1, "fp16", "onnx")
+    replace(read_card(onnx.load(model), "model.onnx"), artifacts=(listed,)).save(tmp_path / "model.json")
+    with pytest.raises(OccupiedError, match=r"lists model\.fp16\.onnx"):
+        run(QuantizeConfig(flavours=("fp16",), calibration_images=4), model, images, tmp_path, {})

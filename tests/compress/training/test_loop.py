@@ -13,10 +13,10 @@ from compress.config import PRESETS, LossConfig, OptimizerConfig, TrainConfig
 from compress.data.loader import Batch
 from compress.models.checkpoint import load_model
 from compress.training import loop
-from compress.training.loop import Job, Trainer, read_resume, run_job
+from compress.training.loop import Job, Trainer, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.progress import Progress
-from compress.training.state import load_state
+from compress.training.state import STATE, load_state
 from runtime.errors import EdgestillError
 
 from .toys import batch, config, quiet, trainer
@@ -221,7 +221,7 @@ def test_the_state_holds_everything_that_the_next_batch_depends_on(tmp_path: Pat
     for _ in range(2):
         made.close_epoch(made.train_epoch(Progress()))
     other = trainer(settings, tmp_path, images=12, distils=True, seed=5)
-    other.load_state_dict(read_resume(tmp_path, settings))
+    other.load_state_dict(load_state(tmp_path / STATE))
     assert other.state == made.state
     for number in range(6, 9):
         assert torch.equal(made.train_batch(batch(number), number), other.train_batch(batch(number), number))
@@ -232,8 +232,8 @@ def test_the_state_holds_everything_that_the_next_batch_depends_on(tmp_path: Pat
 
 def test_the_states_parts_have_these_names(tmp_path: Path) -> None:
     assert set(trainer(config(), tmp_path).state_dict()) == {
-        "config", "architecture", "objective", "gradients", "ema", "ema_updates", "optimizer", "scaler", "random",
-        "train_state",
+        "config", "origin", "architecture", "objective", "gradients", "ema", "ema_updates", "optimizer", "scaler",
+        "random", "train_state",
     }  # fmt: skip
 
 

@@ -1,0 +1,15 @@
+"""Which of several processes of one training this one is, as torchrun tells it."""
+
+from __future__ import annotations
+
+import os
+
+
+def process_count() -> int:
+    """The number of processes that were started together; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that logs and writes files: the only one, or the first that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0

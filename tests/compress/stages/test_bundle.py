@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress.config import NoSettings
+from compress.stages.bundle import run
+from runtime.bundle import model_files
+from runtime.card import Artifact, ModelCard
+from runtime.errors import EngineError, InputError
+from runtime.files import sha256
+from tests.runtime.toys import canvas_model, card
+
+MINE = card()
+
+
+def plan_in(folder: Path, identity: str) -> Artifact:
+    plan = folder / "toy.fp32.plan"
+    plan.write_bytes(b"vtrt")
+    return Artifact(plan.name, sha256(plan), 4, "fp32", "tensorrt_rtx", ("sm86",), identity=identity)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Folders of the earlier stages, as they stand before the bundle is made, all of one model."""
+    made = {name: tmp_path / name for name in ("export", "quantize", "build", "bench", "report")}
+    for folder in made.values():
+        folder.mkdir()
+    canvas_model(made["export"] / "model.onnx", MINE)
+    entry = {"name": "fp32", "file": "model.onnx", "kept": True, "reason": ""}
+    (made["quantize"] / "quantize.json").write_text(json.dumps([entry]))
+    card(artifacts=(plan_in(made["build"], MINE.identity),)).save(made["build"] / "model.json")
+    measured(made, sha256(made["export"] / "model.onnx"))
+    (made["report"] / "report.html").write_text("<html>")
+    return made
+
+
+def measured(folders: dict[str, Path], digest: str) -> None:
+    latency = {"end_to_end": {"p50": 1.0}}
+    row = {"file": "model.onnx", "role": "student", "precision": "fp32", "latency": latency, "sha256": digest}
+    (folders["bench"] / "bench.json").write_text(json.dumps({"models": [row]}))
+
+
+def bundle(folders: dict[str, Path], out: Path) -> Path:
+    out.mkdir()
+    run(NoSettings(), folders, out, lambda _: None)
+    return out
+
+
+def test_every_file_of_a_bundle_is_of_its_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    files = model_files(bundle(folders, tmp_path / "bundle"))
+    assert [file.path.name for file in files] == ["toy.fp32.plan", "model.onnx"]
+    assert {file.artifact.identity for file in files if file.artifact} == {MINE.identity}
+    assert ModelCard.load(tmp_path / "bundle").identity == MINE.identity
+
+
+def test_a_plan_of_another_model_is_not_shipped(folders: dict[str, Path], tmp_path: Path) -> None:
+    card(artifacts=(plan_in(folders["build"], "a" * 64),)).save(folders["build"] / "model.json")
+    with pytest.raises(EngineError, match="was made of model aaaaaaaaaaaa"):
+        bundle(folders, tmp_path / "bundle")
+
+
+def test_figures_of_another_file_are_not_shipped(folders: dict[str, Path], tmp_path: Path) -> None:
+    measured(folders, "a" * 64)
+    with pytest.raises(InputError, match="not the file that was measured"):
+        bundle(folders, tmp_path / "bundle")
