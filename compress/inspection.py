@@ -67,7 +67,7 @@ def _shape(value: Any) -> str:
 
 
 def _engine(path: Path) -> Description:
-    """Only the card is read: an engine is native code."""
+    """Description from the card alone, because an engine is native code."""
     file = model_files(path)[0]
     known: Description = {"format": f"file for {file.spec.name}"}
     if file.artifact is not None:

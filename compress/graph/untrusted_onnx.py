@@ -1,6 +1,6 @@
-"""Read an ONNX file that may come from anyone.
+"""Read an ONNX file that may come from anyone, without risk to this process.
 
-Parsing, checking and loading ONNX have crashed or exhausted memory in ways that no checker foresees (zero strides,
+Parsing, checking and loading ONNX have crashed or used all memory in ways that no checker finds first (zero strides,
 deep local functions, 85 bytes that expand to terabytes). So a child process with limits on memory and time tries the
 bytes first, with our own list of operators, the full checker, and ONNX Runtime's loader. Only bytes that the child
 accepted are parsed here, and they are the same bytes: the file is read once.
@@ -41,7 +41,7 @@ ALLOWED = frozenset(_STANDARD.split())
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The model in `path`. Raises `InputError` when the limited child process refuses it or ends on it."""
+    """The model in `path`. Raises `InputError` when the limited child process refuses the file or crashes on it."""
     data = _read_bytes(path)
     verdict = _judge(data)
     if verdict:

@@ -73,10 +73,10 @@ def _down(channels: int) -> Layer:
 
 
 def _layout(releases: str, stem: Layer, block: str, stages: Sequence[tuple[int, int]], top: Sequence[Layer]) -> Layout:
-    """The feature pyramid that all releases share.
+    """A layout with the feature pyramid that all releases have.
 
-    `stages` are (channels, repeats) from stride 4 on; the last one's own blocks are `top`. The head climbs from the
-    coarsest level to the finest and back, joining each level with what the way before left there.
+    `stages` are (channels, repeats) from stride 4 on; `top` are the last stage's blocks. The neck goes top-down, then
+    bottom-up (FPN + PAN); each level is concatenated with the map of the earlier pass.
     """
     layers = [stem]
     for channels, repeats in stages[:-1]:
@@ -117,7 +117,7 @@ LAYOUTS: dict[str, Layout] = {
         (_SPP, Layer("BottleneckCSP", 1024, 3, options=_NO_SHORTCUT)),
     ),
 }  # fmt: skip
-"""The key is the release that brought the layout."""
+"""The key is the first release with that layout."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Read YOLOv5 checkpoints (.pt) and our own models (.safetensors); write the latter.
 
-Both become a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. A file's kind is told by
-its bytes, not by its name. Nothing in a file is executed.
+Both become a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. A file's kind is found
+by its bytes, not by its name. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None =
     # one key only: safetensors writes several in an order that changes from run to run
     metadata = {HEADER_KEY: json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata))  # its own writer hides a full disk in an error of another kind
+        temporary.write_bytes(save(tensors, metadata))  # safetensors' own writer reports a full disk as another error
 
 
 def network_digest(architecture: Architecture, state_dict: Mapping[str, Tensor]) -> str:

@@ -24,7 +24,7 @@ class Complexity(NamedTuple):
 
 
 def complexity(architecture: Architecture, size_hw: tuple[int, int] = (640, 640)) -> Complexity:
-    """The cost of a network for an image of `size_hw`, counted on tensors without memory: milliseconds at any scale."""
+    """The cost of a network for an image of `size_hw`, counted without allocating memory: milliseconds at any scale."""
     network = network_on_meta_device(architecture)
     fused = network.fuse()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,7 +1,7 @@
-"""Recognise the network inside a checkpoint's module tree, and refuse one that differs in anything that counts.
+"""Read the network inside a checkpoint's module tree, and refuse one that differs in anything its output depends on.
 
-In: the tree of `Stub`s. Out: an `Architecture` and the tensors by their state-dict names. The file's graph is never
-run: ours is built from its layer table and compared with the file's, module by module.
+In: the tree of `Stub`s. Out: an `Architecture` and the tensors by their state-dict names. The file's network is never
+run: edgestill builds its own from the layer table and compares it with the file's, module by module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_MODULES = 20_000
 MAX_DEPTH = 32
 MAX_NAME = 64
 COUNTERS = ("total_ops", "total_params")
-"""Left in some old files by a FLOP counter."""
+"""Buffers that a FLOP counter left in some old files."""
 REBUILT = ("anchor_grid",)
 """Buffers of releases up to 5.0 that follow from `anchors`: the anchors in pixels."""
 READABLE = "detection models of YOLOv5 2.0 to 7.0 can be read (the P6 ones from 6.0 on)"
@@ -68,7 +68,7 @@ def read_network(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
 
 
 def named_modules(root: Stub) -> Iterator[tuple[str, Stub]]:
-    """The tree depth first, as torch walks it. Raises PickleError when it is endless or explodes."""
+    """The modules depth first, in torch's order. Raises PickleError when they are nested too deep or too many."""
     yield from _walk(root, "", 0, [MAX_MODULES])
 
 
@@ -122,7 +122,7 @@ def _source(layer: Stub) -> tuple[int, ...]:
 
 
 def _layout(layers: Sequence[_LayerInFile]) -> str:
-    """The layout whose table the layers are, or what is the first layer unlike that of the nearest one."""
+    """The layout with these layers. Raises PickleError that names the first layer unlike that of the closest layout."""
     tables = {name: [_LayerInFile(row.block, row.source) for row in table.layers] for name, table in LAYOUTS.items()}
     for name, table in tables.items():
         if table == list(layers):
@@ -193,7 +193,7 @@ def _multiples(root: Stub) -> list[tuple[Any, Any]]:
 def _fitting(
     multiples: Sequence[tuple[Any, Any]], common: Mapping[str, Any], tensors: Mapping[str, TensorRef]
 ) -> Architecture:
-    """The first architecture with exactly these tensors. File names lie about the scale, shapes do not."""
+    """The first architecture with exactly these tensors. Shapes tell the scale; file names can be wrong."""
     problems = []
     shapes = {key: ref.shape for key, ref in tensors.items()}
     for depth, width in multiples:
