@@ -1,8 +1,8 @@
 """How fast the fused losses are on this GPU: `python -m compress.kernels.bench [--out FILE.json] [--quick]`.
 
-Out: a table, and every number as JSON, the lost comparisons included, with what the machine is. What is compared and
-how: see `bench_case.py`. Each loss has a process of its own and a share of the time: a kernel that faults or a compiler
-that hangs costs one loss, and what was measured until then is already published.
+Out: a table, and every number as JSON, unfavourable ones included, with the facts of the machine. What is compared and
+how: see `bench_case.py`. Each loss has its own process and a share of the time: a kernel that crashes or a compiler
+that hangs costs one loss, and what was measured before is already written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runtime.numbers import real
 
 SECONDS = 225.0
 GRACE_SECONDS = 10.0
-"""Beyond its share, after which a process is ended."""
+"""Extra seconds that a process gets after its share of the time before it is ended."""
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 METHOD = {
     "call": f"forward and backward, upstream gradient {UPSTREAM:.0f} as a new gradient scaler sends it",

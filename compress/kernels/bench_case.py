@@ -1,10 +1,10 @@
-"""The fused losses against their rivals on a GPU, one loss in this process; `bench.py` starts it for each.
+"""Measure one fused loss against other ways to compute it, on a GPU; `bench.py` starts a process for each loss.
 
-A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each rival does forward and backward over
-several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still cached
-when its turn comes; that pass is captured as one CUDA graph, so that gaps between launches do not count. Then all
-rivals of the case take turns in random order. Two of them are ceilings of the same run: `copy` reads one map and writes
-one; `stream`, torch.add(s, t, out=g), reads two and writes one, which is what a fused loss does at best.
+A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each variant does forward and backward
+over several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still
+cached when its turn comes. That pass is captured as one CUDA graph, so that gaps between launches do not count. Then
+all variants of the case take turns in random order. Two of them are upper bounds: `copy` reads one map and writes one;
+`stream`, torch.add(s, t, out=g), reads two and writes one, the least that a fused loss can do.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
-"""Length of a sample at least: an event's clock ticks in half microseconds."""
+"""Least length of a sample: the clock of events has steps of half a microsecond."""
 L2_TIMES = 4
 HOST_CALLS, HOST_REPEATS = 20, 5
-"""Calls that are queued at once: few enough that no queue is full, which would make the host wait for the GPU."""
+"""Calls that are queued at once: so few that no queue is full, which would make the host wait for the GPU."""
 UPSTREAM = 65536.0
-"""The factor of a new gradient scaler."""
+"""The initial factor of a gradient scaler."""
 MAPS_MOVED = {"copy": 2}
-"""Maps that a variant reads and writes at least; any other 3."""
+"""Least number of maps that a variant reads and writes; 3 for any other."""
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
 Call = Callable[[int], Sequence[Tensor]]
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
 
 def plan(loss: str, *, quick: bool = False) -> list[Case]:
-    """The cases of a loss, what matters most first."""
+    """The cases of a loss, the most important first."""
     cases = [Case(loss, size, dtype) for dtype in DTYPES for size in SIZES]
     return cases[:1] if quick else cases
 
@@ -199,7 +199,7 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
 
 
 def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
-    """The speed that memory allows: over maps as large as the case's levels together, in one launch."""
+    """Upper bounds of the speed that memory allows, over maps as large as all levels of the case, in one launch."""
     buffers = torch.empty(count, 3, case.elements, dtype=DTYPES[case.dtype], device=device).normal_()
 
     def copy(index: int) -> Sequence[Tensor]:
@@ -313,7 +313,7 @@ def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
     for name, call in variants(case, device, count).items():
         try:
             ready[name] = prepare(call, count)
-        except Exception as error:  # whatever it is, the other variants are still worth their time
+        except Exception as error:  # whatever it is, the other variants can still be measured
             found[name] = {"error": f"{type(error).__name__}: {one_line(error)}"}
     times = times_in_turns({name: variant.run for name, variant in ready.items()}, samples)
     for name, variant in ready.items():

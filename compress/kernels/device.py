@@ -1,7 +1,7 @@
-"""The part that all launchers share: the launch, the device it goes to, and the maps as kernels read them.
+"""Code that all launchers share: the launch, its device, and the maps as kernels read them.
 
-A launcher plans: it allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
-asks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
+A launcher allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
+checks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress.kernels.toolchain import Source
 from runtime.errors import UsageError
 
 MAX_LEVELS = 4
-"""Levels of a pyramid that one launch serves: P3 to P6."""
+"""Most pyramid levels of one launch: P3 to P6."""
 WARP = 32
 """Threads."""
 SUFFIX = {torch.float32: "_f32", torch.float16: "_f16", torch.bfloat16: "_bf16"}
@@ -167,8 +167,8 @@ def level_maps(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[Le
 
 
 def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[int]:
-    """Deal blocks out in proportion to `sizes`: `most` in all, fewer if `size_of_block` needs no more, one each at
-    least. Depends on nothing else: equal shapes give equal bits on every GPU.
+    """Divide blocks in proportion to `sizes`: `most` in all, fewer if `size_of_block` needs no more, at least one
+    each. The result depends on nothing else, so equal shapes give equal bits on every GPU.
     """
     blocks = min(most, ceil_div(sum(sizes), size_of_block))
     return [max(1, blocks * size // sum(sizes)) for size in sizes]

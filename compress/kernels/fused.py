@@ -1,12 +1,12 @@
-"""The part that all losses with kernels share: where they run, their gradient, and their registration with torch.
+"""Code that all losses with kernels share: where they run, their gradient, and their registration with torch.
 
 The forward pass already writes the gradient, multiplied by the upstream gradient that the caller expects (`scale`: a
 gradient scaler's factor, the loss's weight, ...), because a gradient that is rounded to float16 first and multiplied
-afterwards has lost up to half of its entries. The backward pass compares, on the device, what was expected with what
-came, and does nothing if they agree.
+afterwards has lost up to half of its entries. The backward pass compares, on the device, the expected upstream gradient
+with the real one, and does nothing if they are equal.
 
-Eager code queues the kernels and hangs their gradient into autograd's graph by one `autograd.Function` (7 us on the
-host); compiled code calls `torch.ops.edgestill.*`, which torch can trace, at the price of a second buffer in the
+Eager code queues the kernels and registers their gradient with one `autograd.Function` (7 us on the
+host); compiled code calls `torch.ops.edgestill.*`, which torch can trace but which needs a second buffer in the
 backward pass. On a CPU, and with `EDGESTILL_KERNELS=off`, a loss is its reference in plain torch.
 """
 
@@ -70,7 +70,7 @@ class FusedLoss:
         return [tensor for place in self.learns for tensor in arguments[place]]
 
     def device(self, arguments: Arguments) -> Gpu | None:
-        """The GPU whose kernels serve these arguments, for `run`; None if torch does, for `by_torch`."""
+        """The GPU on which `run` computes these arguments; None if `by_torch` must."""
         students = arguments[0]
         if torch.compiler.is_compiling() or is_empty(students) or not runs_fused(students):
             return None
@@ -147,7 +147,7 @@ def _pixels(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_places(arguments: Arguments) -> None:
-    """Raises UsageError unless all tensors are on one GPU and the scale is float32: a kernel would read past them."""
+    """Raises UsageError unless all tensors are on one GPU and the scale is float32: kernels do not check addresses."""
     *others, scale = arguments
     tensors = [tensor for other in others if isinstance(other, list) for tensor in other]
     devices = {tensor.device for tensor in (tensors if scale is None else [*tensors, scale])}
@@ -194,7 +194,7 @@ def _unavailable_reason(index: int) -> str:
 
 
 class _PrecomputedGradient(torch.autograd.Function):
-    """A loss whose gradients are there already."""
+    """A loss whose gradients were computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, result: Result, device: Device, scale: Tensor | None, *_learners: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""CUDA C++ sources to machine code, by NVRTC: no compiler, no torch headers, no GPU and no network are needed.
+"""Compile CUDA C++ sources by NVRTC: no compiler, no torch headers, no GPU and no network are needed.
 
-A cubin is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; from then
-on it costs a file's reading. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
+A cubin is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; then
+it is read from the file. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Resources(NamedTuple):
     registers: int
     """Per thread."""
     spill_bytes: int
-    """Stored to local memory per thread for want of registers."""
+    """Bytes per thread that are spilled to local memory."""
     shared_bytes: int
     """Static, per block."""
 
@@ -131,7 +131,7 @@ def _key(source: Source, architecture: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """A kept cubin; None if there is none, or its digest disagrees."""
+    """A cubin of the cache; None if there is none, or if its digest is wrong."""
     try:
         kept = path.read_bytes()
     except OSError:
@@ -141,7 +141,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, binary: bytes) -> bytes:
-    """`binary`, kept for the next start if the folder can be written."""
+    """`binary`, after writing it to the cache if the folder can be written."""
     with suppress(EdgestillError), atomic_write(path) as temporary:  # a read-only home costs time at each start
         temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
     return binary
@@ -171,7 +171,7 @@ def _first_error(log: str) -> str:
 
 
 def _resources(log: str) -> dict[str, Resources]:
-    """From the assembler's report, a paragraph per kernel."""
+    """Resources by kernel, from the assembler's log, which has a paragraph per kernel."""
     found = {}
     for paragraph in log.split("Compiling entry function ")[1:]:
         numbers = {name: int(value) for value, name in _REPORTED.findall(paragraph)}

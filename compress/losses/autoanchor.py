@@ -1,4 +1,4 @@
-"""Measures how well anchors fit the labels, and evolves better ones if they do not.
+"""Measure how well anchors fit the labels, and evolve better anchors if they do not fit.
 
 In: widths and heights of labels in pixels, as the network sees them. Out: anchors in pixels.
 The rules are those of YOLOv5 v7.0.

@@ -1,7 +1,7 @@
-"""Preflight of a distillation: does every loss do something, and the right thing, before the first epoch?
+"""Preflight checks of a distillation, before the first epoch: every loss must have an effect, and the right one.
 
 In: student, teacher, losses, one batch. Out: a list of checks, each with what was seen. Most failures of distillation
-are silent: a loss that is zero, that never reaches the student, or that compares different things.
+are silent: a loss that is zero, that has no gradient at the student, or that compares different things.
 """
 
 from __future__ import annotations

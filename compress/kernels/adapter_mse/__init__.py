@@ -1,7 +1,7 @@
 """1x1 adapter and weighted mean squared error: reference, launcher of kernel.cu, and the function that losses call.
 
-What the kernel does not take (more than 128 channels, float32, GPUs before sm_80) goes the general way: torch's matrix
-products around the kernel of weighted_mse.
+The kernel does not support more than 128 channels, float32, or GPUs before sm_80. For these there is a general way:
+torch's matrix products around the kernel of weighted_mse.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from compress.kernels.toolchain import Source
 from runtime.errors import UsageError
 
 MAX_CHANNELS = 128
-"""Channels of student and of teacher that a block can hold."""
+"""Most channels, of student and of teacher, that a block can hold."""
 PIXELS = 64
 """Pixels of a tile."""
 RESIDENT_WARPS = 8
-"""Warps of a multiprocessor at once, which 192 registers per thread allow."""
+"""Warps that a multiprocessor runs at once, at 192 registers per thread."""
 WARPS = 132 * RESIDENT_WARPS
 """Warps of one launch, over all levels: all that 132 multiprocessors run at once."""
 TILES = 4
-"""Tiles of a block at least, if there are so many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
+"""Least tiles per block, if a level has that many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
 SUM_THREADS = 256
 SOURCE = with_constants(
     "adapter_mse",
@@ -75,7 +75,7 @@ def adapter_mse(
 ) -> Tensor:
     """`weighted_mse` of W s + b against the teacher: W is the matrix of a 1x1 convolution, b its bias.
 
-    W and b are used in the dtype of the maps, as under autocast; what they give is compared unrounded if the kernel
+    W and b are used in the dtype of the maps, as under autocast. The adapted map is compared unrounded if the kernel
     computes it, and rounded to that dtype in plain torch.
 
     Args:
@@ -208,7 +208,7 @@ def launches(
 
 
 def _kind(device: Device, problem: _Problem) -> _Kind | None:
-    """None for levels that go the general way."""
+    """The kind of a level; None for levels that are computed in the general way."""
     student = problem.student
     kind = _Kind(student.shape[1], problem.teacher.shape[1], is_channels_last(student))
     fits = student.dtype in (torch.float16, torch.bfloat16) and device.facts.capability >= (8, 0)
@@ -233,14 +233,14 @@ def _pitch(columns: int) -> int:
     return columns if columns % 64 == 0 else columns + 8
 
 
-_Part = Generator[Launch, None, tuple[Tensor, list[_Gradients]]]
-"""Launches for some levels, and then their loss and gradients."""
+_LevelLaunches = Generator[Launch, None, tuple[Tensor, list[_Gradients]]]
+"""Launches for some levels; the return value is their loss and gradients."""
 
 
 # ---- on tensor cores ----------------------------------------------------------------------------------------------
 
 
-def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Tensor | None) -> _Part:
+def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Tensor | None) -> _LevelLaunches:
     problems = [p._replace(matrix=p.matrix.float().contiguous(), bias=p.bias.float().contiguous()) for p in problems]
     gradients = [_Gradients(*map(torch.empty_like, (p.student, p.matrix, p.bias))) for p in problems]
     shapes = [_images(p.student, kind) for p in problems]
@@ -274,13 +274,13 @@ def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Ten
 
 
 def _images(student: Tensor, kind: _Kind) -> tuple[int, int]:
-    """Images and pixels of each, as far as pixels of all channels follow one another in memory."""
+    """Images, and pixels of each, as the kernel counts them: channels last is one image with all pixels."""
     images, _, height, width = student.shape
     return (1, images * height * width) if kind.channels_last else (images, height * width)
 
 
 def _share(tiles: Sequence[int], blocks: int) -> list[int]:
-    """Blocks of each level: no more than keep the longest walk as short as it is."""
+    """Blocks of each level: the fewest that do not increase the most tiles that any block processes."""
     shares = share_blocks(tiles, blocks, TILES)
     return [ceil_div(count, ceil_div(count, share)) for count, share in zip(tiles, shares, strict=True)]
 
@@ -297,7 +297,7 @@ def _describe(level: _Level, problem: _Problem, gradients: _Gradients, kind: _Ki
 # ---- the general way ----------------------------------------------------------------------------------------------
 
 
-def _general(device: Device, problems: Sequence[_Problem], scale: Tensor | None) -> _Part:
+def _general(device: Device, problems: Sequence[_Problem], scale: Tensor | None) -> _LevelLaunches:
     adapted = [_apply_adapter(p.matrix, p.student, p.bias) for p in problems]
     teachers = [p.teacher for p in problems]
     weights = [p.weights for p in problems if p.weights is not None]

@@ -43,25 +43,25 @@ THREADS = 256
 CLUSTER_THREADS = 512
 MOMENTS = COEFFICIENTS = 5
 SPLIT_SAMPLES = 16384
-"""Samples of a channel for one block: 16 passes of its threads over float32, and 3000 blocks for a detector's maps."""
+"""Samples of a channel per block: its threads make 16 passes over float32; a detector's maps give 3000 blocks."""
 MAX_SPLITS = 32
-"""Blocks of an NCHW channel at most: the lanes of the warp that adds them up."""
+"""Most blocks of an NCHW channel: one warp adds up their results, one lane for each."""
 LAST_BLOCKS = 384
 """Blocks of one channels-last launch: 3 per multiprocessor on 128 of them, as 80 registers per thread allow. Each block
 more costs a record of 1280 bytes."""
 LAST_BLOCK_BYTES = 32 << 10
-"""Bytes of the student for one channels-last block at least: 8 passes of its threads."""
+"""Least bytes of the student per channels-last block: 8 passes of its threads."""
 VECTOR_COLUMNS, SCALAR_COLUMNS = 8, 32
 """Columns of a channels-last tile, in vectors of 16 bytes, or in single channels if those do not fit."""
 L2_SHARE = 0.4
 """Share of the L2 cache for the maps of one group: an H100 keeps what all its multiprocessors read in both halves."""
 MIN_GROUP_BYTES = 8 << 20
-"""A smaller group cannot keep a GPU busy for longer than its two launches take."""
+"""Least bytes of a group: a smaller one takes the GPU less time than its two launches take the host."""
 CLUSTER_CAPABILITY = (9, 0)
 CLUSTER_SIZES = (1, 2, 4, 8)
-"""Sizes that every GPU with clusters can run."""
+"""Sizes that every GPU with clusters supports."""
 CLUSTER_HEAD_BYTES = 768
-"""Shared memory in front of the maps that a block of a cluster keeps."""
+"""Bytes of shared memory before the maps that a block of a cluster keeps."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory of a multiprocessor that the system takes for each block."""
 SOURCE = with_constants(
@@ -178,7 +178,7 @@ class ChannelRange(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Parts that go together: one cluster launch, or statistics and then gradient."""
+    """Ranges that are launched together: one cluster launch, or statistics and then gradient."""
 
     parts: list[ChannelRange]
     cluster: int = 0
@@ -192,7 +192,7 @@ def launches(
 
     `form`: "plain" reads all maps twice, "grouped" does so for as many channels at a time as the L2 cache holds, with
     the same bits; "cluster" reads them once; "auto" is "cluster" for the levels that can have it and "grouped" for the
-    rest. Raises UsageError when `form` is "cluster" and the GPU or a level cannot have it.
+    rest. Raises UsageError when `form` is "cluster" and the GPU or a level does not allow it.
     """
     levels = describe(level_maps(students, teachers))
     work = _Workspace(device, levels)

@@ -32,7 +32,7 @@ from compress.kernels.reference_helpers import total, wide
 WEIGHT_EPS = 1e-9
 """Added to the sum of a level's weights, so that all-zero weights give 0."""
 WEIGHT_BLOCKS = 64
-"""Partial sums of a level's weights."""
+"""Blocks, and so partial sums, per level's weights."""
 WEIGHT_CONSTANTS = {"WEIGHT_EPS": WEIGHT_EPS, "WEIGHT_BLOCKS": WEIGHT_BLOCKS}
 """The constants that weights.cuh needs from a source that includes it."""
 THREADS = 256

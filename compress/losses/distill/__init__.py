@@ -1,4 +1,4 @@
-"""Distillation losses: a student is asked to copy the outputs of a frozen teacher.
+"""Distillation losses: a student learns to copy the outputs of a frozen teacher.
 
 In: the outputs of both networks for the same images. Out: one scalar per loss, by its name in the table `LOSSES`. Every
 loss is a mean (neither batch nor image size changes its scale), accumulates in float32, and is zero if student

@@ -118,7 +118,7 @@ def detached(outputs: Outputs) -> Outputs:
 
 
 def check_same_images(student: list[Tensor], teacher: list[Tensor], sizes: slice, what: str) -> None:
-    """Raises UsageError unless the maps of each level have the same batch and, in the dimensions `sizes`, shape."""
+    """Raises UsageError unless the maps of each level have the same batch size, and the same shape in `sizes`."""
     for s, t in zip(student, teacher, strict=True):
         if (s.shape[0], s.shape[sizes]) != (t.shape[0], t.shape[sizes]):
             raise UsageError(

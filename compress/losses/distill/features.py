@@ -43,7 +43,7 @@ class Pointwise(nn.Conv2d):
 
 
 def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
-    """Brings features into the teacher's channels; starts as the identity if there are equally many."""
+    """A 1x1 convolution to the teacher's channels; it starts as the identity if both numbers of channels are equal."""
     conv = Pointwise(channels_in, channels_out, bias=bias)
     if channels_in == channels_out:
         nn.init.dirac_(conv.weight)
@@ -91,12 +91,12 @@ class FeatMSE(FeatureLoss):
 
 
 class FeatSL2(FeatureLoss):
-    """Squared difference of features where the teacher sees something.
+    """Squared difference of features, weighted by how sure the teacher is of an object at each pixel.
 
         sum over levels of sum w (P(s) - t)^2 / (C * sum w + 1e-9)
 
     where the inner sums run over the whole batch, w is `teacher_score` and P is 1x1 convolution - ReLU - 1x1
-    convolution. The usual weight is 6. Source: Ultralytics 2026, as its documentation states the formula.
+    convolution. The weight given there is 6. Source: Ultralytics 2026, as its documentation states the formula.
     """
 
     name = "feat_sl2"
@@ -120,7 +120,7 @@ class CWD(FeatureLoss):
 
         sum over levels of tau^2 / (B C) * sum over images and channels KL(softmax(t / tau) || softmax(A(s) / tau))
 
-    The usual weight is 10. Source: Shu et al., ICCV 2021.
+    The weight in the paper is 10. Source: Shu et al., ICCV 2021.
     """
 
     name = "cwd"
@@ -139,8 +139,8 @@ class CWD(FeatureLoss):
 class PKD(FeatureLoss):
     """Pearson distance of each channel over the batch: 1 - r, averaged over channels, summed over levels.
 
-    Blind to each channel's scale and offset, so that it needs least tuning. The usual weight is 6. Source: Cao et al.,
-    NeurIPS 2022.
+    It ignores each channel's scale and offset, so it needs the least tuning. The weight in the paper is 6. Source: Cao
+    et al., NeurIPS 2022.
     """
 
     name = "pkd"
