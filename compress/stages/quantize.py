@@ -38,7 +38,7 @@ from runtime.image import letterbox, read_image
 
 SANITY_IMAGES = 8
 SANITY_SHARE = 0.1
-"""A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
+"""A flavour has failed if on every sanity image its best score is below this share of FP32's."""
 GATE_SAMPLES = 200
 """Timed calls of each file, ten in each of twenty rounds."""
 SPEED = {"faster": "below the limit", "slower": "above the limit", "inconclusive": "inconclusive against the limit"}
@@ -83,7 +83,7 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class FileGate:
-    """Measures the files themselves: accuracy on the plan's images, latency in turns."""
+    """Measures the files themselves: accuracy on the plan's images, latency in turns with FP32."""
 
     plan: Plan
 
@@ -245,7 +245,7 @@ def _judge(
 def _accuracy_verdict(found: float, reference: float, max_drop: float) -> tuple[bool, str]:
     """Whether mAP50-95 `found` passes against that of FP32, and why. A file that finds nothing passes no limit below 1.
 
-    Without this a network that learnt nothing would pass with every flavour: 0 lost of 0.
+    Otherwise every flavour of a network that learnt nothing would pass, with a loss of 0 out of 0.
     """
     drop = reference - found
     if max_drop < 1 and not reference > 0:

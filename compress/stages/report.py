@@ -1,4 +1,4 @@
-"""Report: what the earlier stages left, put together on one page; nothing is measured here.
+"""Report: combine the results of the earlier stages on one page; nothing is measured here.
 
 In: the folders of earlier stages. Out: `report.json` and its renderings `.html`, `.md`, `.csv`.
 """

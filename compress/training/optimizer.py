@@ -17,7 +17,7 @@ _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
     """All parameters by role: biases, weights, normalisation weights (that order).
 
-    Frozen parameters are in the groups too: they get no gradient, so no optimiser touches them, and the groups (hence
+    Frozen parameters are in the groups too: they get no gradient, so no optimiser changes them, and the groups (hence
     a saved optimiser state) do not depend on what is frozen.
     """
     groups: list[list[nn.Parameter]] = [[], [], []]

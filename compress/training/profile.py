@@ -29,7 +29,7 @@ PHASES = ("data", "teacher", "forward", "loss", "backward", "step")
 
 
 def attach(watch: Stopwatch, trainer: Trainer) -> None:
-    """Have `watch` time every phase of the trainer from now on: each phase is one method."""
+    """Let `watch` time every phase of the trainer from now on: each phase is one method."""
     batches = trainer.epoch_batches
     trainer.epoch_batches = lambda: watch.waits("data", batches())  # type: ignore[method-assign]
     for phase, owner, method in (

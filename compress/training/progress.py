@@ -1,4 +1,4 @@
-"""Progress of a training for people: one moving bar on a terminal, one plain line per epoch elsewhere."""
+"""Progress of a training for the user: a progress bar on a terminal, one plain line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 class Progress:
     """Follows the batches of one training, as a context manager; this one shows nothing.
 
-    For a log file, where the epoch lines are all there is to see, and for processes that are not the first.
+    It is for log files, which get only the epoch lines, and for processes that are not the first.
     """
 
     def epoch(self, number: int, batches: int) -> None:
@@ -56,7 +56,7 @@ class Bar(Progress):
 
 
 def open_progress(epochs: int, *, shown: bool) -> Progress:
-    """The bar if there is a terminal to move it on and this process is the one that shows."""
+    """The bar if there is a terminal and `shown` is true; else a progress that shows nothing."""
     return Bar(epochs) if shown and sys.stdout.isatty() else Progress()
 
 

@@ -1,5 +1,5 @@
 // 1x1 adapter and weighted mean squared error on tensor cores: loss and all gradients in one pass, for float16 and
-// bfloat16 maps of up to 128 channels. The adapted map never leaves the chip.
+// bfloat16 maps of up to 128 channels. The adapted map is never written to memory.
 //
 //     a = W x + b,  d = a - t        per pixel; W and b rounded to the dtype of the maps
 //     L = sum over levels  inv * sum_{n,c,p} w[n,p] d^2        inv = 1 / (C * sum w + 1e-9), or 1 / (N C HW)
@@ -7,13 +7,13 @@
 //
 // Traffic: reads x and t once, writes dx once (3U, U the mean of the two maps), and dW | db as float32 once per block,
 //   which `adapter_sums` reads again: at 128 channels of 80x80, batch 32, another 0.3U.
-// Tiling: a tile is 64 pixels of all channels; a fixed number of blocks walk the tiles of their level in strides. A
+// Tiling: a tile is 64 pixels of all channels; a fixed number of blocks process the tiles of their level in strides. A
 //   block has a warp for every 16 channels of the teacher, and W in shared memory all the time; the next tile of x and
-//   t is on its way there (cp.async) while this one is worked on. For each tile
+//   t is copied there (cp.async) while this one is processed. For each tile
 //     1. a = W x, every warp its 16 channels;
-//     2. d, loss and db from the registers; G goes over t in shared memory;
+//     2. d, loss and db from the registers; G overwrites t in shared memory;
 //     3. dW += G x^T, in registers from the first tile to the last;
-//     4. dx = W^T G, the warps share out the student's channels and the pixels; goes over x in shared memory, then out.
+//     4. dx = W^T G, divided among the warps by channels and pixels; overwrites x in shared memory, then goes to memory.
 //   NCHW holds a tile as rows of pixels. Channels last holds it as rows of channels, and there every product is done
 //   transposed, so that two neighbours in a register are neighbours in memory. A build serves one pair of channel
 //   counts and one layout. Channels are padded to a multiple of 16 by zeros.
@@ -82,7 +82,7 @@ template <class T, int kChannels> using Tile = Matrix<T, kLast ? kPadded<kChanne
 template <int kChannels>
 constexpr int kTileSize = kLast ? kPixels * kPitch<kPadded<kChannels>> : kPadded<kChannels> * kPitch<kPixels>;
 
-/// What a block holds; tiles and weights twice, for the tile it works on and for the next.
+/// A block's shared memory; tiles and weights twice, for the current tile and for the next.
 template <class T> struct Shared {
     T* first;
     __device__ __forceinline__ Matrix<T, kIn> matrix() const { return {first}; }
@@ -178,7 +178,7 @@ __device__ __forceinline__ void store_tile(const AdapterLevel& level, const Plac
     }
 }
 
-/// Starts to read all that a tile needs.
+/// Starts to read all inputs of a tile.
 template <class T>
 __device__ __forceinline__ void fetch(const AdapterLevel& level, uint32 tile, const Shared<T>& shared, int buffer) {
     const Place place = place_of(level, tile);
@@ -379,7 +379,7 @@ template <class T> __device__ __forceinline__ void adapter_mse(const AdapterArgs
         else
             multiply<false, false, kIn>(adapted, shared.matrix(), first, student, 0);
         sum[0] += compare(adapted, unit, shared, buffer, place.left, db);
-        __syncwarp();  // for dW a warp needs no G but its own
+        __syncwarp();  // for dW a warp needs only its own G
         multiply<kLast, !kLast, kPixels>(dw, shared.teacher(buffer), first, student, 0);
         __syncthreads();  // all of G is there, and nobody needs x any more
         student_gradient(shared, buffer, factor);

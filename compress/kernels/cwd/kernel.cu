@@ -121,12 +121,12 @@ __device__ __forceinline__ void raise_maxima(Softmaxes& x, const float (&s)[V], 
     }
 }
 
-/// What a thread has of a row: units of V values, the first at `at`, the others one after another `stride` values on.
+/// A thread's share of a row: units of V values, the first at `at`, each other `stride` values after the one before.
 struct RowShare {
     uint64 at;
     uint32 stride;
     uint32 units;
-    bool first;  // of the row's threads
+    bool first;  // this is the first of the row's threads
 };
 
 /// This thread's share of the row's KL divergence in bits; `cross` is its sum of p (y - x), x and y the exponents of s
@@ -313,7 +313,7 @@ struct ColumnsArgs {
 /// A block's pixels and channels, and this thread's of them.
 struct Tile {
     uint32 image, stretch, index;  // index across the channels
-    uint32 row, rows;              // of threads; each has all channels of the tile
+    uint32 row, rows;              // of threads; each row has all channels of the tile
     uint32 channel;                // first of the thread's V
     uint32 begin, end;             // pixels of the thread, every rows-th
     bool works;                    // the thread has a row and channels
@@ -333,7 +333,7 @@ template <int V> __device__ __forceinline__ Tile tile_at(const ColumnsLevel& lev
     return tile;
 }
 
-/// Of the thread's channels at a pixel.
+/// Offset of the thread's channels at a pixel.
 __device__ __forceinline__ uint64 offset_of(const ColumnsLevel& level, const Tile& tile, uint32 pixel) {
     return (static_cast<uint64>(tile.image) * level.pixels + pixel) * level.channels + tile.channel;
 }
@@ -359,7 +359,7 @@ __device__ __forceinline__ void add_pixels(float2 (&softmaxes)[V], const float (
     }
 }
 
-/// Merge what the rows of threads have of one map (0 student, 1 teacher) into `to`, (4, channels) maxima and sums.
+/// Merge the results of the rows of threads for one map (0 student, 1 teacher) into `to`, (4, channels) maxima and sums.
 /// `shared` holds V float2 per thread.
 template <int V>
 __device__ __forceinline__ void merge_rows(const ColumnsLevel& level, const Tile& tile, int map,

@@ -6,7 +6,7 @@
 //     e = gamma/(N HW T) S_s (sign(S_s - S_t) - mean_p(sign(S_s - S_t) S_s))
 //     d = gamma/(N C T) Q_s (sign(Q_s - Q_t) - mean_c(sign(Q_s - Q_t) Q_s))
 //
-// Pixels and channels play the same part, so the kernels know only one matrix per image, and its rows and columns:
+// Pixels and channels have the same role, so the kernels see only one matrix per image, with rows and columns:
 // C x HW in NCHW, HW x C channels last. The mask m belongs to whichever are the pixels.
 //
 //   fgd_sums       sums of |x| along rows and columns, of both from one read     reads 2U (1U without gamma)

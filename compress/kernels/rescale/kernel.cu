@@ -1,4 +1,4 @@
-// Gradients that were written for an assumed upstream gradient, made right for the true one, without asking the host.
+// Corrects gradients that were computed for an assumed upstream gradient to the true one, without waiting for the host.
 //
 //     to = from * (upstream / assumed)
 //

@@ -10,7 +10,7 @@
 #include "weights.cuh"
 
 constexpr int kThreads = THREADS;
-constexpr int kBlocks = 4;        // per multiprocessor, at least; told nothing, the compiler spills for more
+constexpr int kBlocks = 4;        // least per multiprocessor; without it the compiler spills to have more
 constexpr uint32 kChannels = 32;   // that share one read of the weights
 
 struct MseLevel {
@@ -35,7 +35,7 @@ struct MseArgs {
     int count;
 };
 
-/// What one thread adds to sum w (s - t)^2 with V elements at `i`; writes factor * w * (s - t).
+/// The share of V elements at `i` in sum w (s - t)^2; writes factor * w * (s - t).
 template <class T, int V>
 __device__ __forceinline__ float compare(const MseLevel& level, uint64 i, const float (&w)[V], float factor, float sum) {
     float s[V], t[V];
