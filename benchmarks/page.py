@@ -61,7 +61,7 @@ def environment() -> Any:
 
 def view(data: Mapping[str, Any]) -> dict[str, Any]:
     """All values that the template names."""
-    data = whole(data)
+    data = with_all_keys(data)
     rows, best = data["models"], headline_row(data)
     return {
         "report": data,
@@ -109,7 +109,7 @@ def _cell(row: Row, column: Column) -> Cell:
     return Cell(text, css, (column.detail and column.detail(row)) or "")
 
 
-def whole(data: Mapping[str, Any]) -> dict[str, Any]:
+def with_all_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """The report with None for every key that the schema leaves to choice, so that the template may name them all."""
     parts = schema()["properties"]
     lists = {key: part["items"]["$ref"] for key, part in parts.items() if "$ref" in part.get("items", {})}

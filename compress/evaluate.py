@@ -43,7 +43,7 @@ class NmsSettings(NamedTuple):
     multi_label: bool = True
 
 
-class Found(NamedTuple):
+class ImageResult(NamedTuple):
     """One image's outcome, all in pixels of the original image."""
 
     sample: Sample
@@ -140,7 +140,7 @@ class _Runner:
         return self.watch.waits("load", batches)
 
     @torch.inference_mode()
-    def __call__(self, batch: ValBatch) -> list[Found]:
+    def __call__(self, batch: ValBatch) -> list[ImageResult]:
         with self.watch.phase("preprocess"):
             images = as_network_input(batch.images, self._device)
         with self.watch.phase("inference"):
@@ -148,7 +148,7 @@ class _Runner:
         with self.watch.phase("nms"):
             boxes = [self._boxes(rows[i], batch, i) for i in range(len(batch.samples))]
         labels = (batch_labels(batch, i) for i in range(len(batch.samples)))
-        return [Found(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
+        return [ImageResult(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.float16, enabled=self._half):
@@ -193,7 +193,7 @@ def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
     return np.concatenate([rows[:, 1:2], to_original(boxes, batch, index)], axis=1)
 
 
-def yolo_metrics(found: Sequence[Found]) -> YoloMetrics:
+def yolo_metrics(found: Sequence[ImageResult]) -> YoloMetrics:
     """Precision, recall and AP by YOLOv5's matching and integration."""
     hits = [match(one.boxes, one.labels) for one in found]
     boxes = np.concatenate([one.boxes for one in found])
@@ -202,7 +202,7 @@ def yolo_metrics(found: Sequence[Found]) -> YoloMetrics:
     )
 
 
-def coco_metrics(found: Sequence[Found], names: Sequence[str], annotations: Path | None = None) -> Accuracy:
+def coco_metrics(found: Sequence[ImageResult], names: Sequence[str], annotations: Path | None = None) -> Accuracy:
     """AP by COCO's protocol, against the text labels or the given COCO JSON."""
     samples = [one.sample for one in found]
     truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)

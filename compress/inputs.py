@@ -77,9 +77,9 @@ def measured_files(folders: Folders) -> list[MeasuredFile]:
 def refuse_another_model(
     out: Path, card: ModelCard, writes: Collection[str], settings: Sequence[str] = SETTINGS
 ) -> None:
-    """Raises OccupiedError when the files `writes` would stand in `out` beside files of another model than `card`.
+    """Raises OccupiedError when the folder `out`, which gets the files `writes`, holds another model than `card`.
 
-    Also where one of them would replace a file that edgestill did not write, or that a `model.json` lists by its hash.
+    Also when one of them would replace a file that edgestill did not write, or that a `model.json` lists by its hash.
     """
     hint = "Choose another folder with --out"
     for path in (out / name for name in (CARD_FILE, SHIPPED, CONVENTIONAL, *FILES.values()) if (out / name).exists()):

@@ -27,7 +27,7 @@ BODY_OPERATORS = ("Conv", "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize"
 """Operators of the body whose inputs and outputs are measured."""
 
 
-class _Once:
+class _OneImageReader:
     """Gives ONNX Runtime's calibrator one image; with several it would keep the activations of all of them."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
@@ -59,7 +59,7 @@ def calibrate(model: onnx.ModelProto, canvases: Iterable[np.ndarray], method: st
         )
         count = 0
         for count, canvas in enumerate(canvases, 1):  # noqa: B007 - the last number is the count
-            calibrator.collect_data(_Once({source: canvas}))
+            calibrator.collect_data(_OneImageReader({source: canvas}))
         if not count:
             raise EdgestillError("there are no images to calibrate on", "Give a data set whose train split has images")
         return calibrator.compute_data()

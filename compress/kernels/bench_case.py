@@ -216,7 +216,7 @@ def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
 # ---- measuring ----------------------------------------------------------------------------------------------------
 
 
-class Ready(NamedTuple):
+class PreparedVariant(NamedTuple):
     """A variant that can be timed."""
 
     run: Callable[[], Any]
@@ -225,7 +225,7 @@ class Ready(NamedTuple):
     """Memory and host time, measured beforehand."""
 
 
-def prepare(call: Call, count: int) -> Ready:
+def prepare(call: Call, count: int) -> PreparedVariant:
     """Memory and host time of a variant, and its pass over `count` sets of inputs."""
     started = time.perf_counter()
     first = peak_extra_bytes(call)
@@ -233,11 +233,11 @@ def prepare(call: Call, count: int) -> Ready:
     notes["peak_extra_bytes"] = peak_extra_bytes(call)
     notes |= host_times(call, count)
     try:
-        return Ready(capture_cuda_graph(call, count), {**notes, "cuda_graph": True})
+        return PreparedVariant(capture_cuda_graph(call, count), {**notes, "cuda_graph": True})
     except RuntimeError as error:
         torch.cuda.synchronize()  # raises if the GPU itself has failed
         notes |= {"cuda_graph": False, "why_no_graph": one_line(error)}
-        return Ready(lambda: [call(index) for index in range(count)], notes)
+        return PreparedVariant(lambda: [call(index) for index in range(count)], notes)
 
 
 def peak_extra_bytes(call: Call) -> int:
@@ -309,7 +309,7 @@ def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
     torch.compiler.reset()  # past 8 shapes of one function torch would run it uncompiled
     count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     found: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Ready] = {}
+    ready: dict[str, PreparedVariant] = {}
     for name, call in variants(case, device, count).items():
         try:
             ready[name] = prepare(call, count)

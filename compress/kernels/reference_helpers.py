@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 
-def total(levels: Iterable[Tensor]) -> Tensor:
+def sum_of_levels(levels: Iterable[Tensor]) -> Tensor:
     """The sum over levels."""
     return torch.stack(list(levels)).sum()
 
 
-def wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """Half precision as float32; others as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

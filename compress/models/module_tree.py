@@ -38,14 +38,14 @@ COMPARED: dict[type[nn.Module], tuple[str, ...]] = {
 """Attributes of torch's modules that the output depends on and that no tensor shows; `Block.compared` has ours."""
 
 
-class Saved(NamedTuple):
+class SavedNetwork(NamedTuple):
     """A network as a file holds it."""
 
     architecture: Architecture
     tensors: Mapping[str, TensorRef]
 
 
-def read_network(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
+def read_network(root: Stub, read: Callable[[TensorRef], Tensor]) -> SavedNetwork:
     """The network of a module tree; `read` fetches a tensor from the file.
 
     Raises PickleError naming the first thing that is not as in a YOLOv5 detection model.
@@ -64,7 +64,7 @@ def read_network(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
     }
     architecture = _fitting(_multiples(root), common, tensors)
     _compare(modules, network_on_meta_device(architecture))
-    return Saved(architecture, tensors)
+    return SavedNetwork(architecture, tensors)
 
 
 def named_modules(root: Stub) -> Iterator[tuple[str, Stub]]:

@@ -11,7 +11,7 @@ from compress.data.dataset import Sample
 from compress.data.index import index_dataset
 from compress.data.loader import val_batches
 from compress.evaluate import (
-    Found,
+    ImageResult,
     batch_labels,
     coco_metrics,
     evaluate,
@@ -28,16 +28,16 @@ def samples(tiny_data: Dataset) -> tuple[Sample, ...]:
     return tiny_data.splits["val"].samples
 
 
-def perfect(samples: tuple[Sample, ...]) -> list[Found]:
+def perfect(samples: tuple[Sample, ...]) -> list[ImageResult]:
     """Each label as a detection of score 0.9."""
     return [one._replace(boxes=np.insert(one.labels[:, [1, 2, 3, 4, 0]], 4, 0.9, axis=1)) for one in blind(samples)]
 
 
-def blind(samples: tuple[Sample, ...]) -> list[Found]:
+def blind(samples: tuple[Sample, ...]) -> list[ImageResult]:
     """Labels, and nothing detected."""
     (batch,) = val_batches(samples, imgsz=64, batch=len(samples), stride=32)
     nothing = np.zeros((0, 6), np.float32)
-    return [Found(sample, nothing, batch_labels(batch, i)) for i, sample in enumerate(batch.samples)]
+    return [ImageResult(sample, nothing, batch_labels(batch, i)) for i, sample in enumerate(batch.samples)]
 
 
 def test_labels_return_from_the_batch_to_original_pixels(samples: tuple[Sample, ...]) -> None:

@@ -335,7 +335,7 @@ def test_a_second_backward_through_a_freed_graph_is_refused(name):
 
 @every_loss
 def test_float16_gradients_do_not_vanish(name):
-    """At the size where most would: the scale of a new gradient scaler, folded in."""
+    """At the size at which most would: the scale of a new gradient scaler, folded in."""
     given = arguments(name, DETECTOR[:1], scale=65536.0)
     ((found, *_),) = differentiated(name, given, 65536.0)
     true = true_gradients(name, given, 65536.0)[0]

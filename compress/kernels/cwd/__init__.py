@@ -33,7 +33,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
-from compress.kernels.reference_helpers import total, wide
+from compress.kernels.reference_helpers import sum_of_levels, widened
 from runtime.errors import UsageError
 
 MAX_WARPS, LEAST_WARPS = 16, 8
@@ -75,7 +75,7 @@ def cwd(students: Maps, teachers: Maps, tau: float = 1.0, *, scale: Tensor | Non
 
 def reference(students: Maps, teachers: Maps, tau: float = 1.0) -> Tensor:
     """`cwd` in plain torch."""
-    return total(_level(wide(s), wide(t), tau) for s, t in zip(students, teachers, strict=True))
+    return sum_of_levels(_level(widened(s), widened(t), tau) for s, t in zip(students, teachers, strict=True))
 
 
 def _level(s: Tensor, t: Tensor, tau: float) -> Tensor:

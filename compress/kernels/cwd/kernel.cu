@@ -8,7 +8,7 @@
 //   read twice (5U), the second time from a cache. A fixed number of blocks is dealt out to the levels. As many warps
 //   share a row as hold it in registers at 16 values per thread and map, so a block takes one row of a large level at a
 //   time, and several of a small one.
-// Channels last, where rows are columns: `cwd_column_sums` reads s and t and leaves each column's softmax, then
+// Channels last, where rows are columns: `cwd_column_sums` reads s and t and writes each column's softmax, then
 //   `cwd_columns` reads them again and writes g (5U), last blocks first, since the L2 still holds what was read last. A
 //   block takes a stretch of pixels; neighbouring threads have neighbouring channels, 16 bytes each.
 // Numerics: everything is 2^(kappa x - maximum) with kappa = log2(e) / tau. A thread uses the maximum of its own values;

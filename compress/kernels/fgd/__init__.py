@@ -30,7 +30,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
-from compress.kernels.reference_helpers import total, wide
+from compress.kernels.reference_helpers import sum_of_levels, widened
 
 THREADS = 256
 ATTENTION_THREADS = 1024
@@ -62,8 +62,8 @@ def fgd(
         S = HW softmax_hw(u / T),  Q = C softmax_c(v / T)
         level = 1/N sum_n ( sum mask S_t mean_c Q_t (s - t)^2 + gamma (mean_hw |S_s - S_t| + mean_c |Q_s - Q_t|) )
 
-    and the levels are added up. The authors sum where this takes means over channels and, in the last two terms,
-    pixels: so that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
+    and the levels are added up. The authors sum over channels and, in the last two terms, over pixels. Here these are
+    means, so that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
 
     Args:
         students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient; the teacher's
@@ -86,7 +86,7 @@ def fgd(
 def reference(students: Maps, teachers: Maps, masks: Maps, gamma: float = 1.0, temperature: float = 0.5) -> Tensor:
     """`fgd` in plain torch."""
     levels = zip(students, teachers, masks, strict=True)
-    return total(_level(wide(s), wide(t), mask, gamma, temperature) for s, t, mask in levels)
+    return sum_of_levels(_level(widened(s), widened(t), mask, gamma, temperature) for s, t, mask in levels)
 
 
 def _level(s: Tensor, t: Tensor, mask: Tensor, gamma: float, temperature: float) -> Tensor:

@@ -34,7 +34,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
-from compress.kernels.reference_helpers import total, wide
+from compress.kernels.reference_helpers import sum_of_levels, widened
 from runtime.errors import UsageError
 
 EPS = 1e-6
@@ -103,7 +103,7 @@ def pkd(students: Maps, teachers: Maps, *, scale: Tensor | None = None) -> Tenso
 def reference(students: Maps, teachers: Maps) -> Tensor:
     """`pkd` in plain torch."""
     pairs = zip(students, teachers, strict=True)
-    return total(0.5 * F.mse_loss(_standardised(wide(s)), _standardised(wide(t))) for s, t in pairs)
+    return sum_of_levels(0.5 * F.mse_loss(_standardised(widened(s)), _standardised(widened(t))) for s, t in pairs)
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def plan(facts: Facts, levels: Sequence[Level], form: Form) -> list[Group]:
 def _grouped(parts: Sequence[ChannelRange], budget: float) -> list[Group]:
     """`parts` cut into runs of channels of at most `budget` bytes, and as many as fit together again."""
     groups: list[list[ChannelRange]] = []
-    for run in (run for part in parts for run in _cut(part, budget)):
+    for run in (run for part in parts for run in _split_range(part, budget)):
         if groups and len(groups[-1]) < MAX_LEVELS and sum(p.nbytes for p in groups[-1]) + run.nbytes <= budget:
             groups[-1].append(run)
         else:
@@ -255,7 +255,7 @@ def _grouped(parts: Sequence[ChannelRange], budget: float) -> list[Group]:
     return [Group(parts) for parts in groups]
 
 
-def _cut(part: ChannelRange, budget: float) -> Iterator[ChannelRange]:
+def _split_range(part: ChannelRange, budget: float) -> Iterator[ChannelRange]:
     """Even runs of channels within `budget`; the whole if not even one channel fits."""
     channels, channel_bytes = part.end, part.nbytes // part.end
     most = int(min(channels, budget / channel_bytes)) or channels

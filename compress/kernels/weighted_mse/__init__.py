@@ -27,7 +27,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
-from compress.kernels.reference_helpers import total, wide
+from compress.kernels.reference_helpers import sum_of_levels, widened
 
 WEIGHT_EPS = 1e-9
 """Added to the sum of a level's weights, so that all-zero weights give 0."""
@@ -62,9 +62,9 @@ def weighted_mse(students: Maps, teachers: Maps, weights: Maps = (), *, scale: T
 def reference(students: Maps, teachers: Maps, weights: Maps = ()) -> Tensor:
     """`weighted_mse` in plain torch."""
     if not weights:
-        return total(F.mse_loss(wide(s), wide(t)) for s, t in zip(students, teachers, strict=True))
+        return sum_of_levels(F.mse_loss(widened(s), widened(t)) for s, t in zip(students, teachers, strict=True))
     levels = zip(students, teachers, weights, strict=True)
-    return total(_weighted_mean((wide(s) - wide(t)).square().sum(1), w, s.shape[1]) for s, t, w in levels)
+    return sum_of_levels(_weighted_mean((widened(s) - widened(t)).square().sum(1), w, s.shape[1]) for s, t, w in levels)
 
 
 def _weighted_mean(squared: Tensor, weights: Tensor, channels: int) -> Tensor:

@@ -116,7 +116,7 @@ class FeatSL2(FeatureLoss):
 
 
 class CWD(FeatureLoss):
-    """Channel-wise distillation: where in the image each channel fires, as a distribution over its pixels.
+    """Channel-wise distillation: compares where each channel is active, as a distribution over the pixels of an image.
 
         sum over levels of tau^2 / (B C) * sum over images and channels KL(softmax(t / tau) || softmax(A(s) / tau))
 

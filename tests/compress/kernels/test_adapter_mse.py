@@ -150,7 +150,7 @@ def test_no_partition_depends_on_the_gpu(make):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_near_the_teacher_the_gradient_keeps_its_precision(make, dtype, layout):
-    """Where plain torch rounds the adapted map, and loses what is left of the difference."""
+    """A case in which plain torch rounds the adapted map, and loses the small difference."""
     given = arguments([(2, *ODD, 8, 10)], dtype, layout=layout, residual=0.03)
     check(adapter_mse, reference, make(), given, LEARNS)
 

@@ -33,7 +33,7 @@ def quiet(_line: str) -> None: ...
 
 
 class Stop(BaseException):
-    """Stands for a kill: nothing in the product catches it."""
+    """Raised in place of a kill: nothing in the product catches it."""
 
 
 def stop_at(start: str):
