@@ -71,7 +71,7 @@ def run(seconds: float, out: Path | None, *, quick: bool) -> dict[str, Any]:
 
 
 def measure_loss(loss: str, seconds: float, *, quick: bool) -> tuple[list[dict[str, Any]], str]:
-    """The cases that a process of its own could measure, and why there are no more."""
+    """The cases that a separate process could measure, and why there are no more."""
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "cases.jsonl"
         command = [sys.executable, "-m", "compress.kernels.bench_case", loss, "--lines", str(lines)]

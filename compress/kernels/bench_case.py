@@ -87,7 +87,7 @@ def input_sets(map_bytes: int, l2_bytes: int) -> int:
 
 
 def shuffled_rounds(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
-    """Every name once per round, in an order of its own each round."""
+    """Every name once per round, in a new order each round."""
     for _ in range(rounds):
         yield from rng.sample(names, len(names))
 
@@ -114,7 +114,7 @@ def timing(samples_us: Sequence[float], moved_bytes: int) -> dict[str, Any]:
 def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """How `ours` compares, by medians; None if one of the two could not be measured.
 
-    `of_stream` is the share of the ceiling that it reaches, `noise` how far apart two copies of it came out.
+    `of_stream` is the share of the upper bound that it reaches, `noise` the difference between two copies of it.
     """
     times = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
     ours = times.get("ours")
@@ -134,7 +134,7 @@ def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]
 
 
 def arguments(case: Case, device: torch.device, seed: int, *, channels_last: bool = False) -> list[Any]:
-    """The loss's arguments, the upstream gradient last; those that learn ask for a gradient."""
+    """The loss's arguments, the upstream gradient last; those that learn require a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,7 +188,7 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
         return backward(lambda *given: ours(*given, scale=scale), inputs, nullcontext())
 
     return {
-        **ceilings(case, device, count),
+        **upper_bounds(case, device, count),
         "eager": backward(plain, sets, nullcontext()),
         "autocast": backward(plain, sets, half),
         "compile": backward(compiled, sets, nullcontext()),
@@ -198,7 +198,7 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     }
 
 
-def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
+def upper_bounds(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     """Upper bounds of the speed that memory allows, over maps as large as all levels of the case, in one launch."""
     buffers = torch.empty(count, 3, case.elements, dtype=DTYPES[case.dtype], device=device).normal_()
 

@@ -215,7 +215,7 @@ class _PrecomputedGradient(torch.autograd.Function):
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward pass was asked to retain its graph. Private to torch; nothing public tells."""
+    """Whether the running backward pass retains its graph. Private to torch: there is no public function for it."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 

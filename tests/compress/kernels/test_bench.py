@@ -115,7 +115,7 @@ def test_sets_of_inputs_differ_and_layouts_hold_other_numbers_of_the_same_kind(s
 
 
 def test_the_ceilings_write_each_set_to_a_place_of_its_own(small_levels) -> None:
-    calls = bench_case.ceilings(Case("cwd", "all", "fp32"), CPU, 2)
+    calls = bench_case.upper_bounds(Case("cwd", "all", "fp32"), CPU, 2)
     for call in calls.values():
         (a,), (b,) = call(0), call(1)
         assert a.data_ptr() != b.data_ptr()
