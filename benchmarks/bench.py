@@ -199,7 +199,7 @@ def list_images(folder: Path) -> list[Path]:
 def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None, most: int = 0) -> list[NumberedImage]:
     """The images of `folder` with their ids, all or the first `most`; without ground truth they count from 1.
 
-    With it, only those that it contains. Its `file_name` is a path relative to `folder` or to one of the folders above it,
+    With it, only those in it. Its `file_name` is a path relative to `folder` or to one of the folders above it,
     whichever finds images first. Raises InputError when there is no image, or none that the ground truth knows.
     """
     images = list_images(folder)[: most or None]
