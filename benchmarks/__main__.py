@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images, read_coco
+from benchmarks.accuracy import read_coco
+from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images
 from benchmarks.compare import fail_on, parse_rule
 from benchmarks.environment import environment
 from benchmarks.render import require_packages, to_markdown, write
 from benchmarks.report import make_report
-from runtime.errors import EdgestillError
 from runtime.numbers import real, whole
+from runtime.terminal import exit_code_of
 
 DESCRIPTION = (
     "Measure the latency from frame to boxes, and the mAP if there are annotations, of the same files in one run."
@@ -22,18 +23,7 @@ DESCRIPTION = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured (however slow), 1 it could not be measured or `--fail-on` holds, 2 wrong usage."""
-    return guarded(run, parser().parse_args(arguments))
-
-
-def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """The command's exit code; an error is one line on standard error."""
-    try:
-        return command(options)
-    except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return exit_code_of(lambda: run(parser().parse_args(arguments)))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.packages import optional
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.image import read_image
 
 if TYPE_CHECKING:
@@ -152,7 +153,6 @@ def detector_accuracy(
     ground_truth: Mapping[str, Any],
     *,
     conf: float = ACCURACY_CONF,
-    max_det: int = COCO_MAX_DET,
 ) -> Accuracy:
     """COCO accuracy of the detections of `detector` in the images (image id, path), by the same calls that are timed.
 
@@ -161,7 +161,7 @@ def detector_accuracy(
     """
     pairs = list(samples)
     truth = restrict(ground_truth, {image_id for image_id, _ in pairs})
-    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf), max_det=max_det)
+    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf))
 
 
 def detect_all(
@@ -190,6 +190,17 @@ def category_ids(names: Sequence[str], categories: Sequence[Mapping[str, Any]]) 
     if missing:
         raise InputError(f"The annotations have no category {missing[0]!r}", f"They have {', '.join(ids)}")
     return [ids[name] for name in names]
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """COCO ground truth from a JSON file. Raises InputError when it is something else."""
+    hint = "Give COCO's instances JSON"
+    data = read_json(path, hint)
+    for key in ("images", "annotations", "categories"):
+        entries = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{path}: `{key}` is not a list of objects", hint)
+    return data
 
 
 def restrict(ground_truth: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
-from runtime.files import read_json, sha256
+from runtime.files import sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
+from runtime.sources import image_files
 
-MAX_JSON_BYTES = 2 << 30
+FRAMES = 64
+"""Decoded images held in memory and timed in turn; accuracy reads all of them."""
 
 NumberedImage = tuple[int, Path]
 """Id of the image in the ground truth, and its file."""
@@ -41,23 +43,19 @@ class Plan:
     """COCO ground truth with the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
     """Timed calls of each file."""
-    frames: int = 64
-    """Decoded images held in memory and timed in turn; accuracy reads all of `images`."""
     warmup_ms: float = 200.0
     interval_ms: float | None = None
     """Time between frames, as from a camera; None takes the next frame when the last one is done."""
-    conf: float | None = None
-    """Score threshold while latency is measured; None is the model's own."""
     accuracy_conf: float = ACCURACY_CONF
-    accuracy_max_det: int = COCO_MAX_DET
+    """Score threshold while accuracy is measured; latency is measured at the model's own."""
     device: str = "auto"
     threads: int | None = None
 
-    def detector(self, path: Path, variant: str | None = None) -> Detector:
-        return Detector.load(path, conf=self.conf, device=self.device, variant=variant, threads=self.threads)
+    def detector(self, path: Path, variant: str | None = None, *, spin: bool = True) -> Detector:
+        return Detector.load(path, device=self.device, variant=variant, threads=self.threads, spin=spin)
 
     def read_frames(self) -> list[Frame]:
-        return [read_image(path) for _, path in self.images[: self.frames]]
+        return [read_image(path) for _, path in self.images[:FRAMES]]
 
 
 def measure_file(
@@ -107,9 +105,9 @@ def _settings(detector: Detector, plan: Plan) -> Row:
         "iou": detector.card.iou,
         "max_det": detector.card.max_det,
         "accuracy_conf": plan.accuracy_conf,
-        "accuracy_max_det": plan.accuracy_max_det,
+        "accuracy_max_det": COCO_MAX_DET,
         "latency_samples": plan.samples,
-        "frames": min(plan.frames, len(plan.images)),
+        "frames": min(FRAMES, len(plan.images)),
         "warmup_ms": plan.warmup_ms,
         "interval_ms": plan.interval_ms,
         "threads": plan.threads,
@@ -119,14 +117,12 @@ def _settings(detector: Detector, plan: Plan) -> Row:
 def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     if plan.ground_truth is None:
         return None
-    return detector_accuracy(
-        detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det
-    )
+    return detector_accuracy(detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf)
 
 
 def file_accuracy(path: Path, plan: Plan) -> Accuracy:
     """The accuracy of one file, without its latency. Raises UsageError when there is no ground truth."""
-    with plan.detector(path) as detector:
+    with plan.detector(path, spin=False) as detector:  # no latency is measured, and other work may have a core
         found = _accuracy(detector, plan)
     if found is None:
         raise UsageError("The plan has no ground truth, so there is no accuracy", "Give COCO annotations")
@@ -190,7 +186,7 @@ def list_images(folder: Path) -> list[Path]:
     """The images in `folder` and the folders below it, by path. Raises InputError when there is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "Give a folder with images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(image_files(folder))
     if not found:
         raise InputError(f"{folder} holds no image", f"Images are {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -214,16 +210,6 @@ def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None,
         f"The annotations know none of the images in {folder}",
         "Give `file_name` as a path relative to the folder, or to one above it",
     )
-
-
-def read_coco(path: Path) -> Row:
-    """COCO ground truth from a JSON file. Raises InputError when it is something else."""
-    hint = "Give COCO's instances JSON"
-    data = read_json(path, most_bytes=MAX_JSON_BYTES, hint=hint)
-    missing = [key for key in ("images", "annotations", "categories") if key not in data]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]!r}", hint)
-    return data
 
 
 def dataset_of(name: str, plan: Plan) -> Row:

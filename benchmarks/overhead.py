@@ -13,16 +13,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import guarded
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
 from runtime.errors import UsageError
 from runtime.numbers import whole
+from runtime.terminal import exit_code_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded(run, parser().parse_args(arguments))
+    return exit_code_of(lambda: run(parser().parse_args(arguments)))
 
 
 def parser() -> argparse.ArgumentParser:

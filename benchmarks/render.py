@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import page, wording
 from benchmarks.packages import optional
-from benchmarks.report import Report
+from benchmarks.report import REPORT_FILE, Report
 from benchmarks.rows import COLUMNS, TITLED, cells
 from runtime.files import atomic_write
 
@@ -55,9 +55,9 @@ def require_packages() -> None:
 RENDERERS: Mapping[str, Callable[[Report], str]] = {"html": to_html, "md": to_markdown, "csv": to_csv}
 
 
-def write(report: Report, folder: str | Path) -> tuple[Path, ...]:
+def write(report: Report, folder: Path) -> tuple[Path, ...]:
     """Write `report.json`, `.html`, `.md` and `.csv` into `folder` and return their paths."""
-    first = Path(folder) / "report.json"
+    first = folder / REPORT_FILE
     report.save(first)
     paths = [first.with_suffix(f".{suffix}") for suffix in RENDERERS]
     for path, render in zip(paths, RENDERERS.values(), strict=True):

@@ -23,7 +23,6 @@ from runtime.files import read_json, write_json
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 REPORT_FILE = "report.json"
-MAX_REPORT_BYTES = 256 << 20
 LISTS = ("argv", "torch", "training", "engines", "stages", "notes")
 OPTIONAL = ("distillation", "export", "calibration")
 
@@ -38,15 +37,14 @@ class Report:
         _validate(self.data, "report")
 
     @classmethod
-    def load(cls, path: str | Path) -> Report:
+    def load(cls, path: Path) -> Report:
         """From a file, or from the folder that holds `report.json`. Raises InputError when it is no report."""
-        path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
-        data = read_json(path, most_bytes=MAX_REPORT_BYTES, hint="Give a report.json or its folder")
+        data = read_json(path, "Give a report.json or its folder")
         _validate(data, str(path))
         return cls(data)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         write_json(path, self.data)
 
 

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def model_row(
-    path: str | Path,
+    path: Path,
     *,
     precision: str,
     backend: str,
@@ -37,7 +37,6 @@ def model_row(
     that edgestill did not export is a model of its own. `more` are further values of one number or text: parameters,
     gflops, note.
     """
-    path = Path(path)
     digest = sha256(path)
     return {
         "file": path.name,

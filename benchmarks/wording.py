@@ -42,10 +42,9 @@ def labelled(dataset: Mapping[str, Any]) -> str:
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    gpus = machine.get("gpus") or []
-    named = [gpu["name"] if isinstance(gpu, Mapping) else str(gpu) for gpu in gpus]
+    gpus = [gpu["name"] for gpu in machine.get("gpus", [])]
     cpu = str(machine.get("cpu", "an unknown CPU"))
-    return ", ".join([*named, cpu]) + (f" ({machine['cores']} cores)" if machine.get("cores") else "")
+    return ", ".join([*gpus, cpu]) + (f" ({machine['cores']} cores)" if machine.get("cores") else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences

@@ -203,6 +203,11 @@ class TrainConfig(Settings):
     """float16 arithmetic on a GPU; a CPU computes in float32."""
     workers: Annotated[Workers, NO_RESULT] = 1
     """Threads that load data."""
+    threads: Annotated[Workers, NO_RESULT] = 0
+    """Compute threads on a CPU; 0 takes OMP_NUM_THREADS, else measures them at the start and again now and then.
+
+    Only the last bits of the results depend on it. A resumed training goes on with the number it had; where a machine's
+    load changes, two trainings are equal to the last bit only with a number that is set."""
     seed: Seed = 0
     tensorboard: Annotated[bool, NO_RESULT] = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.identity import ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
@@ -112,8 +112,3 @@ def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
     for _, file in found:
         require_same((card_of(file), file), (card_of(reference), reference), "Run again with --force quantize")
     return found
-
-
-def read_json(path: Path) -> Any:
-    """A document that an earlier stage wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from compress.config import Recipe
 from compress.log import Log
 from compress.processes import process_count
+from compress.recipe import suggestion
 from compress.stages import Stage
 from compress.store import Outcome, execute
 from runtime.errors import UsageError
@@ -58,9 +58,7 @@ def stage(name: str) -> Stage[Any, Any]:
 
 def require_stage(name: str) -> None:
     if name not in ORDER:
-        near = difflib.get_close_matches(name, ORDER, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Stages: {', '.join(ORDER)}"
-        raise UsageError(f"unknown stage {name!r}", hint)
+        raise UsageError(f"unknown stage {name!r}", suggestion(name, ORDER))
 
 
 def _line(outcome: Outcome) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,7 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = list(_group(model, location[:-1]).model_fields)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        return f"unknown key {key!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
+        return f"unknown key {key!r}. {suggestion(location[-1], _group(model, location[:-1]).model_fields)}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     return f"{key}: {not_accepted(error)}"
@@ -100,6 +98,12 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
 def not_accepted(error: Mapping[str, Any]) -> str:
     """One of the errors that pydantic found, in words: the value and what was expected."""
     return f"{reprlib.repr(error['input'])} is not accepted: {error['msg']}"
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Hint for an unknown name: the nearest of the known ones, or all of them where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}"
 
 
 def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
@@ -134,7 +138,7 @@ device: auto            # auto, cpu, or a GPU number
 
 teacher:                # used as it is if its classes are the data's, fine-tuned if they are not
   weights: {weights}
-  epochs: {teacher_epochs}
+  epochs: 60
   batch: 16
   # preset: finetune    # or yolov5-low, yolov5-med: the original's schedules for large data
 
@@ -142,7 +146,7 @@ student:
   scale: {student}             # p (smallest), n, s, m, l, x
 
 distill:
-  epochs: {student_epochs}
+  epochs: 80
   batch: 16
   losses:               # name: weight
     obj_kd: 1.0         # objectness-gated soft labels
@@ -168,28 +172,11 @@ bench:
 """
 
 
-def recipe_text(
-    *,
-    file: str,
-    name: str,
-    data: str,
-    weights: str | None,
-    student: str,
-    imgsz: int,
-    teacher_epochs: int = 60,
-    student_epochs: int = 80,
-) -> str:
+def recipe_text(*, file: str, name: str, data: str, weights: str | None, student: str, imgsz: int) -> str:
     """A commented recipe; `weights` None trains the teacher from scratch."""
     quoted = {"data": _quote(data), "weights": "null" if weights is None else _quote(weights), "name": _quote(name)}
-    return TEMPLATE.format(
-        file=file,
-        student=student,
-        imgsz=imgsz,
-        teacher_epochs=teacher_epochs,
-        student_epochs=student_epochs,
-        flavours=", ".join(QuantizeConfig().flavours),
-        **quoted,
-    )
+    flavours = ", ".join(QuantizeConfig().flavours)
+    return TEMPLATE.format(file=file, student=student, imgsz=imgsz, flavours=flavours, **quoted)
 
 
 def _quote(text: str) -> str:

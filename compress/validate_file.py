@@ -98,7 +98,7 @@ def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float) -
     if split != "val":
         raise UsageError(f"--split {split}: shipped files are measured on val", "Leave --split out")
     truth = validation_of(index_dataset(config, ["val"]))
-    with Detector.load(path) as detector:
+    with Detector.load(path, spin=False) as detector:
         require_same_classes(path, detector.card.names, config)
         found = detector_accuracy(detector, truth.images, truth.ground_truth, conf=conf)
     return FileAccuracy(path.name, len(truth.images), "the labels", found)

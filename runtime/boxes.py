@@ -37,24 +37,6 @@ def xyxy_to_xywh(boxes_xyxy: Floats) -> Floats:
     return np.concatenate([(low + high) / 2, high - low], axis=-1)
 
 
-def pairwise_iou(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
-    """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 if both are empty."""
-    return overlap(np.asarray(a_xyxy)[:, None], np.asarray(b_xyxy)[None])
-
-
-def overlap(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
-    """Intersection over union of boxes whose leading shapes broadcast. No epsilon: two empty boxes give 0."""
-    sides = np.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - np.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    np.maximum(sides, 0, out=sides)
-    shared = sides[..., 0] * sides[..., 1]
-    union = _area(a_xyxy) + _area(b_xyxy) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
-
-
-def _area(boxes_xyxy: Floats) -> Floats:
-    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
-
-
 def nms(
     boxes_xyxy: Floats,
     scores: Floats,

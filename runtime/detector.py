@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,7 +122,7 @@ class Detector:
         height, width = checked_frame(frame)
         if self.card.input == "frame":
             return self._whole_frame(frame, (height, width))
-        place = geometry((height, width), self.card.size_hw, auto=False, scale_up=True, stride=self.card.stride)
+        place = geometry((height, width), self.card.size_hw)
         canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change while frames are queued
         fill_border(canvas[0], place)
         paste(canvas[0], frame, place)
@@ -179,9 +178,7 @@ class Detector:
     def __enter__(self) -> Detector:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

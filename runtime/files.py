@@ -15,6 +15,7 @@ from typing import Any
 from runtime.errors import EdgestillError, InputError, one_line
 
 CHUNK_BYTES = 1 << 20
+MAX_JSON_BYTES = 2 << 30
 REMEDIES = {
     errno.ENOSPC: "Free some space, or write to another disk",
     errno.EDQUOT: "The quota is used up: free some space, or write to another disk",
@@ -99,12 +100,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: str | Path, *, most_bytes: int, hint: str = "") -> Any:
+def read_json(path: str | Path, hint: str = "") -> Any:
     """A JSON document that may come from anyone. Raises InputError when it is missing, too large, or not JSON."""
     path = Path(path)
     try:
-        if path.stat().st_size > most_bytes:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {most_bytes}", hint)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}", hint)
         return json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", hint) from error

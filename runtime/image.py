@@ -143,33 +143,24 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def geometry(
-    frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int
-) -> Geometry:
-    """Geometry of YOLOv5's letterbox: scale to fit, half the border on each side, the odd pixel right and below."""
+def geometry(frame_hw: tuple[int, int], size_hw: tuple[int, int], *, scale_up: bool = True) -> Geometry:
+    """Geometry of YOLOv5's letterbox: scale to fit, split the rest, the odd pixel right and below.
+
+    `scale_up` False never enlarges.
+    """
     (height, width), (canvas_height, canvas_width) = frame_hw, size_hw
     gain = min(canvas_height / height, canvas_width / width)
     if not scale_up:
         gain = min(gain, 1.0)
     resized = max(1, round(height * gain)), max(1, round(width * gain))
-    missing = canvas_height - resized[0], canvas_width - resized[1]
-    if auto:
-        missing = missing[0] % stride, missing[1] % stride
-    pad_height, pad_width = missing[0] / 2, missing[1] / 2
-    top, bottom = round(pad_height - 0.1), round(pad_height + 0.1)
-    left, right = round(pad_width - 0.1), round(pad_width + 0.1)
-    canvas = resized[0] + top + bottom, resized[1] + left + right
-    return Geometry(canvas, resized, gain, (pad_width, pad_height), (left, top))
+    pad_height, pad_width = (canvas_height - resized[0]) / 2, (canvas_width - resized[1]) / 2
+    left_top = round(pad_width - 0.1), round(pad_height - 0.1)
+    return Geometry(size_hw, resized, gain, (pad_width, pad_height), left_top)
 
 
-def letterbox(
-    image: Image, size_hw: tuple[int, int], *, auto: bool = False, scale_up: bool = True, stride: int = 32
-) -> Letterboxed:
-    """Scale to fit `size_hw` (bilinear) and pad with grey 114; returns a new array.
-
-    `auto` pads only to the next multiple of `stride` (YOLOv5's minimum rectangle); `scale_up` False never enlarges.
-    """
-    place = geometry(_size_hw(image), size_hw, auto=auto, scale_up=scale_up, stride=stride)
+def letterbox(image: Image, size_hw: tuple[int, int], *, scale_up: bool = True) -> Letterboxed:
+    """Scale to fit `size_hw` (bilinear) and pad with grey 114; returns a new array. `scale_up` as for `geometry`."""
+    place = geometry(_size_hw(image), size_hw, scale_up=scale_up)
     canvas = np.empty((*place.canvas_hw, 3), np.uint8)
     fill_border(canvas, place)
     paste(canvas, image, place)
@@ -192,21 +183,6 @@ def fill_border(canvas: Image, place: Geometry) -> None:
     canvas[top + height :] = LETTERBOX_FILL
     canvas[:, :left] = LETTERBOX_FILL
     canvas[:, left + width :] = LETTERBOX_FILL
-
-
-def resize_longest(image: Image, size: int, *, enlarge_or_augment_linear: bool) -> Image:
-    """Scale so that the longest side is `size`, as YOLOv5 v7.0's data loader does: sizes are truncated.
-
-    Bilinear when enlarging or when `enlarge_or_augment_linear` (images that augmentation will warp), else INTER_AREA.
-    An image that already fits is returned as it is.
-    """
-    height, width = _size_hw(image)
-    ratio = size / max(height, width)
-    if ratio == 1:
-        return image
-    linear = enlarge_or_augment_linear or ratio > 1
-    resized_wh = max(1, int(width * ratio)), max(1, int(height * ratio))
-    return cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
 
 
 def to_tensor(images_bgr: Image) -> NDArray[np.float32]:

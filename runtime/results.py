@@ -6,7 +6,6 @@ import os
 import re
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import cv2
@@ -97,9 +96,7 @@ class ResultWriter:
     def __enter__(self) -> ResultWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

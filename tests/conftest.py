@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # before torch is imported, here and in the commands that tests start: tiny networks gain nothing from a second thread,
 # and if other work runs beside, two threads that wait for each other took a 40-second pipeline over 500 seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it, for tests that want two
 
 
 @pytest.fixture(autouse=True)

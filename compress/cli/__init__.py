@@ -74,6 +74,8 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 wrong usage. An error is one line."""
+    # read when torch is loaded: threads that wait for each other actively keep a core from the one that is waited for
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

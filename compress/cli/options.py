@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -204,10 +204,9 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, default=str))
 
 
-def show(document: Path, as_json: bool, *, lines: Callable[[Any], Iterable[object]]) -> None:
-    """Print the JSON file that a stage wrote, or the `lines` that are made of it."""
-    content = json.loads(document.read_text(encoding="utf-8"))
+def show(document: Any, text: object, as_json: bool) -> None:
+    """Print a result as JSON or as text."""
     if as_json:
-        print_json(content)
+        print_json(document)
     else:
-        click.echo("\n".join(map(str, lines(content))))
+        click.echo(text)

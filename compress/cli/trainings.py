@@ -18,19 +18,19 @@ from compress.cli.options import (
     imgsz,
     indexed,
     is_given,
-    print_json,
     resumed_folder,
     run_alone,
     run_folder,
     say,
     setting,
     settings,
+    show,
 )
 from compress.processes import is_first_process
 from runtime.errors import UsageError
 
 
-def training_options(stage: str) -> Callable[[Any], Any]:
+def training_options(stage: str, project: str) -> Callable[[Any], Any]:
     """The options that `train` and `distill` have in common; `stage` is the part of the recipe that they change."""
     options = [
         click.option("--data", type=FILE, help="data.yaml: path, train, val, names; needed unless a run is resumed."),
@@ -41,6 +41,7 @@ def training_options(stage: str) -> Callable[[Any], Any]:
         imgsz(f"{stage}.imgsz"),
         device,
         setting("--workers", key=f"{stage}.workers", help="Threads that load data."),
+        setting("--threads", key=f"{stage}.threads", help="Compute threads on a CPU; 0 measures how many are best."),
         setting("--seed", key=f"{stage}.seed", help="Seed of every random number."),
         setting("--preset", key=f"{stage}.preset", help="Hyper-parameters to start from."),
         click.option(
@@ -51,7 +52,7 @@ def training_options(stage: str) -> Callable[[Any], Any]:
             help="Continue a run exactly where it was, with its settings and files: PATH is its folder, state.pt or "
             "last.safetensors; without PATH the newest run of this name.",
         ),
-        click.option("--project", type=FILE, help="Folder of the runs; default runs/train or runs/distill."),
+        click.option("--project", type=FILE, default=Path(project), help="Folder of the runs."),
         click.option("--name", default="exp", help="Folder of this run; a number is added where it exists."),
         click.option("--exist-ok", is_flag=True, help="Write into an existing folder of this name."),
         changes,
@@ -65,10 +66,10 @@ def training_options(stage: str) -> Callable[[Any], Any]:
     return decorate
 
 
-def _out(task: str, project: Path | None, name: str, exist_ok: bool, resume: str | None) -> Path:
+def _out(project: Path, name: str, exist_ok: bool, resume: str | None) -> Path:
     if resume:
         return resumed_folder(Path(resume))
-    return run_folder(project or Path("runs") / task, name, exist_ok=exist_ok, resume=resume is not None)
+    return run_folder(project, name, exist_ok=exist_ok, resume=resume is not None)
 
 
 class Begun(NamedTuple):
@@ -100,7 +101,7 @@ def _begun(out: Path, resume: str | None) -> Begun:
 
 
 @click.command()
-@training_options("teacher")
+@training_options("teacher", "runs/train")
 def train(
     data: Path | None, weights: Path | None, scale: str | None, device: str, resume: str | None, **folder: Any
 ) -> None:
@@ -108,7 +109,7 @@ def train(
     from compress.stages.teacher import Config
     from compress.stages.teacher import train as run
 
-    out = _out("train", resume=resume, **folder)
+    out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     config, file = settings(Config, "teacher", {"teacher": begun.config}).teacher, begun.file("data", data)
     run(
@@ -119,7 +120,7 @@ def train(
 
 
 @click.command()
-@training_options("distill")
+@training_options("distill", "runs/distill")
 @click.option("--teacher", type=FILE, help="Checkpoint of the teacher; needed unless a run is resumed.")
 @click.option(
     "--loss",
@@ -141,7 +142,7 @@ def distill(
     """Train a student against a frozen teacher."""
     from compress.stages.distill import STAGE, Inputs
 
-    out = _out("distill", resume=resume, **folder)
+    out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     more: dict[str, Any] = {"distill": begun.config, "device": begun.device(device)}
     more |= {"student.scale": scale, "student.weights": weights}
@@ -190,7 +191,4 @@ def val(as_json: bool, **options: Any) -> None:
     from compress.validate_file import validate_file
 
     result = validate_file(**options)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        click.echo(result.to_text())
+    show(result.to_json(), result.to_text(), as_json)

@@ -111,7 +111,7 @@ def compose(plan: AugmentPlan, load: Load, index: int, size: int) -> tuple[Image
     """The geometry of `apply_plan` alone: mosaic, mixup and warp; boxes in pixels of the (size, size) image."""
     if plan.mosaic is None:
         image, boxes = load(index)
-        framed = letterbox(image, (size, size), auto=False, scale_up=True)
+        framed = letterbox(image, (size, size))
         boxes[:, 1:] *= framed.gain
         return _warped(framed.image, shift_boxes(boxes, *framed.pad_wh), plan.warp, size)
     image, boxes = _mosaic_of(plan.mosaic, load, size)

@@ -15,17 +15,16 @@ from xml.parsers import expat
 
 import numpy as np
 
+from benchmarks.accuracy import read_coco
 from compress.data.dataset import Problem
 from compress.data.index import decoded_size_hw
 from compress.data.labels import label_path
 from compress.data.writing import VAL_EVERY, label_text, new_folder, split_of, write_data_yaml
 from runtime.errors import InputError
-from runtime.files import read_json
 from runtime.image import IMAGE_SUFFIXES, read_bytes
 
 SHOWN = 20
 """Most problems in the summary; `Converted.problems` has all."""
-MAX_JSON_BYTES = 2 << 30
 MAX_XML_BYTES = 4 << 20
 
 Box = tuple[int, float, float, float, float]
@@ -66,16 +65,16 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
     Raises InputError for a file that is not COCO JSON and for image names that leave the image folder.
     """
     path = Path(annotations)
-    content = _read_coco(path)
+    content = read_coco(path)
     problems: list[Problem] = []
     classes, names = _coco_classes(path, content, problems)
     by_id: dict[int, AnnotatedImage] = {}
-    for image in _entries(path, content, "images"):
+    for image in content["images"]:
         file_name, size_hw = _coco_image(path, image)
         if by_id.setdefault(image["id"], AnnotatedImage(file_name, size_hw, [])).file_name != file_name:
             raise InputError(f"{path}: image id {image['id']} stands for two files", "Give every image its own id")
     skipped = 0
-    for number, annotation in enumerate(_entries(path, content, "annotations"), 1):
+    for number, annotation in enumerate(content["annotations"], 1):
         if annotation.get("iscrowd") == 1:
             skipped += 1
             continue
@@ -114,29 +113,15 @@ def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Convert
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
 
-def _read_coco(path: Path) -> Mapping[str, Any]:
-    content = read_json(path, most_bytes=MAX_JSON_BYTES, hint="Give COCO's instances JSON")
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected COCO's images, annotations, categories")
-    return content
-
-
-def _entries(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    entries = content.get(key)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{path}: `{key}` is not a list of objects", "Expected COCO instances JSON")
-    return entries
-
-
 def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem]) -> tuple[dict[int, int], list[str]]:
     """Category id -> class index, and the class names.
 
     A category that only groups others, such as an exporter's root, does not become a class, and is reported.
     """
-    names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
+    names = {entry.get("id"): entry.get("name") for entry in content["categories"]}
     if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
-    for key in _grouping_categories(path, content):
+    for key in _grouping_categories(content):
         problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: two categories have one name", "Give every class its own name")
@@ -144,11 +129,11 @@ def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem
     return {key: index for index, key in enumerate(ordered)}, [names[key] for key in ordered]  # type: ignore[misc]
 
 
-def _grouping_categories(path: Path, content: Mapping[str, Any]) -> set[int]:
+def _grouping_categories(content: Mapping[str, Any]) -> set[int]:
     """Ids of the categories that another one names as its supercategory and that no annotation has."""
-    categories = _entries(path, content, "categories")
+    categories = content["categories"]
     below = [(entry["id"], entry.get("supercategory")) for entry in categories]
-    annotated = (annotation.get("category_id") for annotation in _entries(path, content, "annotations"))
+    annotated = (annotation.get("category_id") for annotation in content["annotations"])
     used = {category_id for category_id in annotated if _is_whole(category_id)}
     return {
         entry["id"]

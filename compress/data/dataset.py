@@ -20,7 +20,6 @@ from runtime.files import atomic_write, read_json
 INDEX = "index.json"
 """The usual name of the file that `Dataset.save` writes."""
 SCHEMA_VERSION = 1
-MAX_INDEX_BYTES = 2 << 30
 FLOAT32_DIGITS = ".9g"
 """Nine digits restore a float32 exactly, also when they are read as float64 first."""
 
@@ -113,7 +112,7 @@ class Dataset:
         """
         root = root.resolve()
         hint = "Run the data stage again"
-        raw = read_json(file, most_bytes=MAX_INDEX_BYTES, hint=hint)
+        raw = read_json(file, hint)
         try:
             if raw["schema_version"] != SCHEMA_VERSION:
                 raise InputError(f"{file}: schema {raw['schema_version']}, expected {SCHEMA_VERSION}", hint)

@@ -6,6 +6,7 @@ The file is read as data: every value is text, tags are refused, nothing is down
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from compress.data.labels import lines_of
 from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
+from runtime.sources import image_files
 
 SPLITS = ("train", "val", "test")
 MAX_YAML_BYTES = 1 << 20
@@ -182,21 +184,6 @@ def _listed(root: Path, list_file: Path) -> list[Path]:
     return [without_parents((list_file.parent if entry.startswith("./") else root) / entry) for entry in entries]
 
 
-def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
-    """Image files below `folder`. Links to folders are followed, except those that would make a cycle through `above`.
-
-    A broken link is listed too, so that the index reports it.
-    """
-    real = folder.resolve()
-    if any(one.is_relative_to(real) for one in above):
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from image_files(entry, (*above, real))
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
-            yield entry
-
-
 def without_parents(path: Path) -> Path:
     """The same file without `..` in its path; links behind the last `..` are kept, because labels are beside them."""
     if ".." not in path.parts:
@@ -254,8 +241,7 @@ def _name_list(path: Path, names: Any) -> list[Any]:
 
 
 def _first_repeated(texts: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((text for text in texts if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]
+    return next((text for text, count in Counter(texts).items() if count > 1), None)
 
 
 def _kind(value: Any) -> str:

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 
 from compress.data.dataset import Problem, Sample
 from runtime.errors import InputError
-from runtime.image import LETTERBOX_FILL, Image, read_image, resize_longest
+from runtime.image import LETTERBOX_FILL, Image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def read_resized(sample: Sample, imgsz: int, *, linear: bool) -> Image:
             f"{sample.image}: {found[1]}x{found[0]} pixels, but {width}x{height} when the data was indexed",
             "Index the data again",
         )
-    return resize_longest(image, imgsz, enlarge_or_augment_linear=linear)
+    return resize_longest(image, imgsz, linear=linear)
 
 
 def to_chw_rgb(image: Image) -> Image:
@@ -74,8 +75,23 @@ def to_chw_rgb(image: Image) -> Image:
     return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
 
 
+def resize_longest(image: Image, imgsz: int, *, linear: bool) -> Image:
+    """Scale so that the longest side is `imgsz`, as YOLOv5 v7.0's data loader does.
+
+    Bilinear when enlarging or when `linear` (images that augmentation will warp), else INTER_AREA. An image that
+    already fits is returned as it is.
+    """
+    height, width = image.shape[:2]
+    if max(height, width) == imgsz:
+        return image
+    resized_wh = resized_hw((height, width), imgsz)[::-1]
+    enlarges = imgsz > max(height, width)
+    interpolation = cv2.INTER_LINEAR if linear or enlarges else cv2.INTER_AREA
+    return np.asarray(cv2.resize(image, resized_wh, interpolation=interpolation), np.uint8)
+
+
 def resized_hw(size_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
-    """The size that `runtime.image.resize_longest` gives an image of `size_hw`."""
+    """The size that `resize_longest` gives an image of `size_hw`; sides are truncated."""
     ratio = imgsz / max(size_hw)
     return max(1, int(size_hw[0] * ratio)), max(1, int(size_hw[1] * ratio))
 

@@ -7,7 +7,6 @@ It only reads: no cache file and no repaired image is ever written beside the us
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from compress.data.dataset_yaml import DataConfig
 from compress.data.labels import label_path, read_labels
 from runtime.errors import InputError
 from runtime.image import decode_image, read_bytes
+from runtime.machine import usable_cores
 
 MIN_SIDE = 10
 NO_LABELS = "no image has a label"
@@ -79,7 +79,7 @@ def _label_folder(sample: Sample, root: Path) -> str:
 def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, SplitIndex]:
     """Split -> index; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         found = dict(zip(images, pool.map(lambda image: index_image(image, config), images), strict=True))
     return {split: _split_index(found[image] for image in config.splits[split]) for split in splits}
 

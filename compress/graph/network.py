@@ -20,6 +20,9 @@ from torch import nn
 from compress.graph.builder import GraphBuilder
 from runtime.errors import EdgestillError
 
+INPUT = "images"
+"""Name of the network's input, as YOLOv5's own exports have it."""
+
 
 @dataclass(frozen=True)
 class NetworkGraph:
@@ -34,7 +37,7 @@ class NetworkGraph:
     maps: tuple[str, ...]
 
 
-def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images") -> NetworkGraph:
+def trace(module: nn.Module, size_hw: tuple[int, int]) -> NetworkGraph:
     """The graph of a torch network whose forward returns the list of raw maps.
 
     Raises `EdgestillError` naming the operator when the network uses one outside the table.
@@ -49,7 +52,7 @@ def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images
     constants: dict[str, np.ndarray] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            names[node] = stored.get(node.name, input_name)
+            names[node] = stored.get(node.name, INPUT)
         elif node.op == "call_function":
             _emit(builder, node, names)
         elif node.op == "output":
@@ -57,7 +60,7 @@ def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images
     for name in dict.fromkeys(used for node in builder.nodes for used in node.input if used in state):
         constants[name] = state[name].detach().to(torch.float32).cpu().numpy()
     made = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in builder.constants.items()}
-    return NetworkGraph(tuple(builder.nodes), {**constants, **made}, input_name, maps)
+    return NetworkGraph(tuple(builder.nodes), {**constants, **made}, INPUT, maps)
 
 
 def _emit(builder: GraphBuilder, node: Any, names: dict[Any, str]) -> None:

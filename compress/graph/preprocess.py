@@ -23,7 +23,7 @@ class FrameLetterbox:
 
     @property
     def geometry(self) -> Geometry:
-        return geometry(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
+        return geometry(self.frame_hw, self.canvas_hw)
 
     @property
     def borders(self) -> tuple[int, int, int, int]:

@@ -13,11 +13,12 @@ from runtime.machine import compute_threads
 _ERRORS_ONLY = 3
 
 
-def open_session(model: onnx.ModelProto, *, threads: int = 0, optimise: bool = True) -> Any:
+def open_session(model: onnx.ModelProto, *, optimise: bool = True) -> Any:
     """An `onnxruntime.InferenceSession`. Without `optimise` the graph runs as written (see `qdq`)."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    options.intra_op_num_threads = threads or compute_threads()  # see runtime.backends.onnx
+    options.intra_op_num_threads = compute_threads()  # see runtime.backends.onnx
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other work may have a core
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

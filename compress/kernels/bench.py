@@ -23,9 +23,10 @@ import torch
 from compress.kernels.bench_case import L2_TIMES, SAMPLES, UPSTREAM, plan
 from compress.kernels.losses import FUSED
 from runtime import machine
-from runtime.errors import EdgestillError, UnavailableError
+from runtime.errors import UnavailableError
 from runtime.files import write_json
 from runtime.numbers import real
+from runtime.terminal import exit_code_of
 
 SECONDS = 225.0
 GRACE_SECONDS = 10.0
@@ -167,12 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one case per loss, in half a minute")
     parser.add_argument("--seconds", type=real(0), default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
     asked = parser.parse_args(arguments)
-    try:
-        document = run(asked.seconds, asked.out, quick=asked.quick)
-    except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0 if document["cases"] else 1
+    return exit_code_of(lambda: 0 if run(asked.seconds, asked.out, quick=asked.quick)["cases"] else 1)
 
 
 if __name__ == "__main__":

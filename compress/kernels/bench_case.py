@@ -29,7 +29,8 @@ from torch import Tensor
 from compress.kernels.fused import SWITCH
 from compress.kernels.gpu import gpu
 from compress.kernels.losses import FUSED
-from runtime.errors import EdgestillError, one_line
+from runtime.errors import one_line
+from runtime.terminal import exit_code_of
 
 LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
 """Feature maps of a detector at 640 pixels, by stride."""
@@ -352,17 +353,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
-    until = time.monotonic() + asked.seconds
+    return exit_code_of(lambda: run(asked.loss, asked.seconds, asked.lines, quick=asked.quick))
+
+
+def run(loss: str, seconds: float, lines: Path, *, quick: bool) -> None:
+    """Measure the cases of one loss. Raises EdgestillError when the kernels cannot run here."""
+    until = time.monotonic() + seconds
     os.environ.pop(SWITCH, None)
-    try:
-        gpu(0)  # if the kernels cannot run, `ours` would be the reference
-    except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    gpu(0)  # where the kernels cannot run, `ours` would be the definition
     gc.freeze()  # each capture collects garbage, and torch's own objects are many
-    samples = QUICK_SAMPLES if asked.quick else SAMPLES
-    measure_all(plan(asked.loss, quick=asked.quick), torch.device("cuda:0"), samples, until, asked.lines)
-    return 0
+    samples = QUICK_SAMPLES if quick else SAMPLES
+    measure_all(plan(loss, quick=quick), torch.device("cuda:0"), samples, until, lines)
 
 
 if __name__ == "__main__":

@@ -95,26 +95,18 @@ STORAGE_DTYPES: dict[str, str] = {
 _BUILTINS = ("builtins", "__builtin__")
 _NUMPY_CORE = ("numpy.core.multiarray", "numpy._core.multiarray")
 _INERT = {
-    **{Global("torch", name): "" for name in STORAGE_DTYPES},
-    **{Global("torch", name): "" for name in (*STORAGE_DTYPES.values(), "float", "half", "long", "device")},
-    **{Global(module, name): "" for module in _NUMPY_CORE for name in ("_reconstruct", "scalar")},
-    **{Global("numpy", name): "" for name in ("dtype", "ndarray", "float32", "float64", "int64")},
-    **{
-        Global(module, name): ""
+    *(Global("torch", name) for name in (*STORAGE_DTYPES, *STORAGE_DTYPES.values(), "float", "half", "long", "device")),
+    *(Global(module, name) for module in _NUMPY_CORE for name in ("_reconstruct", "scalar")),
+    *(Global("numpy", name) for name in ("dtype", "ndarray", "float32", "float64", "int64")),
+    *(
+        Global(module, name)
         for module in ("pathlib", "pathlib._local")  # the second since Python 3.13
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
-    Global("argparse", "Namespace"): "",
+    ),
+    Global("argparse", "Namespace"),
 }
 _INERT_MODULES = ("torch.nn.modules.", "models.", "utils.", "ultralytics.")
 """Classes of these become stubs whatever their name; YOLOv5's own folders are `models` and `utils`."""
-
-
-def _sequence(make: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(items: Sequence[Any] = ()) -> Any:
-        return make(items)
-
-    return call
 
 
 def _set(items: Sequence[Any] = ()) -> set[Any]:
@@ -157,15 +149,15 @@ def _first(value: Any, *_: Any) -> Any:
 
 CALLS: dict[Global, Callable[..., Any]] = {
     Global("collections", "OrderedDict"): _mapping,
-    Global("torch", "Size"): _sequence(tuple),
+    Global("torch", "Size"): tuple,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch._utils", "_rebuild_parameter"): _first,
     Global("torch._utils", "_rebuild_parameter_with_state"): _first,
     Global("_codecs", "encode"): _encode,
     **{Global(module, "set"): _set for module in _BUILTINS},
     **{Global(module, "frozenset"): _set for module in _BUILTINS},
-    **{Global(module, "list"): _sequence(list) for module in _BUILTINS},
-    **{Global(module, "tuple"): _sequence(tuple) for module in _BUILTINS},
+    **{Global(module, "list"): list for module in _BUILTINS},
+    **{Global(module, "tuple"): tuple for module in _BUILTINS},
     **{Global(module, "dict"): _mapping for module in _BUILTINS},
 }
 """The only names that have a meaning, and the functions of this module that give it."""

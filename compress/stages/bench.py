@@ -18,12 +18,12 @@ from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
 from compress.data import Dataset
 from compress.evaluate import evaluate
 from compress.flavours import FLAVOURS
-from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
 from compress.store import Folders
-from runtime.files import write_json
+from runtime.files import read_json, write_json
 from runtime.machine import facts
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import onnx
 import torch
@@ -277,8 +278,6 @@ def _shipped(
 
 def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
     """Frames of the camera's size: the images resized to it, and noise."""
-    import cv2
-
     paths = [path for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
     return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
 

@@ -16,13 +16,14 @@ from benchmarks.report import Report, make_report
 from benchmarks.rows import Row
 from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
 from compress.evaluate import fitness
-from compress.inputs import SHIPPED, read_json
+from compress.inputs import SHIPPED
 from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
 from runtime.card import ModelCard
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.identity import SHOWN
 
 ROLES = {"teacher": "teacher", "student": "distill"}
@@ -84,8 +85,7 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
     if not table.is_file():
         return None
     with table.open(newline="") as file:
-        rows = [{key.strip(): value.strip() for key, value in row.items()} for row in csv.DictReader(file)]
-    curves = [_point(row) for row in rows]
+        curves = [_point(row) for row in csv.DictReader(file)]
     measured = [point for point in curves if point.get("map50_95") is not None]
     best = max(measured, key=lambda point: fitness(point["map50"], point["map50_95"]), default=None)
     return {
@@ -100,7 +100,7 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
 def _point(row: Mapping[str, str]) -> dict[str, Any]:
     """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty if it was not validated."""
     values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
-    return {"epoch": int(float(row["epoch"])) + 1, **values}
+    return {"epoch": int(row["epoch"]) + 1, **values}
 
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,10 @@ the data loader itself, since every batch is a function of (seed, epoch, number)
 
 from __future__ import annotations
 
+import copy
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from compress.compute.device import pick_device, to_device
+from compress.compute.threads import ThreadChoice, fixed_threads, threads_restored
 from compress.config import TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
@@ -89,6 +92,8 @@ class TrainState:
     best_epoch: int = 0
     stopped: bool = False
     history: list[Record] = field(default_factory=list)
+    threads: int = 0
+    """Compute threads of the next epoch on a CPU; 0 until they are chosen."""
 
 
 def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, log: Log = print) -> TrainResult:
@@ -121,6 +126,7 @@ class Trainer:
         self.schedule = Schedule(self.config.optimizer, self.config.epochs, self.batches, self.config.batch)
         freeze(job.objective.model.model, self.config.freeze)
         self.objective = to_device(job.objective, self.device)
+        self.thread_choice = ThreadChoice()
         self.ema = Ema(self.objective.model, self.config.optimizer.ema_decay, self.config.optimizer.ema_ramp)
         optimizer = build_optimizer(self.objective, self.config.optimizer, self.schedule.weight_decay)
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
@@ -138,7 +144,8 @@ class Trainer:
             self.job.out / "tensorboard", on=self.config.tensorboard and self.is_main, start=self.state.epoch
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
-        with scalars, progress:
+        with scalars, progress, threads_restored():
+            self.choose_threads()
             while not self.finished:
                 started = time.perf_counter()
                 record = self.train_epoch(progress)
@@ -219,6 +226,37 @@ class Trainer:
         self.ema.update(self.objective.model)
         self.state.last_step = iteration
 
+    # -- compute threads --------------------------------------------------------------------------
+
+    def choose_threads(self) -> None:
+        """Set the compute threads of the next epoch: the user's number, else that of the state, measured now and then.
+
+        Equal numbers give equal bits. A resumed training begins with its state's number, so it repeats what was lost;
+        where the machine's load changes, only a number that the user sets keeps two trainings equal to the last bit.
+        """
+        if self.device.type != "cpu":
+            return
+        fixed, before = fixed_threads(self.config.threads), self.state.threads
+        if not fixed and self.processes == 1:
+            self.state.threads = self.thread_choice.best(self._step_of_a_copy, before)
+            if self.state.threads != before:
+                self.log(f"compute threads: {self.state.threads}, measured to serve this network best now")
+        else:
+            self.state.threads = fixed or torch.get_num_threads()
+        torch.set_num_threads(self.state.threads)
+
+    def _step_of_a_copy(self) -> Callable[[], None]:
+        """The networks' work of one batch; the training's weights, statistics and random numbers stay as they are."""
+        model = copy.deepcopy(self.objective.model).train()
+        shape = min(self.config.batch, len(self.job.train)), 3, self.config.imgsz, self.config.imgsz
+        images = torch.linspace(0, 1, math.prod(shape)).view(shape).contiguous(memory_format=torch.channels_last)
+
+        def work() -> None:
+            self.teacher_outputs(images)
+            torch.stack([level.square().mean() for level in model(images)]).sum().backward()
+
+        return work
+
     # -- the end of an epoch ----------------------------------------------------------------------
 
     def close_epoch(self, record: Record) -> None:
@@ -230,6 +268,8 @@ class Trainer:
             self._validate(record)
         self.state.history.append(record)
         self.state.epoch += 1
+        if not self.finished:
+            self.choose_threads()
         self._write_files()
         return self.state
 

@@ -1,7 +1,8 @@
 """Time the phases of a training: `python -m compress.training.profile --data D --weights W --imgsz 320 --batch 16`.
 
 Runs real epochs of the real loop with a stopwatch around its phases, writes nothing, and prints images per second with
-the share of each phase. The first epoch (decoding images, warming up) is left out.
+the share of each phase. The first epoch (decoding images, warming up) is left out. Set OMP_WAIT_POLICY=PASSIVE to have
+threads wait as `edgestill` has them.
 """
 
 from __future__ import annotations
@@ -81,20 +82,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=whole(1), default=16)
     parser.add_argument("--epochs", type=whole(1), default=2)
     parser.add_argument("--workers", type=whole(0, 256), default=TrainConfig().workers)
-    parser.add_argument("--threads", type=whole(0, 256), default=0, help="torch's compute threads; 0 leaves its choice")
+    parser.add_argument("--threads", type=whole(0, 256), default=0, help="compute threads; 0 as in a training")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
     flush_denormals(print)
-    config = TrainConfig(epochs=100, batch=asked.batch, imgsz=asked.imgsz, workers=asked.workers, tensorboard=False)
+    config = TrainConfig(
+        epochs=100, batch=asked.batch, imgsz=asked.imgsz, workers=asked.workers, threads=asked.threads,
+        tensorboard=False,
+    )  # fmt: skip
     data = index_dataset(load_data(asked.data))
     model = new_model(data.names, scale=asked.scale, weights=asked.weights)
     splits = open_splits(data, config, print)
     with tempfile.TemporaryDirectory() as nowhere:
         objective = Objective(model, detection_loss(model, config))
         job = Job(config, objective, splits.train, splits.val, Path(nowhere))
-        print(table(*measure(Trainer(job, asked.device, print), asked.epochs)))
+        trainer = Trainer(job, asked.device, print)
+        trainer.choose_threads()
+        print(table(*measure(trainer, asked.epochs)))
     print(f"{torch.get_num_threads()} compute threads, {asked.workers} data threads, torch {torch.__version__}")
 
 

@@ -10,12 +10,11 @@ bases), and add it to the table.
 
 from __future__ import annotations
 
-import difflib
-
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape
 from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, FeatureLoss
 from compress.losses.distill.head import KD, HeadLoss, ObjKD
+from compress.recipe import suggestion
 from runtime.errors import UsageError
 
 __all__ = [
@@ -60,10 +59,7 @@ def check_losses(config: DistillConfig) -> None:
     """Raises UsageError for a loss or a setting that is not known, a wrong value, or no loss with a weight above 0."""
     for name, choice in config.losses.items():
         if name not in LOSSES:
-            near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.5)
-            known = f"Choose among {', '.join(sorted(LOSSES))}"
-            hint = f"Did you mean {near[0]!r}? {known}" if near else known
-            raise UsageError(f"distillation loss {name!r} is not known", hint)
+            raise UsageError(f"distillation loss {name!r} is not known", suggestion(name, LOSSES))
         LOSSES[name].read_settings(choice.settings)
     if not any(choice.weight > 0 for choice in config.losses.values()):
         raise UsageError("no distillation loss has a weight above 0", "Train without a teacher, or set one")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from compress.config import DistillConfig, Settings
+from compress.recipe import parse
 from runtime.errors import UsageError
 
 
@@ -87,18 +86,8 @@ class DistillLoss(nn.Module):
 
         Raises UsageError for an unknown name or a value that the setting does not take.
         """
-        known = list(cls.Settings.model_fields)
-        try:
-            return cls.Settings.model_validate(given)
-        except ValidationError as error:
-            first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] != "extra_forbidden":
-            raise UsageError(f"loss {cls.name}: {key}: {first['input']!r} is not accepted: {first['msg']}")
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        told = f"Known: {', '.join(['weight', *known])}"
-        hint = f"Did you mean {near[0]!r}? {told}" if near else told
-        raise UsageError(f"loss {cls.name}: unknown setting {key!r}", hint)
+        settings: LossSettings = parse(cls.Settings, given, f"loss {cls.name}")
+        return settings
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         """The loss () float32 of one batch. No gradient reaches the teacher.

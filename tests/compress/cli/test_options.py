@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import click
 import pytest
 
-from compress.cli import COMMANDS, cli
+from compress.cli import COMMANDS, cli, main
 from compress.cli.options import GIVEN, settings
 from compress.config import DistillConfig, Recipe
 from compress.stages.quantize import Config
@@ -94,3 +95,20 @@ def test_the_help_of_all_commands_needs_no_package_of_the_compression_half() -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(re.search(rf"^  {command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
+
+
+@pytest.mark.parametrize(("users", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_says_otherwise(
+    users: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", users or "")
+    if not users:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+def test_the_wait_policy_is_set_before_torch_is_loaded() -> None:
+    code = "import sys, compress.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -24,6 +24,7 @@ from compress.kernels.bench_case import (
     variants,
 )
 from compress.kernels.losses import FUSED
+from runtime.errors import EdgestillError
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -212,7 +213,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys) -> None:
 
 def test_a_process_of_one_loss_says_why_the_kernels_cannot_run(monkeypatch, tmp_path, capsys) -> None:
     def refuse(index):
-        raise bench_case.EdgestillError("no compiler")
+        raise EdgestillError("no compiler")
 
     monkeypatch.setattr(bench_case, "gpu", refuse)
     assert bench_case.main(["cwd", "--lines", str(tmp_path / "x"), "--seconds", "1"]) == 1

@@ -129,7 +129,7 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
 
 
 def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"knows 80 classes, the data has 2") as caught:
+    with pytest.raises(InputError, match=r"has 80 classes .*, the data has 2") as caught:
         distill(config(), tiny_data, weights, tmp_path)
     assert "\n" not in str(caught.value)
 

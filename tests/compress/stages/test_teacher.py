@@ -69,6 +69,22 @@ def test_a_stopped_and_resumed_training_equals_a_straight_one(
     assert_same_files(tmp_path / "straight", tmp_path / "cut")
 
 
+def test_a_resumed_training_goes_on_with_the_threads_that_it_had(
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    fresh = iter([2, 2, 1])  # of the straight, the stopped and the resumed training, had it asked
+    monkeypatch.setattr(loop.ThreadChoice, "best", lambda _, prepare, current: current or next(fresh))
+    train(config(), data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
+    with pytest.raises(Stop):
+        train(config(), data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
+    train(config(), data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, log=quiet)
+    assert_same_files(tmp_path / "straight", tmp_path / "cut")
+    train(config(), data=tiny_data, out=tmp_path / "other", scale="p", device="cpu", log=quiet)
+    with pytest.raises(AssertionError):  # with 1 thread the last bits differ
+        assert_same_files(tmp_path / "straight", tmp_path / "other")
+
+
 CHILD = """
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,54 @@ def test_mosaic_closes_before_the_end(tmp_path: Path) -> None:
         made.state.epoch = epoch
         list(made.epoch_batches())
     assert made.job.train.mosaics == [True] * 4 + [False] * 4
+
+
+# -- compute threads ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No user has set the number of threads, so it is measured."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+@pytest.mark.usefixtures("users_silence")
+def test_measuring_the_threads_leaves_the_training_as_it_is(tmp_path: Path) -> None:
+    made = trainer(config(optimizer={"nominal_batch": 4000}), tmp_path, distils=True)
+    made.train_batch(batch(0), 0)  # leaves its gradients pending
+    before = copy.deepcopy(made.state_dict())
+    made.choose_threads()
+    after = made.state_dict()
+    assert after["train_state"] == before["train_state"] | {"threads": torch.get_num_threads()}
+    assert before["gradients"][0].any()
+    for part in ("objective", "gradients", "ema"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
+    assert torch.equal(after["random"]["torch"], before["random"]["torch"])
+
+
+@pytest.mark.usefixtures("users_silence")
+def test_the_number_of_threads_changes_between_epochs_and_is_saved_with_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: list[float]
+) -> None:
+    judged += [0.1]
+    made, used, picks = trainer(config(epochs=3, val_interval=9), tmp_path, images=4), [], iter([2, 2, 1])
+    monkeypatch.setattr(made.thread_choice, "best", lambda prepare, current: next(picks))
+    made.objective.register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
+    made.log = lambda line: used.append(line) if line.startswith("compute threads") else None
+    made.run()
+    first, second = (f"compute threads: {number}, measured to serve this network best now" for number in (2, 1))
+    assert used == [first, 2, 2, second, 1]
+    assert load_state(tmp_path / STATE)["train_state"]["threads"] == 1
+    assert torch.get_num_threads() == 1  # as before the training
+
+
+def test_the_users_threads_are_taken_without_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings, expected in ((config(threads=2), 2), (config(), 1)):  # by OMP_NUM_THREADS, 1 in all tests
+        made = trainer(settings, tmp_path)
+        monkeypatch.setattr(made.thread_choice, "best", None)
+        made.choose_threads()
+        assert torch.get_num_threads() == made.state.threads == expected
+        torch.set_num_threads(1)
 
 
 # -- kill and resume ------------------------------------------------------------------------------
