@@ -21,7 +21,7 @@ data: belt/data.yaml
 imgsz: 256
 teacher: {{scale: n, epochs: 36, batch: 16, val_interval: 12}}
 student: {{scale: p}}
-distill: {{epochs: 40, batch: 16, val_interval: 10, losses: {{obj_kd: 1.0}}}}
+distill: {{epochs: 40, batch: 16, val_interval: 10}}
 quantize: {{calibration_images: 64, max_map_drop: 0.03}}
 """
 

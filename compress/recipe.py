@@ -144,15 +144,15 @@ teacher:                # used as it is if its classes are the data's, fine-tune
 
 student:
   scale: {student}             # p (smallest), n, s, m, l, x
+  # init: scratch       # default: slices of the teacher's weights, where the student is no wider
 
 distill:
   epochs: 80
   batch: 16
-  losses:               # name: weight
-    obj_kd: 1.0         # objectness-gated soft labels
-    # feat_mse: 0.1     # neck features through a 1x1 adapter; feat_sl2: weighted by the teacher's score
-    # cwd: 0.2          # where each channel is active; pkd: 0.2, how it varies; fgd: 0.001, by the teacher's attention
-    # kd: 0.2           # temperature soft labels; with settings of its own: kd: {{weight: 0.2, temperature: 2}}
+  losses:               # name: auto (the weight follows the gradients) or a fixed weight
+    soft: auto          # classes, boxes and objectness as the teacher sees them
+    # pkd: auto         # how each channel of the neck varies; or cwd, fgd, feat_mse, feat_sl2
+    # kd: {{share: 0.5, temperature: 2}} # a loss with settings of its own
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
@@ -169,6 +169,12 @@ build:
 
 bench:
   latency_samples: 700  # 662 are the fewest that support a p99
+
+study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
+  arms:
+    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # labels alone
+    inherit: {{distill: {{losses: {{}}}}}} # slices of the teacher, labels alone
+    soft: {{}}            # as above
 """
 
 

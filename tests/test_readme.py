@@ -22,6 +22,7 @@ SMALLER = {
     r"map50_95<0\.30": "map50_95<0",
     r"--epochs \d+": "--epochs 1",
     r"(edgestill run \S+)": rf"\1 {SHORT} --set quantize.max_map_drop=1",
+    r"--seeds 5 --jobs 2": "--seeds 1 --set distill.epochs=1",
     r"(edgestill bench )": r"\1--set latency_samples=11 ",
     r"(edgestill quantize )": r"\1--set calibration_images=4 --set max_map_drop=1 ",
 }

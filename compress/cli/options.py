@@ -145,6 +145,11 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
     return parse(group, raw, f"edgestill {click.get_current_context().info_name}")
 
 
+def given_settings() -> tuple[str, ...]:
+    """The settings that options gave to the running command, in the form of --set."""
+    return tuple(f"{key}={value}" for key, value in click.get_current_context().meta.get(GIVEN, {}).items())
+
+
 def given_changes() -> tuple[str, ...]:
     """The --set changes of the running command."""
     return tuple(click.get_current_context().meta["edgestill.changes"])

@@ -27,7 +27,6 @@ from compress.cli.options import (
     show,
 )
 from compress.processes import is_first_process
-from runtime.errors import UsageError
 
 
 def training_options(stage: str, project: str) -> Callable[[Any], Any]:
@@ -73,7 +72,7 @@ def _out(project: Path, name: str, exist_ok: bool, resume: str | None) -> Path:
 
 
 class Begun(NamedTuple):
-    """Settings and origin of the run that is resumed; options of the command line come before them."""
+    """The settings and files that a resumed run began with; those of the command line go before them."""
 
     config: Mapping[str, Any] = {}
     origin: Mapping[str, Any] = {}
@@ -122,12 +121,13 @@ def train(
 @click.command()
 @training_options("distill", "runs/distill")
 @click.option("--teacher", type=FILE, help="Checkpoint of the teacher; needed unless a run is resumed.")
+@setting("--init", key="student.init", help="Start from slices of the teacher, or from scratch.")
 @click.option(
     "--loss",
     "losses",
     multiple=True,
-    metavar="NAME=WEIGHT",
-    help="Distillation loss, and NAME.SETTING=VALUE for its settings; repeatable.",
+    metavar="NAME[=WEIGHT]",
+    help="Distillation loss, its weight by gradients or fixed; NAME.SETTING=VALUE for its settings; repeatable.",
 )
 def distill(
     data: Path | None,
@@ -154,15 +154,16 @@ def distill(
 
 
 def loss_choices(given: Sequence[str]) -> dict[str, Any]:
-    """("cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
-    from compress.recipe import with_change
+    """("soft", "cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
+    from compress.recipe import with_change, with_value
 
     raw: dict[str, Any] = {}
     for text in given:
-        key, equals, value = text.partition("=")
+        name, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--loss {text!r}: expected NAME=WEIGHT", "For example --loss cwd=0.2")
-        raw = with_change(raw, f"{key if '.' in key else f'{key}.weight'}={value}")
+            raw = with_value(raw, name, {})
+        else:
+            raw = with_change(raw, f"{name if '.' in name else f'{name}.weight'}={value}")
     return raw
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from compress.data.dataset_yaml import SPLITS
 from runtime.boxes import xyxy_to_xywh
 from runtime.errors import UsageError
 from runtime.files import unwritable
@@ -60,8 +61,8 @@ def label_text(boxes: NDArray[np.floating[Any]], size_hw: tuple[int, int]) -> st
 
 
 def write_data_yaml(folder: Path, names: Sequence[str], header: str = "") -> None:
-    """Write `folder/data.yaml` for `images/train` and `images/val` (the former twice if the latter is absent)."""
-    has_val = (folder / "images" / "val").is_dir()
-    content = {"path": ".", "train": "images/train", "val": f"images/{'val' if has_val else 'train'}"}
+    """Write `folder/data.yaml` for the splits in `images`; without a `val` there, `train` is both."""
+    own = {split: f"images/{split}" for split in SPLITS if (folder / "images" / split).is_dir()}
+    content = {"path": ".", "train": own["train"], "val": own["train"]} | own
     text = yaml.safe_dump(content | {"names": dict(enumerate(names))}, sort_keys=False, allow_unicode=True)
     (folder / "data.yaml").write_text(header + text, encoding="utf-8")

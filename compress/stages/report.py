@@ -21,6 +21,7 @@ from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
+from compress.training.curves import share_column
 from runtime.card import ModelCard
 from runtime.errors import InputError
 from runtime.files import read_json
@@ -104,7 +105,7 @@ def _point(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
-    checks = read_json(folder / "checks.json")
+    checks = read_json(folder / "checks.json") if config.losses else []
 
     def about(name: str) -> list[dict[str, Any]]:
         others = [f"{other} " for other in config.losses if other != name]
@@ -112,12 +113,31 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
 
     return {
         "losses": [
-            {"name": name, "weight": choice.weight, "settings": _loss_settings(name, choice), "checks": about(name)}
+            {
+                "name": name,
+                "weight": choice.weight,
+                "share": _share(name, folder),
+                "settings": _loss_settings(name, choice),
+                "checks": about(name),
+            }
             for name, choice in config.losses.items()
-            if choice.weight
+            if choice.is_used
         ],
-        "decay_to": config.decay_to,
+        "inheritance": _inheritance(folder),
     }
+
+
+def _inheritance(folder: Path) -> dict[str, Any] | None:
+    """The weights that the student took over from a larger network; None where it started from scratch."""
+    file = folder / "inheritance.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _share(name: str, folder: Path) -> float | None:
+    """The loss's gradient as a share of the label loss's, in the last epoch that has it above 0."""
+    with (folder / "results.csv").open(newline="") as file:
+        shares = [float(row[share_column(name)] or 0) for row in csv.DictReader(file)]
+    return next((share for share in reversed(shares) if share > 0), None)
 
 
 def _loss_settings(name: str, choice: LossChoice) -> dict[str, Any]:

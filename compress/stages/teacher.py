@@ -21,8 +21,8 @@ from compress.models import YOLOv5, checkpoint
 from compress.stages import Figures, Stage, weights_digest
 from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.origin import origin_of, read_resume
 from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
+from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from runtime.errors import UsageError
 

@@ -50,18 +50,20 @@ def new_model(
     scale: str | None,
     weights: Path | None,
     anchors: Anchors | None = None,
+    layout: str | None = None,
     seed: int = 0,
     log: Log = print,
 ) -> YOLOv5:
     """A model for the classes `names`, started from `weights` wherever name and shape agree.
 
     Its size is `scale`, else that of the checkpoint; its anchors are `anchors`, else the checkpoint's, else the
-    default. The rest starts as in a fresh seeded network, with the head's biases set for rare objects. Raises
-    UsageError when neither is given.
+    default; a network of a scale has the given `layout`, else the newest for its anchors. The rest starts as in a
+    fresh seeded network, with the head's biases set for rare objects. Raises UsageError when neither is given.
     """
     _require_start(scale, weights)
     checkpoint = load(weights) if weights else None
-    architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None, anchors)
+    known = checkpoint.architecture if checkpoint else None
+    architecture = _architecture(tuple(names), scale, known, anchors, layout)
     torch.manual_seed(seed)
     model = YOLOv5(architecture)
     model.init_detect_bias()
@@ -86,14 +88,18 @@ def model_from_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
 
 
 def _architecture(
-    names: tuple[str, ...], scale: str | None, given: Architecture | None, anchors: Anchors | None = None
+    names: tuple[str, ...],
+    scale: str | None,
+    given: Architecture | None,
+    anchors: Anchors | None = None,
+    layout: str | None = None,
 ) -> Architecture:
-    """The network of `scale`, with as many levels as there are groups of anchors, or the `given` one.
+    """The network of `scale` in `layout`, with as many levels as there are groups of anchors, or the `given` one.
 
     Raises UsageError when the given network has another number of levels.
     """
     if scale is not None:
-        return Architecture.of_scale(scale, names, anchors=anchors or (given.anchors if given else None))
+        return Architecture.of_scale(scale, names, anchors or (given.anchors if given else None), layout)
     assert given is not None
     if anchors and len(anchors) != len(given.anchors):
         raise UsageError(

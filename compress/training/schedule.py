@@ -102,7 +102,9 @@ def mosaic_epochs(config: AugmentConfig, epochs: int) -> int:
     return epochs - min(config.close_mosaic, epochs // 5)
 
 
-def distill_factor(epoch: int, epochs: int, decay_to: float) -> float:
-    """Weight of the distillation terms in an epoch: 1 in the first, by a half cosine to `decay_to` in the last."""
-    done = epoch / max(epochs - 1, 1)
-    return decay_to + (1 - decay_to) * _CURVES["cosine"](done)
+def fading_factor(epoch: int, epochs: int, until: float) -> float:
+    """Factor of a distillation loss in an epoch: by a half cosine from 1 to 0 at the part `until` of the epochs.
+
+    A loss with `until` 1 does not fade.
+    """
+    return 1.0 if until == 1 else _CURVES["cosine"](min(epoch / (until * epochs), 1.0))

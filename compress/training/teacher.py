@@ -78,7 +78,7 @@ def check_distillation(
     probe = to_device(copy.deepcopy(objective), teacher.device)
     on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
     losses: Any = probe.losses
-    checks = preflight(probe.model, teacher.model, losses, on_device, task=probe.detection, weights=config.weights)
+    checks = preflight(probe.model, teacher.model, losses, on_device, task=probe.detection)
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")

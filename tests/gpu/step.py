@@ -45,7 +45,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         student.init_detect_bias()
         detection = detection_loss(student, config)
         losses = build_losses(student, teacher, config) if distils else {}
-        objective = Objective(student, detection, losses, config.weights)
+        objective = Objective(student, detection, losses)
         job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
         made.wrapped.train()

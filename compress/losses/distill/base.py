@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from compress.config import DistillConfig, Settings
+from compress.config import DistillConfig, LossChoice, Settings
 from compress.recipe import parse
 from runtime.errors import UsageError
 
@@ -64,6 +64,12 @@ class DistillLoss(nn.Module):
     """The loss's name in recipes."""
     compares_heads = False
     """Whether cells, anchors and classes must mean the same in both networks."""
+    weight: float | None = None
+    """A fixed weight; None lets it follow the gradients, so that they have `share`."""
+    share = 1.0
+    """Norm of the loss's gradient at the neck as a share of the label loss's."""
+    until = 1.0
+    """Part of the epochs after which the loss has faded out; 1 keeps it to the end."""
 
     class Settings(LossSettings):
         """Nothing to set. A loss with settings has its own class of this name, with defaults."""
@@ -79,6 +85,11 @@ class DistillLoss(nn.Module):
                 "Distil between networks with the same levels, for example two scales of YOLOv5 P5",
             )
         self.config = config or DistillConfig()
+
+    def weighed(self, choice: LossChoice) -> DistillLoss:
+        """The loss itself, with the weight, share and end that a recipe gives; its own defaults stand for the rest."""
+        self.weight, self.share, self.until = choice.weight, choice.share or self.share, choice.until or self.until
+        return self
 
     @classmethod
     def read_settings(cls, given: dict[str, Any]) -> LossSettings:

@@ -55,8 +55,10 @@ def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
 class FeatureLoss(DistillLoss):
     """A loss of the features. An adapter per level gives them the teacher's channels. A subclass has `compare`."""
 
+    share = 0.3
+    until = 0.7
     depends_on_offset = True
-    """Whether the loss changes when a constant is added to a channel; if not, an adapter has no bias to learn."""
+    """Whether the loss changes when a constant is added to a channel; where not, an adapter has no bias to learn."""
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student, teacher, config, **settings)

@@ -1,4 +1,4 @@
-"""The origin of a training: its files and facts. A state is resumed only if a new start would have the same origin."""
+"""Resume: what a training started from, and the rule that its state goes on only from the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Origin:
     scale: str | None
     device: str
     facts: dict[str, Any]
-    """Facts that must be equal, by the name that messages use; None if the option was not given."""
+    """Facts that must be equal, by the name that a message gives them; None if nothing was said."""
 
 
 def origin_of(
