@@ -17,7 +17,7 @@ from runtime.numbers import real, whole
 from runtime.terminal import exit_code_of
 
 DESCRIPTION = (
-    "Measure the latency from frame to boxes, and the mAP where there are annotations, of the same files in one run."
+    "Measure the latency from frame to boxes, and the mAP if there are annotations, of the same files in one run."
 )
 
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="time between frames, as from a camera (default: none, one frame after another)",
     )
-    made.add_argument("--threads", type=whole(1), help="CPU threads of one inference (default: a thread a core)")
+    made.add_argument("--threads", type=whole(1), help="CPU threads of one inference (default: one per core)")
     made.add_argument(
         "--max-images", type=whole(0), default=0, metavar="N", help="use the first N images; 0 takes all (default: 0)"
     )
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RULE",
-        help="exit with 1 where this holds, for example 'map50_95<0.30'; repeatable",
+        help="exit with 1 if this holds, for example 'map50_95<0.30'; repeatable",
     )
     return made
 

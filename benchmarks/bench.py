@@ -1,7 +1,7 @@
 """Measure model files: the latency and the accuracy of the same file, in the same run.
 
 In: an ONNX file, an engine or a bundle, and images, with or without COCO ground truth. Out: rows of a report, and for
-two files the ratio of their latencies. Every other door to a measurement of a file (`edgestill bench`, the stages of a
+two files the ratio of their latencies. Every other way to measure a file (`edgestill bench`, the stages of a
 run, `python -m benchmarks`) calls this module.
 """
 
@@ -40,7 +40,7 @@ class Plan:
 
     images: Sequence[NumberedImage]
     ground_truth: Mapping[str, Any] | None = None
-    """COCO ground truth that knows the ids of `images`; None leaves the accuracy out."""
+    """COCO ground truth with the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
     """Timed calls of each file."""
     warmup_ms: float = 200.0
@@ -162,14 +162,14 @@ def engine_row(file: ModelFile, note: str) -> Row:
     }
 
 
-def compare_files(reference: Path, candidate: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
-    """The latency of `candidate` over that of `reference`, frame to boxes, both loaded once and timed in turns.
+def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
+    """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
-    a round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
+    per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
-    with plan.detector(reference) as first, plan.detector(candidate) as second:
+    with plan.detector(reference) as first, plan.detector(other) as second:
         sides = _call_on(first, frames), _call_on(second, frames)
         return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 
@@ -195,7 +195,7 @@ def list_images(folder: Path) -> list[Path]:
 def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None, most: int = 0) -> list[NumberedImage]:
     """The images of `folder` with their ids, all or the first `most`; without ground truth they count from 1.
 
-    With it, only those that it knows. Its `file_name` is a path relative to `folder` or to one of the folders above it,
+    With it, only those in it. Its `file_name` is a path relative to `folder` or to one of the folders above it,
     whichever finds images first. Raises InputError when there is no image, or none that the ground truth knows.
     """
     images = list_images(folder)[: most or None]

@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: the time that the host adds to the network, as a ratio measured in turns.
 
 Detector end to end (frame to boxes) against a bare `session.run` of the same ONNX file on the same prepared input.
-Both run on one thread unless told otherwise: idle threads of one session spin, and take the cores from the other.
+Both run on one thread by default: idle threads of one session spin, and take the cores from the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", type=Path, required=True, help=".onnx file")
     made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
     made.add_argument(
-        "--rounds", type=whole(1), default=20, help="each is ABBA or BAAB with five calls a letter (default: 20)"
+        "--rounds", type=whole(1), default=20, help="each is ABBA or BAAB with five calls per letter (default: 20)"
     )
     made.add_argument("--threads", type=whole(1), default=1, help="CPU threads of one inference (default: 1)")
     return made
@@ -71,7 +71,7 @@ def describe(found: LatencyRatio, name: str) -> str:
     lines = [
         f"{name}: time end to end over time of the bare session.run: {found}, {spread}, verdict: {found.verdict()}"
     ]
-    for side, ms in (("detector", found.candidate), ("session", found.reference)):
+    for side, ms in (("detector", found.other), ("session", found.reference)):
         shown = {"median": ms.p50, "mean": ms.mean, "std": ms.std, "min": ms.min, "max": ms.max}
         each = ", ".join(f"{key} {milliseconds(value)}" for key, value in shown.items())
         lines.append(f"  {side}: {each} ms, n = {ms.n}")

@@ -47,7 +47,7 @@ PACKAGES = ("jinja2", "jsonschema", "matplotlib")
 
 
 def require_packages() -> None:
-    """Raises UnavailableError where `write` would, for a caller to know before minutes of measuring."""
+    """Raises UnavailableError when `write` would, so that a caller knows before it measures for minutes."""
     for package in PACKAGES:
         optional(package)
 
@@ -56,7 +56,7 @@ RENDERERS: Mapping[str, Callable[[Report], str]] = {"html": to_html, "md": to_ma
 
 
 def write(report: Report, folder: Path) -> tuple[Path, ...]:
-    """`report.json`, `.html`, `.md` and `.csv` in `folder`; gives their paths."""
+    """Write `report.json`, `.html`, `.md` and `.csv` into `folder` and return their paths."""
     first = folder / REPORT_FILE
     report.save(first)
     paths = [first.with_suffix(f".{suffix}") for suffix in RENDERERS]

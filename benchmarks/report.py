@@ -1,7 +1,7 @@
 """The report: one JSON that a schema checks.
 
-In: rows of measured files and the other facts of a run. Out: a `Report`, from which `benchmarks.render` makes pages
-that show no number which is not in it. Figures that compare rows (`headline`) are therefore computed here, when the
+In: rows of measured files and the other facts of a run. Out: a `Report`, from which `benchmarks.render` makes pages.
+Every number of a page is in the report. Figures that compare rows (`headline`) are therefore computed here, when the
 report is made, not when it is drawn.
 """
 
@@ -82,7 +82,7 @@ def make_report(
 
 
 def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
-    """The fastest student file that passed its gate, against the teacher's file; None where nothing was kept, or where
+    """The fastest student file that passed its gate, against the teacher's file; None if nothing was kept, or if
     the student's or the teacher's files are of several models: the best of one is no figure of another.
 
     A speed-up compares files on one device: a student on the GPU says nothing about a teacher on the CPU.

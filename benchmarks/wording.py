@@ -1,4 +1,4 @@
-"""Names of rows, and the sentences that a report says in words. Pure functions of the report's JSON."""
+"""Names of rows, and the sentences of a report. Pure functions of the report's JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.rows import Row, identities, is_kept, p50, shared_settings
 
 FEW_IMAGES = 100
 SAME_TOLERANCE = 0.05
-"""Medians that differ by less are called equal."""
+"""Medians that differ by less than this share are called equal."""
 MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
 
 
 def label(row: Row, rows: Sequence[Row] = ()) -> str:
-    """Shortest name of a row: its role and precision, with backend or file where that is not enough."""
+    """Shortest name of a row: its role and precision, with backend or file if that is not enough."""
     options = (
         lambda other: f"{other['role']} {other['precision']}",
         lambda other: f"{other['role']} {other['precision']} {other['backend']}",
@@ -51,7 +51,7 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 
 
 def findings(data: Mapping[str, Any]) -> list[str]:
-    """Conclusions from the figures; first those that speak against a file."""
+    """Conclusions from the figures; those against a file come first."""
     rows = data["models"]
     parts = (_models, _settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]

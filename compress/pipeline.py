@@ -29,7 +29,7 @@ def run_recipe(
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done.
 
-    Settings and files of the user are checked for all of them before the first one runs. Raises UsageError when a
+    The user's settings and files are checked for all stages before the first one runs. Raises UsageError when a
     stage or a setting is unknown, a network does not take images of the recipe's size or several processes were
     started, InputError when a checkpoint is missing.
     """
@@ -51,7 +51,7 @@ def run_recipe(
 
 
 def stage(name: str) -> Stage[Any, Any]:
-    """The stage of this name. Its module is opened only now, since most of them import torch."""
+    """The stage of this name. Its module is imported only now, because most of them import torch."""
     opened: Stage[Any, Any] = import_module(f"compress.stages.{name}").STAGE
     return opened
 

@@ -20,7 +20,7 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
-    """Read the recipe at `path` and lay `changes` ("quantize.calibration_images=64") over it.
+    """Read the recipe at `path` and apply `changes` ("quantize.calibration_images=64") to it.
 
     Paths in the recipe are relative to its folder. Raises InputError for an unreadable file and UsageError for a
     key or value that no stage knows, naming the nearest key.
@@ -28,7 +28,7 @@ def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
     raw = read_yaml(path)
     for change in changes:
         raw = with_change(raw, change)
-    recipe = validate(Recipe, raw, origin=path.name)
+    recipe = parse(Recipe, raw, origin=path.name)
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -66,7 +66,7 @@ def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
 
 
 def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError where a group holds a single value."""
+    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError when a group holds a single value."""
     head, *rest = dotted.split(".")
     if not rest:
         return {**raw, head: value}
@@ -76,8 +76,8 @@ def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any
     return {**raw, head: with_value(inner, ".".join(rest), value)}
 
 
-def validate(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
-    """`raw` as `model`; a UsageError of one line where it does not fit."""
+def parse(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
+    """`raw` as `model`. Raises UsageError, in one line, when it does not fit."""
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
@@ -136,7 +136,7 @@ imgsz: {imgsz}              # pixels; training, calibration, export and measurem
 seed: 0
 device: auto            # auto, cpu, or a GPU number
 
-teacher:                # used as it is where its classes are the data's, fine-tuned where they are not
+teacher:                # used as it is if its classes are the data's, fine-tuned if they are not
   weights: {weights}
   epochs: 60
   batch: 16
@@ -186,5 +186,5 @@ def recipe_text(*, file: str, name: str, data: str, weights: str | None, student
 
 
 def _quote(text: str) -> str:
-    """`text` as a YAML scalar, quoted only where it must be."""
+    """`text` as a YAML scalar, quoted only if it must be."""
     return yaml.safe_dump(text, width=10_000, default_flow_style=True).splitlines()[0].removesuffix("...").strip()

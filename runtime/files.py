@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and their digests."""
+"""Write files so that they are complete or absent, and compute their digests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Push a file or folder to the disk: without it a power cut can leave an empty file under the new name."""
+    """Write a file or folder to the disk itself: otherwise a power cut can leave an empty file under the new name."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -74,7 +74,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return  # the error that is being raised says more
+        return  # the error that is already being raised says more
 
 
 def unwritable(path: Path, error: OSError) -> EdgestillError:
@@ -92,7 +92,7 @@ def is_utf8(path: Path) -> bool:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """Hex digest of a file's bytes, which are read in blocks."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

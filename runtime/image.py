@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Twice Pillow's warning limit, where it calls an image a decompression bomb: half a gigabyte decoded."""
+"""Half a gigabyte decoded: twice the limit above which Pillow warns of a decompression bomb."""
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PIXELS))  # OpenCV reads it once, when it is loaded
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # the messages of its decoders would stand beside our one-line error
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders would print messages beside our one-line error
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same for FFmpeg, which also prints addresses
 
 import cv2  # noqa: E402
@@ -46,8 +46,8 @@ Image = NDArray[np.uint8]
 def read_image(path: str | Path) -> Image:
     """Decode an image to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
 
-    Of 16-bit pixels the upper 8 bits are taken. Pixels that use 12 of the 16 bits or fewer would become black or nearly
-    so; they are refused, as are float and 32-bit pixels, whose range the file does not say.
+    Of 16-bit pixels the upper 8 bits are used. Pixels that use 12 of the 16 bits or fewer would become black or nearly
+    black; they are refused, as are float and 32-bit pixels, whose range the file does not give.
 
     Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not an image.
     """
@@ -125,7 +125,7 @@ def _too_large(path: str | Path) -> InputError:
 
 
 class Letterboxed(NamedTuple):
-    """`image` uint8 BGR; frame pixel p lies at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
+    """`image` uint8 BGR; frame pixel p is at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
 
     image: Image
     gain: float

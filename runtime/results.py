@@ -42,7 +42,7 @@ class ResultWriter:
         self._frames = 0
 
     def write(self, frame: Frame, drawn: Image) -> Path:
-        """Write one drawn frame and return the file that holds it; `drawn` has the size of the frame."""
+        """Write one drawn frame and return its file; `drawn` has the size of the frame."""
         if frame.fps is None:
             return self._write_image(Path(frame.source), drawn)
         return self._write_video(frame, frame.fps, drawn)

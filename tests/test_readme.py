@@ -31,7 +31,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader would stand: a data.yaml with images, and a checkpoint."""
+    """The folder of a reader: a data.yaml with images, and a checkpoint."""
     from compress.data.demo.generate import generate
 
     made = tmp_path_factory.mktemp("readme") / "job"

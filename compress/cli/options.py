@@ -133,7 +133,7 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
 
     A --set may leave out `own`, the part of the recipe that the command is about.
     """
-    from compress.recipe import validate, with_change, with_value
+    from compress.recipe import parse, with_change, with_value
 
     meta = click.get_current_context().meta
     raw: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
     for change in given_changes():
         full = change.partition("=")[0].partition(".")[0] in group.model_fields
         raw = with_change(raw, change if full else f"{own}.{change}")
-    return validate(group, raw, f"edgestill {click.get_current_context().info_name}")
+    return parse(group, raw, f"edgestill {click.get_current_context().info_name}")
 
 
 def given_settings() -> tuple[str, ...]:

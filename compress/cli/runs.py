@@ -115,7 +115,7 @@ def study(file: Path, arms: str, out: Path | None, as_json: bool) -> None:
 @click.option("--out", type=FILE, help="Write the comparison as .html or .md.")
 @as_json
 def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Compare runs (folders or report.json files) and gate them for CI."""
+    """Compare runs (folders or report.json files) and check them for CI."""
     from benchmarks.compare import compare, to_markdown
     from benchmarks.compare import fail_on as violated
     from benchmarks.report import Report

@@ -189,7 +189,7 @@ def _print_best(out: Path) -> None:
 @as_json
 def val(as_json: bool, **options: Any) -> None:
     """Measure mAP by YOLOv5's protocol and by COCO's."""
-    from compress.val import validate_file
+    from compress.validate_file import validate_file
 
     result = validate_file(**options)
     show(result.to_json(), result.to_text(), as_json)

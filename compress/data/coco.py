@@ -1,4 +1,4 @@
-"""Samples and COCO ground truth: their labels as COCO JSON, and the part of a COCO JSON that is about them."""
+"""Samples and COCO ground truth: write labels as COCO JSON, and read from a COCO JSON what belongs to samples."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _boxes_px(sample: Sample) -> list[list[float]]:
 def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
     """The part of a COCO JSON that is about `samples`, with image ids 1.. in sample order and class-index categories.
 
-    Categories agree by class name. An image is that whose `file_name` ends the sample's path: `0001.jpg` and
-    `cam1/0001.jpg` both fit `val/cam1/0001.jpg`, and the longer one wins. Raises InputError when the file is not COCO
+    Categories are matched by class name, images by the end of the path: `file_name` may be `0001.jpg` or
+    `cam1/0001.jpg` for the sample `val/cam1/0001.jpg`; the longer one wins. Raises InputError when the file is not COCO
     JSON, when a class or an image is not in it, or when one of its images fits several samples.
     """
     raw = read_coco(path)

@@ -26,10 +26,10 @@ MAX_LIST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The content of a data.yaml: where the images lie and the names of their classes.
+    """The content of a data.yaml: where the images are, and the names of their classes.
 
-    `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
-    `keypoint_values` is the number of values behind the box in a row of labels, by `kpt_shape`; they are not used.
+    `splits` holds the sorted image files of `train`, `val` and, if the file names one that exists, `test`.
+    `keypoint_values` is the number of key point values after the box in a label row (`kpt_shape`); they are not used.
     `notices` says what was left out and why.
     """
 
@@ -185,7 +185,7 @@ def _listed(root: Path, list_file: Path) -> list[Path]:
 
 
 def without_parents(path: Path) -> Path:
-    """The same file without `..` in its path; links behind the last `..` are kept, because labels lie beside them."""
+    """The same file without `..` in its path; links behind the last `..` are kept, because labels are beside them."""
     if ".." not in path.parts:
         return path
     end = len(path.parts) - path.parts[::-1].index("..")
@@ -193,7 +193,7 @@ def without_parents(path: Path) -> Path:
 
 
 def _names(path: Path, raw: Mapping[str, Any], notices: list[str]) -> tuple[str, ...]:
-    """The class names; `class0`, `class1` and so on where only `nc` is given, as YOLOv5 names them."""
+    """The class names; `class0`, `class1` and so on if only `nc` is given, as YOLOv5 names them."""
     nc = raw.get("nc", "")
     if "names" not in raw and _is_count(nc) and int(nc) > 0:
         notices.append(f"no names: the {nc} classes are called class0 to class{int(nc) - 1}")

@@ -1,4 +1,4 @@
-"""In: samples. Out: their decoded images, resized, which stay in memory where that has room for all of them."""
+"""In: samples. Out: their decoded and resized images, which stay in memory if all of them fit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CGROUP = Path("/sys/fs/cgroup")
 class ImageStore:
     """Images of `samples` as uint8 BGR whose longest side is `imgsz`, kept once decoded when all of them fit.
 
-    An image that cannot be decoded any more is reported once, in `problems` and in the log. A plain 114 image takes its
-    place; `load` then says so, and its labels must not be used.
+    An image that cannot be decoded any more is reported once, in `problems` and in the log. A grey image (114) is used
+    instead; `load` reports that, and the labels must not be used.
     """
 
     def __init__(self, samples: Sequence[Sample], imgsz: int, *, cache: bool | None = None) -> None:
@@ -36,7 +36,7 @@ class ImageStore:
         self._images: dict[int, Image] = {}
 
     def load(self, index: int) -> tuple[Image, bool]:
-        """The resized image, read-only when cached, and whether it is real."""
+        """The resized image, read-only when cached, and True if it could be decoded."""
         image = self._images.get(index)
         if image is None:
             image = self._decode(index)
@@ -102,7 +102,7 @@ def cached_bytes(samples: Sequence[Sample], imgsz: int) -> int:
 
 
 def free_bytes() -> int:
-    """Memory that is free now: of the machine, or of the container where that has less."""
+    """Bytes of memory that are free now: of the machine, or of the container if that has fewer."""
     free = psutil.virtual_memory().available
     try:
         limit = int((CGROUP / "memory.max").read_text())

@@ -64,8 +64,8 @@ def train_batches(
     """The batches of one epoch.
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
-    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; where it has fewer
-    images than there are ranks it is filled up from its own images, so that no rank is left without work.
+    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
+    images than there are ranks, some of its images are repeated, so that every rank has work.
     """
     slices = rank_slices(epoch_order(dataset.seed, epoch, len(dataset)), batch=batch, rank=rank, world=world)
 
@@ -137,7 +137,7 @@ def _val_batch(imgsz: int, samples: Sequence[Sample], shape_hw: tuple[int, int])
 def _val_item(
     sample: Sample, imgsz: int, shape_hw: tuple[int, int]
 ) -> tuple[tuple[Image, NDArray[np.float32]], float, tuple[float, float]]:
-    """((image, labels), gain, pad) of one sample. An image that cannot be read is an error: mAP must not skip it."""
+    """((image, labels), gain, pad) of one sample. An unreadable image is an error: mAP must count every image."""
     image = read_resized(sample, imgsz, linear=False)
     height, width = image.shape[:2]
     framed = letterbox(image, shape_hw, scale_up=False)

@@ -1,4 +1,4 @@
-"""Writing a YOLO data set: a folder that appears whole, its splits, its label rows and its data.yaml."""
+"""Write a YOLO data set: a folder that appears only when it is complete, splits, label rows and data.yaml."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VAL_EVERY = 5
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well, else is removed.
+    """A temporary folder beside `target`. It becomes `target` when the block ends without an error, else it is removed.
 
     Raises UsageError when `target` exists and is not an empty folder, EdgestillError when it cannot be written.
     """
@@ -46,7 +46,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def split_of(index: int, images: int) -> str:
-    """The split of image `index`; the last one is for validation in a set that is too small for a fifth."""
+    """The split of image `index`. In a set that is too small for a fifth image, the last one is for validation."""
     return "val" if index % VAL_EVERY == VAL_EVERY - 1 or (images < VAL_EVERY and index == images - 1) else "train"
 
 

@@ -1,8 +1,8 @@
-"""A torch network becomes ONNX nodes, through `torch.export` and a table of the operators that YOLOv5 uses.
+"""Convert a torch network to ONNX nodes, by `torch.export` and a table of the operators that YOLOv5 uses.
 
 In: a fused network in eval mode that returns the raw maps. Out: `NetworkGraph`, ONNX nodes and NumPy constants.
-torch's own ONNX exporters are not used: the older one is deprecated, the new one renames and reorders nodes with
-every release, and equal bytes for equal weights need a graph that depends on neither.
+torch's own ONNX exporters are not used: the old one is deprecated, the new one renames and reorders nodes with
+every release, and equal weights must give equal bytes.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _reading(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto
 
 
 def fold_bgr_bytes(network: NetworkGraph) -> NetworkGraph | None:
-    """Let the stem read BGR values 0..255 instead of RGB 0..1, at no cost; None when the stem is not one convolution.
+    """The network with a stem that reads BGR 0..255 instead of RGB 0..1; None when the stem is not one convolution.
 
     Exact up to rounding: a convolution is linear, and its zero padding is zero in either scale.
     """
@@ -225,7 +225,7 @@ def fold_bgr_bytes(network: NetworkGraph) -> NetworkGraph | None:
 
 
 def split_detect(network: NetworkGraph, anchors_per_level: int) -> tuple[NetworkGraph, tuple[tuple[str, str], ...]]:
-    """Each detect convolution becomes two: boxes with objectness (na·5 channels), and classes (na·nc channels).
+    """Split each detect convolution in two: boxes with objectness (na·5 channels), and classes (na·nc channels).
 
     The same weights in another order. It saves the copy of the class map (7.7 MB at 640 and 80 classes) that
     slicing objectness out of the joint map costs. Returns the network and the (box, class) map names of each level.

@@ -74,8 +74,8 @@ def paired_ciou(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
 def paired_giou_exact(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
     """GIoU that is exactly 1 for equal boxes, however small.
 
-    Distillation must vanish where student equals teacher, also in float32. Every area comes from the same corners,
-    and the floor stands above and below the fraction: (inter + eps) / (union + eps).
+    A distillation loss must be 0 if student equals teacher, also in float32. Every area comes from the same corners,
+    and eps is added to both sides of the fraction: (inter + eps) / (union + eps).
 
     Args and returns as `paired_ciou`.
     """

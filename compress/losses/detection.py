@@ -124,7 +124,7 @@ def assign_targets(targets: Tensor, anchors_wh: Tensor, size_hw: tuple[int, int]
 
 
 def _masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of values (N,) or (N, C) over the kept rows; 0, with a gradient path, where none is kept."""
+    """Mean of values (N,) or (N, C) over the kept rows; 0, with a gradient path, if none is kept."""
     weight = keep.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
     return (values * weight).sum() / (weight.sum() * values[:1].numel()).clamp_min(1)
 
@@ -144,7 +144,7 @@ def _focal_factor(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
 
 def _bce(logits: Tensor, target: Tensor, positive_weight: float, gamma: float) -> Tensor:
-    """Element-wise binary cross-entropy; focal where gamma > 0."""
+    """Element-wise binary cross-entropy; focal if gamma > 0."""
     weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
     return loss * _focal_factor(logits, target, gamma) if gamma > 0 else loss
@@ -206,7 +206,7 @@ class DetectionLoss(nn.Module):
         batch, na, height, width, channels = raw.shape
         assigned = assign_targets(targets, anchors_wh, (height, width), self.config.anchor_t)
         cells = ((assigned.image * na + assigned.anchor) * height + assigned.row) * width + assigned.column
-        # index_select: its backward adds rows in order, where advanced indexing sorts or serialises
+        # index_select: its backward adds rows in order; advanced indexing sorts or serialises
         logits = raw.reshape(-1, channels).index_select(0, cells).float()
 
         ciou = paired_ciou(decode_in_cell(logits[:, :4], anchors_wh[assigned.anchor]), assigned.box)
@@ -217,7 +217,7 @@ class DetectionLoss(nn.Module):
         return torch.stack((box, objectness, self._classes(logits[:, 5:], assigned)))
 
     def _classes(self, logits: Tensor, assigned: Assignment) -> Tensor:
-        """Mean BCE over positives and classes; 0 where there is only one class."""
+        """Mean BCE over positives and classes; 0 if there is only one class."""
         if self.nc == 1:
             return logits.new_zeros(())
         off = self.config.label_smoothing / 2

@@ -1,7 +1,7 @@
-"""Preflight of a distillation: does every loss do something, and the right thing, before the first epoch?
+"""Preflight checks of a distillation, before the first epoch: every loss must have an effect, and the right one.
 
 In: student, teacher, losses, one batch. Out: a list of checks, each with what was seen. Most failures of distillation
-are silent: a loss that is zero, that never reaches the student, or that compares different things.
+are silent: a loss that is zero, that has no gradient at the student, or that compares different things.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ a small network tells the factor only roughly; with `auto` it is held at the sha
 
 
 class Check(NamedTuple):
-    """One finding: `detail` says what was seen and, where `ok` is False, the remedy."""
+    """One finding: `detail` says what was seen and, if `ok` is False, the remedy."""
 
     name: str
     ok: bool
@@ -98,7 +98,7 @@ def _one_loss(name: str, loss: DistillLoss, term: Tensor, student: nn.Module) ->
 
 
 def _same_meaning(student: Any, teacher: Any, heads: Sequence[str]) -> list[Check]:
-    """Names, anchors and strides of the two architectures; only strides matter where no head is compared."""
+    """Names, anchors and strides of the two architectures; only strides matter if no head is compared."""
     facts = {
         "classes": (tuple(student.names), tuple(teacher.names), "fine-tune the teacher on the student's classes"),
         "anchors": (_rounded(student.anchors), _rounded(teacher.anchors), "set autoanchor: false for the student"),
@@ -171,7 +171,7 @@ def _reaches(name: str, term: Tensor, whom: str, parameters: list[Tensor], *, at
 
 def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: Context) -> Check:
     value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach())
-    return Check(f"{name} is zero where student equals teacher", value == 0, f"{value:.4g}")
+    return Check(f"{name} is zero if student equals teacher", value == 0, f"{value:.4g}")
 
 
 def _shares(

@@ -1,7 +1,7 @@
 """Read a pickle as data: a stack machine of 43 opcodes that imports and calls nothing that the file names.
 
 In: the bytes of a pickle. Out: plain values, `Stub` for every object, `TensorRef` for every tensor. A name that no
-YOLOv5 checkpoint uses is refused, and so is everything that costs more than its bytes (see the limits).
+YOLOv5 checkpoint uses is refused, and so is everything that costs more than its size in bytes (see the limits).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PickleError(ValueError):
 
 
 def brief(value: Any) -> str:
-    """A short, printable line for a value from a file; nested values by type only (their text could be endless)."""
+    """A short, printable line for a value from a file; of nested values only the type (their text could be endless)."""
     flat = isinstance(value, (list, tuple)) and len(value) <= MAX_DIMENSIONS and all(type(v) is int for v in value)
     if not flat and not isinstance(value, SCALARS):
         return f"a {type(value).__name__}"
@@ -36,7 +36,7 @@ def brief(value: Any) -> str:
 
 
 class Global(NamedTuple):
-    """A name in the file: never looked up."""
+    """A name in the file. It is never imported."""
 
     module: str
     name: str
@@ -57,7 +57,7 @@ class Stub:
 
 
 class StorageRef(NamedTuple):
-    """A flat run of numbers that lies outside the pickle."""
+    """A flat array of numbers that is stored outside the pickle."""
 
     key: str
     dtype: str
@@ -65,7 +65,7 @@ class StorageRef(NamedTuple):
 
 
 class TensorRef(NamedTuple):
-    """A view of a storage; it lies within the storage and has no more elements."""
+    """A view of a storage: every element is inside the storage, and there are no more of them than the storage has."""
 
     storage: StorageRef
     offset: int
@@ -126,7 +126,7 @@ def _encode(text: str, encoding: str = "") -> bytes:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
-    """A tensor whose declared view is checked: a lie about it would read memory beyond the storage, or explode."""
+    """A tensor whose shape and strides are checked: wrong ones could read outside the storage, or fill memory."""
     if not isinstance(storage, StorageRef) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise PickleError("a tensor without storage or shape")
     numbers = (offset, *shape, *stride)
@@ -160,7 +160,7 @@ CALLS: dict[Global, Callable[..., Any]] = {
     **{Global(module, "tuple"): tuple for module in _BUILTINS},
     **{Global(module, "dict"): _mapping for module in _BUILTINS},
 }
-"""The only names that mean something, and our own functions that say what."""
+"""The only names that have a meaning, and the functions of this module that give it."""
 
 
 def find_name(module: str, name: str) -> Global:
@@ -226,7 +226,7 @@ class _Machine:
 
 
 def _call(machine: _Machine) -> None:
-    """REDUCE and NEWOBJ are one: a name with arguments."""
+    """REDUCE and NEWOBJ, which are the same here: a name with arguments."""
     args, name = machine.stack.pop(), machine.stack.pop()
     if not isinstance(name, Global) or not isinstance(args, tuple):
         raise PickleError(f"a call of {type(name).__name__}")
@@ -234,7 +234,7 @@ def _call(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes become the stub's; those of an OrderedDict (torch's `_metadata`) say nothing of use."""
+    """Set the attributes of a stub; those of an OrderedDict (torch's `_metadata`) are not needed."""
     state = machine.stack.pop()
     target = machine.stack[-1]
     if isinstance(target, Stub):
@@ -416,7 +416,7 @@ class Pickle(NamedTuple):
 
     value: Any
     end: int
-    """First byte behind it."""
+    """The first byte after it."""
     storages: Mapping[str, StorageRef]
 
 

@@ -1,4 +1,4 @@
-"""Data: every image is decoded once, and what was found is kept for all later stages.
+"""Data: decode every image once, and keep the index for all later stages.
 
 In: data.yaml. Out: `index.json`: path, size, digest and labels of each usable image, and the problems of the others.
 """

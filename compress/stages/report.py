@@ -1,4 +1,4 @@
-"""Report: what the earlier stages left, put together on one page; nothing is measured here.
+"""Report: combine the results of the earlier stages on one page; nothing is measured here.
 
 In: the folders of earlier stages. Out: `report.json` and its renderings `.html`, `.md`, `.csv`.
 """
@@ -15,13 +15,13 @@ from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from benchmarks.rows import Row
 from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
+from compress.evaluate import fitness
 from compress.inputs import SHIPPED
 from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
 from compress.training.curves import share_column
-from compress.validate import fitness
 from runtime.card import ModelCard
 from runtime.errors import InputError
 from runtime.files import read_json
@@ -81,7 +81,7 @@ def require_one_model(rows: Sequence[Row], card: ModelCard) -> None:
 
 
 def _training(role: str, folder: Path) -> dict[str, Any] | None:
-    """The curves of a training; None where the teacher was used as it is."""
+    """The curves of a training; None if the teacher was used as it is."""
     table = folder / "results.csv"
     if not table.is_file():
         return None
@@ -99,7 +99,7 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _point(row: Mapping[str, str]) -> dict[str, Any]:
-    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty where it was not validated."""
+    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty if it was not validated."""
     values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
     return {"epoch": int(row["epoch"]) + 1, **values}
 

@@ -24,7 +24,7 @@ from compress.config import Recipe, Settings
 from compress.data import index_dataset, load_data
 from compress.log import Log
 from compress.pipeline import run_recipe
-from compress.recipe import validate
+from compress.recipe import parse
 from compress.study.figures import Run, summary
 from compress.study.render import draw, to_markdown
 from runtime.errors import EdgestillError, UsageError
@@ -97,7 +97,7 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
         raise UsageError(f"study.arms.{arm} changes {foreign[0]!r}", f"An arm may change {' and '.join(ARM_KEYS)}")
     raw = _laid_over(Recipe, recipe.model_dump(exclude_unset=True), changes)
     raw["distill"] = {**raw.get("distill", {}), "seed": seed}
-    made: Recipe = validate(Recipe, raw, f"study.arms.{arm}")
+    made: Recipe = parse(Recipe, raw, f"study.arms.{arm}")
     return made
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from compress.config import Recipe
 from compress.data import Dataset, load_data
+from compress.evaluate import evaluate
 from compress.inputs import dataset_of
 from compress.models import load_model
 from compress.pipeline import stage
 from compress.store import Outcome, execute
 from compress.study import JOB, RESULT, split_index
 from compress.study.figures import Run
-from compress.validate import validate
 from runtime.errors import EdgestillError
 from runtime.files import write_json
 
@@ -49,7 +49,7 @@ def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, study: Pa
     config, split = recipe.distill, recipe.study.split
     judges = Dataset.load(split_index(study, split), load_data(recipe.data).root).splits[split].samples
     model = load_model(trained.folder / "last.safetensors")
-    found = validate(model, judges, imgsz=config.imgsz, device=recipe.device, coco=False).yolo
+    found = evaluate(model, judges, imgsz=config.imgsz, device=recipe.device, coco=False).yolo
     images = len(dataset_of(recipe, {"data": study / "data"}).splits["train"].samples)
     steps = config.epochs * math.ceil(images / config.batch)
     return Run(job["arm"], job["seed"], found.map50_95, found.map50, trained.seconds / steps)

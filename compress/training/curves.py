@@ -97,7 +97,7 @@ class Scalars:
         if on:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what a killed run wrote beyond the epoch that the resumed one starts from
+            # purge_step hides what a killed run wrote after the epoch from which the resumed one starts
             self._writer = SummaryWriter(str(folder), purge_step=start or None)
 
     def add(self, record: Mapping[str, float]) -> None:

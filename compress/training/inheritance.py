@@ -14,12 +14,12 @@ from compress.compute.device import to_device
 from compress.config import TrainConfig
 from compress.data.loader import train_batches
 from compress.data.train_dataset import TrainDataset
+from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.models import YOLOv5
 from compress.models.inherit import fit_head, inherit, recalibrate
 from compress.training.objective import DETECTION_TERMS, Objective
 from compress.training.teacher import Teacher
-from compress.validate import as_network_input
 
 BATCHES = 4
 """Training batches that BatchNorm statistics and the head are fitted to."""

@@ -28,6 +28,7 @@ from compress.config import TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
 from compress.data.train_dataset import TrainDataset
+from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model
@@ -43,7 +44,6 @@ from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.teacher import Teacher
 from compress.training.together import decided_by_first, lost_processes_named
-from compress.validate import ValResult, as_network_input, validate
 from runtime.errors import EdgestillError
 
 
@@ -297,7 +297,7 @@ class Trainer:
         state.stopped = 0 < self.config.patience <= state.epoch - state.best_epoch
 
     def _accuracy(self) -> ValResult:
-        return validate(
+        return evaluate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
             device=self.device, half=self.config.amp, workers=self.config.workers,
             loss=self.objective.detection, coco=False,

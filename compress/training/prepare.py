@@ -12,7 +12,7 @@ import torch
 
 from compress.config import Recipe, TrainConfig
 from compress.data.class_names import class_conflict
-from compress.data.dataset import Dataset, Index, Sample
+from compress.data.dataset import Dataset, Sample, SplitIndex
 from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
@@ -35,7 +35,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
 
 
-def _samples(split: str, index: Index, log: Log) -> Sequence[Sample]:
+def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
     for problem in index.problems[:SHOWN_PROBLEMS]:
         log(f"{split}: skipped {problem}")
@@ -134,7 +134,7 @@ def _why(skipped: Sequence[str]) -> str:
 
 
 def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, log: Log) -> YOLOv5:
-    """The model with anchors that suit the labels: the same object where its own already suit them."""
+    """The model with anchors that suit the labels: the same object if its own already suit them."""
     sizes = scaled_sizes(
         [sample.labels[:, 3:5] for sample in samples],
         [sample.size_hw for sample in samples],
@@ -145,7 +145,7 @@ def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig,
     choice = choose_anchors(sizes, np.array(model.arch.anchors), rng=rng, anchor_t=config.loss.anchor_t)
     log(
         f"anchors: {'replaced' if choice.replaced else 'kept'}, best possible recall {choice.after.recall:.4f}, "
-        f"{choice.after.matches:.2f} matches a label"
+        f"{choice.after.matches:.2f} matches per label"
     )
     return with_anchors(model, choice.anchors_px) if choice.replaced else model
 

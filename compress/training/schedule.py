@@ -1,4 +1,4 @@
-"""Everything that follows from how far a training has come, as pure functions of the iteration or the epoch.
+"""Values that change during a training, as pure functions of the iteration or the epoch.
 
 Because nothing here has a state, a resumed training needs only its epoch to continue exactly.
 The rules are YOLOv5 v7.0's, including that past the warm-up an epoch runs at the previous epoch's rate.
@@ -53,7 +53,7 @@ class Schedule:
 
     @property
     def warmup_iterations(self) -> int:
-        """The warm-up includes the iteration of this number."""
+        """The number of the last iteration of the warm-up."""
         if not self.config.warmup_epochs:
             return 0
         return max(round(self.config.warmup_epochs * self.batches), self.config.warmup_min_iterations)
@@ -65,12 +65,12 @@ class Schedule:
 
     @property
     def accumulate(self) -> int:
-        """Batches a step after the warm-up."""
+        """Batches per step after the warm-up."""
         return max(round(self.batches_per_step), 1)
 
     @property
     def weight_decay(self) -> float:
-        """Decay scaled to the images that one step really sees."""
+        """Weight decay, scaled to the number of images of one step."""
         if not self.config.nominal_batch:
             return self.config.weight_decay
         return self.config.weight_decay * self.batch_size * self.accumulate / self.config.nominal_batch

@@ -15,13 +15,13 @@ from compress.config import DistillConfig
 from compress.data.class_names import class_conflict
 from compress.data.loader import Batch, train_batches
 from compress.data.train_dataset import TrainDataset
+from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.losses.distill import DistillLoss, Outputs, Shape, make_losses
 from compress.losses.preflight import Check, preflight
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
 from compress.training.objective import Objective
-from compress.validate import as_network_input
 from runtime.errors import EdgestillError, InputError
 
 PROBE_IMAGES = 4

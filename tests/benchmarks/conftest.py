@@ -103,7 +103,7 @@ def build_sample() -> Report:
         "providers": ["CPUExecutionProvider"],
     }
     checks = [
-        {"name": "zero where student equals teacher", "passed": True, "detail": "0 at 4 random batches"},
+        {"name": "zero if student equals teacher", "passed": True, "detail": "0 at 4 random batches"},
         {"name": "falls when stepped against its gradient", "passed": True, "detail": "1.842 to 1.790 in 5 steps"},
     ]
     return make_report(

@@ -160,7 +160,7 @@ def test_two_files_are_compared_in_turns_and_loaded_once(folder: Path, monkeypat
     found = compare_files(folder / "model.onnx", folder / "model.onnx", plan, rounds=10)
     assert loaded == [folder / "model.onnx"] * 2
     assert found.rounds == 10
-    assert found.candidate.n == found.reference.n == 100
+    assert found.other.n == found.reference.n == 100
     assert found.low <= found.ratio <= found.high
     assert found.verdict(limit=20) == "faster"
     assert found.verdict(limit=0.05) == "slower"

@@ -1,7 +1,7 @@
-"""Distillation losses: a student is asked to copy the outputs of a frozen teacher.
+"""Distillation losses: a student learns to copy the outputs of a frozen teacher.
 
-In: the outputs of both networks for the same images. Out: one scalar a loss, by its name in the table `LOSSES`. Every
-loss is a mean (neither batch nor image size changes its scale), accumulates in float32, and is zero where student
+In: the outputs of both networks for the same images. Out: one scalar per loss, by its name in the table `LOSSES`. Every
+loss is a mean (neither batch nor image size changes its scale), accumulates in float32, and is zero if student
 equals teacher. The caller multiplies by the batch size, as the detection loss does, and by the loss's weight.
 
 To add a loss, write a class in a file of this folder (`HeadLoss` in head.py and `FeatureLoss` in features.py are the
@@ -49,7 +49,7 @@ LOSSES: dict[str, type[DistillLoss]] = {
 def make_losses(student: Shape, teacher: Shape, config: DistillConfig) -> dict[str, DistillLoss]:
     """The losses of a recipe but those of weight 0, by name.
 
-    Raises UsageError as `check_losses` does, or where a loss cannot compare the two networks.
+    Raises UsageError as `check_losses` does, or when a loss cannot compare the two networks.
     """
     check_losses(config)
     wanted = {name: choice for name, choice in config.losses.items() if choice.is_used}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from compress.config import DistillConfig, LossChoice, Settings
-from compress.recipe import validate
+from compress.recipe import parse
 from runtime.errors import UsageError
 
 
@@ -39,7 +39,7 @@ class Context(NamedTuple):
     targets: Tensor | None = None
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""
     upstream: Tensor | None = None
-    """() float32, the gradient of the final loss by this one, where it is known beforehand; it changes no result."""
+    """() float32, the gradient of the final loss by this one, if it is known beforehand; it changes no result."""
 
 
 NO_CONTEXT = Context()
@@ -57,7 +57,7 @@ class DistillLoss(nn.Module):
         config: the distillation's settings.
         settings: those of the loss itself, fields of its `Settings`.
 
-    Raises UsageError where this loss cannot compare the two networks, or for a setting that it does not have.
+    Raises UsageError when this loss cannot compare the two networks, or for a setting that it does not have.
     """
 
     name: str
@@ -97,13 +97,13 @@ class DistillLoss(nn.Module):
 
         Raises UsageError for an unknown name or a value that the setting does not take.
         """
-        settings: LossSettings = validate(cls.Settings, given, f"loss {cls.name}")
+        settings: LossSettings = parse(cls.Settings, given, f"loss {cls.name}")
         return settings
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         """The loss () float32 of one batch. No gradient reaches the teacher.
 
-        Raises UsageError where the maps belong to different images or image sizes.
+        Raises UsageError when the maps belong to different images or image sizes.
         """
         return self.compare(student, detached(teacher), context)
 
@@ -118,7 +118,7 @@ def detached(outputs: Outputs) -> Outputs:
 
 
 def check_same_images(student: list[Tensor], teacher: list[Tensor], sizes: slice, what: str) -> None:
-    """Raises UsageError unless the maps of each level have the same batch and, in the dimensions `sizes`, shape."""
+    """Raises UsageError unless the maps of each level have the same batch size, and the same shape in `sizes`."""
     for s, t in zip(student, teacher, strict=True):
         if (s.shape[0], s.shape[sizes]) != (t.shape[0], t.shape[sizes]):
             raise UsageError(

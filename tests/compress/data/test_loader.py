@@ -176,7 +176,7 @@ def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, 
     assert [list(one.images.shape[2:]) for one in batches] == expected["batch_shapes"]
     ratio = {str(int(s.image.stem)): s.size_hw[0] / s.size_hw[1] for s in samples}
     ours = [str(int(sample.image.stem)) for one in batches for sample in one.samples]
-    assert [ratio[name] for name in ours] == [ratio[name] for name in expected["files_in_order"]]  # but for ties
+    assert [ratio[name] for name in ours] == [ratio[name] for name in expected["files_in_order"]]  # except for ties
 
     first, one = numbers[f"rect_item0_bs{batch}"], batches[0]
     assert one.samples[0].image.name == first["file"]

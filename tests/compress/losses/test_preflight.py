@@ -142,7 +142,7 @@ class Offset(DistillLoss):
     [
         (Detached, "x reaches the student"),
         (Dead, "x is finite and not zero"),
-        (Offset, "x is zero where student equals teacher"),
+        (Offset, "x is zero if student equals teacher"),
     ],
 )
 def test_a_loss_that_does_nothing_or_the_wrong_thing_is_found(batch, loss, finding):

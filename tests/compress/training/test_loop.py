@@ -157,11 +157,11 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Fitnesses that the next validations find."""
     found: list[float] = []
 
-    def validate(*_: object, **__: object) -> SimpleNamespace:
+    def evaluate(*_: object, **__: object) -> SimpleNamespace:
         figures = SimpleNamespace(precision=0.5, recall=0.5, map50=0.5, map50_95=0.5)
         return SimpleNamespace(yolo=figures, loss=None, fitness=found.pop(0))
 
-    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     return found
 
 

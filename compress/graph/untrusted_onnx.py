@@ -1,6 +1,6 @@
-"""Read an ONNX file that may come from anyone.
+"""Read an ONNX file that may come from anyone, without risk to this process.
 
-Parsing, checking and loading ONNX have crashed or exhausted memory in ways that no checker foresees (zero strides,
+Parsing, checking and loading ONNX have crashed or used all memory in ways that no checker finds first (zero strides,
 deep local functions, 85 bytes that expand to terabytes). So a child process with limits on memory and time tries the
 bytes first, with our own list of operators, the full checker, and ONNX Runtime's loader. Only bytes that the child
 accepted are parsed here, and they are the same bytes: the file is read once.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 
-from runtime.backends.onnx_trial import load_error
+from runtime.backends.onnx_child_load import load_error
 from runtime.child_process import answer, limit, refusal
 from runtime.errors import InputError, one_line
 
@@ -41,9 +41,9 @@ ALLOWED = frozenset(_STANDARD.split())
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The model in `path`. Raises `InputError` when the limited child process refuses it or ends on it."""
+    """The model in `path`. Raises `InputError` when the limited child process refuses the file or crashes on it."""
     data = _read_bytes(path)
-    if reason := refusal("from compress.graph.safe_load import main; main()", data, _CPU_SECONDS):
+    if reason := refusal("from compress.graph.untrusted_onnx import main; main()", data, _CPU_SECONDS):
         raise InputError(f"{path.name} is not an ONNX model that edgestill can use: {reason}", _REMEDY)
     return onnx.ModelProto.FromString(data)
 
@@ -95,7 +95,7 @@ def _node_problems(node: onnx.NodeProto) -> Iterator[str]:
 def _tensor_problems(tensor: onnx.TensorProto) -> Iterator[str]:
     elements = math.prod(max(side, 0) for side in tensor.dims)
     if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-        yield f"tensor {tensor.name!r} lies in another file"
+        yield f"tensor {tensor.name!r} is stored in another file"
     if elements > MAX_ELEMENTS or any(side < 0 for side in tensor.dims):
         yield f"tensor {tensor.name!r} declares shape {list(tensor.dims)}"
 

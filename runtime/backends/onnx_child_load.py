@@ -1,8 +1,8 @@
 """Load a foreign ONNX file first in a child process with limits on memory and time.
 
 Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes for a file of
-a hundred bytes. Here only the child crashes. This protects from broken files and does not judge the model: files with
-an edgestill card skip it, because they come from our own export.
+a hundred bytes. Here only the child crashes. This protects from broken files and does not check the model. Files with
+an edgestill card skip it, because edgestill exported them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REMEDY = "Do not use this file; export it again from a checkpoint that you trust
 
 def load_in_child(path: Path) -> None:
     """Raises InputError when the file does not load within the limits."""
-    statement = "from runtime.backends.onnx_trial import main; main()"
+    statement = "from runtime.backends.onnx_child_load import main; main()"
     if reason := refusal(statement, os.fsencode(path.resolve()), CPU_SECONDS):
         raise InputError(f"{path}: {reason}", REMEDY)
 
