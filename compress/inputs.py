@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +74,7 @@ def measured_files(folders: Folders) -> list[MeasuredFile]:
     return [MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE), student, *flavours]
 
 
-def refuse_another_model(
-    out: Path, card: ModelCard, writes: Collection[str], settings: Sequence[str] = SETTINGS
-) -> None:
+def refuse_another_model(out: Path, card: ModelCard, writes: Collection[str]) -> None:
     """Raises OccupiedError when the folder `out`, which gets the files `writes`, holds another model than `card`.
 
     Also when one of them would replace a file that edgestill did not write, or that a `model.json` lists by its hash.
@@ -86,7 +84,7 @@ def refuse_another_model(
         found = _card_at(path)
         if found is None:
             raise OccupiedError(f"{path} is no file that edgestill wrote, or is damaged", f"{hint}, or delete it")
-        common = ROWS_SETTINGS if found.output == "rows" else settings
+        common = ROWS_SETTINGS if found.output == "rows" else SETTINGS
         require_same((found, path), (card, "the one to be written"), hint, settings=common, error=OccupiedError)
         if listed := sorted({artifact.file for artifact in found.artifacts} & set(writes)):
             raise OccupiedError(f"{path} lists {listed[0]} by its hash, so it would no longer load", hint)

@@ -69,9 +69,9 @@ class ModelCard:
     `input`: "canvas" is uint8 BGR [1, S, S, 3] that the host letterboxes; "frame" is uint8 BGR [1, H, W, 3] of
     `frame_hw`, letterboxed inside the graph; "tensor" is float32 RGB NCHW in 0..1 (YOLOv5's convention).
     `output`: "boxes" is float32 [1, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
-    rows with score 0 are empty; "rows" is float32 [B, N, 5 + C], and the host does the NMS. `weights` is the digest of
-    the network, empty where it is not known. `artifacts` are in order of preference. Raises InputError when a value is
-    of the wrong kind.
+    rows with score 0 are empty, and `cutoff` [1], the score up to which boxes may be missing; "rows" is float32
+    [B, N, 5 + C], and the host does the NMS. `weights` is the digest of the network, empty where it is not known.
+    `artifacts` are in order of preference. Raises InputError when a value is of the wrong kind.
     """
 
     name: str

@@ -112,7 +112,8 @@ def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter 
         saved = writer.write(frame, draw(frame.image, found, names)) if writer else None
         if as_json:
             line = {"source": frame.source, "frame": frame.number, "detections": found.to_list(names)}
-            print_json(line | ({"saved": str(saved)} if saved else {}))
+            missing = {"cutoff": round(found.cutoff, 6)} if found.cutoff else {}
+            print_json(line | missing | ({"saved": str(saved)} if saved else {}))
         else:
             print_line(f"{frame.source} [{frame.number}]: {summary(found, names)}, {milliseconds:.1f} ms")
 
@@ -130,4 +131,5 @@ def summary(found: Detections, names: Sequence[str]) -> str:
     from runtime.detections import name_of
 
     counts = Counter(name_of(class_id, names) for class_id in found.class_id.tolist())
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+    text = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+    return f"{text} (more than fit: boxes up to {found.cutoff:.2f} may be missing)" if found.cutoff else text

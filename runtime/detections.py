@@ -34,12 +34,15 @@ class Detection(NamedTuple):
 class Detections:
     """Boxes of one frame: `xyxy` (N, 4) float32 frame pixels, `score` (N,) float32 in 0..1, `class_id` (N,) int64.
 
-    Raises ValueError when shapes disagree, a value is not finite, a corner is crossed or a score is outside 0..1.
+    `cutoff` is 0 where nothing is missing; else boxes that score up to it may be, because a limit of the model was
+    reached. Raises ValueError when shapes disagree, a value is not finite, a corner is crossed or a score is outside
+    0..1.
     """
 
     xyxy: NDArray[np.float32]
     score: NDArray[np.float32]
     class_id: NDArray[np.int64]
+    cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         for name, dtype in (("xyxy", np.float32), ("score", np.float32), ("class_id", np.int64)):
@@ -76,7 +79,7 @@ class Detections:
     def __getitem__(self, which: int | slice | Sequence[int] | NDArray[Any]) -> Detections:
         """Some of the detections, in the given order: an index, a slice, a list of indices or a mask."""
         which = [which] if isinstance(which, (int, np.integer)) else which
-        return Detections(self.xyxy[which], self.score[which], self.class_id[which])
+        return Detections(self.xyxy[which], self.score[which], self.class_id[which], self.cutoff)
 
     def to_list(self, names: Sequence[str] = ()) -> list[dict[str, Any]]:
         """JSON-ready: `[{"box": [x1, y1, x2, y2], "score": 0.9, "class_id": 0, "name": "bolt"}, ...]`."""

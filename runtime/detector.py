@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import machine
-from runtime.backends import DEVICES, Array, Backend, LoadOptions, LoadRequest, load_backend
+from runtime.backends import DEVICES, Array, Backend, LoadOptions, LoadRequest, RawOutput, load_backend
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.bundle import ModelFile, metadata_of, model_files, read_checked
 from runtime.card import Artifact, ModelCard
@@ -139,38 +139,43 @@ class Detector:
             )
         return Prepared(np.ascontiguousarray(frame)[None], 1.0, (0.0, 0.0), frame_hw)
 
-    def infer(self, prepared: Prepared) -> Array:
-        """The model's raw output: finished boxes [1, K, 6] or rows [1, N, 5 + C], as the card says.
+    def infer(self, prepared: Prepared) -> RawOutput:
+        """The model's raw output: finished boxes [1, K, 6] or rows [1, N, 5 + C], as the card says, and its cutoff.
 
         Raises UsageError when the detector is closed.
         """
         return self._backend.run(prepared.array)
 
-    def postprocess(self, raw: Array, prepared: Prepared, conf: float | None = None) -> Detections:
+    def postprocess(self, raw: RawOutput, prepared: Prepared, conf: float | None = None) -> Detections:
         """Boxes over `conf` (default: the detector's own) in frame pixels, best first, at most the card's `max_det`.
+
+        Their `cutoff` is set where a limit left boxes over `conf` out.
 
         Raises EngineError when the output is not finite, or not boxes with scores in 0..1.
         """
         conf = self.conf if conf is None else conf
-        rows = self._rows(raw[0], conf)
+        rows, cutoff = self._rows(raw, conf)
         boxes = unletterbox(rows[:, :4], prepared.gain, prepared.pad_wh, prepared.frame_hw)
         try:
-            return Detections(boxes, rows[:, 4], rows[:, 5].astype(np.int64))
+            return Detections(boxes, rows[:, 4], rows[:, 5].astype(np.int64), cutoff if cutoff > conf else 0.0)
         except ValueError as error:
             raise EngineError(
                 f"{self.card.name} ({self.card.precision}): its output is not a detector's: {error}",
                 "Export it again, or use the fp32 variant",
             ) from error
 
-    def _rows(self, raw: Array, conf: float) -> NDArray[np.float32]:
-        if not np.isfinite(raw[:, 4]).all():
+    def _rows(self, raw: RawOutput, conf: float) -> tuple[NDArray[np.float32], float]:
+        """Boxes (n, 6) in the pixels of the model's input, and the best score that may be missing."""
+        array, limit = raw.array[0], self.card.max_det
+        if not np.isfinite(array[:, 4]).all():
             raise EngineError(
                 f"{self.card.name} ({self.card.precision}): scores are not finite: a value overflowed inside the model",
                 "Use the fp32 variant",
             )
         if self.card.output == "boxes":
-            return raw[raw[:, 4] > np.float32(conf)][: self.card.max_det].astype(np.float32, copy=False)
-        return detections_from_rows(raw, conf=conf, iou=self.card.iou, max_det=self.card.max_det)
+            return array[array[:, 4] > np.float32(conf)][:limit].astype(np.float32, copy=False), raw.cutoff
+        found = detections_from_rows(array, conf=conf, iou=self.card.iou, max_det=limit + 1)
+        return found[:limit], float(found[limit:, 4].max(initial=0))
 
     def close(self) -> None:
         self._backend.close()

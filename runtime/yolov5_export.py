@@ -35,7 +35,7 @@ def yolov5_card(path: Path, metadata: Mapping[str, str], backend: Backend) -> Mo
     size_hw = _size_hw(path, input_)
     output = backend.output
     if None in output.shape:
-        output = output._replace(shape=backend.run(np.zeros((1, 3, *size_hw), input_.dtype)).shape)
+        output = output._replace(shape=backend.run(np.zeros((1, 3, *size_hw), input_.dtype)).array.shape)
     count = _class_count(path, output)
     _require_grid(path, size_hw, output)
     names = _names(path, metadata.get("names"), count)

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 import onnx
 
 from compress.graph.builder import FLOAT, UINT8, GraphBuilder
-from compress.graph.decode import HeadShape, decode_all_rows, decode_candidates
+from compress.graph.decode import decode_all_rows, decode_candidates
+from compress.graph.head import HeadShape
 from compress.graph.network import NetworkGraph, fold_bgr_bytes, rename_input, split_detect
-from compress.graph.nms import NmsShape, detections
+from compress.graph.nms import DETECTIONS, NmsShape, detections
 from compress.graph.preprocess import FrameLetterbox, canvas_pixels, frame_pixels, unit_rgb
+from runtime.backends import CUTOFF
 
-CANVAS, FRAME, DETECTIONS = "canvas", "frame", "detections"
-"""Names of the shipped graph's input, of the input with the letterbox inside, and of the output."""
+CANVAS, FRAME = "canvas", "frame"
+"""Names of the shipped graph's input, without and with the letterbox inside."""
 
 
 def yolov5_graph(network: NetworkGraph, head: HeadShape, *, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -37,7 +39,7 @@ def boxes_graph(
     metadata: Mapping[str, str],
     frame_hw: tuple[int, int] | None = None,
 ) -> onnx.ModelProto:
-    """uint8 BGR canvas [1,S,S,3] (or camera frame [1,H,W,3]) -> `detections` [1,max_det,6] in its pixels."""
+    """uint8 BGR canvas [1,S,S,3] (or frame [1,H,W,3]) -> `detections` [1,max_det,6] in its pixels, and `cutoff` [1]."""
     builder = GraphBuilder(opset)
     letterbox = FrameLetterbox(frame_hw, head.size_hw) if frame_hw else None
     source, size_hw = (FRAME, frame_hw) if frame_hw else (CANVAS, head.size_hw)
@@ -45,12 +47,12 @@ def boxes_graph(
     folded = fold_bgr_bytes(network)
     if folded is None:
         pixels = unit_rgb(builder, pixels)
-    split, pairs = split_detect(rename_input(folded or network, pixels), head.na)
+    split, pairs = split_detect(rename_input(folded or network, pixels), head.na, head.few_classes)
     builder.extend(split.nodes, split.constants)
     count = min(nms.candidates, head.rows)
-    output = detections(builder, decode_candidates(builder, pairs, head, count), count, nms, letterbox)
+    detections(builder, decode_candidates(builder, pairs, head, count), count, nms, letterbox)
     return builder.build(
         {source: (UINT8, [1, *size_hw, 3])},
-        {output: (FLOAT, [1, nms.max_det, 6])},
+        {DETECTIONS: (FLOAT, [1, nms.max_det, 6]), CUTOFF: (FLOAT, [1])},
         metadata,
     )

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.files import atomic_write
 
-FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+FLOAT, UINT8, INT64, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64, TensorProto.BOOL
 Shape = Sequence[int | str]
 """Dimensions; a string names a dynamic one."""
 

@@ -224,11 +224,13 @@ def fold_bgr_bytes(network: NetworkGraph) -> NetworkGraph | None:
     return replace(network, constants={**network.constants, name: folded})
 
 
-def split_detect(network: NetworkGraph, anchors_per_level: int) -> tuple[NetworkGraph, tuple[tuple[str, str], ...]]:
-    """Split each detect convolution in two: boxes with objectness (na·5 channels), and classes (na·nc channels).
+def split_detect(network: NetworkGraph, na: int, few_classes: bool) -> tuple[NetworkGraph, tuple[tuple[str, str], ...]]:
+    """Split each detect convolution in two: boxes with objectness (5·na channels), and classes (nc·na channels).
 
-    The same weights in another order. It saves the copy of the class map (7.7 MB at 640 and 80 classes) that
-    slicing objectness out of the joint map costs. Returns the network and the (box, class) map names of each level.
+    The same weights in another order. It saves the copy of the class map (7.7 MB at 640 and 80 classes) that slicing
+    objectness out of the joint map costs. A map that is ordered by quantity, then by anchor, is a matrix with a line
+    for each quantity and a column for each row of the level; of many classes the map is ordered by anchor first. `na`
+    is the number of anchors of a level. Returns the network and the (box, class) map names of each level.
     """
     constants = dict(network.constants)
     nodes: list[onnx.NodeProto] = []
@@ -238,7 +240,7 @@ def split_detect(network: NetworkGraph, anchors_per_level: int) -> tuple[Network
             nodes.append(node)
             continue
         weight, bias = (constants.pop(name) for name in node.input[1:3])
-        parts = _split_channels(weight, bias, anchors_per_level)
+        parts = _split_channels(weight, bias, na, few_classes)
         names = (f"{node.output[0]}.box", f"{node.output[0]}.cls")
         for name, (part_weight, part_bias) in zip(names, parts, strict=True):
             constants[f"{name}.weight"], constants[f"{name}.bias"] = part_weight, part_bias
@@ -248,12 +250,17 @@ def split_detect(network: NetworkGraph, anchors_per_level: int) -> tuple[Network
     return NetworkGraph(tuple(nodes), constants, network.input, tuple(name for pair in split for name in pair)), split
 
 
-def _split_channels(weight: np.ndarray, bias: np.ndarray, na: int) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+def _split_channels(
+    weight: np.ndarray, bias: np.ndarray, na: int, few_classes: bool
+) -> Sequence[tuple[np.ndarray, np.ndarray]]:
     by_anchor, biases = weight.reshape(na, -1, *weight.shape[1:]), bias.reshape(na, -1)
-    return [
-        (by_anchor[:, part].reshape(-1, *weight.shape[1:]), biases[:, part].reshape(-1))
-        for part in (slice(0, 5), slice(5, None))
-    ]
+    parts = []
+    for channels, by_quantity in ((slice(0, 5), True), (slice(5, None), few_classes)):
+        part, offset = by_anchor[:, channels], biases[:, channels]
+        if by_quantity:
+            part, offset = part.swapaxes(0, 1), offset.T
+        parts.append((part.reshape(-1, *weight.shape[1:]), offset.reshape(-1)))
+    return parts
 
 
 def _conv_like(node: onnx.NodeProto, name: str) -> onnx.NodeProto:

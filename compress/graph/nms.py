@@ -1,19 +1,36 @@
-"""Unrolled Cluster-NMS: candidates become finished detections.
+"""NMS in rounds: candidates become finished detections.
 
-A row is kept where no kept earlier row of its class overlaps it; repeated T times this equals greedy NMS for
-suppression chains of up to T rows. Shapes are fixed and every operator is standard: no NonMaxSuppression, which
-TensorRT-RTX cannot run and other versions run slowly.
+A round takes the best rows that are left, a block of them, and applies Cluster-NMS to these: a row is kept where no
+kept better row of its class overlaps it, which repeated T times equals greedy NMS for suppression chains of up to T
+rows. Then it removes what the kept rows suppress, and the best of the rest go on to the next, smaller round. So K rows
+cost far less than K² pairs, and duplicates of good boxes do not take the place of other objects. Shapes are fixed and
+every operator is standard: no NonMaxSuppression, which TensorRT-RTX cannot run and other versions run slowly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 
-from compress.graph.builder import FLOAT, GraphBuilder
+from compress.graph.builder import FLOAT, INT64, GraphBuilder
+from compress.graph.columns import take, top_columns
 from compress.graph.decode import Candidates
 from compress.graph.preprocess import FrameLetterbox
+from runtime.backends import CUTOFF
+from runtime.boxes import CLASS_OFFSET_PX
+
+BLOCK = 192
+"""Rows that one round decides on."""
+SHARES = (0.6, 0.7, 0.8, 0.9, 1.0)
+"""Part of the rows behind its block that a round passes on: the first that decides on `max_det` rows in all. At 1 every
+pair is compared.
+"""
+DETECTIONS = "detections"
+"""Name of the first output; the second is `CUTOFF`."""
 
 
 @dataclass(frozen=True)
@@ -26,109 +43,242 @@ class NmsShape:
     iterations: int
 
 
+class Round(NamedTuple):
+    """`length` rows enter it, the first `block` of them are decided on."""
+
+    length: int
+    block: int
+
+
+class Rows(NamedTuple):
+    """Tensors of rows, best first: a matrix (6,L) of `LINES`, and scores (1,L), 0 for rows that were removed."""
+
+    lines: str
+    scores: str
+
+
+LINES = ("x1", "y1", "x2", "y2", "area", "number")
+"""Corners are shifted by class, of the area a part is kept (see `_suppressions`), and the number is the candidate's."""
+
+
+def rounds_of(count: int, max_det: int) -> list[Round]:
+    """The rounds that `count` candidates pass; they decide on `max_det` rows or more where there are so many."""
+    plans = (_rounds(count, share) for share in SHARES)
+    return next(plan for plan in plans if sum(step.block for step in plan) >= min(count, max_det))
+
+
+def _rounds(count: int, share: float) -> list[Round]:
+    plan = []
+    while count:
+        plan.append(Round(count, min(count, BLOCK)))
+        count = ceil((count - plan[-1].block) * share)
+    return plan
+
+
 def detections(
     builder: GraphBuilder,
     candidates: Candidates,
     count: int,
     nms: NmsShape,
     letterbox: FrameLetterbox | None = None,
-) -> str:
-    """`count` candidates -> `detections` (1, max_det, 6): x1 y1 x2 y2 score class, best first.
+) -> tuple[str, str]:
+    """`count` candidates -> `detections` (1, max_det, 6), x1 y1 x2 y2 score class, best first, and `cutoff` (1,).
 
     Rows without a detection are all zero and come last. Pixels of the canvas, or of the frame with a `letterbox`.
+    Detections with a score above `cutoff` are complete; it is 0 where no row was left out for lack of room.
     """
-    keep = _cluster_nms(builder, candidates.boxes, candidates.classes, count, nms)
-    return _compact(builder, candidates, keep, min(nms.max_det, count), nms.max_det, letterbox)
+    plan = rounds_of(count, nms.max_det)
+    rows, cutoffs = Rows(_lines(builder, candidates, count, nms.iou), candidates.scores), [candidates.cutoff]
+    decided = []
+    for index, step in enumerate(plan):
+        at, rest = f"nms.{index}", step.length - step.block
+        block, others = _split(builder, rows, step, at)
+        suppresses = _suppressions(builder, block.lines, rows.lines, at)
+        keep, free = _cluster_nms(builder, suppresses, step, nms.iterations, at)
+        decided.append(Rows(block.lines, builder.op("Mul", block.scores, keep, name=f"{at}.kept")))
+        if rest:
+            scores = builder.op("Mul", others.scores, free, name=f"{at}.free_scores")
+            length = plan[index + 1].length
+            best, places, cutoff = top_columns(builder, scores, rest, length, f"{at}.next")
+            rows = Rows(take(builder, others.lines, places, len(LINES), length, f"{at}.next_lines"), best)
+            cutoffs.append(cutoff)
+    width = sum(step.block for step in plan)
+    return _finish(builder, candidates, decided, width, nms.max_det, cutoffs, letterbox)
 
 
-def _cluster_nms(b: GraphBuilder, boxes: str, classes: str, count: int, nms: NmsShape) -> str:
-    """The tensor `nms.keep` (1,K): 1 for the rows that are kept."""
-    overlaps = _overlaps(b, boxes, nms.iou)
-    column, line = (b.op("Reshape", classes, b.ints(shape, dims), name=f"nms.class_{shape}")
-                    for shape, dims in (("column", [-1, 1]), ("line", [1, -1])))  # fmt: skip
-    same = b.op("Equal", column, line, name="nms.same")
-    rank = np.arange(count, dtype=np.float32)
-    earlier = b.op("Less", b.floats("nms.rank", rank[:, None]), b.floats("nms.ranks", rank[None]), name="nms.earlier")
-    pairs = b.op("And", b.op("And", overlaps, same, name="nms.rivals"), earlier, name="nms.pairs")
-    suppresses = b.op("Cast", pairs, name="nms.suppresses", to=FLOAT)
-    keep = b.floats("nms.all", np.ones((1, count)))
-    for step in range(nms.iterations):
-        last = step == nms.iterations - 1
-        hits = b.op("MatMul", keep, suppresses, name=f"nms.{step}.hits")
-        free = b.op("Less", hits, b.floats("half", 0.5), name=f"nms.{step}.free")
-        keep = b.op("Cast", free, name="nms.keep" if last else f"nms.{step}.keep", to=FLOAT)
-    return keep
+def _lines(b: GraphBuilder, candidates: Candidates, count: int, iou: float) -> str:
+    """The matrix of all candidates. Classes are shifted apart in float32, which rounds as `runtime.boxes` does."""
+    shift = b.op("Mul", candidates.classes, b.floats("nms.offset", CLASS_OFFSET_PX), name="nms.shift")
+    low, high = (b.op("Add", end, shift, name=f"{end}_shifted") for end in (candidates.low, candidates.high))
+    size = b.op("Sub", high, low, name="nms.size")
+    width, height = b.ops("Split", size, b.ints("one_one", [1, 1]), names=("nms.width", "nms.height"), axis=0)
+    area = b.op("Mul", width, height, name="nms.area")
+    part = b.op("Mul", area, b.floats("nms.part", area_part(iou)), name="nms.area_part")
+    numbers = b.floats("nms.numbers", np.arange(count)[None])
+    return b.op("Concat", low, high, part, numbers, name="nms.lines", axis=0)
 
 
-def _overlaps(b: GraphBuilder, boxes: str, iou: float) -> str:
-    """(K,K) bool: intersection > iou · union. Products are compared, nothing is divided."""
-    ends = ("x1", "y1", "x2", "y2")
-    ones = b.ints("nms.ones", [1, 1, 1, 1])
-    columns = b.ops("Split", boxes, ones, names=[f"nms.{e}_column" for e in ends], axis=1)
-    turned = b.op("Transpose", boxes, name="nms.turned", perm=[1, 0])
-    lines = b.ops("Split", turned, ones, names=[f"nms.{e}_line" for e in ends], axis=0)
-    sides, areas = [], []
-    for low, high, side in ((0, 2, "width"), (1, 3, "height")):
-        start = b.op("Max", columns[low], lines[low], name=f"nms.{side}_start")
-        end = b.op("Min", columns[high], lines[high], name=f"nms.{side}_end")
-        length = b.op("Sub", end, start, name=f"nms.{side}_signed")
-        sides.append(b.op("Max", length, b.floats("nought", 0.0), name=f"nms.{side}"))
-    for parts, way in ((columns, "column"), (lines, "line")):
-        lengths = [b.op("Sub", parts[i + 2], parts[i], name=f"nms.{way}_{axis}") for i, axis in enumerate("wh")]
-        areas.append(b.op("Mul", *lengths, name=f"nms.{way}_area"))
-    inter = b.op("Mul", *sides, name="nms.intersection")
-    union = b.op("Sub", b.op("Add", *areas, name="nms.areas"), inter, name="nms.union")
-    bound = b.op("Mul", union, b.floats("nms.iou", iou), name="nms.bound")
-    return b.op("Greater", inter, bound, name="nms.overlaps")
-
-
-def _compact(
-    b: GraphBuilder, candidates: Candidates, keep: str, count: int, max_det: int, letterbox: FrameLetterbox | None
-) -> str:
-    """Kept rows first: (1, max_det, 6), with zero rows behind them."""
-    flat_keep = b.op("Reshape", keep, b.ints("flat", [-1]), name="out.keep")
-    kept = b.op("Mul", candidates.scores, flat_keep, name="out.kept")
-    best, order = b.ops("TopK", kept, b.ints("out.count", [count]), names=("out.score", "out.order"), axis=0)
-    picked = b.op("Gather", candidates.boxes, order, name="out.boxes", axis=0)
-    if letterbox is not None:
-        picked = _to_frame(b, picked, letterbox)
-    column = b.ints("column", [-1, 1])
-    classes = b.op("Gather", candidates.classes, order, name="out.class", axis=0)
-    label = b.op("Reshape", classes, column, name="out.class_column")
-    points = b.op("Reshape", best, column, name="out.score_column")
-    rows = b.op("Concat", picked, points, label, name="out.rows", axis=1)
-    filled = b.op(
-        "Cast", b.op("Greater", points, b.floats("nought", 0.0), name="out.some"), name="out.filled", to=FLOAT
+def _split(b: GraphBuilder, rows: Rows, step: Round, at: str) -> tuple[Rows, Rows]:
+    """The block, and the rows behind it; all rows twice where there are none."""
+    if step.length == step.block:
+        return rows, rows
+    lengths = b.ints(f"{at}.lengths", [step.block, step.length - step.block])
+    lines, scores = (
+        b.ops("Split", source, lengths, names=[f"{at}.{part}_{kind}" for part in ("block", "rest")], axis=1)
+        for kind, source in zip(Rows._fields, rows, strict=True)
     )
-    rows = b.op("Mul", rows, filled, name="out.cleared")
+    return Rows(lines[0], scores[0]), Rows(lines[1], scores[1])
+
+
+def _suppressions(b: GraphBuilder, block: str, lines: str, at: str) -> str:
+    """float32 (B,L): 1 where the row of the block overlaps the other one, of its class, by more than iou.
+
+    intersection > iou · union is the same as intersection > iou / (1 + iou) · (area + area).
+    """
+    ones = b.ints("nms.ones", [1] * len(LINES))
+    turned = b.op("Transpose", block, name=f"{at}.turned", perm=[1, 0])
+    mine, other = (
+        dict(
+            zip(LINES, b.ops("Split", source, ones, names=[f"{at}.{e}_{whose}" for e in LINES], axis=axis), strict=True)
+        )
+        for whose, source, axis in (("mine", turned, 1), ("other", lines, 0))
+    )
+    width, height = (
+        b.op(
+            "Sub",
+            b.op("Min", mine[f"{axis}2"], other[f"{axis}2"], name=f"{at}.{axis}_end"),
+            b.op("Max", mine[f"{axis}1"], other[f"{axis}1"], name=f"{at}.{axis}_start"),
+            name=f"{at}.{axis}_overlap",
+        )
+        for axis in "xy"
+    )
+    # with one of two negative sides at 0 their product is not positive
+    shared = b.op("Mul", b.op("Relu", width, name=f"{at}.width"), height, name=f"{at}.intersection")
+    bound = b.op("Add", mine["area"], other["area"], name=f"{at}.bound")
+    over = b.op("Greater", shared, bound, name=f"{at}.overlaps")
+    return b.op("Cast", over, name=f"{at}.suppresses", to=FLOAT)
+
+
+def _cluster_nms(b: GraphBuilder, suppresses: str, step: Round, iterations: int, at: str) -> tuple[str, str]:
+    """1 for rows of the block that are kept (1,B), and for rows behind it that none of them suppresses (1,L-B)."""
+    own = rest = suppresses
+    if step.length > step.block:
+        lengths = b.ints(f"{at}.lengths", [step.block, step.length - step.block])
+        own, rest = b.ops("Split", suppresses, lengths, names=(f"{at}.own", f"{at}.others"), axis=1)
+    later = b.floats(f"nms.later_{step.block}", np.triu(np.ones((step.block, step.block)), 1))
+    own = b.op("Mul", own, later, name=f"{at}.later")
+    keep = ones = b.floats(f"nms.all_{step.block}", np.ones((1, step.block)))
+    for turn in range(iterations):
+        keep = _unsuppressed(b, keep, own, ones, f"{at}.{turn}")
+    free = _unsuppressed(b, keep, rest, b.floats("nms.one", [[1.0]]), f"{at}.free") if rest != suppresses else ""
+    return keep, free
+
+
+def _unsuppressed(b: GraphBuilder, keep: str, suppresses: str, ones: str, at: str) -> str:
+    """1 where no kept row suppresses: 1 − the number of those that do, not below 0. ONNX Runtime makes it one node."""
+    return b.op("Relu", b.op("Gemm", keep, suppresses, ones, name=f"{at}.hits", alpha=-1.0), name=f"{at}.keep")
+
+
+def _finish(
+    b: GraphBuilder,
+    candidates: Candidates,
+    decided: Sequence[Rows],
+    width: int,
+    max_det: int,
+    cutoffs: Sequence[str],
+    letterbox: FrameLetterbox | None,
+) -> tuple[str, str]:
+    """Kept rows first, with zero rows behind them."""
+    lines, scores = (
+        parts[0] if len(parts) == 1 else b.op("Concat", *parts, name=f"out.{kind}", axis=1)
+        for kind, parts in zip(Rows._fields, zip(*decided, strict=True), strict=True)
+    )
+    count = min(max_det, width)
+    best, order, cutoff = top_columns(b, scores, width, count, "out")
+    numbers = b.ops(
+        "Split", lines, b.ints("out.line_parts", [len(LINES) - 1, 1]), names=("out.used", "out.numbers"), axis=0
+    )
+    number = b.op("Cast", take(b, numbers[1], order, 1, count, "out.number"), name="out.candidate", to=INT64)
+    table = b.op("Concat", candidates.low, candidates.high, candidates.classes, name="out.candidates", axis=0)
+    chosen = take(b, table, number, 5, count, "out.chosen")
+    boxes, classes = b.ops("Split", chosen, b.ints("four_one", [4, 1]), names=("out.boxes", "out.class"), axis=0)
+    if letterbox is not None:
+        boxes = _to_frame(b, boxes, letterbox)
+    table = b.op("Concat", boxes, best, classes, name="out.table", axis=0)
+    some = b.op("Greater", best, b.floats("nought", 0.0), name="out.some")
+    filled = b.op("Mul", table, b.op("Cast", some, name="out.filled", to=FLOAT), name="out.cleared")
+    result = b.op("Transpose", filled, name="out.turned", perm=[1, 0])
     if count < max_det:
-        rows = b.op("Concat", rows, b.floats("out.empty", np.zeros((max_det - count, 6))), name="out.padded", axis=0)
-    return b.op("Reshape", rows, b.ints("out.shape", [1, max_det, 6]), name="detections")
+        result = b.op(
+            "Concat", result, b.floats("out.empty", np.zeros((max_det - count, 6))), name="out.padded", axis=0
+        )
+    highest = b.op("Max", *dict.fromkeys([*cutoffs, cutoff]), name="out.highest")
+    flat = b.op("Reshape", highest, b.ints("one", [1]), name=CUTOFF)
+    return b.op("Reshape", result, b.ints("out.shape", [1, max_det, 6]), name=DETECTIONS), flat
 
 
 def _to_frame(b: GraphBuilder, boxes: str, letterbox: FrameLetterbox) -> str:
-    """Canvas pixels -> frame pixels, clipped to the frame."""
+    """Canvas pixels -> frame pixels, clipped to the frame: (4,M)."""
     height, width = letterbox.frame_hw
-    shift = b.floats("frame.pad", [[*letterbox.geometry.pad_wh, *letterbox.geometry.pad_wh]])
+    shift = b.floats("frame.pad", np.tile(letterbox.geometry.pad_wh, 2)[:, None])
     moved = b.op("Sub", boxes, shift, name="frame.moved")
     scaled = b.op("Div", moved, b.floats("frame.gain", letterbox.geometry.gain), name="frame.scaled")
     low = b.op("Max", scaled, b.floats("nought", 0.0), name="frame.low")
-    return b.op("Min", low, b.floats("frame.limit", [[width, height, width, height]]), name="frame.boxes")
+    return b.op("Min", low, b.floats("frame.limit", np.asarray([width, height] * 2)[:, None]), name="frame.boxes")
 
 
 # ----------------------------------------------------------------------------------------- reference
 
 
+class Kept(NamedTuple):
+    """Indices of the kept candidates, best first, and the best score of a row that was left out for lack of room."""
+
+    rows: np.ndarray
+    cutoff: float
+
+
+def nms_in_rounds(
+    boxes_xyxy: np.ndarray, scores: np.ndarray, classes: np.ndarray, *, iou: float, iterations: int, max_det: int
+) -> Kept:
+    """The same NMS in NumPy, each operation in float32 as in the graph: boxes (K,4), best first."""
+    left: np.ndarray = np.arange(len(scores))
+    kept, cutoff = [], 0.0
+    for step in rounds_of(len(scores), max_det):
+        cutoff = max(cutoff, scores[left[step.length :]].max(initial=0))
+        left = left[: step.length]
+        block, rest = left[: step.block], left[step.block :]
+        own = block[cluster_nms(boxes_xyxy[block], classes[block], iou, iterations)]
+        free = ~suppression(boxes_xyxy[own], boxes_xyxy[rest], classes[own], classes[rest], iou).any(axis=0)
+        kept.append(own)
+        left = rest[free]
+    found = np.concatenate(kept)
+    return Kept(found[:max_det], float(max(cutoff, scores[found[max_det:]].max(initial=0))))
+
+
 def cluster_nms(boxes_xyxy: np.ndarray, classes: np.ndarray, iou: float, iterations: int) -> np.ndarray:
-    """The same NMS in NumPy, each operation in float32 as in the graph: boxes (K,4), best first -> keep (K,) bool."""
-    x1, y1, x2, y2 = boxes_xyxy.astype(np.float32).T
-    width = np.maximum(np.minimum(x2[:, None], x2) - np.maximum(x1[:, None], x1), np.float32(0))
-    height = np.maximum(np.minimum(y2[:, None], y2) - np.maximum(y1[:, None], y1), np.float32(0))
-    area = (x2 - x1) * (y2 - y1)
-    inter = width * height
-    union = (area[:, None] + area) - inter
-    suppresses = np.triu((inter > union * np.float32(iou)) & (classes[:, None] == classes), 1)
-    keep = np.ones(len(boxes_xyxy), bool)
+    """Boxes (K,4), best first, and classes (K,) -> keep (K,) bool."""
+    suppresses = np.triu(suppression(boxes_xyxy, boxes_xyxy, classes, classes, iou), 1)
+    keep: np.ndarray = np.ones(len(boxes_xyxy), bool)
     for _ in range(iterations):
         keep = ~(suppresses & keep[:, None]).any(axis=0)
     return keep
+
+
+def suppression(
+    left_xyxy: np.ndarray, right_xyxy: np.ndarray, left_classes: np.ndarray, right_classes: np.ndarray, iou: float
+) -> np.ndarray:
+    """(N,M): whether boxes of one class overlap by more than `iou`."""
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = (
+        (boxes + np.asarray(classes, np.float32)[:, None] * np.float32(CLASS_OFFSET_PX)).astype(np.float32).T
+        for boxes, classes in ((left_xyxy, left_classes), (right_xyxy, right_classes))
+    )
+    width = np.maximum(np.minimum(ax2[:, None], bx2) - np.maximum(ax1[:, None], bx1), np.float32(0))
+    height = np.minimum(ay2[:, None], by2) - np.maximum(ay1[:, None], by1)
+    part = np.float32(area_part(iou))
+    bound = ((ax2 - ax1) * (ay2 - ay1) * part)[:, None] + (bx2 - bx1) * (by2 - by1) * part
+    return width * height > bound
+
+
+def area_part(iou: float) -> float:
+    """Intersection > iou · union is intersection > part · (area + area)."""
+    return iou / (1 + iou)

@@ -26,6 +26,7 @@ class Scheme:
     activation: QuantType
     operators: tuple[str, ...] = BODY_OPERATORS
     options: Mapping[str, bool] = field(default_factory=dict)
+    seven_bit_weights: bool = False
 
 
 def quantised(model: onnx.ModelProto, ranges: TensorsData, scheme: Scheme) -> onnx.ModelProto:
@@ -42,7 +43,7 @@ def quantised(model: onnx.ModelProto, ranges: TensorsData, scheme: Scheme) -> on
         quantizer = QDQQuantizer(
             inferred,
             True,  # a scale for each output channel
-            False,
+            scheme.seven_bit_weights,
             QuantType.QInt8,
             scheme.activation,
             ranges,

@@ -30,7 +30,7 @@ _REMEDY = "Give a model.onnx that `edgestill export` wrote"
 
 _STANDARD = """
     Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv DequantizeLinear
-    Div Equal Exp Expand Flatten Floor Gather GatherElements GatherND GlobalAveragePool Greater
+    Div Equal Exp Expand Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool Greater
     GreaterOrEqual HardSigmoid HardSwish Identity LeakyRelu Less LessOrEqual MatMul Max MaxPool Min
     Mul Neg Not Or Pad Pow QuantizeLinear Range ReduceMax ReduceMean ReduceMin ReduceSum Relu
     Reshape Resize Round Shape Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh TopK

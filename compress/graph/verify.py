@@ -2,7 +2,7 @@
 
 1. Every decoded row of the conventional graph equals torch's row: box in pixels, objectness and classes.
 2. Every candidate of the boxes graph is torch's row of the same number, and no better row was left out.
-3. The rows that the graph keeps are those that Cluster-NMS in NumPy keeps of the graph's own candidates, bit for bit.
+3. The rows that the graph keeps are those that the same NMS in NumPy keeps of the graph's own candidates, bit for bit.
 
 Comparing finished boxes alone would not be enough: a rounding of 1e-7 can swap two almost equal scores, greedy NMS then
 keeps other boxes, and a correct graph seems wrong.
@@ -12,17 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 
-from compress.graph.nms import NmsShape, cluster_nms
+from compress.graph.nms import NmsShape, nms_in_rounds
 from compress.graph.preprocess import FrameLetterbox, pixels_tensor
 from compress.graph.session import exposing, open_session
 
-PROBES = ("candidates.row", "candidates.boxes", "candidates.score", "candidates.class", "nms.keep")
-"""Inner tensors of the boxes graph that are compared: (K,), (K,4), (K,), (K,), (1,K)."""
+PROBES = ("candidates.row", "candidates.low", "candidates.high", "candidates.score", "candidates.class")
+"""Inner tensors of the boxes graph that are compared: (1,K), (2,K), (2,K), (1,K), (1,K)."""
+
+
+class Found(NamedTuple):
+    """The candidates of one image, best first: row numbers (K,), boxes (K,4), scores (K,), classes (K,)."""
+
+    rows: np.ndarray
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
 
 TorchRows = Callable[[np.ndarray], np.ndarray]
 """float32 RGB 0..1 (1,3,H,W) -> decoded rows (N, 5+nc) of the torch network."""
@@ -79,17 +89,18 @@ def check_boxes(
     worst = Agreement(0, 0.0, 0.0)
     for source in sources:
         feed = {model.graph.input[0].name: source}
-        detections, seen, *values = session.run(None, feed)
-        found = dict(zip(PROBES, values, strict=True))
-        box, score = _candidate_errors(found, torch_rows(unit_rgb(seen)))
-        expected = _expected(found, nms, letterbox)
-        differences = _row_differences(detections[0], expected) + _row_differences(
-            plain.run(None, feed)[0][0], expected
-        )
+        detections, cutoff, seen, row, low, high, scores, classes = session.run(None, feed)
+        found = Found(row[0], np.concatenate([low, high]).T, scores[0], classes[0])
+        decoded = torch_rows(unit_rgb(seen))
+        box, score = _candidate_errors(found, decoded)
+        expected, room = _expected(found, nms, letterbox)
+        alone, alone_cutoff = plain.run(None, feed)
+        limit = max(room, _best_left_out(found, decoded))
+        differences = _row_differences(detections[0], expected) + _row_differences(alone[0], expected)
         worst = Agreement(
             worst.images + 1,
             max(worst.max_box_error_px, box),
-            max(worst.max_score_error, score),
+            max(worst.max_score_error, score, *(abs(float(value[0]) - limit) for value in (cutoff, alone_cutoff))),
             worst.nms_differences + differences,
         )
     return worst
@@ -107,23 +118,25 @@ def corners(boxes_xywh: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes_xywh[:, :2] - half, boxes_xywh[:, :2] + half], axis=1)
 
 
-def _candidate_errors(found: dict[str, np.ndarray], rows: np.ndarray) -> tuple[float, float]:
-    """Box error in px, and score error. A better row that was left out counts as score error."""
-    index, label = found["candidates.row"], found["candidates.class"].astype(np.int64)
-    chosen = rows[index]
-    scores = chosen[np.arange(len(index)), 5 + label] * chosen[:, 4]
-    left_out = np.delete(best_class(rows)[0], index)
-    missed = max(0.0, float(left_out.max() - found["candidates.score"].min())) if left_out.size else 0.0
-    box = _largest(corners(chosen[:, :4]) - found["candidates.boxes"])
-    return box, max(missed, _largest(scores - found["candidates.score"]))
+def _candidate_errors(found: Found, rows: np.ndarray) -> tuple[float, float]:
+    """Box error in px and score error, where a better row that was left out counts as score error."""
+    label = found.classes.astype(np.int64)
+    chosen = rows[found.rows]
+    scores = chosen[np.arange(len(label)), 5 + label] * chosen[:, 4]
+    missed = max(0.0, _best_left_out(found, rows) - float(found.scores.min()))
+    return _largest(corners(chosen[:, :4]) - found.boxes_xyxy), max(missed, _largest(scores - found.scores))
 
 
-def _expected(found: dict[str, np.ndarray], nms: NmsShape, letterbox: FrameLetterbox | None) -> np.ndarray:
-    """Rows (n,6) that the graph must return for its own candidates."""
-    boxes, score, label = (found[f"candidates.{part}"] for part in ("boxes", "score", "class"))
-    keep = np.flatnonzero(cluster_nms(boxes, label, nms.iou, nms.iterations))[: nms.max_det]
+def _best_left_out(found: Found, rows: np.ndarray) -> float:
+    return float(np.delete(best_class(rows)[0], found.rows).max(initial=0))
+
+
+def _expected(found: Found, nms: NmsShape, letterbox: FrameLetterbox | None) -> tuple[np.ndarray, float]:
+    """Rows (n,6) that the graph must return for its own candidates, and the best score that NMS leaves out."""
+    _, boxes, scores, classes = found
+    keep, cutoff = nms_in_rounds(boxes, scores, classes, iou=nms.iou, iterations=nms.iterations, max_det=nms.max_det)
     placed = boxes[keep] if letterbox is None else to_frame(boxes[keep], letterbox)
-    return np.concatenate([placed, score[keep, None], label[keep, None]], axis=1)
+    return np.concatenate([placed, scores[keep, None], classes[keep, None]], axis=1), cutoff
 
 
 def to_frame(boxes_xyxy: np.ndarray, letterbox: FrameLetterbox) -> np.ndarray:

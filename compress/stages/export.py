@@ -1,9 +1,10 @@
 """Export: a student (.safetensors) becomes two ONNX files, both checked against torch before they are written.
 
-In: the checkpoint, the image size, and validation images on which the number of NMS candidates is measured.
+In: the checkpoint, the image size, and validation images, on which the limits of NMS are tried.
 Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
-threshold; `model.yolov5.onnx`, `images` float32 [batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it;
-`export.json`; and `teacher.onnx` if a teacher is given. The same checkpoint and settings give the same bytes.
+threshold, and `cutoff` [1], the score up to which boxes may be missing; `model.yolov5.onnx`, `images` float32
+[batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it; `export.json`; and `teacher.onnx` if a teacher is
+given. The same checkpoint and settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch import nn
 from compress.config import IMGSZ, ExportConfig, Recipe, Settings, Side
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.builder import write_model
-from compress.graph.candidates import CHOICES, CandidateStudy, Validation, canvas_of, ranked_rows, study_candidates
-from compress.graph.decode import HeadShape
+from compress.graph.candidates import Room, Validation, candidates_for, canvas_of, measure_room
+from compress.graph.head import HeadShape
 from compress.graph.metadata import metadata_of
 from compress.graph.network import NetworkGraph, trace
 from compress.graph.nms import NmsShape
 from compress.graph.preprocess import FrameLetterbox
 from compress.graph.session import open_session
-from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
+from compress.graph.verify import Agreement, check_boxes, check_rows
 from compress.inputs import (
     CONVENTIONAL,
     SHIPPED,
@@ -45,16 +46,13 @@ from compress.log import Log
 from compress.models import YOLOv5, load_model, network_digest
 from compress.stages import Figures, Stage
 from compress.store import Folders
+from runtime.backends import CUTOFF
 from runtime.card import ModelCard
 from runtime.errors import EdgestillError, InputError
 from runtime.files import sha256, write_json
-from runtime.identity import SETTINGS
 from runtime.image import read_image
 
 CHECKED_IMAGES = 4
-UNMEASURED_CANDIDATES = 300
-UNMEASURED_SETTINGS = tuple(key for key in SETTINGS if key != "candidates")
-"""The settings that are known before the candidates are measured."""
 
 
 class Config(Settings):
@@ -112,21 +110,21 @@ def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The written files, their card, their agreement with torch, and the study of the number of candidates."""
+    """The written files, their card, their agreement with torch, and how NMS's limits fit the images."""
 
     model_onnx: Path
     yolov5_onnx: Path
     card: ModelCard
     boxes: Agreement
     rows: Agreement
-    candidates: CandidateStudy | None
+    room: Room | None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "files": {path.name: sha256(path) for path in (self.model_onnx, self.yolov5_onnx)},
             "candidates": self.card.candidates,
             "agreement": {SHIPPED: self.boxes.to_json(), CONVENTIONAL: self.rows.to_json()},
-            "candidate_study": self.candidates.to_json() if self.candidates else None,
+            "room": self.room.to_json() if self.room else None,
         }
 
 
@@ -153,31 +151,28 @@ def export(
 ) -> ExportResult:
     """Write both graphs of the checkpoint `model` into the folder `out`, at `imgsz` x `imgsz` pixels.
 
-    Without `data` the check runs on noise and the candidates are `config.candidates` or 300. Raises `EdgestillError`
-    and writes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`,
-    `UsageError` when `imgsz` is not a multiple of the network's stride, and `OccupiedError` when `out` holds another
-    model.
+    Without `data` the check runs on noise. Raises `EdgestillError` and writes nothing when a graph differs from torch
+    by more than `max_box_error` pixels or `max_score_error`, `UsageError` when `imgsz` is not a multiple of the
+    network's stride, and `OccupiedError` when `out` holds another model.
     """
     network = load_model(model).eval()
     network.arch.require_image_size(imgsz)
     size_hw = imgsz, imgsz
-    card = _card(config, model, network, size_hw)
-    refuse_another_model(out, card, (SHIPPED, CONVENTIONAL), UNMEASURED_SETTINGS)
-    traced, head, torch_rows = trace(RawMaps(network.fuse()), size_hw), head_shape(network, size_hw), rows_of(network)
+    head = head_shape(network, size_hw)
+    card = _card(config, model, network, head)
+    refuse_another_model(out, card, (SHIPPED, CONVENTIONAL))
+    traced, torch_rows = trace(RawMaps(network.fuse()), size_hw), rows_of(network)
     rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
     conventional = yolov5_graph(traced, head, opset=config.opset, metadata=metadata_of(rows_card))
     canvases = _canvases(data, size_hw)
     rows = check_rows(conventional, canvases, torch_rows)
     _require_agreement(config, CONVENTIONAL, rows, log)
 
-    measured = _measure_candidates(config, conventional, data, card, log)
-    card = replace(card, candidates=measured.chosen if measured else config.candidates or UNMEASURED_CANDIDATES)
-    card = replace(card, candidates=min(card.candidates, head.rows))
-    refuse_another_model(out, card, (SHIPPED, CONVENTIONAL))
     shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
     _require_agreement(config, SHIPPED, boxes, log)
+    room = _measure_room(config, shipped, data, size_hw, log) if data and data.images else None
     files = [write_model(graph, out / name) for graph, name in ((shipped, SHIPPED), (conventional, CONVENTIONAL))]
-    return ExportResult(files[0], files[1], card, boxes, rows, measured)
+    return ExportResult(files[0], files[1], card, boxes, rows, room)
 
 
 def head_shape(network: YOLOv5, size_hw: tuple[int, int]) -> HeadShape:
@@ -197,18 +192,18 @@ def rows_of(network: YOLOv5) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def _card(config: ExportConfig, model: Path, network: YOLOv5, size_hw: tuple[int, int]) -> ModelCard:
+def _card(config: ExportConfig, model: Path, network: YOLOv5, head: HeadShape) -> ModelCard:
     return ModelCard(
         name=model.stem,
         names=tuple(network.arch.names),
-        size_hw=size_hw,
+        size_hw=head.size_hw,
         stride=max(network.strides),
         input="frame" if config.frame else "canvas",
         output="boxes",
         conf=config.conf,
         iou=config.iou,
         max_det=config.max_det,
-        candidates=config.candidates or UNMEASURED_CANDIDATES,
+        candidates=candidates_for(head.rows, config.candidates),
         nms_iterations=config.nms_iterations,
         frame_hw=config.frame,
         precision="fp32",
@@ -228,36 +223,19 @@ def _noise(shape: Sequence[int]) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, tuple(shape), dtype=np.uint8)
 
 
-def _measure_candidates(
-    config: ExportConfig, rows_model: onnx.ModelProto, data: Validation | None, card: ModelCard, log: Log
-) -> CandidateStudy | None:
-    if data is None or not data.images:
-        log(f"no validation images: {config.candidates or UNMEASURED_CANDIDATES} NMS candidates, not measured")
-        return None
-    session, source = open_session(rows_model), rows_model.graph.input[0].name
-    found = ranked_rows(
-        lambda canvas: session.run(None, {source: unit_rgb(nchw(canvas))})[0][0],
-        [path for _, path in data.images],
-        card.size_hw,
-        max(*CHOICES, config.candidates),
+def _measure_room(
+    config: ExportConfig, model: onnx.ModelProto, data: Validation, size_hw: tuple[int, int], log: Log
+) -> Room:
+    """Try the limits of NMS on all images, resized to the camera's frame where the graph takes that."""
+    session, source = open_session(model), model.graph.input[0].name
+    paths = [path for _, path in data.images]
+    sources = (_frame(path, config.frame) if config.frame else canvas_of(path, size_hw)[0] for path in paths)
+    room = measure_room(lambda image: float(session.run([CUTOFF], {source: image})[0][0]), sources, config.conf)
+    reached = (
+        f"reached on {room.reached} of {room.images} images" if room.reached else f"not reached on {room.images} images"
     )
-    result = study_candidates(
-        found,
-        data,
-        card.names,
-        iou=config.iou,
-        max_det=config.max_det,
-        iterations=config.nms_iterations,
-        tolerance=config.candidates_tolerance,
-        fixed=config.candidates,
-    )
-    figures = ", ".join(f"{k}: {value:.4f}" for k, value in result.map50_95.items())
-    log(f"mAP50-95 by NMS candidates on {result.images} images: {figures}; chosen {result.chosen}")
-    log(
-        f"{config.nms_iterations} NMS iterations: one more changes {result.images_changed_by_one_more_iteration} "
-        f"images, greedy NMS {result.images_changed_by_greedy}"
-    )
-    return result
+    log(f"limits of NMS: {reached} at conf {config.conf:g}; boxes are complete above {room.highest_cutoff:.3f}")
+    return room
 
 
 def _shipped(
@@ -279,7 +257,12 @@ def _shipped(
 def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
     """Frames of the camera's size: the images resized to it, and noise."""
     paths = [path for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
-    return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
+    return [*(_frame(path, frame_hw) for path in paths), _noise((1, *frame_hw, 3))]
+
+
+def _frame(path: Path, frame_hw: tuple[int, int]) -> np.ndarray:
+
+    return cv2.resize(read_image(path), frame_hw[::-1])[None]
 
 
 def _require_agreement(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:

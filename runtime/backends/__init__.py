@@ -1,4 +1,4 @@
-"""Backends: each runs one kind of model file; it takes one array and returns one. `BACKENDS` is their table.
+"""Backends: each runs one kind of model file, from one array to one array and a cutoff. `BACKENDS` is their table.
 
 A new backend is a module with `load(request) -> Backend` and a row here; nothing else in `runtime` names a backend.
 """
@@ -108,6 +108,17 @@ class TensorSpec(NamedTuple):
     shape: tuple[int | None, ...]
 
 
+CUTOFF = "cutoff"
+"""Name of the output with the score up to which boxes may be missing, in models that have it."""
+
+
+class RawOutput(NamedTuple):
+    """The outputs of a model: its rows or boxes, and its `cutoff`, 0 if it has none."""
+
+    array: Array
+    cutoff: float = 0.0
+
+
 class Backend(Protocol):
     """A loaded model. `providers` names what computes it, fastest first. `run` may be called from several threads."""
 
@@ -115,8 +126,8 @@ class Backend(Protocol):
     output: TensorSpec
     providers: tuple[str, ...]
 
-    def run(self, array: Array) -> Array:
-        """The first output for `array`, which has the input's dtype and shape, in memory that the caller owns.
+    def run(self, array: Array) -> RawOutput:
+        """The outputs for `array`, which has the input's dtype and shape, in memory that the caller owns.
 
         Raises UsageError (`closed_error`) when the model is closed.
         """

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends import Array, LoadRequest, TensorSpec, closed_error
+from runtime.backends import CUTOFF, Array, LoadRequest, RawOutput, TensorSpec, closed_error
 from runtime.backends.onnx_child_load import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
@@ -37,7 +37,7 @@ REMEDY = "Install onnxruntime-gpu with its CUDA libraries, or use --device cpu"
 
 
 class OnnxBackend:
-    """A session with one input. Only its first output is read (YOLOv5's older exports also return the raw maps)."""
+    """A session with one input. Its first output and the cutoff are read (YOLOv5's older exports add the raw maps)."""
 
     def __init__(self, session: Any, path: Path) -> None:
         inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -47,13 +47,14 @@ class OnnxBackend:
         self.input, self.output = tensor_spec(inputs[0], path), tensor_spec(outputs[0], path)
         self.providers = tuple(session.get_providers())
         self._session = session
-        self._wanted = [self.output.name]
+        self._wanted = [self.output.name, *(node.name for node in outputs[1:] if node.name == CUTOFF)]
 
-    def run(self, array: Array) -> Array:
+    def run(self, array: Array) -> RawOutput:
         session = self._session
         if session is None:
             raise closed_error()
-        return session.run(self._wanted, {self.input.name: array})[0]
+        array, *cutoff = session.run(self._wanted, {self.input.name: array})
+        return RawOutput(array, *(float(value[0]) for value in cutoff))
 
     def close(self) -> None:
         self._session = None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends import Array, LoadRequest, TensorSpec, closed_error
+from runtime.backends import CUTOFF, Array, LoadRequest, RawOutput, TensorSpec, closed_error
 from runtime.backends.cuda import Cuda, Host, open_cuda
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError, one_line
 
@@ -65,13 +65,14 @@ def errors_of(logger: Any) -> list[str]:
 
 
 class Buffers(NamedTuple):
-    """Device and page-locked host memory of the input and the output, for one input shape."""
+    """Device and page-locked host memory of the input and the outputs, for one input shape. Only outputs that are read
+    have host memory; the first is the model's output.
+    """
 
     shape: tuple[int, ...]
-    input_pointer: int
-    output_pointer: int
+    pointers: dict[str, int]
     input_host: Host
-    output_host: Host
+    outputs: dict[str, Host]
 
 
 class TensorRTBackend:
@@ -86,23 +87,24 @@ class TensorRTBackend:
         self._context = engine.create_execution_context()
         if self._context is None:
             raise EngineError(f"{path}: no execution context; the GPU is out of memory", "Close other GPU programs")
-        self._extra = outputs_of(engine, trt)[1:]
-        self._extra_pointers: list[int] = []
+        self._extra = [spec for spec in outputs_of(engine, trt) if spec.name != self.output.name]
         self._buffers: Buffers | None = None
         self._lock = threading.Lock()
 
-    def run(self, array: Array) -> Array:
+    def run(self, array: Array) -> RawOutput:
         with self._lock:
             if self._context is None:
                 raise closed_error()
             buffers = self._buffers_for(array.shape)
             np.copyto(buffers.input_host, array, casting="no")
-            self._cuda.upload(buffers.input_pointer, buffers.input_host)
+            self._cuda.upload(buffers.pointers[self.input.name], buffers.input_host)
             if not self._context.execute_async_v3(self._cuda.stream):
                 raise EngineError(f"{self._path}: the engine refused to run on input {array.shape}")
-            self._cuda.download(buffers.output_host, buffers.output_pointer)
+            for name, host in buffers.outputs.items():
+                self._cuda.download(host, buffers.pointers[name])
             self._cuda.synchronize()
-            return buffers.output_host.copy()
+            cutoff = buffers.outputs.get(CUTOFF)
+            return RawOutput(buffers.outputs[self.output.name].copy(), 0.0 if cutoff is None else float(cutoff[0]))
 
     def _buffers_for(self, shape: tuple[int, ...]) -> Buffers:
         if self._buffers is None or self._buffers.shape != shape:
@@ -113,17 +115,16 @@ class TensorRTBackend:
     def _allocate(self, shape: tuple[int, ...]) -> Buffers:
         if not self._context.set_input_shape(self.input.name, shape):
             raise InputError(f"{self._path}: takes {self.input.shape}, not input of shape {shape}")
-        out_shape = self._shape_of(self.output.name)
         input_host = self._cuda.pinned(shape, self.input.dtype)
-        output_host = self._cuda.pinned(out_shape, self.output.dtype)
-        pointers = [self._cuda.allocate(host.nbytes) for host in (input_host, output_host)]
-        for name, pointer in zip((self.input.name, self.output.name), pointers, strict=True):
+        pointers, outputs = {self.input.name: self._cuda.allocate(input_host.nbytes)}, {}
+        for spec in (self.output, *self._extra):  # outputs that are not read need an address too
+            out_shape = self._shape_of(spec.name)
+            pointers[spec.name] = self._cuda.allocate(int(np.prod(out_shape)) * spec.dtype.itemsize)
+            if spec.name in (self.output.name, CUTOFF):
+                outputs[spec.name] = self._cuda.pinned(out_shape, spec.dtype)
+        for name, pointer in pointers.items():
             self._context.set_tensor_address(name, pointer)
-        for spec in self._extra:  # outputs that are not read need an address too
-            pointer = self._cuda.allocate(int(np.prod(self._shape_of(spec.name))) * spec.dtype.itemsize)
-            self._extra_pointers.append(pointer)
-            self._context.set_tensor_address(spec.name, pointer)
-        return Buffers(shape, pointers[0], pointers[1], input_host, output_host)
+        return Buffers(shape, pointers, input_host, outputs)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -132,12 +133,9 @@ class TensorRTBackend:
         return shape
 
     def _release(self) -> None:
-        pointers = [*self._extra_pointers]
-        if self._buffers:
-            pointers += [self._buffers.input_pointer, self._buffers.output_pointer]
-        for pointer in pointers:
+        for pointer in self._buffers.pointers.values() if self._buffers else ():
             self._cuda.free(pointer)
-        self._extra_pointers, self._buffers = [], None
+        self._buffers = None
 
     def close(self) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ import pytest
 
 from runtime import backends, machine
 from runtime.__main__ import main
-from runtime.backends import BACKENDS, BackendSpec, TensorSpec, backend_of
+from runtime.backends import BACKENDS, BackendSpec, RawOutput, TensorSpec, backend_of
 from runtime.card import Artifact, FileDigest
 from runtime.detector import Detector
 from runtime.errors import UsageError
@@ -40,7 +40,7 @@ class Toy:
         self.boxes = np.frombuffer(request.contents["toy.bin"], np.float32).reshape(1, 1, 6)
 
     def run(self, array):
-        return self.boxes
+        return RawOutput(self.boxes)
 
     def close(self):
         pass

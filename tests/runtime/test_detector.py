@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,31 @@ def test_boxes_come_back_in_frame_pixels(detector, white_frame):
 def test_a_call_is_its_three_steps(detector, white_frame):
     prepared = detector.preprocess(white_frame)
     raw = detector.infer(prepared)
-    assert (prepared.array.shape, prepared.array.dtype, raw.shape) == ((1, 64, 64, 3), np.uint8, (1, 4, 6))
+    assert (prepared.array.shape, prepared.array.dtype, raw.array.shape) == ((1, 64, 64, 3), np.uint8, (1, 4, 6))
     assert detector.postprocess(raw, prepared).to_list() == detector(white_frame).to_list()
+
+
+@pytest.mark.parametrize(
+    ("cutoff", "conf", "told"), [(None, 0.25, 0), (0.2, 0.25, 0), (0.25, 0.25, 0), (0.5, 0.25, 0.5)]
+)
+def test_detections_tell_the_cutoff_where_boxes_over_conf_may_be_missing(
+    toys, tmp_path, white_frame, cutoff, conf, told
+):
+    detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx", cutoff=cutoff), conf=conf)
+    found = detector(white_frame)
+    assert len(found) == 2
+    assert found.cutoff == found[:1].cutoff == told
+
+
+@pytest.mark.parametrize(("max_det", "found", "cutoff"), [(1, 1, 0.45), (2, 2, 0)])
+def test_more_boxes_than_max_det_are_told_where_the_host_does_the_nms(
+    toys, tmp_path, white_frame, max_det, found, cutoff
+):
+    detector = Detector.load(toys.rows_model(tmp_path / "rows.onnx", ROWS))
+    detector.card = replace(detector.card, max_det=max_det)
+    detections = detector(white_frame)
+    assert len(detections) == found
+    assert detections.cutoff == pytest.approx(cutoff)
 
 
 def test_conf_is_strict_and_may_be_set_for_one_call(toys, tmp_path, white_frame):

@@ -40,6 +40,16 @@ def test_detect_prints_a_line_an_image_in_order(model, images, capsys):
     assert all("1 bolt, 1 nut" in line for line in lines)
 
 
+def test_detect_says_where_boxes_may_be_missing(toys, images, tmp_path, capsys):
+    model = str(toys.canvas_model(tmp_path / "toy.onnx", cutoff=0.5))
+    assert main(["detect", str(images / "*.png"), "--model", model]) == 0
+    assert "(more than fit: boxes up to 0.50 may be missing)" in capsys.readouterr().out
+    for conf, told in (("0.25", {"cutoff": 0.5}), ("0.6", {})):
+        assert main(["detect", str(images / "*.png"), "--model", model, "--json", "--conf", conf]) == 0
+        line = json.loads(capsys.readouterr().out)
+        assert {key: value for key, value in line.items() if key == "cutoff"} == told
+
+
 def test_detect_prints_json_and_saves_images(model, images, tmp_path, capsys):
     out = tmp_path / "drawn"
     assert main(["detect", str(images / "*.png"), "--model", model, "--json", "--save", str(out), "--conf", "0.6"]) == 0

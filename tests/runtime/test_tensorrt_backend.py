@@ -56,10 +56,12 @@ class Memory:
 class Engine:
     """Outputs the input's mean brightness as [1, 2] and, unread, the input's first element."""
 
-    def __init__(self, memory, *, dtype="UINT8", batch=1, out_shape=None, ok=True, inputs=("canvas",)):
+    def __init__(self, memory, *, dtype="UINT8", batch=1, out_shape=None, ok=True, inputs=("canvas",), cutoff=None):
         self.memory, self.out_shape, self.ok = memory, out_shape, ok
         self.tensors = dict.fromkeys(inputs, ("INPUT", dtype, (batch, 4, 4, 3)))
         self.tensors |= {"mean": ("OUTPUT", "FLOAT", (1, 2)), "first": ("OUTPUT", "HALF", (1,))}
+        self.tensors |= {} if cutoff is None else {"cutoff": ("OUTPUT", "FLOAT", (1,))}
+        self.cutoff = cutoff
         self.num_io_tensors = len(self.tensors)
         self.contexts = 0
 
@@ -104,6 +106,8 @@ class Context:
         blocks = self.engine.memory.blocks
         pixels = blocks[self.addresses["canvas"]].view(np.uint8)
         blocks[self.addresses["mean"]][:] = np.full(2, pixels.mean(), np.float32).view(np.uint8)
+        if "cutoff" in self.addresses:
+            blocks[self.addresses["cutoff"]][:] = np.float32([self.engine.cutoff]).view(np.uint8)
         self.busy = False
         return self.engine.ok
 
@@ -130,7 +134,12 @@ def test_input_and_output_come_from_the_engine():
 def test_an_array_goes_in_and_memory_of_the_callers_own_comes_out():
     backend, _, _ = opened()
     first, second = backend.run(canvas(10)), backend.run(canvas(20))
-    assert (first.tolist(), second.tolist()) == ([[10, 10]], [[20, 20]])
+    assert (first.array.tolist(), second.array.tolist()) == ([[10, 10]], [[20, 20]])
+
+
+def test_the_cutoff_is_read_where_the_engine_has_one():
+    assert opened()[0].run(canvas()).cutoff == 0
+    assert opened(cutoff=0.5)[0].run(canvas()).cutoff == 0.5
 
 
 def test_a_thousand_runs_use_one_context_and_the_same_memory():
@@ -156,7 +165,7 @@ def test_closing_frees_everything_and_may_be_repeated():
 def test_another_batch_gets_buffers_of_its_own_size():
     backend, memory, _ = opened(batch=-1)
     backend.run(canvas(batch=1))
-    assert backend.run(canvas(8, batch=5)).tolist() == [[8, 8]]
+    assert backend.run(canvas(8, batch=5)).array.tolist() == [[8, 8]]
     assert len(memory.blocks) == 3
     backend.close()
 
@@ -194,7 +203,7 @@ def test_two_threads_get_their_own_answers():
 
     def work(value):
         for _ in range(200):
-            if backend.run(canvas(value)).tolist() != [[value, value]]:
+            if backend.run(canvas(value)).array.tolist() != [[value, value]]:
                 wrong.append(value)
 
     threads = [threading.Thread(target=work, args=(value,)) for value in (3, 200)]

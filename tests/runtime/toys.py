@@ -46,8 +46,10 @@ def card(**changes: object) -> ModelCard:
     return ModelCard(**(values | changes))
 
 
-def canvas_model(path: Path, model_card: ModelCard | None = None, *, boxes: np.ndarray = BOXES) -> Path:
-    """uint8 [1,H,W,3] -> [1,K,6]: the fixed boxes, their scores times the middle pixel's brightness."""
+def canvas_model(
+    path: Path, model_card: ModelCard | None = None, *, boxes: np.ndarray = BOXES, cutoff: float | None = None
+) -> Path:
+    """uint8 [1,H,W,3] -> [1,K,6]: the fixed boxes, their scores times the middle pixel's brightness; `cutoff` [1]."""
     model_card = model_card or card()
     height, width = model_card.frame_hw if model_card.input == "frame" else model_card.size_hw
     scale = np.array([0, 0, 0, 0, 1, 0], np.float32)
@@ -69,11 +71,16 @@ def canvas_model(path: Path, model_card: ModelCard | None = None, *, boxes: np.n
         helper.make_node("Add", ["faded", "kept"], ["factor"]),
         helper.make_node("Mul", ["boxes", "factor"], ["detections"]),
     ]
+    outputs = [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, len(boxes), 6])]
+    if cutoff is not None:
+        constants["limit"] = np.float32([cutoff])
+        nodes.append(helper.make_node("Identity", ["limit"], ["cutoff"]))
+        outputs.append(helper.make_tensor_value_info("cutoff", TensorProto.FLOAT, [1]))
     return save(
         path,
         nodes,
         [helper.make_tensor_value_info("canvas", TensorProto.UINT8, [1, height, width, 3])],
-        [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, len(boxes), 6])],
+        outputs,
         constants,
         {METADATA_KEY: model_card.to_json(), "names": str(dict(enumerate(model_card.names))), "stride": "32"},
     )

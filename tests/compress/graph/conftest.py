@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compress.graph.assemble import boxes_graph, yolov5_graph
-from compress.graph.decode import HeadShape
+from compress.graph.head import HeadShape
 from compress.graph.network import NetworkGraph, trace
 from compress.graph.nms import NmsShape
 

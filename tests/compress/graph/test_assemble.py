@@ -10,7 +10,7 @@ from compress.graph.parts import op_counts
 from compress.graph.preprocess import FrameLetterbox, pixels_tensor
 from compress.graph.session import exposing, open_session
 from compress.graph.untrusted_onnx import ALLOWED, problems
-from compress.graph.verify import check_boxes, check_rows
+from compress.graph.verify import best_class, check_boxes, check_rows, nchw, unit_rgb
 from runtime.image import letterbox
 
 
@@ -64,7 +64,9 @@ def test_rows_come_best_first_and_empty_rows_are_zero_and_last(case, canvas):
 
 
 @pytest.mark.parametrize(
-    ("candidates", "max_det"), [(20, 300), (300, 10), (100_000, 300)], ids=["padded", "cut", "more than rows"]
+    ("candidates", "max_det"),
+    [(20, 300), (300, 10), (1000, 300), (100_000, 300)],
+    ids=["padded", "cut", "several rounds", "more than rows"],
 )
 def test_candidates_and_max_det_are_independent(make, canvas, candidates, max_det):
     small = make(candidates=candidates, max_det=max_det)
@@ -73,11 +75,34 @@ def test_candidates_and_max_det_are_independent(make, canvas, candidates, max_de
     assert check_boxes(small.boxes(), [canvas], small.rows, small.nms).nms_differences == 0
 
 
-def test_one_class_needs_no_maximum(make, canvas):
-    single = make(classes=1)
-    agreement = check_boxes(single.boxes(), [canvas], single.rows, single.nms)
+@pytest.mark.parametrize("classes", [1, 2, 16, 17, 18, 80], ids="{} classes".format)
+def test_any_number_of_classes_is_read_right(make, canvas, classes):
+    """One needs no maximum, and from 17 on they are read in groups where the number has divisors."""
+    other = make(classes=classes)
+    agreement = check_boxes(other.boxes(), [canvas], other.rows, other.nms)
+    assert agreement.max_box_error_px < 0.01
     assert agreement.max_score_error < 1e-5
     assert agreement.nms_differences == 0
+
+
+@pytest.mark.parametrize("classes", [3, 20])
+def test_the_lowest_of_equal_classes_is_taken(make, canvas, classes):
+    tied = make(classes=classes)
+    model = tied.boxes()
+    for tensor in model.graph.initializer:
+        if ".cls." in tensor.name:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(tensor), tensor.name))
+    assert not detections(model, canvas)[:, 5].any()
+
+
+def test_the_cutoff_is_the_best_score_that_was_left_out(make, canvas):
+    case = make(candidates=200)
+    cutoff = open_session(case.boxes()).run(["cutoff"], {"canvas": canvas})[0]
+    scores = np.sort(best_class(case.rows(unit_rgb(nchw(canvas))))[0])[::-1]
+    assert cutoff.shape == (1,)
+    assert cutoff[0] == pytest.approx(scores[200], abs=1e-5)
+    everything = make(candidates=100_000, max_det=100_000)
+    assert open_session(everything.boxes()).run(["cutoff"], {"canvas": canvas})[0] == 0
 
 
 @pytest.mark.parametrize("frame_hw", [(108, 192), (333, 77), (160, 160), (40, 30), (121, 160)])

@@ -35,7 +35,7 @@ def test_body_is_half_decode_is_single_and_io_is_kept(case):
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(half).graph.value_info}
     parts = GraphParts(half.graph)
     assert all(types[parts.nodes[i].output[0]] == TensorProto.FLOAT16 for i in parts.convs)
-    assert types["candidates.boxes"] == types["candidates.score"] == types["nms.bound"] == TensorProto.FLOAT
+    assert types["candidates.low"] == types["candidates.score"] == types["nms.0.bound"] == TensorProto.FLOAT
     assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
 

@@ -68,6 +68,16 @@ def test_cpu_flavour_has_unsigned_activations(flavours):
     assert {str(arrays[node.input[2]].dtype) for node in graph.node if node.op_type == "QuantizeLinear"} == {"uint8"}
 
 
+def test_cpu_flavour_sums_two_products_in_16_bits_without_cutting_them_off(flavours):
+    """As the kernels of CPUs without VNNI do it."""
+    parts = GraphParts(flavours["int8-cpu"].graph)
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in parts.graph.initializer}
+    readers = [parts.nodes[conv] for conv in set(parts.convs) - set(parts.detect_convs)]
+    weights = [arrays[parts.nodes[parts.producer[node.input[1]]].input[0]].astype(np.int64) for node in readers]
+    assert max(np.abs(weight).max() for weight in weights) * 2 * 255 <= np.iinfo(np.int16).max
+    assert max(np.abs(weight).max() for weight in weights) > 60
+
+
 @pytest.mark.parametrize("name", INT8)
 def test_only_the_default_domain_is_imported_and_every_operator_is_allowed(flavours, name):
     assert [entry.domain for entry in flavours[name].opset_import] == [""]

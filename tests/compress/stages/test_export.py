@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from compress.config import ExportConfig
-from compress.graph.candidates import Placement, RankedRows, Validation, canvas_of, study_candidates
+from compress.graph.candidates import Validation, candidates_for, canvas_of
 from compress.graph.metadata import read_card
 from compress.graph.verify import best_class, nchw, unit_rgb
 from compress.inputs import CONVENTIONAL, SHIPPED
@@ -104,9 +104,10 @@ def test_both_files_agree_with_torch_and_the_report_says_so(exported):
 
 def test_the_shipped_graph_is_canvas_to_boxes(exported):
     session = onnxruntime.InferenceSession(exported[0].model_onnx)
-    (image,), (boxes,) = session.get_inputs(), session.get_outputs()
+    (image,), (boxes, cutoff) = session.get_inputs(), session.get_outputs()
     assert (image.type, image.shape) == ("tensor(uint8)", [1, SIZE, SIZE, 3])
     assert (boxes.type, boxes.shape) == ("tensor(float)", [1, 300, 6])
+    assert (cutoff.name, cutoff.type, cutoff.shape) == ("cutoff", "tensor(float)", [1])
 
 
 def test_the_conventional_graph_is_what_yolov5_writes(exported):
@@ -174,39 +175,29 @@ def test_a_frame_graph_takes_the_camera_frame(student, tmp_path):
     assert result.boxes.nms_differences == 0
 
 
-def test_without_images_the_check_runs_on_noise_and_says_that_candidates_are_unmeasured(student, tmp_path):
+def test_without_images_the_check_runs_on_noise(student, tmp_path):
+    result = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, log=lambda _: None)
+    assert result.room is None
+    assert (result.card.candidates, result.boxes.images) == (320, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "expected"),
+    [(6300, 0, 320), (25200, 0, 1024), (102_000, 0, 3839), (6300, 100, 100), (63, 0, 63), (63, 500, 63)],
+)
+def test_candidates_follow_the_number_of_rows_unless_they_are_set(rows, wanted, expected):
+    assert candidates_for(rows, wanted) == expected
+
+
+def test_the_limits_are_tried_on_the_images_and_told(student, tmp_path):
     lines: list[str] = []
-    result = export(ExportConfig(), model=student.path, out=tmp_path, imgsz=SIZE, log=lines.append)
-    assert result.candidates is None
-    assert (result.card.candidates, result.boxes.images) == (300, 1)
-    assert any("not measured" in line for line in lines)
-
-
-def ranked(good_at: int) -> RankedRows:
-    """600 rows of falling score: the right box is row `good_at`, the others do not overlap it and are wrong."""
-    corner = np.stack([np.arange(600) % 30 * 20.0, np.arange(600) // 30 * 20.0], 1)
-    boxes = np.concatenate([corner, corner + 4], 1).astype(np.float32)
-    boxes[good_at] = [300, 500, 340, 560]
-    scores = np.linspace(0.9, 0.01, 600, dtype=np.float32)
-    return RankedRows(boxes, scores, np.zeros(600, np.int64), Placement(1.0, (0.0, 0.0), (640, 640)))
-
-
-@pytest.mark.parametrize(("tolerance", "expected"), [(0.0, 300), (0.9, 100)])
-def test_the_fewest_candidates_within_the_tolerance_are_chosen(tolerance, expected):
-    found = [ranked(50), ranked(250)]
-    box = {"category_id": 0, "bbox": [300, 500, 40, 60], "area": 2400, "iscrowd": 0}
-    truth = {
-        "images": [{"id": i, "file_name": "", "height": 640, "width": 640} for i in (1, 2)],
-        "annotations": [{**box, "id": i, "image_id": i} for i in (1, 2)],
-        "categories": [{"id": 0, "name": "part"}],
-    }
-    result = study_candidates(
-        found, Validation([(1, Path()), (2, Path())], truth), ["part"],
-        iou=0.6, max_det=600, iterations=8, tolerance=tolerance,
-    )  # fmt: skip
-    assert list(result.map50_95) == [100, 200, 300, 500, 600]
-    assert result.map50_95[100] < result.map50_95[300] == result.map50_95[600]
-    assert (result.chosen, result.images_changed_by_one_more_iteration) == (expected, 0)
+    config = ExportConfig(candidates=5)
+    result = export(config, model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lines.append)
+    assert (result.room.images, result.room.conf) == (6, 0.25)
+    assert result.room.reached > 0
+    assert result.room.highest_cutoff > 0.25
+    assert sum(f"reached on {result.room.reached} of 6 images" in line for line in lines) == 1
+    assert result.to_json()["room"]["reached"] == result.room.reached
 
 
 @pytest.mark.slow
