@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,12 +18,13 @@ from runtime.machine import compute_threads
 
 USERS_LIMIT = "OMP_NUM_THREADS"
 GAIN = 1.15
-"""How much faster another number must be to be taken: below it the fewest threads are the least disturbed, and the
-noise of a measurement changes nothing."""
-ROUNDS, ENOUGH_S = 4, 3.0
+"""How much faster another number must be in every round to be taken, so that noise changes nothing."""
+ROUNDS, ENOUGH_S = 5, 3.0
 """Times that each number is measured; no further round begins after this many seconds."""
 SHARE = 0.01
 """Part of a training's time that measurements may take."""
+FIRST_S = 60.0
+"""Seconds before a number that is there already, as in a resumed training, is measured against the others."""
 
 
 def limit_threads() -> None:
@@ -51,7 +52,7 @@ class ThreadChoice:
     """Measures now and then how many threads are the fastest. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._due = clock, 0.0
+        self._clock, self._due = clock, clock() + FIRST_S
 
     def best(self, prepare: Callable[[], Callable[[], object]], current: int = 0) -> int:
         """`current`, unless a measurement is due and shows another number to be clearly faster; 0 is none yet.
@@ -61,33 +62,37 @@ class ThreadChoice:
         started = self._clock()
         if current and started < self._due:
             return current
-        chosen = choose(self._seconds(prepare()), current)
+        current = current or 1
+        chosen = choose(self._rounds(prepare(), {*candidates(compute_threads()), current}), current)
         ended = self._clock()
         self._due = ended + (ended - started) / SHARE
         return chosen
 
-    def _seconds(self, work: Callable[[], object]) -> dict[int, float]:
-        """The least seconds of the work for each number of threads; they take turns, so other work meets them alike."""
-        seconds = dict.fromkeys(candidates(compute_threads()), float("inf"))
+    def _rounds(self, work: Callable[[], object], numbers: Iterable[int]) -> list[dict[int, float]]:
+        """Rounds of seconds for each number of threads. The numbers take turns, so other work meets them alike."""
         work()  # allocates, and compiles the convolutions
+        rounds: list[dict[int, float]] = []
+        while not rounds or (len(rounds) < ROUNDS and sum(map(sum, map(dict.values, rounds))) < ENOUGH_S):
+            rounds.append({number: self._seconds(work, number) for number in sorted(numbers)})
+        return rounds
+
+    def _seconds(self, work: Callable[[], object], number: int) -> float:
+        torch.set_num_threads(number)
         started = self._clock()
-        for _ in range(ROUNDS):
-            for number, least in seconds.items():
-                torch.set_num_threads(number)
-                begun = self._clock()
-                work()
-                seconds[number] = min(least, self._clock() - begun)
-            if self._clock() - started > ENOUGH_S:
-                break
-        return seconds
+        work()
+        return self._clock() - started
 
 
-def candidates(cores: int) -> list[int]:
+def candidates(cores: int) -> set[int]:
     """1 and its doubles up to the number of cores, and that number itself."""
-    return sorted({cores, *(1 << power for power in range(cores.bit_length()))})
+    return {cores, *(1 << power for power in range(cores.bit_length()))}
 
 
-def choose(seconds: Mapping[int, float], current: int = 0) -> int:
-    """The current number, or the fewest threads, that `GAIN` does not set apart from the fastest."""
-    close = [number for number, taken in seconds.items() if taken <= GAIN * min(seconds.values())]
-    return current if current in close else min(close)
+def choose(rounds: Sequence[Mapping[int, float]], current: int) -> int:
+    """The current number of threads, unless others are `GAIN` times as fast in every round of `rounds` (seconds).
+
+    Of these the fewest that are about as fast as the fastest.
+    """
+    total = {number: sum(one[number] for one in rounds) for number in rounds[0]}
+    better = [number for number in total if all(GAIN * one[number] < one[current] for one in rounds)]
+    return min((n for n in better if total[n] <= GAIN * min(total[m] for m in better)), default=current)
