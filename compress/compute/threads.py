@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from runtime.machine import compute_threads
 USERS_LIMIT = "OMP_NUM_THREADS"
 GAIN = 1.15
 """How much faster another number must be in every round to be taken, so that noise changes nothing."""
-ROUNDS, ENOUGH_S = 5, 3.0
+ROUNDS, ENOUGH_S = 5, 5.0
 """Times that each number is measured; no further round begins after this many seconds."""
 SHARE = 0.01
 """Part of a training's time that measurements may take."""
@@ -48,11 +49,20 @@ def fixed_threads(wanted: int) -> int:
     return wanted or (torch.get_num_threads() if USERS_LIMIT in os.environ else 0)
 
 
-class ThreadChoice:
-    """Measures now and then how many threads are the fastest. `clock` returns seconds."""
+class Taken(NamedTuple):
+    """Seconds that the work took once, and seconds of a core that it used."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._due = clock, clock() + FIRST_S
+    wall: float
+    cpu: float
+
+
+class ThreadChoice:
+    """Measures now and then how many threads are fastest. `clock` and `cpu_clock` (of the process) give seconds."""
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, cpu_clock: Callable[[], float] = time.process_time
+    ) -> None:
+        self._clock, self._cpu_clock, self._due = clock, cpu_clock, clock() + FIRST_S
 
     def best(self, prepare: Callable[[], Callable[[], object]], current: int = 0) -> int:
         """`current`, unless a measurement is due and shows another number to be clearly faster; 0 is none yet.
@@ -68,19 +78,21 @@ class ThreadChoice:
         self._due = ended + (ended - started) / SHARE
         return chosen
 
-    def _rounds(self, work: Callable[[], object], numbers: Iterable[int]) -> list[dict[int, float]]:
-        """Rounds of seconds for each number of threads. The numbers take turns, so other work meets them alike."""
+    def _rounds(self, work: Callable[[], object], numbers: Iterable[int]) -> list[dict[int, Taken]]:
+        """Rounds of what each number of threads takes. The numbers take turns, so other work meets them alike."""
         work()  # allocates, and compiles the convolutions
-        rounds: list[dict[int, float]] = []
-        while not rounds or (len(rounds) < ROUNDS and sum(map(sum, map(dict.values, rounds))) < ENOUGH_S):
-            rounds.append({number: self._seconds(work, number) for number in sorted(numbers)})
+        rounds, started = [], self._clock()
+        for _ in range(ROUNDS):
+            rounds.append({number: self._taken(work, number) for number in sorted(numbers)})
+            if self._clock() - started > ENOUGH_S:
+                break
         return rounds
 
-    def _seconds(self, work: Callable[[], object], number: int) -> float:
+    def _taken(self, work: Callable[[], object], number: int) -> Taken:
         torch.set_num_threads(number)
-        started = self._clock()
+        started, used = self._clock(), self._cpu_clock()
         work()
-        return self._clock() - started
+        return Taken(self._clock() - started, self._cpu_clock() - used)
 
 
 def candidates(cores: int) -> set[int]:
@@ -88,11 +100,19 @@ def candidates(cores: int) -> set[int]:
     return {cores, *(1 << power for power in range(cores.bit_length()))}
 
 
-def choose(rounds: Sequence[Mapping[int, float]], current: int) -> int:
-    """The current number of threads, unless others are `GAIN` times as fast in every round of `rounds` (seconds).
+def choose(rounds: Sequence[Mapping[int, Taken]], current: int) -> int:
+    """The current number of threads, unless others are `GAIN` times as fast in every round.
 
-    Of these the fewest that are about as fast as the fastest.
+    More threads must also be able to be so much faster on a quiet machine, where each has a core: a busy one lets them
+    take the time of others, whatever they waste of it. Of several it is the fewest that are about the fastest.
     """
-    total = {number: sum(one[number] for one in rounds) for number in rounds[0]}
-    better = [number for number in total if all(GAIN * one[number] < one[current] for one in rounds)]
-    return min((n for n in better if total[n] <= GAIN * min(total[m] for m in better)), default=current)
+
+    def better(number: int) -> bool:
+        wins = all(GAIN * one[number].wall < one[current].wall for one in rounds)
+        return wins and (number < current or GAIN * quiet(number) < quiet(current))
+
+    def quiet(number: int) -> float:
+        return sum(one[number].cpu for one in rounds) / number
+
+    wall = {number: sum(one[number].wall for one in rounds) for number in rounds[0] if better(number)}
+    return min((number for number in wall if wall[number] <= GAIN * min(wall.values())), default=current)
