@@ -27,13 +27,13 @@ kernels: $(READY)  ## the CUDA kernels: registers on every architecture, every t
 	$(BIN)/python -m compress.kernels.toolchain
 	$(BIN)/python -m pytest -q -m 'mutation or not mutation' tests/compress/kernels
 
-check: $(READY)  ## style, types and floors
+check: $(READY)  ## style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)  ## mend the style
+format: $(READY)  ## repair the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

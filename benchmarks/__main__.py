@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images, read_coco
+from benchmarks.accuracy import read_coco
+from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images
 from benchmarks.compare import fail_on, parse_rule
 from benchmarks.environment import environment
 from benchmarks.render import require_packages, to_markdown, write
 from benchmarks.report import make_report
-from runtime.errors import EdgestillError
 from runtime.numbers import real, whole
+from runtime.terminal import exit_code_of
 
 DESCRIPTION = (
-    "Measure the latency from frame to boxes, and the mAP where there are annotations, of the same files in one run."
+    "Measure the latency from frame to boxes, and the mAP if there are annotations, of the same files in one run."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured (however slow), 1 it could not be measured or `--fail-on` holds, 2 wrong usage."""
-    return guarded(run, parser().parse_args(arguments))
-
-
-def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """The command's exit code; an error is one line on standard error."""
-    try:
-        return command(options)
-    except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return exit_code_of(lambda: run(parser().parse_args(arguments)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="time between frames, as from a camera (default: none, one frame after another)",
     )
-    made.add_argument("--threads", type=whole(1), help="CPU threads of one inference (default: a thread a core)")
+    made.add_argument("--threads", type=whole(1), help="CPU threads of one inference (default: one per core)")
     made.add_argument(
         "--max-images", type=whole(0), default=0, metavar="N", help="use the first N images; 0 takes all (default: 0)"
     )
@@ -66,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RULE",
-        help="exit with 1 where this holds, for example 'map50_95<0.30'; repeatable",
+        help="exit with 1 if this holds, for example 'map50_95<0.30'; repeatable",
     )
     return made
 

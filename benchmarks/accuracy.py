@@ -1,8 +1,8 @@
 """Accuracy of boxes against labels, by two protocols.
 
 COCO's (`coco_accuracy`) is what a report prints. YOLOv5's own (`match`, `average_precision`) needs NumPy only and is
-fast enough for every epoch. The two differ: YOLOv5 gives a detection no second choice, integrates an interpolated
-curve, and knows no crowd regions; on COCO128 the gap is 0.004.
+fast enough for every epoch. The two differ: YOLOv5 matches a detection only to the label it overlaps most, integrates
+an interpolated curve, and knows no crowd regions. On COCO128 the difference is 0.004.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.packages import optional
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.image import read_image
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Floats = NDArray[np.floating[Any]]
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10, dtype=np.float32)
 ACCURACY_CONF = 0.001
-"""A higher threshold cuts the precision-recall curve short, and the number is no mAP."""
+"""Lowest score that is evaluated. A higher threshold cuts the precision-recall curve, and the result is no mAP."""
 COCO_MAX_DET = 100
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 """COCO's area ranges, in the order of its tables."""
@@ -37,7 +38,7 @@ _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """COCO's figures, all 0..1. A size is None where the ground truth has no object of it (COCO prints -1)."""
+    """COCO's figures, all 0..1. The figure of a size is None if no labelled object has that size (COCO prints -1)."""
 
     map50_95: float
     map50: float
@@ -46,7 +47,7 @@ class Accuracy:
     medium: float | None
     large: float | None
     recall: float
-    """Average recall at `max_det` detections an image."""
+    """Average recall at `max_det` detections per image."""
     per_class: Mapping[str, float] = field(default_factory=dict)
     """mAP50-95 of each class that the ground truth has."""
     images: int = 0
@@ -122,7 +123,7 @@ def _mean(values: Floats) -> float | None:
 def _printed_names(categories: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> dict[int, str]:
     names = [category["name"] for category in categories] if names is None else names
     if len(names) != len(categories):
-        raise InputError(f"{len(names)} class names for {len(categories)} categories", "Give one name a category")
+        raise InputError(f"{len(names)} class names for {len(categories)} categories", "Give one name per category")
     return {category["id"]: name for category, name in zip(categories, names, strict=True)}
 
 
@@ -152,16 +153,15 @@ def detector_accuracy(
     ground_truth: Mapping[str, Any],
     *,
     conf: float = ACCURACY_CONF,
-    max_det: int = COCO_MAX_DET,
 ) -> Accuracy:
-    """COCO accuracy of what `detector` finds in the images (image id, path), by the same calls that are timed.
+    """COCO accuracy of the detections of `detector` in the images (image id, path), by the same calls that are timed.
 
     Classes agree with the ground truth's categories by name. Only the images of `samples` count. Raises InputError
     when a class has no category, and as `coco_accuracy`.
     """
     pairs = list(samples)
     truth = restrict(ground_truth, {image_id for image_id, _ in pairs})
-    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf), max_det=max_det)
+    return coco_accuracy(truth, detect_all(detector, pairs, truth, conf=conf))
 
 
 def detect_all(
@@ -190,6 +190,17 @@ def category_ids(names: Sequence[str], categories: Sequence[Mapping[str, Any]]) 
     if missing:
         raise InputError(f"The annotations have no category {missing[0]!r}", f"They have {', '.join(ids)}")
     return [ids[name] for name in names]
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """COCO ground truth from a JSON file. Raises InputError when it is something else."""
+    hint = "Give COCO's instances JSON"
+    data = read_json(path, hint)
+    for key in ("images", "annotations", "categories"):
+        entries = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{path}: `{key}` is not a list of objects", hint)
+    return data
 
 
 def restrict(ground_truth: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:

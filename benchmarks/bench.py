@@ -1,7 +1,7 @@
 """Measure model files: the latency and the accuracy of the same file, in the same run.
 
 In: an ONNX file, an engine or a bundle, and images, with or without COCO ground truth. Out: rows of a report, and for
-two files the ratio of their latencies. Every other door to a measurement of a file (`edgestill bench`, the stages of a
+two files the ratio of their latencies. Every other way to measure a file (`edgestill bench`, the stages of a
 run, `python -m benchmarks`) calls this module.
 """
 
@@ -23,10 +23,12 @@ from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
-from runtime.files import read_json, sha256
+from runtime.files import sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
+from runtime.sources import image_files
 
-MAX_JSON_BYTES = 2 << 30
+FRAMES = 64
+"""Decoded images held in memory and timed in turn; accuracy reads all of them."""
 
 NumberedImage = tuple[int, Path]
 """Id of the image in the ground truth, and its file."""
@@ -38,26 +40,22 @@ class Plan:
 
     images: Sequence[NumberedImage]
     ground_truth: Mapping[str, Any] | None = None
-    """COCO ground truth that knows the ids of `images`; None leaves the accuracy out."""
+    """COCO ground truth with the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
     """Timed calls of each file."""
-    frames: int = 64
-    """Decoded images held in memory and timed in turn; accuracy reads all of `images`."""
     warmup_ms: float = 200.0
     interval_ms: float | None = None
     """Time between frames, as from a camera; None takes the next frame when the last one is done."""
-    conf: float | None = None
-    """Score threshold while latency is measured; None is the model's own."""
     accuracy_conf: float = ACCURACY_CONF
-    accuracy_max_det: int = COCO_MAX_DET
+    """Score threshold while accuracy is measured; latency is measured at the model's own."""
     device: str = "auto"
     threads: int | None = None
 
     def detector(self, path: Path, variant: str | None = None, *, spin: bool = True) -> Detector:
-        return Detector.load(path, conf=self.conf, device=self.device, variant=variant, threads=self.threads, spin=spin)
+        return Detector.load(path, device=self.device, variant=variant, threads=self.threads, spin=spin)
 
     def read_frames(self) -> list[Frame]:
-        return [read_image(path) for _, path in self.images[: self.frames]]
+        return [read_image(path) for _, path in self.images[:FRAMES]]
 
 
 def measure_file(
@@ -107,9 +105,9 @@ def _settings(detector: Detector, plan: Plan) -> Row:
         "iou": detector.card.iou,
         "max_det": detector.card.max_det,
         "accuracy_conf": plan.accuracy_conf,
-        "accuracy_max_det": plan.accuracy_max_det,
+        "accuracy_max_det": COCO_MAX_DET,
         "latency_samples": plan.samples,
-        "frames": min(plan.frames, len(plan.images)),
+        "frames": min(FRAMES, len(plan.images)),
         "warmup_ms": plan.warmup_ms,
         "interval_ms": plan.interval_ms,
         "threads": plan.threads,
@@ -119,9 +117,7 @@ def _settings(detector: Detector, plan: Plan) -> Row:
 def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     if plan.ground_truth is None:
         return None
-    return detector_accuracy(
-        detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf, max_det=plan.accuracy_max_det
-    )
+    return detector_accuracy(detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf)
 
 
 def file_accuracy(path: Path, plan: Plan) -> Accuracy:
@@ -166,14 +162,14 @@ def engine_row(file: ModelFile, note: str) -> Row:
     }
 
 
-def compare_files(reference: Path, candidate: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
-    """The latency of `candidate` over that of `reference`, frame to boxes, both loaded once and timed in turns.
+def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
+    """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
-    a round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
+    per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
-    with plan.detector(reference) as first, plan.detector(candidate) as second:
+    with plan.detector(reference) as first, plan.detector(other) as second:
         sides = _call_on(first, frames), _call_on(second, frames)
         return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 
@@ -190,7 +186,7 @@ def list_images(folder: Path) -> list[Path]:
     """The images in `folder` and the folders below it, by path. Raises InputError when there is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", "Give a folder with images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(image_files(folder))
     if not found:
         raise InputError(f"{folder} holds no image", f"Images are {', '.join(IMAGE_SUFFIXES)}")
     return found
@@ -199,7 +195,7 @@ def list_images(folder: Path) -> list[Path]:
 def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None, most: int = 0) -> list[NumberedImage]:
     """The images of `folder` with their ids, all or the first `most`; without ground truth they count from 1.
 
-    With it, only those that it knows. Its `file_name` is a path relative to `folder` or to one of the folders above it,
+    With it, only those in it. Its `file_name` is a path relative to `folder` or to one of the folders above it,
     whichever finds images first. Raises InputError when there is no image, or none that the ground truth knows.
     """
     images = list_images(folder)[: most or None]
@@ -214,16 +210,6 @@ def numbered_images(folder: Path, ground_truth: Mapping[str, Any] | None = None,
         f"The annotations know none of the images in {folder}",
         "Give `file_name` as a path relative to the folder, or to one above it",
     )
-
-
-def read_coco(path: Path) -> Row:
-    """COCO ground truth from a JSON file. Raises InputError when it is something else."""
-    hint = "Give COCO's instances JSON"
-    data = read_json(path, most_bytes=MAX_JSON_BYTES, hint=hint)
-    missing = [key for key in ("images", "annotations", "categories") if key not in data]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]!r}", hint)
-    return data
 
 
 def dataset_of(name: str, plan: Plan) -> Row:

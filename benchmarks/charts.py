@@ -37,7 +37,7 @@ COLOURS = (
 
 
 def colour(name: str) -> str:
-    """Stands for a CSS variable while matplotlib draws, which knows no variables; `_svg` puts the variable back."""
+    """A colour that matplotlib can draw, in place of a CSS variable; `_svg` replaces it by the variable."""
     return f"#c0de{COLOURS.index(name):02x}"
 
 
@@ -51,7 +51,7 @@ def _axes(size_wh: tuple[float, float], plot: Box) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, title: str) -> str:
-    """The figure for use inside a page: no ids but classes (gid "class:NAME"), no links, no colour but the page's."""
+    """The figure for use in a page: classes (gid "class:NAME") instead of ids, no links, only the page's colours."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the page's font is the reader's, and may have it
@@ -139,7 +139,7 @@ def pareto(points: Sequence[Point]) -> str:
     with _drawing():
         figure, axes = _axes(CHART_WH, PLOT)
         _scales(axes, points)
-        best = front(points)
+        best = pareto_front(points)
         axes.plot([p.x for p in best], [p.y for p in best], color=colour("accent"), linewidth=2, linestyle=(0, (1, 2)))
         for point in points:
             _draw(axes, point)
@@ -147,7 +147,7 @@ def pareto(points: Sequence[Point]) -> str:
         return _svg(figure, "Accuracy against latency of every measured file")
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def pareto_front(points: Sequence[Point]) -> list[Point]:
     """The kept points that no kept point beats in latency and accuracy at once, from fast to accurate."""
     ordered = sorted((point for point in points if point.kept), key=lambda point: (point.x, -point.y))
     best, chosen = -math.inf, []
@@ -186,7 +186,7 @@ def _scales(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _draw(axes: Any, point: Point) -> None:
-    """The mark, and a whisker to the tail where it is longer than the mark."""
+    """The mark, and a whisker to the tail if the whisker is longer than the mark."""
     own, at = colour(point.kind), axes.transData.transform
     if at((point.x_high, 0))[0] - at((point.x, 0))[0] > MARK:
         whisker = {"arrowstyle": "|-|,widthA=0,widthB=4", "mutation_scale": 1, "shrinkA": 0, "shrinkB": 0}
@@ -211,7 +211,7 @@ def _write_labels(figure: Any, axes: Any, points: Sequence[Point], best: Sequenc
         return [tuple(axes.transData.transform(pair)) for pair in pairs]
 
     marks, tails = places((p.x, p.y) for p in points), [x for x, _ in places((p.x_high, p.y) for p in points)]
-    crossed = _beads(places((p.x, p.y) for p in best))
+    crossed = _line_obstacles(places((p.x, p.y) for p in best))
     boxes = place_labels([point.label for point in points], marks, tails, crossed, PLOT)
     for point, box, mark, tail in zip(points, boxes, marks, tails, strict=True):
         middle = ((box.left + box.right) / 2, (box.bottom + box.top) / 2)
@@ -223,8 +223,8 @@ def _write_labels(figure: Any, axes: Any, points: Sequence[Point], best: Sequenc
         figure.text(middle[0] / CHART_WH[0], middle[1] / CHART_WH[1], point.label, color=colour("ink"), **text)
 
 
-def _beads(corners: Sequence[tuple[float, float]]) -> list[Box]:
-    """Small boxes along a line, which keep labels off it."""
+def _line_obstacles(corners: Sequence[tuple[float, float]]) -> list[Box]:
+    """Small boxes along a line: labels must not cover them."""
     steps = [(a, b, step / 40) for a, b in pairwise(corners) for step in range(41)]
     centres = [(a[0] + (b[0] - a[0]) * part, a[1] + (b[1] - a[1]) * part) for a, b, part in steps]
     return [Box(cx - 3, cy - 3, cx + 3, cy + 3) for cx, cy in centres]
@@ -239,20 +239,20 @@ def place_labels(
 ) -> list[Box]:
     """A box for each text near its point, chosen so that no text covers another text, a mark, a whisker or `avoid`.
 
-    Greedy from the top of the chart: the first free place of ever wider circles around the point.
+    Greedy from the top of the chart: the first free position, nearest to the point first.
     """
     taken = [Box(px - 10, py - 9, max(px + 10, tail + 4), py + 9) for (px, py), tail in zip(places, tails, strict=True)]
     taken += avoid
     boxes: dict[int, Box] = {}
     for index in sorted(range(len(texts)), key=lambda i: (-places[i][1], places[i][0])):
-        around = list(_around(places[index], tails[index], LETTER * len(texts[index])))
+        around = list(_label_positions(places[index], tails[index], LETTER * len(texts[index])))
         boxes[index] = min(around, key=lambda box: _cost(box, taken, plot))
         taken.append(boxes[index])
     return [boxes[index] for index in range(len(texts))]
 
 
-def _around(place: tuple[float, float], tail: float, width: float) -> Iterator[Box]:
-    """Places above, below, right of the whisker, left; then the same ever farther away."""
+def _label_positions(place: tuple[float, float], tail: float, width: float) -> Iterator[Box]:
+    """Positions of a label: above, below, right of the whisker, left; then the same farther and farther away."""
     (x, y), half = place, LINE / 2
     for step in range(8):
         far = 11 + half + step * 13

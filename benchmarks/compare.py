@@ -1,6 +1,6 @@
 """Several reports beside each other, and thresholds that turn a report into an exit code.
 
-Rows stand side by side and are never merged; differences that make them incomparable are listed above the table.
+Rows are shown side by side and never merged; differences that make them incomparable are listed above the table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPARED_SETTINGS = (
     *("interval_ms", "threads"),
 )
 COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-"""Their defaults and kernels change with the version: TensorRT 11 times other things than TensorRT 10 does."""
+"""Packages whose version changes a latency: TensorRT 10 and 11, for example, choose different kernels."""
 
 
 class Comparison(NamedTuple):
@@ -50,13 +50,13 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each thing that differs and must not, with every value."""
+    """One sentence for each fact that must be equal and is not, with every value."""
     facts = [comparable(report) for report in reports]
     return [sentence for what in facts[0] if (sentence := _difference(what, names, [fact[what] for fact in facts]))]
 
 
 def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The facts that must agree between figures that stand side by side, with every value that a report has of them."""
+    """The facts that must be equal before figures may be compared, each with every value that the report has for it."""
     packages = data["machine"].get("packages", {})
     return {
         **{key: list(dict.fromkeys(row["settings"][key] for row in data["models"])) for key in COMPARED_SETTINGS},
@@ -153,7 +153,7 @@ def _is_number(text: str) -> bool:
 def fail_on(rule: str | Rule, report: Report) -> list[str]:
     """One sentence for each student file (kept by its gate) for which the rule holds; empty when all is well.
 
-    A figure that was not measured is a violation too: a threshold nobody checks must not pass.
+    A figure that was not measured is a violation too: a threshold that was not checked must not pass.
     """
     asked = parse_rule(rule) if isinstance(rule, str) else rule
     values = _values(asked, report.data)

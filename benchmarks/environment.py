@@ -14,7 +14,7 @@ METRIC_PACKAGE = "faster-coco-eval"
 
 
 def environment() -> dict[str, Any]:
-    """`runtime.machine.facts()` and, where they are known, CPU governor, load, thread limit and the mAP package."""
+    """`runtime.machine.facts()` and, if they are known, CPU governor, load, thread limit and the mAP package."""
     facts = machine.facts()
     more = {"governor": _governor(), "load_1min": _load(), THREAD_LIMIT.lower(): os.environ.get(THREAD_LIMIT, "")}
     packages = facts["packages"] | {METRIC_PACKAGE: machine.installed_version(METRIC_PACKAGE)}
@@ -34,5 +34,5 @@ def _governor() -> str:
 
 
 def _load() -> float | None:
-    """Processes that wanted a CPU in the last minute: above the number of cores, a latency is not the model's own."""
+    """Processes that wanted a CPU in the last minute: if there are more than cores, they raise the latency."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -1,4 +1,4 @@
-"""Numbers as text, as they stand in a report."""
+"""Numbers as text, as a report prints them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Durations:
-    """Milliseconds of one span of the call, over all samples. A percentile is None where n is too small for it."""
+    """Milliseconds of one span of the call, over all samples. A percentile is None if n is too small for it."""
 
     n: int
     mean: float
@@ -71,7 +71,7 @@ class Durations:
 
 
 class Warmup(NamedTuple):
-    """The calls before the first sample; `settled` says whether two successive windows agreed."""
+    """The calls before the first sample; `settled` is true if two successive windows agreed."""
 
     calls: int
     ms: float
@@ -82,7 +82,7 @@ class Warmup(NamedTuple):
 class Latency:
     """The spans of the same calls; `end_to_end` contains the other three and, with an interval, the wait in the queue.
 
-    `steady` says whether the medians of the first and the second half of the samples agree within 5 %.
+    `steady` is true if the medians of the first and the second half of the samples agree within 5 %.
     """
 
     preprocess: Durations
@@ -142,7 +142,7 @@ def _due_times(start_ns: int, interval_ms: float | None, samples: int) -> list[i
 def _timestamps(
     detector: Timed, frame: Frame, clock: Clock, due: int | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> tuple[int, int, int, int, int]:
-    """Nanoseconds at which the frame was due, was begun, was prepared, was inferred, was done."""
+    """Nanoseconds at which the frame was due, and at which it was started, prepared, inferred and done."""
     if due is not None and clock() < due:
         sleep((due - clock()) / 1e9)
     begun = clock()
@@ -159,7 +159,7 @@ def warm_up(
 ) -> Warmup:
     """Call for at least `least_ms`, then until the medians of two successive windows agree within 10 %.
 
-    Gives up at `most_ms`: a machine that never settles is measured all the same, and the result says so.
+    Stops at `most_ms`: a machine whose times stay unsteady is measured too, and the result says so.
     """
     start, calls, before, settled = clock(), 0, float("inf"), False
     while not settled or _since(start, clock) < least_ms:
@@ -186,13 +186,13 @@ def _timed_ms(call: Callable[[], object], clock: Clock) -> float:
 Verdict = Literal["faster", "slower", "inconclusive"]
 LEAST_ROUNDS = 10
 ROUNDS_AGREE = 0.8
-"""Share of the rounds that must lie on the verdict's side. Of 20 rounds without a difference, 16 or more lie on one
+"""Share of the rounds that must be on the verdict's side. Of 20 rounds without a difference, 16 or more are on one
 side in 1.2 % of all comparisons."""
 
 
 @dataclass(frozen=True)
 class LatencyRatio:
-    """Time of the candidate over time of the reference, measured in turns; below 1 the candidate is faster."""
+    """Time of the other file over time of the reference, measured in turns; below 1 the other is faster."""
 
     ratio: float
     """Median of `ratios`."""
@@ -200,18 +200,18 @@ class LatencyRatio:
     """`low` to `high` is the bootstrap 95 % interval of `ratio` over rounds."""
     high: float
     ratios: tuple[float, ...] = field(repr=False)
-    """One value a round: median of the candidate's calls / median of the reference's calls."""
+    """One value per round: median of the other's calls / median of the reference's calls."""
     reference: Durations = field(repr=False)
-    candidate: Durations = field(repr=False)
+    other: Durations = field(repr=False)
 
     @property
     def rounds(self) -> int:
         return len(self.ratios)
 
     def verdict(self, limit: float = 1.0) -> Verdict:
-        """Whether the candidate takes less or more than `limit` times the reference's time.
+        """Whether the other takes less or more than `limit` times the reference's time.
 
-        "inconclusive" where the interval holds `limit`, where one round in five contradicts it, or where the first
+        "inconclusive" if the interval holds `limit`, if one round in five contradicts it, or if the first
         half of the rounds says one thing and the second half another.
         """
         halves = [float(np.median(half)) for half in np.array_split(self.ratios, 2)]
@@ -227,7 +227,7 @@ class LatencyRatio:
 
 def compare_in_turns(
     reference: Callable[[], object],
-    candidate: Callable[[], object],
+    other: Callable[[], object],
     rounds: int = 20,
     *,
     calls: int = 5,
@@ -242,11 +242,11 @@ def compare_in_turns(
     """
     if rounds < LEAST_ROUNDS or calls < 1:
         raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
-    sides = (reference, candidate)
+    sides = (reference, other)
     for side in sides:
         warm_up(side, warmup_ms, clock)
     times = [_round(sides, calls, number % 2 == 1, clock) for number in range(rounds)]
-    ratios = [float(np.median(candidate) / np.median(reference)) for reference, candidate in times]
+    ratios = [float(np.median(other) / np.median(reference)) for reference, other in times]
     interval = bootstrap(ratios, np.median, rng=rng or np.random.default_rng(0))
     durations = (Durations.of(np.concatenate(side)) for side in zip(*times, strict=True))
     return LatencyRatio(float(np.median(ratios)), *interval, tuple(ratios), *durations)
@@ -255,7 +255,7 @@ def compare_in_turns(
 def _round(
     sides: Sequence[Callable[[], object]], calls: int, reverse: bool, clock: Clock
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of the calls of either side."""
+    """Milliseconds of the calls of each side."""
     times: tuple[list[float], list[float]] = ([], [])
     for side in (1, 0, 0, 1) if reverse else (0, 1, 1, 0):
         times[side].extend(_timed_ms(sides[side], clock) for _ in range(calls))

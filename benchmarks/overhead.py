@@ -1,7 +1,7 @@
 """`python -m benchmarks.overhead`: the time that the host adds to the network, as a ratio measured in turns.
 
 Detector end to end (frame to boxes) against a bare `session.run` of the same ONNX file on the same prepared input.
-Both run on one thread unless told otherwise: idle threads of one session spin, and take the cores from the other.
+Both run on one thread by default: idle threads of one session spin, and take the cores from the other.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import guarded
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
 from runtime.errors import UsageError
 from runtime.numbers import whole
+from runtime.terminal import exit_code_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded(run, parser().parse_args(arguments))
+    return exit_code_of(lambda: run(parser().parse_args(arguments)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", type=Path, required=True, help=".onnx file")
     made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
     made.add_argument(
-        "--rounds", type=whole(1), default=20, help="each is ABBA or BAAB with five calls a letter (default: 20)"
+        "--rounds", type=whole(1), default=20, help="each is ABBA or BAAB with five calls per letter (default: 20)"
     )
     made.add_argument("--threads", type=whole(1), default=1, help="CPU threads of one inference (default: 1)")
     return made
@@ -71,7 +71,7 @@ def describe(found: LatencyRatio, name: str) -> str:
     lines = [
         f"{name}: time end to end over time of the bare session.run: {found}, {spread}, verdict: {found.verdict()}"
     ]
-    for side, ms in (("detector", found.candidate), ("session", found.reference)):
+    for side, ms in (("detector", found.other), ("session", found.reference)):
         shown = {"median": ms.p50, "mean": ms.mean, "std": ms.std, "min": ms.min, "max": ms.max}
         each = ", ".join(f"{key} {milliseconds(value)}" for key, value in shown.items())
         lines.append(f"  {side}: {each} ms, n = {ms.n}")

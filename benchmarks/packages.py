@@ -1,4 +1,4 @@
-"""Packages that `pip install edgestill` does not bring; they are imported where they are used."""
+"""Packages that `pip install edgestill` does not install; they are imported where they are used."""
 
 from __future__ import annotations
 

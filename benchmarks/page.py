@@ -32,10 +32,10 @@ PRECISIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "int8", "f
 """Precision (its part before "-") -> CSS class of the colour."""
 ON_PAGE = tuple(column for column in TITLED if column.on_page)
 CELL_CSS = {formats.TOO_FEW: "r small", "kept": "kept", "refused": "refused"}
-"""Text -> CSS class, where it is not its column's."""
+"""Text -> CSS class, if it is not its column's."""
 NOT_MEASURED = {"accuracy": "not measured", "latency": "not timed"}
 NOT_DRAWN = ("epoch", "lr", "seconds", "momentum")
-"""Beginnings of the columns of the training curves that say nothing about its result."""
+"""Prefixes of those columns of the training curves that say nothing about the result."""
 CURVE_ORDER = ("map50_95", "map50")
 
 
@@ -61,7 +61,7 @@ def environment() -> Any:
 
 def view(data: Mapping[str, Any]) -> dict[str, Any]:
     """All values that the template names."""
-    data = whole(data)
+    data = with_all_keys(data)
     rows, best = data["models"], headline_row(data)
     return {
         "report": data,
@@ -95,10 +95,10 @@ class Cell(NamedTuple):
 
 def cells_of(row: Row) -> Iterator[Cell]:
     """The row's cells; the columns of a part that was not measured are one cell."""
-    for part, group in groupby(ON_PAGE, key=lambda column: column.part):
+    for section, group in groupby(ON_PAGE, key=lambda column: column.section):
         columns = list(group)
-        if part and row[part] is None:
-            yield Cell(NOT_MEASURED[part], "r small", span=len(columns))
+        if section and row[section] is None:
+            yield Cell(NOT_MEASURED[section], "r small", span=len(columns))
         else:
             yield from (_cell(row, column) for column in columns)
 
@@ -109,7 +109,7 @@ def _cell(row: Row, column: Column) -> Cell:
     return Cell(text, css, (column.detail and column.detail(row)) or "")
 
 
-def whole(data: Mapping[str, Any]) -> dict[str, Any]:
+def with_all_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """The report with None for every key that the schema leaves to choice, so that the template may name them all."""
     parts = schema()["properties"]
     lists = {key: part["items"]["$ref"] for key, part in parts.items() if "$ref" in part.get("items", {})}
@@ -134,7 +134,7 @@ def headline_row(data: Mapping[str, Any], key: str = "file") -> Row | None:
 
 
 def latency_of(data: Mapping[str, Any], key: str) -> Row | None:
-    """Its end-to-end latency."""
+    """The end-to-end latency of the row that the headline names under `key`."""
     row = headline_row(data, key)
     return row["latency"]["end_to_end"] if row and row["latency"] else None
 
@@ -197,7 +197,7 @@ def span_bars(rows: Sequence[Row]) -> list[Row]:
 
 
 def class_bars(data: Mapping[str, Any], best: Row | None) -> list[Row]:
-    """AP of every class, best first, with the teacher's beside it where it is known."""
+    """AP of every class, best first, with the teacher's beside it if it is known."""
     if best is None or not best["accuracy"]:
         return []
     teachers = [row for row in (*data["models"], *data["torch"]) if row["role"] == "teacher" and row["accuracy"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import page, wording
 from benchmarks.packages import optional
-from benchmarks.report import Report
+from benchmarks.report import REPORT_FILE, Report
 from benchmarks.rows import COLUMNS, TITLED, cells
 from runtime.files import atomic_write
 
@@ -47,7 +47,7 @@ PACKAGES = ("jinja2", "jsonschema", "matplotlib")
 
 
 def require_packages() -> None:
-    """Raises UnavailableError where `write` would, for a caller to know before minutes of measuring."""
+    """Raises UnavailableError when `write` would, so that a caller knows before it measures for minutes."""
     for package in PACKAGES:
         optional(package)
 
@@ -55,9 +55,9 @@ def require_packages() -> None:
 RENDERERS: Mapping[str, Callable[[Report], str]] = {"html": to_html, "md": to_markdown, "csv": to_csv}
 
 
-def write(report: Report, folder: str | Path) -> tuple[Path, ...]:
-    """`report.json`, `.html`, `.md` and `.csv` in `folder`; gives their paths."""
-    first = Path(folder) / "report.json"
+def write(report: Report, folder: Path) -> tuple[Path, ...]:
+    """Write `report.json`, `.html`, `.md` and `.csv` into `folder` and return their paths."""
+    first = folder / REPORT_FILE
     report.save(first)
     paths = [first.with_suffix(f".{suffix}") for suffix in RENDERERS]
     for path, render in zip(paths, RENDERERS.values(), strict=True):

@@ -1,7 +1,7 @@
 """The report: one JSON that a schema checks.
 
-In: rows of measured files and the other facts of a run. Out: a `Report`, from which `benchmarks.render` makes pages
-that show no number which is not in it. Figures that compare rows (`headline`) are therefore computed here, when the
+In: rows of measured files and the other facts of a run. Out: a `Report`, from which `benchmarks.render` makes pages.
+Every number of a page is in the report. Figures that compare rows (`headline`) are therefore computed here, when the
 report is made, not when it is drawn.
 """
 
@@ -23,7 +23,6 @@ from runtime.files import read_json, write_json
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 REPORT_FILE = "report.json"
-MAX_REPORT_BYTES = 256 << 20
 LISTS = ("argv", "torch", "training", "engines", "stages", "notes")
 OPTIONAL = ("distillation", "export", "calibration")
 
@@ -38,15 +37,14 @@ class Report:
         _validate(self.data, "report")
 
     @classmethod
-    def load(cls, path: str | Path) -> Report:
+    def load(cls, path: Path) -> Report:
         """From a file, or from the folder that holds `report.json`. Raises InputError when it is no report."""
-        path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
-        data = read_json(path, most_bytes=MAX_REPORT_BYTES, hint="Give a report.json or its folder")
+        data = read_json(path, "Give a report.json or its folder")
         _validate(data, str(path))
         return cls(data)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         write_json(path, self.data)
 
 
@@ -84,7 +82,7 @@ def make_report(
 
 
 def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
-    """The fastest student file that passed its gate, against the teacher's file; None where nothing was kept, or where
+    """The fastest student file that passed its gate, against the teacher's file; None if nothing was kept, or if
     the student's or the teacher's files are of several models: the best of one is no figure of another.
 
     A speed-up compares files on one device: a student on the GPU says nothing about a teacher on the CPU.

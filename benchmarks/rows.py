@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def model_row(
-    path: str | Path,
+    path: Path,
     *,
     precision: str,
     backend: str,
@@ -31,13 +31,12 @@ def model_row(
     reason: str = "",
     **more: Any,
 ) -> Row:
-    """The row of one file, with its digest and size. `kept` is its gate's answer, None where there was no gate.
+    """The row of one file, with its digest and size. `kept` is its gate's answer, None if there was no gate.
 
     `settings` say how the file was measured. `identity` is that of its model, by default the file's digest, as a file
     that edgestill did not export is a model of its own. `more` are further values of one number or text: parameters,
     gflops, note.
     """
-    path = Path(path)
     digest = sha256(path)
     return {
         "file": path.name,
@@ -57,7 +56,7 @@ def model_row(
 
 
 def plain(value: Any) -> Any:
-    """JSON values of dataclasses, named tuples, mappings and sequences, all the way down."""
+    """JSON values of dataclasses, named tuples, mappings and sequences, nested to any depth."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
@@ -76,8 +75,8 @@ def plain(value: Any) -> Any:
 Read = Callable[[Row], Any]
 
 
-def at(*keys: str) -> Read:
-    """Reads a nested value; None where it or a part on the way is absent."""
+def nested_reader(*keys: str) -> Read:
+    """A function that reads a nested value of a row; it gives None if a key on the way is absent."""
 
     def read(row: Row) -> Any:
         value: Any = row
@@ -88,10 +87,10 @@ def at(*keys: str) -> Read:
     return read
 
 
-p50 = at("latency", "end_to_end", "p50")
-"""Median milliseconds end to end, where the row has it."""
-ap = at("accuracy", "map50_95")
-"""mAP50-95, where the row has it."""
+p50 = nested_reader("latency", "end_to_end", "p50")
+"""Median milliseconds end to end, if the row has it."""
+ap = nested_reader("accuracy", "map50_95")
+"""mAP50-95, if the row has it."""
 
 
 def is_kept(row: Row) -> bool:
@@ -133,44 +132,44 @@ def shared_settings(rows: Sequence[Row]) -> Row:
 
 
 class Column(NamedTuple):
-    """One figure of a file. All columns stand in the CSV; those with a title also in HTML, Markdown and comparisons."""
+    """One figure of a file. The CSV has all columns; HTML, Markdown and comparisons have those with a title."""
 
     name: str
     """Heading in the CSV, and the name of the figure in `--fail-on`."""
     read: Read
     title: str = ""
     text: Callable[[Any], str] = number
-    part: str = ""
-    """Key of the row's part that holds the figure; a part that is None was not measured."""
+    section: str = ""
+    """Key of the section of the row that holds the figure; a section that is None was not measured."""
     is_number: bool = True
     """False is text: aligned left, and no figure for `--fail-on`."""
     on_page: bool = True
-    """Whether the HTML gives it a column of its own, where it has a title."""
+    """Whether the HTML gives it a column of its own, if it has a title."""
     detail: Read | None = None
     """Small print below the cell in the HTML."""
 
     def cell(self, row: Row) -> str:
-        return NOTHING if self.part and row[self.part] is None else self.text(self.read(row))
+        return NOTHING if self.section and row[self.section] is None else self.text(self.read(row))
 
 
-def _words(key: str, title: str = "", **more: Any) -> Column:
-    return Column(key, at(key), title, is_number=False, **more)
+def _text_column(key: str, title: str = "", **more: Any) -> Column:
+    return Column(key, nested_reader(key), title, is_number=False, **more)
 
 
 def _setting(key: str) -> Column:
-    return Column(key, at("settings", key))
+    return Column(key, nested_reader("settings", key))
 
 
 def _accuracy(key: str, title: str = "") -> Column:
-    return Column(key, at("accuracy", key), title, accuracy, "accuracy")
+    return Column(key, nested_reader("accuracy", key), title, accuracy, "accuracy")
 
 
 def _percentile(key: str, title: str = "") -> Column:
-    return Column(f"{key}_ms", at("latency", "end_to_end", key), title, percentile, "latency")
+    return Column(f"{key}_ms", nested_reader("latency", "end_to_end", key), title, percentile, "latency")
 
 
 def _milliseconds(key: str, title: str = "", *, span: str = "end_to_end", name: str = "") -> Column:
-    return Column(f"{name or key}_ms", at("latency", span, key), title, milliseconds, "latency")
+    return Column(f"{name or key}_ms", nested_reader("latency", span, key), title, milliseconds, "latency")
 
 
 def _about(row: Row) -> str:
@@ -184,33 +183,35 @@ def gate(kept: bool | None) -> str:
 
 SPANS = ("preprocess", "inference", "postprocess")
 COLUMNS: tuple[Column, ...] = (
-    _words("file", "File", detail=_about),
-    _words("role"),
-    _words("precision", "Precision", on_page=False),
-    _words("backend", "Backend", on_page=False),
-    _words("device"),
-    Column("identity", at("identity"), "Model", digest_start, is_number=False, on_page=False),
-    _words("sha256"),
-    Column("bytes", at("bytes"), "Size", size),
-    Column("parameters", at("parameters")),
-    Column("gflops", at("gflops")),
+    _text_column("file", "File", detail=_about),
+    _text_column("role"),
+    _text_column("precision", "Precision", on_page=False),
+    _text_column("backend", "Backend", on_page=False),
+    _text_column("device"),
+    Column("identity", nested_reader("identity"), "Model", digest_start, is_number=False, on_page=False),
+    _text_column("sha256"),
+    Column("bytes", nested_reader("bytes"), "Size", size),
+    Column("parameters", nested_reader("parameters")),
+    Column("gflops", nested_reader("gflops")),
     *map(_setting, ("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "threads")),
     _accuracy("map50_95", "mAP50-95"),
     _accuracy("map50", "mAP50"),
     *map(_accuracy, ("map75", "small", "medium", "large", "recall")),
-    Column("images", at("accuracy", "images"), part="accuracy"),
-    Column("instances", at("accuracy", "instances"), part="accuracy"),
+    Column("images", nested_reader("accuracy", "images"), section="accuracy"),
+    Column("instances", nested_reader("accuracy", "instances"), section="accuracy"),
     _percentile("p50", "p50"),
     _percentile("p90", "p90"),
     _percentile("p95"),
     _percentile("p99", "p99"),
     _milliseconds("max", "max"),
-    Column("n", at("latency", "end_to_end", "n"), "n", count, "latency"),
+    Column("n", nested_reader("latency", "end_to_end", "n"), "n", count, "latency"),
     *map(_milliseconds, ("mean", "std", "min")),
     *(_milliseconds("mean", span=span, name=f"{span}_mean") for span in SPANS),
-    Column("steady", at("latency", "steady"), part="latency"),
-    Column("kept", at("gate", "kept"), "Gate", gate, is_number=False, detail=at("gate", "reason")),
-    Column("reason", at("gate", "reason"), is_number=False),
+    Column("steady", nested_reader("latency", "steady"), section="latency"),
+    Column(
+        "kept", nested_reader("gate", "kept"), "Gate", gate, is_number=False, detail=nested_reader("gate", "reason")
+    ),
+    Column("reason", nested_reader("gate", "reason"), is_number=False),
 )
 TITLED = tuple(column for column in COLUMNS if column.title)
 """The columns of the Markdown table and of comparisons."""

@@ -19,7 +19,7 @@ Statistic = Callable[[NDArray[np.float64]], Any]
 
 @lru_cache(maxsize=256)
 def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -> int:
-    """Which of the highest of n samples is MLPerf's early-stopping estimate: 1 is the highest, 0 is "n too small".
+    """The rank of the sample that is MLPerf's early-stopping estimate: 1 is the highest of n, 0 is "n too small".
 
     The largest t with P(Binomial(n, 1 - percentile) <= t) <= 1 - confidence: with that confidence, more than t samples
     in n lie above the true percentile, so the t-th highest is not below it. `percentile` is a fraction.
@@ -35,7 +35,7 @@ def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -
 
 
 def percentile_estimate(samples: ArrayLike, percentile: float) -> float | None:
-    """A bound that the true percentile does not exceed, at 99 % confidence; None where there are too few samples.
+    """A bound that the true percentile does not exceed, at 99 % confidence; None if there are too few samples.
 
     The fewest are 11, 64, 130 and 662 for p50, p90, p95 and p99. No sample is clipped or trimmed: an outlier is part
     of the tail that is measured.
@@ -58,7 +58,7 @@ def bootstrap(
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Percentile-bootstrap interval of `statistic`, which gets (n, ...) drawn with multiplicity along the first axis.
+    """Percentile-bootstrap interval of `statistic`, which gets (n, ...) drawn with replacement along the first axis.
 
     For a difference, let a sample be the pair: rows of (n, 2) are drawn together.
     """

@@ -1,4 +1,4 @@
-"""Names of rows, and the sentences that a report says in words. Pure functions of the report's JSON."""
+"""Names of rows, and the sentences of a report. Pure functions of the report's JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.rows import Row, identities, is_kept, p50, shared_settings
 
 FEW_IMAGES = 100
 SAME_TOLERANCE = 0.05
-"""Medians that differ by less are called equal."""
+"""Medians that differ by less than this share are called equal."""
 MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
 
 
 def label(row: Row, rows: Sequence[Row] = ()) -> str:
-    """Shortest name of a row: its role and precision, with backend or file where that is not enough."""
+    """Shortest name of a row: its role and precision, with backend or file if that is not enough."""
     options = (
         lambda other: f"{other['role']} {other['precision']}",
         lambda other: f"{other['role']} {other['precision']} {other['backend']}",
@@ -42,17 +42,16 @@ def labelled(dataset: Mapping[str, Any]) -> str:
 
 
 def machine_name(machine: Mapping[str, Any]) -> str:
-    gpus = machine.get("gpus") or []
-    named = [gpu["name"] if isinstance(gpu, Mapping) else str(gpu) for gpu in gpus]
+    gpus = [gpu["name"] for gpu in machine.get("gpus", [])]
     cpu = str(machine.get("cpu", "an unknown CPU"))
-    return ", ".join([*named, cpu]) + (f" ({machine['cores']} cores)" if machine.get("cores") else "")
+    return ", ".join([*gpus, cpu]) + (f" ({machine['cores']} cores)" if machine.get("cores") else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
 
 
 def findings(data: Mapping[str, Any]) -> list[str]:
-    """Conclusions from the figures; first those that speak against a file."""
+    """Conclusions from the figures; those against a file come first."""
     rows = data["models"]
     parts = (_models, _settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]

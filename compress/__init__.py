@@ -1,4 +1,4 @@
-"""The compression half of edgestill: from a YOLOv5 checkpoint to a measured engine."""
+"""The compression package of edgestill: from a YOLOv5 checkpoint to a measured engine."""
 
 from runtime import __version__
 

@@ -33,7 +33,7 @@ Count = Annotated[Int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[Int, Field(ge=0, le=MAX_COUNT)]
 Workers = Annotated[Int, Field(ge=0, le=256)]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
-"""What the random generators of NumPy and of torch both take."""
+"""A seed that the random generators of NumPy and of torch both take."""
 Side = Annotated[Int, Field(ge=1, le=8192)]
 """Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
@@ -224,20 +224,42 @@ class TrainConfig(Settings):
         return raw | laid
 
 
+AUTO = "auto"
+
+
 class LossChoice(BaseModel):
-    """A distillation loss in a recipe: `cwd: 0.2`, or with settings of its own `cwd: {weight: 0.2, tau: 2}`.
+    """A distillation loss in a recipe: `soft: auto`, `cwd: 0.2`, or with its own settings `cwd: {share: 0.3, tau: 2}`.
+
+    With `auto` or a `share` its weight follows the gradients: at the neck its gradient is that share of the label
+    loss's (see `compress.training.ratio`). A number, or `weight`, fixes the weight.
 
     The loss itself knows its settings: `compress.losses.distill.check_losses` judges them.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    weight: NonNegative
+    weight: NonNegative | None = None
+    share: Positive | None = None
+    """None, without a weight, takes the loss's own."""
+    until: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of the epochs after which the loss has faded out; 1 keeps it to the end, None takes the loss's own."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_weight(cls, raw: Any) -> Any:
-        return raw if isinstance(raw, dict | LossChoice) else {"weight": raw}
+    def _from_short_form(cls, raw: Any) -> Any:
+        if isinstance(raw, dict | LossChoice):
+            return raw
+        return {} if raw == AUTO else {"weight": raw}
+
+    @model_validator(mode="after")
+    def _weigh_in_one_way(self) -> LossChoice:
+        if self.weight is not None and self.share is not None:
+            raise PydanticCustomError("two_weights", "give a weight or a share, not both")
+        return self
+
+    @property
+    def is_used(self) -> bool:
+        return self.weight != 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -248,14 +270,8 @@ class LossChoice(BaseModel):
 class DistillConfig(TrainConfig):
     """Training against an offline teacher: which losses of the LOSSES table, their weights and settings."""
 
-    losses: dict[str, LossChoice] = {"obj_kd": LossChoice(weight=1.0)}
-    decay_to: Fraction = 0.1
-    """Distillation weights fall from 1 to this by a cosine over the training."""
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each loss, by name."""
-        return {name: choice.weight for name, choice in self.losses.items()}
+    losses: dict[str, LossChoice] = {"soft": LossChoice()}
+    """None at all trains the student on the labels alone."""
 
 
 class ExportConfig(Settings):
@@ -312,7 +328,7 @@ class BenchConfig(Settings):
 
 
 class ValConfig(Settings):
-    """What `edgestill val` alone can be told."""
+    """Settings of `edgestill val` alone."""
 
     batch: Count = 32
 
@@ -335,10 +351,25 @@ class TeacherConfig(TrainConfig):
 
 
 class StudentConfig(Settings):
+    init: Literal["auto", "inherit", "scratch"] = "auto"
+    """inherit starts from slices of the teacher, or of larger `weights`; auto does so where it can."""
     scale: ScaleName | None = "p"
     """None takes the size of `weights`."""
     weights: Path | None = None
     """Start from these where shapes agree."""
+
+
+class StudyConfig(Settings):
+    """Ways to train the student that `edgestill study` compares."""
+
+    arms: dict[str, dict[str, Any]] = {}
+    """Name -> settings of `student` and `distill` that are laid over the recipe's."""
+    split: Literal["val", "test"] = "test"
+    """Images that judge; `val` also chose the best epoch of the teacher."""
+    seeds: Count = 5
+    """Trainings of each arm; more make the intervals narrower."""
+    jobs: Annotated[Count, NO_RESULT] = 1
+    """Trainings at a time, each with one CPU thread."""
 
 
 class Recipe(Settings):
@@ -356,6 +387,7 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+    study: StudyConfig = StudyConfig()
 
     def part(self, group: type[G]) -> G:
         """The settings that `group` has fields for, as they are here."""

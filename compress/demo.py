@@ -1,4 +1,4 @@
-"""A recipe that shows everything in minutes on two CPU cores.
+"""A recipe that runs every stage in minutes on two CPU cores.
 
 Generated data, a teacher trained from scratch, a student of half its width.
 """
@@ -21,13 +21,13 @@ data: belt/data.yaml
 imgsz: 256
 teacher: {{scale: n, epochs: 36, batch: 16, val_interval: 12}}
 student: {{scale: p}}
-distill: {{epochs: 40, batch: 16, val_interval: 10, losses: {{obj_kd: 1.0}}}}
+distill: {{epochs: 40, batch: 16, val_interval: 10}}
 quantize: {{calibration_images: 64, max_map_drop: 0.03}}
 """
 
 
 def prepare(out: Path, log: Log) -> Recipe:
-    """Make the demo's data and recipe in the folder `out`; what is there already is used as it is."""
+    """Make the demo's data and recipe in the folder `out`; files that exist already are used as they are."""
     data, file = out / "belt", out / "recipe.yaml"
     if not (data / "data.yaml").is_file():
         generate(data, images=IMAGES, size=(SIZE, SIZE), seed=SEED)

@@ -20,7 +20,7 @@ LOW_DISK_GIB = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One capability. `ok` is None where it is not needed here; `remedy` is a command or an instruction."""
+    """One capability. `ok` is None if it is not needed here; `remedy` is a command or an instruction."""
 
     name: str
     ok: bool | None
@@ -104,7 +104,7 @@ def _torch_device() -> Finding:
 
 
 def _fused_kernels() -> Finding:
-    """Distillation losses run as CUDA kernels where there are a GPU, NVRTC and CUDA's headers."""
+    """Distillation losses run as CUDA kernels if there are a GPU, NVRTC and CUDA's headers."""
     here = gpus()
     try:
         compiler = f"NVRTC {toolchain.compiler_version()}, headers in {toolchain.header_folders()[0]}"

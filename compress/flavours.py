@@ -1,6 +1,6 @@
 """The table of flavours: the reduced precisions into which `quantize` turns `model.onnx`.
 
-A new flavour is a module with its maker and one row here. Nothing here imports torch or onnx: functions are named as
+A new flavour is a module with its maker and one row here. Nothing here imports torch or onnx: functions are given as
 "module:function" and opened when they are used.
 """
 
@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 REFERENCE = "fp32"
-"""The precision that `export` writes, from which every flavour is made and against which it is judged."""
+"""The precision that `export` writes. Every flavour is made from it and compared with it."""
 FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU"
 
 
@@ -20,21 +20,21 @@ FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU
 class Flavour:
     """One row of the table.
 
-    `maker` names a function `(model) -> model` on `onnx.ModelProto`, or `(model, ranges) -> model` where the flavour
+    `maker` names a function `(model) -> model` on `onnx.ModelProto`, or `(model, ranges) -> model` if the flavour
     is `calibrated`; `ranges` are the activation ranges that `compress.graph.calibration.calibrate` measured. `check`
-    names a function `(model, canvases) -> str` that says why the flavour of this FP32 model fails on its own hardware
-    where this CPU cannot show it, or nothing.
+    names a function `(model, canvases) -> str` that gives the reason why the flavour of this FP32 model fails on its
+    own hardware, for faults that this CPU cannot show; empty without one.
     """
 
     name: str
     maker: str
     calibrated: bool
     for_this_cpu: bool
-    """It runs on the kind of CPU that quantises, so its latency here counts in the gate."""
+    """It is for this kind of CPU, so its latency here counts in the gate."""
     engine: bool
     """TensorRT plans are built from it."""
     note: str = ""
-    """Stands beside its latency on a CPU in the report."""
+    """Printed beside its latency on a CPU in the report."""
     check: str = ""
 
     @property
@@ -69,8 +69,8 @@ _ROWS = (
 )
 
 FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
-"""By name. Of plans, the earlier row is tried first on the device until a benchmark there says otherwise: FP16 is safe
-in accuracy, and INT8 through explicit Q/DQ is often no faster."""
+"""By name. The device tries the plan of an earlier row first, until a benchmark there says otherwise: FP16 is safe
+for accuracy, and INT8 by explicit Q/DQ is often no faster."""
 
 FILES: Mapping[str, str] = {name: f"model.{name}.onnx" for name in FLAVOURS}
 """Name of the file of each flavour."""

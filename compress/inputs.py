@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.identity import ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
 TEACHER_ONNX = "teacher.onnx"
-"""Beside the student's files: the teacher as the same kind of file, so that both are measured alike."""
+"""The teacher, exported like the student and measured in the same way; it is beside the student's files."""
 
 
 def dataset_of(recipe: Recipe, folders: Folders) -> Dataset:
@@ -38,7 +38,7 @@ def validation_of(dataset: Dataset) -> Validation:
 
 
 def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
-    """How files are measured, on the val split; accuracy and latency alike."""
+    """How files are measured, both accuracy and latency, on the val split."""
     data = validation_of(dataset)
     return Plan(
         data.images[: config.max_images or None],
@@ -51,7 +51,7 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
 
 
 class MeasuredFile(NamedTuple):
-    """A file to measure, and what its gate said: `kept` is None where there was no gate.
+    """A file to measure, and the result of its gate: `kept` is None if there was no gate.
 
     `role` is teacher or student; `precision` None is that of the file's card.
     """
@@ -64,7 +64,7 @@ class MeasuredFile(NamedTuple):
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
-    """The teacher's file, the student's FP32, and every flavour that was made, those that were refused too."""
+    """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
     flavours = [
         MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"])
         for entry, file in _flavours(folders)
@@ -77,9 +77,9 @@ def measured_files(folders: Folders) -> list[MeasuredFile]:
 def refuse_another_model(
     out: Path, card: ModelCard, writes: Collection[str], settings: Sequence[str] = SETTINGS
 ) -> None:
-    """Raises OccupiedError when the files `writes` would stand in `out` beside files of another model than `card`.
+    """Raises OccupiedError when the folder `out`, which gets the files `writes`, holds another model than `card`.
 
-    Also where one of them would replace a file that edgestill did not write, or that a `model.json` lists by its hash.
+    Also when one of them would replace a file that edgestill did not write, or that a `model.json` lists by its hash.
     """
     hint = "Choose another folder with --out"
     for path in (out / name for name in (CARD_FILE, SHIPPED, CONVENTIONAL, *FILES.values()) if (out / name).exists()):
@@ -112,8 +112,3 @@ def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
     for _, file in found:
         require_same((card_of(file), file), (card_of(reference), reference), "Run again with --force quantize")
     return found
-
-
-def read_json(path: Path) -> Any:
-    """A document that an earlier stage wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ def _checkpoint(path: Path) -> Description:
 
 def _onnx(path: Path) -> Description:
     from compress.graph.parts import op_counts
-    from compress.graph.safe_load import read_model
+    from compress.graph.untrusted_onnx import read_model
 
     model = read_model(path)
     graph = model.graph
@@ -67,7 +67,7 @@ def _shape(value: Any) -> str:
 
 
 def _engine(path: Path) -> Description:
-    """Only the card is read: an engine is native code."""
+    """Description from the card alone, because an engine is native code."""
     file = model_files(path)[0]
     known: Description = {"format": f"file for {file.spec.name}"}
     if file.artifact is not None:

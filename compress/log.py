@@ -1,4 +1,4 @@
-"""How long-running work tells its progress: a function that takes one line of text."""
+"""How long-running work reports its progress: a function that takes one line of text."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from compress.config import Recipe
 from compress.log import Log
 from compress.processes import process_count
+from compress.recipe import suggestion
 from compress.stages import Stage
 from compress.store import Outcome, execute
 from runtime.errors import UsageError
@@ -29,7 +29,7 @@ def run_recipe(
 ) -> list[Outcome]:
     """Run every stage up to `until`; those named in `force` even when they are done.
 
-    Settings and files of the user are checked for all of them before the first one runs. Raises UsageError when a
+    The user's settings and files are checked for all stages before the first one runs. Raises UsageError when a
     stage or a setting is unknown, a network does not take images of the recipe's size or several processes were
     started, InputError when a checkpoint is missing.
     """
@@ -51,16 +51,14 @@ def run_recipe(
 
 
 def stage(name: str) -> Stage[Any, Any]:
-    """The stage of this name. Its module is opened only now, since most of them import torch."""
+    """The stage of this name. Its module is imported only now, because most of them import torch."""
     opened: Stage[Any, Any] = import_module(f"compress.stages.{name}").STAGE
     return opened
 
 
 def require_stage(name: str) -> None:
     if name not in ORDER:
-        near = difflib.get_close_matches(name, ORDER, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Stages: {', '.join(ORDER)}"
-        raise UsageError(f"unknown stage {name!r}", hint)
+        raise UsageError(f"unknown stage {name!r}", suggestion(name, ORDER))
 
 
 def _line(outcome: Outcome) -> str:

@@ -1,4 +1,4 @@
-"""Which of several processes of one training this one is, as torchrun tells it."""
+"""The number of processes of one training, and whether this is the first of them, as torchrun sets them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
-    """Read the recipe at `path` and lay `changes` ("quantize.calibration_images=64") over it.
+    """Read the recipe at `path` and apply `changes` ("quantize.calibration_images=64") to it.
 
     Paths in the recipe are relative to its folder. Raises InputError for an unreadable file and UsageError for a
     key or value that no stage knows, naming the nearest key.
@@ -28,7 +28,7 @@ def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
     raw = read_yaml(path)
     for change in changes:
         raw = with_change(raw, change)
-    recipe = validate(Recipe, raw, origin=path.name)
+    recipe = parse(Recipe, raw, origin=path.name)
     return _with_absolute_paths(recipe, path.resolve().parent)
 
 
@@ -66,7 +66,7 @@ def with_change(raw: Mapping[str, Any], change: str) -> dict[str, Any]:
 
 
 def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError where a group holds a single value."""
+    """`raw` with `value` at the key `dotted` ("group.key"). Raises UsageError when a group holds a single value."""
     head, *rest = dotted.split(".")
     if not rest:
         return {**raw, head: value}
@@ -76,8 +76,8 @@ def with_value(raw: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any
     return {**raw, head: with_value(inner, ".".join(rest), value)}
 
 
-def validate(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
-    """`raw` as `model`; a UsageError of one line where it does not fit."""
+def parse(model: type[Any], raw: Mapping[str, Any], origin: str) -> Any:
+    """`raw` as `model`. Raises UsageError, in one line, when it does not fit."""
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
@@ -89,9 +89,7 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = list(_group(model, location[:-1]).model_fields)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        return f"unknown key {key!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}")
+        return f"unknown key {key!r}. {suggestion(location[-1], _group(model, location[:-1]).model_fields)}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     return f"{key}: {not_accepted(error)}"
@@ -100,6 +98,12 @@ def _explain(model: type[BaseModel], error: Mapping[str, Any]) -> str:
 def not_accepted(error: Mapping[str, Any]) -> str:
     """One of the errors that pydantic found, in words: the value and what was expected."""
     return f"{reprlib.repr(error['input'])} is not accepted: {error['msg']}"
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Hint for an unknown name: the nearest of the known ones, or all of them where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}"
 
 
 def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
@@ -132,23 +136,23 @@ imgsz: {imgsz}              # pixels; training, calibration, export and measurem
 seed: 0
 device: auto            # auto, cpu, or a GPU number
 
-teacher:                # used as it is where its classes are the data's, fine-tuned where they are not
+teacher:                # used as it is if its classes are the data's, fine-tuned if they are not
   weights: {weights}
-  epochs: {teacher_epochs}
+  epochs: 60
   batch: 16
   # preset: finetune    # or yolov5-low, yolov5-med: the original's schedules for large data
 
 student:
   scale: {student}             # p (smallest), n, s, m, l, x
+  # init: scratch       # default: slices of the teacher's weights, where the student is no wider
 
 distill:
-  epochs: {student_epochs}
+  epochs: 80
   batch: 16
-  losses:               # name: weight
-    obj_kd: 1.0         # objectness-gated soft labels
-    # feat_mse: 0.1     # neck features through a 1x1 adapter; feat_sl2: weighted by the teacher's score
-    # cwd: 0.2          # where each channel is active; pkd: 0.2, how it varies; fgd: 0.001, by the teacher's attention
-    # kd: 0.2           # temperature soft labels; with settings of its own: kd: {{weight: 0.2, temperature: 2}}
+  losses:               # name: auto (the weight follows the gradients) or a fixed weight
+    soft: auto          # classes, boxes and objectness as the teacher sees them
+    # pkd: auto         # how each channel of the neck varies; or cwd, fgd, feat_mse, feat_sl2
+    # kd: {{share: 0.5, temperature: 2}} # a loss with settings of its own
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
@@ -165,33 +169,22 @@ build:
 
 bench:
   latency_samples: 700  # 662 are the fewest that support a p99
+
+study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
+  arms:
+    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # labels alone
+    inherit: {{distill: {{losses: {{}}}}}} # slices of the teacher, labels alone
+    soft: {{}}            # as above
 """
 
 
-def recipe_text(
-    *,
-    file: str,
-    name: str,
-    data: str,
-    weights: str | None,
-    student: str,
-    imgsz: int,
-    teacher_epochs: int = 60,
-    student_epochs: int = 80,
-) -> str:
+def recipe_text(*, file: str, name: str, data: str, weights: str | None, student: str, imgsz: int) -> str:
     """A commented recipe; `weights` None trains the teacher from scratch."""
     quoted = {"data": _quote(data), "weights": "null" if weights is None else _quote(weights), "name": _quote(name)}
-    return TEMPLATE.format(
-        file=file,
-        student=student,
-        imgsz=imgsz,
-        teacher_epochs=teacher_epochs,
-        student_epochs=student_epochs,
-        flavours=", ".join(QuantizeConfig().flavours),
-        **quoted,
-    )
+    flavours = ", ".join(QuantizeConfig().flavours)
+    return TEMPLATE.format(file=file, student=student, imgsz=imgsz, flavours=flavours, **quoted)
 
 
 def _quote(text: str) -> str:
-    """`text` as a YAML scalar, quoted only where it must be."""
+    """`text` as a YAML scalar, quoted only if it must be."""
     return yaml.safe_dump(text, width=10_000, default_flow_style=True).splitlines()[0].removesuffix("...").strip()

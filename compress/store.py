@@ -1,4 +1,4 @@
-"""Results that are kept: fingerprint, manifest, atomic publication, skip when unchanged.
+"""Keep the results of stages: fingerprint, manifest, atomic publication, skip when nothing changed.
 
 A stage works in `<run>/.work/<stage>-<fingerprint>` and is published by one rename to `<run>/<stage>`. Its manifest
 is the last file written, so a folder with a manifest is complete. A killed run finds its work folder again
@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`skipped` stages were found done; `seconds` is the time that the work took when it was done."""
+    """`skipped` is true if the result was there already; `seconds` is the time that the work took when it was done."""
 
     stage: str
     folder: Path
@@ -87,26 +87,26 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
     target = run_folder / task.name
     mark = fingerprint(task)
     if target.exists():
-        _require_own(target)
+        _refuse_foreign_folder(target)
     if not force and (done := _finished(target, mark)):
         return _outcome(task.name, target, done, skipped=True)
     work = run_folder / ".work" / f"{task.name}-{mark[:16]}"
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    manifest = _finished(work, mark) or _work(task, work, mark, log)
+    manifest = _finished(work, mark) or _run_task(task, work, mark, log)
     _publish(work, target)
     _drop_stale_work(run_folder / ".work", task.name)
     return _outcome(task.name, target, manifest, skipped=False)
 
 
-def _work(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
+def _run_task(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EdgestillError(
             f"{work}: cannot be made ({error.strerror})", "Choose a writable folder with --out"
         ) from None
-    _drop_torn(work)
+    _delete_partial_files(work)
     start = time.monotonic()
     figures = dict(task.run(work, log))
     manifest = {
@@ -135,7 +135,7 @@ def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
 
 
 def _publish(work: Path, target: Path) -> None:
-    """Swap `work` in for `target`. Killed between the renames, the next run finds `work` complete and goes on."""
+    """Replace `target` by `work`. After a kill between the renames, the next run finds `work` complete and goes on."""
     old = work.parent / f"{target.name}-old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -144,15 +144,15 @@ def _publish(work: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_own(target: Path) -> None:
-    """A folder of the user's that happens to have a stage's name is never replaced."""
+def _refuse_foreign_folder(target: Path) -> None:
+    """Raises UsageError when the folder is not the result of a stage: a user's folder is never replaced."""
     if target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir())):
         return
     raise UsageError(f"{target} exists and is not the result of a stage", "Move it away, or choose another --out")
 
 
-def _drop_torn(work: Path) -> None:
-    """A process killed inside `atomic_write` leaves a hidden file, which must not be published with the rest."""
+def _delete_partial_files(work: Path) -> None:
+    """Delete the hidden files that a process killed inside `atomic_write` leaves: they must not be published."""
     for torn in work.rglob(".*"):
         if torn.is_file():
             torn.unlink()

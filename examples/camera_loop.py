@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     start = now
     except EdgestillError as error:
         sys.exit(f"error: {error}")
-    sys.exit(1 if reader.losses else 0)
+    sys.exit(1 if reader.failures else 0)
 
 
 def log(line: str) -> None:

@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with Detector.load(options.model, conf=options.conf) as detector:
             names = detector.card.names
             images = {frame.source: detector(frame.image).to_list(names) for frame in reader}
-            write_json(options.out, {"model": detector.card.name, "images": images, "skipped": reader.losses})
+            write_json(options.out, {"model": detector.card.name, "images": images, "skipped": reader.failures})
     except EdgestillError as error:
         sys.exit(f"error: {error}")
     print(f"{options.out}: {sum(map(len, images.values()))} boxes in {len(images)} images")
-    sys.exit(1 if reader.losses else 0)
+    sys.exit(1 if reader.failures else 0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ COLUMNS = ("file", "role", "precision", "MB", "mAP50-95", "p50 ms", "speed-up")
 
 
 def p50_ms(model: dict[str, Any]) -> float | None:
-    """The median from decoded frame to boxes; None where the file was not timed."""
+    """The median from decoded frame to boxes; None if the file was not timed."""
     return model["latency"] and model["latency"]["end_to_end"]["p50"]
 
 

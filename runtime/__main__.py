@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, NoReturn
 
 from runtime import __version__
 from runtime.detect import add_detect_options, detect
-from runtime.errors import EdgestillError, EngineError, InputError, UsageError, one_line
+from runtime.errors import EngineError, InputError, UsageError
 from runtime.identity import SHOWN
 from runtime.numbers import whole
-from runtime.terminal import escape_what_cannot_be_printed, log, print_json, print_line
+from runtime.terminal import exit_code_of, log, print_json, print_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
 
@@ -27,24 +26,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit code: 0 done, 1 the work failed, 2 wrong usage. An error is one line on stderr."""
-    escape_what_cannot_be_printed()
-    try:
+    """Run the command line; the exit code is that of `exit_code_of`."""
+
+    def command() -> None:
         options = parser().parse_args(arguments)
         options.command(options)
-        sys.stdout.flush()
-    except EdgestillError as error:
-        log(f"error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`: nothing more may be written to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # a path that cannot even be looked at, a disk that fails
-        log(f"error: {one_line(error)}")
-        return 1
-    return 0
+
+    return exit_code_of(command)
 
 
 def parser() -> argparse.ArgumentParser:

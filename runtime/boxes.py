@@ -16,11 +16,11 @@ Indices = NDArray[np.intp]
 CLASS_OFFSET_PX = 7680.0
 """Boxes of different classes are moved this far apart, so that one suppression serves all classes."""
 MAX_CANDIDATES = 30_000
-"""Boxes that enter suppression, best first."""
+"""Most boxes that enter suppression, best first."""
 FIRST_CANDIDATES = 2048
-"""Sorted first; the rest is sorted only when these do not yield enough boxes."""
+"""This many best boxes are sorted first; the rest only if these do not give enough boxes."""
 BLOCK = 256
-"""Candidates examined at a time: the arrays of one block stay in the second-level cache."""
+"""Candidates that are compared at a time: the arrays of one block stay in the second-level cache."""
 
 
 def xywh_to_xyxy(boxes_xywh: Floats) -> Floats:
@@ -37,24 +37,6 @@ def xyxy_to_xywh(boxes_xyxy: Floats) -> Floats:
     return np.concatenate([(low + high) / 2, high - low], axis=-1)
 
 
-def pairwise_iou(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
-    """Intersection over union (N, M) of boxes (N, 4) and (M, 4); 0 where both are empty."""
-    return overlap(np.asarray(a_xyxy)[:, None], np.asarray(b_xyxy)[None])
-
-
-def overlap(a_xyxy: Floats, b_xyxy: Floats) -> Floats:
-    """Intersection over union of boxes whose leading shapes broadcast. No epsilon: two empty boxes give 0."""
-    sides = np.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - np.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    np.maximum(sides, 0, out=sides)
-    shared = sides[..., 0] * sides[..., 1]
-    union = _area(a_xyxy) + _area(b_xyxy) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
-
-
-def _area(boxes_xyxy: Floats) -> Floats:
-    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
-
-
 def nms(
     boxes_xyxy: Floats,
     scores: Floats,
@@ -66,8 +48,8 @@ def nms(
 ) -> Indices:
     """Indices of the boxes that greedy suppression keeps, best first, at most `max_det`.
 
-    A box goes when its overlap with a kept, better box of its class is over `iou` (strictly); ties in score keep
-    the given order. Overlap is computed in float32 on the class-shifted boxes, because that is what YOLOv5 computes.
+    A box is removed when its overlap with a kept, better box of its class is over `iou` (strictly); ties in score keep
+    the given order. Overlap is computed in float32 on the class-shifted boxes, as in YOLOv5.
     Work stops when `max_det` boxes are found, which changes nothing: later boxes cannot remove earlier ones.
     """
     boxes_xyxy, scores = np.asarray(boxes_xyxy, np.float32), np.asarray(scores)
@@ -96,7 +78,7 @@ def _suppress(sides: Floats, iou: np.float32, max_det: int) -> Indices:
 def float32_below(value: float) -> np.float32:
     """The largest float32 that is not above `value`.
 
-    The original compares float32 overlaps with a double; a float32 is over the double exactly when it is over this.
+    YOLOv5 compares float32 overlaps with a float64 threshold. A float32 is over that exactly when it is over this.
     """
     nearest = np.float32(value)
     return nearest if float(nearest) <= value else np.nextafter(nearest, np.float32(-np.inf))
@@ -107,7 +89,7 @@ def best_first(scores: Floats, count: int) -> Indices:
     if len(scores) <= count:
         return np.argsort(-scores, kind="stable")
     least = np.partition(scores, len(scores) - count)[len(scores) - count]
-    candidates = np.flatnonzero(scores >= least)  # with all that tie with the last one
+    candidates = np.flatnonzero(scores >= least)  # with all whose score equals the last one
     return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
 
 
@@ -121,7 +103,7 @@ def _where(mask: NDArray[np.bool_]) -> tuple[Indices, Indices]:
 def _overlapping(a: Floats, b: Floats, iou: np.float32) -> NDArray[np.bool_]:
     """(N, M): which boxes of (4, N) and (4, M) overlap more than `iou`.
 
-    All pairs, one coordinate at a time: eight times cheaper a pair than gathering the pairs of equal classes.
+    All pairs are compared, one coordinate at a time: per pair eight times as fast as gathering pairs of equal classes.
     """
     width = np.minimum(a[2][:, None], b[2]) - np.maximum(a[0][:, None], b[0])
     height = np.minimum(a[3][:, None], b[3]) - np.maximum(a[1][:, None], b[1])
@@ -133,7 +115,7 @@ def _overlapping(a: Floats, b: Floats, iou: np.float32) -> NDArray[np.bool_]:
 
 
 def _greedy(sides: Floats, iou: np.float32) -> NDArray[np.bool_]:
-    """Which boxes (4, N), sorted best first, greedy suppression keeps; as a fixed point over the pairs that overlap.
+    """Mask of the boxes (4, N), sorted best first, that greedy suppression keeps: a fixed point over overlapping pairs.
 
     Round n is right for every box at the end of a chain of at most n suppressions, so the result that no longer
     changes is the sequential one.

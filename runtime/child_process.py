@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
 def run_child(
@@ -40,6 +41,27 @@ def limit(memory_bytes: int, cpu_seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def refusal(statement: str, data: bytes, cpu_seconds: float) -> str:
+    """Why a child that tries to load `data` refuses it or ends on it, in one line; empty where it accepts.
+
+    The child limits itself to `cpu_seconds`, and says its answer by `answer`.
+    """
+    try:
+        done = run_child(statement, data=data, timeout_s=2 * cpu_seconds)
+    except subprocess.TimeoutExpired:
+        return f"loading it takes more than {2 * cpu_seconds} s"
+    if done.returncode < 0:
+        return f"loading it ends the reader (signal {-done.returncode}: a crash, or more time than allowed)"
+    return last_line(done) if done.returncode else ""
+
+
+def answer(reason: str) -> NoReturn:
+    """End this process, the child: it refuses for a reason, or accepts without one."""
+    if reason:
+        print(reason, file=sys.stderr)
+    sys.exit(1 if reason else 0)
 
 
 def last_line(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -87,13 +87,13 @@ def detect(options: argparse.Namespace) -> None:
     ):
         log_choice(detector)
         detect_frames(detector, reader, writer, as_json=options.json)
-    if reader.losses:
-        more = f" (and {len(reader.losses) - 1} more)" if len(reader.losses) > 1 else ""
-        raise EdgestillError(f"not all was read: {reader.losses[0]}{more}")
+    if reader.failures:
+        more = f" (and {len(reader.failures) - 1} more)" if len(reader.failures) > 1 else ""
+        raise EdgestillError(f"not all was read: {reader.failures[0]}{more}")
 
 
 def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter | None, *, as_json: bool) -> None:
-    """Print a line for each frame, as text or JSON, and write it with its boxes where there is a writer."""
+    """Print a line for each frame, as text or JSON, and write it with its boxes if there is a writer."""
     from runtime.detections import draw, label_problem
 
     names = detector.card.names
@@ -106,7 +106,7 @@ def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter 
         except InputError as error:  # an image of another size than a model with a fixed frame takes
             if frame.fps is not None:
                 raise
-            reader.lose(f"{frame.source}: {error}")
+            reader.report_failure(f"{frame.source}: {error}")
             continue
         milliseconds = (time.perf_counter() - started) * 1e3
         saved = writer.write(frame, draw(frame.image, found, names)) if writer else None
@@ -118,7 +118,7 @@ def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter 
 
 
 def log_choice(detector: Detector) -> None:
-    """Log the file that runs, and why each file before it does not."""
+    """Log which file runs, and for each file before it why it does not run."""
     for file, reason in detector.skipped:
         log(f"skipped {file}: {reason}")
     file = detector.artifact.file if detector.artifact else detector.card.name

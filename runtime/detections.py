@@ -19,7 +19,7 @@ PALETTE_BGR = (
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MAX_LISTED = 10
-"""Names in one warning."""
+"""Most names in one warning."""
 
 
 class Detection(NamedTuple):
@@ -74,7 +74,7 @@ class Detections:
             yield Detection(tuple(box), score, class_id)
 
     def __getitem__(self, which: int | slice | Sequence[int] | NDArray[Any]) -> Detections:
-        """A part of the detections, in the order asked for: an index, a slice, a list of indices or a mask."""
+        """Some of the detections, in the given order: an index, a slice, a list of indices or a mask."""
         which = [which] if isinstance(which, (int, np.integer)) else which
         return Detections(self.xyxy[which], self.score[which], self.class_id[which])
 
@@ -92,7 +92,7 @@ class Detections:
 
 
 def name_of(class_id: int, names: Sequence[str]) -> str:
-    """The class's name, or its number where the list is too short."""
+    """The class's name, or its number if the list is too short."""
     return names[class_id] if class_id < len(names) else str(class_id)
 
 
@@ -112,7 +112,7 @@ def draw(image: NDArray[np.uint8], detections: Detections, names: Sequence[str] 
 
 
 def drawn_name(class_id: int, names: Sequence[str]) -> str:
-    """The class's name where every letter of it can be drawn, else `class` and its number."""
+    """The class's name if every letter of it can be drawn, else `class` and its number."""
     name = name_of(class_id, names)
     return name if all(map(has_glyph, name)) else f"class {class_id}"
 
@@ -146,7 +146,7 @@ def _sample(text: str) -> NDArray[np.uint8]:
 def _label(
     canvas: NDArray[np.uint8], text: str, corner_xy: tuple[int, int], colour: tuple[int, int, int], thickness: int
 ) -> None:
-    """A filled tag above the corner, or inside the box where there is no room above."""
+    """A filled tag above the corner, or inside the box if there is no room above."""
     scale, weight = thickness / 3, max(1, thickness - 1)
     (width, height), drop = cv2.getTextSize(text, FONT, scale, weight)
     left, top = corner_xy

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +67,7 @@ class Detector:
 
         `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused. `variant` picks one
         precision or file of a bundle; `threads` limits the threads of the CPU. With `spin` these wait actively for the
-        next frame: fastest where frames follow at once, and over twice the CPU time on a camera. Raises UsageError,
+        next frame: fastest when frames follow at once, at over twice the CPU time on a camera. Raises UsageError,
         InputError, UnavailableError or EngineError with one line: what is wrong and what helps.
         """
         if device not in DEVICES:
@@ -83,7 +82,7 @@ class Detector:
             return cls._open(files[0], read_checked(files[0]), conf, options)
         skipped: list[tuple[str, str]] = []
         for file in files:
-            contents = read_checked(file) if file.path.is_file() else {}  # a changed file is never passed over
+            contents = read_checked(file) if file.path.is_file() else {}  # a changed file is an error, not skipped
             try:
                 refuse_unsuited(file, device)
                 detector = cls._open(file, contents, conf, options)
@@ -114,7 +113,7 @@ class Detector:
         return self._backend.providers
 
     def __call__(self, frame: Image) -> Detections:
-        """Boxes of one uint8 BGR frame (H, W, 3). Raises InputError when it is something else."""
+        """The boxes in one uint8 BGR frame (H, W, 3). Raises InputError when it is anything else."""
         prepared = self.preprocess(frame)
         return self.postprocess(self.infer(prepared), prepared)
 
@@ -123,8 +122,8 @@ class Detector:
         height, width = checked_frame(frame)
         if self.card.input == "frame":
             return self._whole_frame(frame, (height, width))
-        place = geometry((height, width), self.card.size_hw, auto=False, scale_up=True, stride=self.card.stride)
-        canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change under queued frames
+        place = geometry((height, width), self.card.size_hw)
+        canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change while frames are queued
         fill_border(canvas[0], place)
         paste(canvas[0], frame, place)
         array: Array = canvas
@@ -179,9 +178,7 @@ class Detector:
     def __enter__(self) -> Detector:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -1,8 +1,9 @@
 """Build the TensorRT plan of an ONNX file, with TensorRT 8.6 to 11 or with TensorRT-RTX.
 
-Precision lives in the ONNX file, never in builder flags: TensorRT 11 has none. One function serves every version by
-asking what its module offers, not which version it is. Any ERROR line that TensorRT logs is a failed build, because
-several bad requests only log and still return an engine. Each build runs in a child process: builds leak, and crash.
+The precision is in the ONNX file, not in builder flags: TensorRT 11 has none. One function supports every version: it
+checks what the module offers, not which version it is. Any ERROR line that TensorRT logs is a failed build, because
+several bad requests only log and still return an engine. Each build runs in a child process: builds leak memory and
+can crash.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ShapeRange(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """All that one build depends on, as plain values, because it crosses into a child process."""
+    """All that one build depends on, as plain values, because it is sent to a child process."""
 
     onnx: str
     backend: str
@@ -100,7 +101,7 @@ def build_engine(
 
     `targets` ("sm86", ...) are for tensorrt_rtx, which builds ahead of time; plain TensorRT builds for the GPU that is
     there and says so in the log. `shapes` maps an input with open dimensions to (smallest, usual, largest).
-    `dla_core` and `hardware` are refused where the backend would silently ignore them. `timing_cache` is a file that
+    `dla_core` and `hardware` are refused if the backend would silently ignore them. `timing_cache` is a file that
     makes later builds with plain TensorRT faster. Raises InputError, UsageError, UnavailableError, or EngineError with
     TensorRT's own error lines.
     """
@@ -120,12 +121,12 @@ def build_engine(
     )
     refuse_ignored(request)
     with atomic_write(out_path) as temporary:
-        temporary.touch()  # a folder that cannot be written is found before the work, and named
+        temporary.touch()  # a folder that cannot be written is reported before the long build
         return _build_in_child(request, temporary.resolve())
 
 
 def resolve_backend(backend: str) -> str:
-    """The module to build with: "auto" takes tensorrt where it is installed, else tensorrt_rtx."""
+    """The module to build with: "auto" takes tensorrt if it is installed, else tensorrt_rtx."""
     if backend not in ("auto", *BUILDERS):
         raise UsageError(f"backend is {backend!r}, expected auto, {', '.join(BUILDERS)}")
     options = BUILDERS if backend == "auto" else (backend,)
@@ -146,7 +147,7 @@ def checked_shapes(name: str, triple: Sequence[Sequence[int]]) -> ShapeRange:
 
 
 def refuse_ignored(request: BuildRequest) -> None:
-    """TensorRT-RTX takes these requests, logs nothing or a warning, and builds as if they had not been made."""
+    """Raises UsageError for requests that TensorRT-RTX ignores, at most with a warning."""
     if request.workspace_mib < 1:
         raise UsageError(f"workspace is {request.workspace_mib} MiB, expected 1 or more")
     if request.hardware != "this" and request.hardware not in HARDWARE:
@@ -158,7 +159,7 @@ def refuse_ignored(request: BuildRequest) -> None:
 
 
 def _build_in_child(request: BuildRequest, plan: Path) -> BuildReport:
-    """Run this file's `main` in a fresh interpreter; the plan comes as a file, the rest as JSON on a second one."""
+    """Run this file's `main` in a new interpreter. It writes the plan to one file and the report to another."""
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         answer = Path(folder) / "answer.json"
         work = json.dumps({"request": asdict(request), "plan": str(plan), "answer": str(answer)})
@@ -224,7 +225,7 @@ def _build_here(request: BuildRequest, path: Path) -> dict[str, Any]:
 
 
 def build_plan(trt: Any, request: BuildRequest) -> tuple[bytes, list[str], list[str]]:
-    """(plan, targets, warnings) by the module `trt`, of any supported version. Raises EngineError on any error line."""
+    """(plan, targets, warnings) by the module `trt` of any supported version. Raises EngineError on any error line."""
     name = Path(request.onnx).name
     logger = collecting_logger(trt)
     builder = trt.Builder(logger)
@@ -256,7 +257,7 @@ def network_flags(trt: Any) -> int:
 
 
 def set_precision_flags(trt: Any, config: Any, network: Any) -> None:
-    """Only 8.6, which has no strong typing, must be allowed to use the types that the graph holds."""
+    """Allow the types of the graph. Only 8.6 needs this: it has no strong typing."""
     if getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None) is not None:
         return
     layers = [network.get_layer(index) for index in range(network.num_layers)]
@@ -289,7 +290,7 @@ def set_profile(builder: Any, config: Any, network: Any, request: BuildRequest) 
 
 
 def set_hardware(trt: Any, builder: Any, config: Any, request: BuildRequest) -> None:
-    """DLA and portability between GPUs; asked for and not offered is an error."""
+    """Set DLA and portability between GPUs. Raises UnavailableError when the module does not offer them."""
     if request.dla_core is not None:
         if not 0 <= request.dla_core < builder.num_DLA_cores:
             raise UnavailableError(f"dla_core is {request.dla_core}, {trt.__name__} sees {builder.num_DLA_cores} cores")
@@ -330,7 +331,7 @@ def set_targets(trt: Any, config: Any, request: BuildRequest) -> tuple[list[str]
 
 
 def set_timing_cache(trt: Any, config: Any, request: BuildRequest) -> None:
-    """Measured kernel times of earlier builds; TensorRT-RTX measures nothing and is about to drop the call."""
+    """Use the kernel times that earlier builds measured. TensorRT-RTX measures nothing, and will remove the call."""
     if request.timing_cache is None or request.backend == "tensorrt_rtx":
         return
     path = Path(request.timing_cache)

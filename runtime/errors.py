@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class EdgestillError(Exception):
-    """The work failed: `message` says value and expectation, `hint` says the remedy."""
+    """The work failed. `message` gives the value and what was expected, `hint` the remedy."""
 
     exit_code = 1
 
@@ -22,7 +22,7 @@ class EdgestillError(Exception):
 
 
 class UsageError(EdgestillError):
-    """The request itself is wrong: an unknown option, key or name, or a combination that cannot be."""
+    """The request itself is wrong: an unknown option, key or name, or an impossible combination."""
 
     exit_code = 2
 
@@ -40,6 +40,6 @@ class EngineError(EdgestillError):
 
 
 def one_line(error: Exception, most: int = 300) -> str:
-    """The text of another library's error on one line; the name of its class where it has no text."""
+    """The text of another library's error on one line; the name of its class if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and their digests."""
+"""Write files so that they are complete or absent, and compute their digests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from runtime.errors import EdgestillError, InputError, one_line
 
 CHUNK_BYTES = 1 << 20
+MAX_JSON_BYTES = 2 << 30
 REMEDIES = {
     errno.ENOSPC: "Free some space, or write to another disk",
     errno.EDQUOT: "The quota is used up: free some space, or write to another disk",
@@ -59,7 +60,7 @@ def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Push a file or folder to the disk: without it a power cut can leave an empty file under the new name."""
+    """Write a file or folder to the disk itself: otherwise a power cut can leave an empty file under the new name."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -73,7 +74,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return  # the error that is being raised says more
+        return  # the error that is already being raised says more
 
 
 def unwritable(path: Path, error: OSError) -> EdgestillError:
@@ -91,7 +92,7 @@ def is_utf8(path: Path) -> bool:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """Hex digest of a file's bytes, which are read in blocks."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -99,12 +100,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: str | Path, *, most_bytes: int, hint: str = "") -> Any:
+def read_json(path: str | Path, hint: str = "") -> Any:
     """A JSON document that may come from anyone. Raises InputError when it is missing, too large, or not JSON."""
     path = Path(path)
     try:
-        if path.stat().st_size > most_bytes:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {most_bytes}", hint)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}", hint)
         return json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", hint) from error

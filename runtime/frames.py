@@ -18,21 +18,21 @@ from runtime.image import Image, read_image
 from runtime.sources import PIPELINE, Source
 
 MAX_FAILURES = 30
-"""Frames in a row that may fail; a damaged part of a file has a few, at the end of it all do."""
+"""Most successive frames that may fail. A damaged part of a file has a few; after its end, every frame fails."""
 STREAM_PATIENCE_S = 5.0
-"""A stream that gives no frame for so long, and does not block, is taken for dropped."""
+"""A stream that gives no frame for this long, and does not block, counts as dropped."""
 RECONNECT_PAUSE_S = 1.0
 TOLERANCE = 0.02
-"""A container's frame count may be an estimate: a file is taken for cut short beyond this share, and one frame."""
+"""A container's frame count may be an estimate: a file is cut short if more than this share and one are missing."""
 USUAL_FPS = 25.0
-"""Taken for a stream that does not say its rate."""
+"""The rate of a stream that does not give one."""
 MAX_FPS = 1000.0
 
 
 class Frame(NamedTuple):
     """`image` uint8 (H, W, 3) BGR; `number` counts the frames of a source from 0; `fps` is None for an image file.
 
-    `repeat` is 1 and the number of frames that were passed over before this one.
+    `repeat` is 1 plus the number of frames that were skipped before this one.
     """
 
     source: str
@@ -46,7 +46,7 @@ class FrameReader:
     """Iterates over the frames of sources. `stride` N gives every Nth frame of a video; with `latest` a stream's frames
     are read in a thread and only the newest is given; `reconnect` is how often a dropped stream is opened again.
 
-    A file or frame that cannot be read is reported to `log`, counted in `losses` and skipped. Raises UsageError when an
+    A file or frame that cannot be read is logged, added to `failures` and skipped. Raises UsageError when an
     option is out of range or does not fit the sources.
     """
 
@@ -67,7 +67,7 @@ class FrameReader:
         if files and (latest or reconnect):
             option = "latest" if latest else "reconnect"
             raise UsageError(f"{option} is for cameras and streams, {files[0]} is a file", "Leave it out")
-        self.losses: list[str] = []
+        self.failures: list[str] = []
         self._sources, self._stride, self._latest, self._reconnect = sources, stride, latest, reconnect
         self._log = log
 
@@ -82,16 +82,16 @@ class FrameReader:
             else:
                 yield from self._stream(source)
 
-    def lose(self, reason: str) -> None:
+    def report_failure(self, reason: str) -> None:
         """Report and count something that could not be read."""
-        self.losses.append(reason)
+        self.failures.append(reason)
         self._log(f"skipped: {reason}")
 
     def _image(self, source: Source) -> Iterator[Frame]:
         try:
             image = read_image(Path(source.target))  # type: ignore[arg-type]
         except InputError as error:
-            self.lose(str(error))
+            self.report_failure(str(error))
             return
         yield Frame(source.name, 0, image)
 
@@ -105,10 +105,10 @@ class FrameReader:
     def _judge_end(self, source: Source, reading: Reading, total: int) -> None:
         missing = total - reading.number
         if reading.number == 0:
-            self.lose(f"{source.name}: no frame can be read from it, damaged or of an unknown codec")
+            self.report_failure(f"{source.name}: no frame can be read from it, damaged or of an unknown codec")
         elif reading.unreadable or missing > max(1, TOLERANCE * total):
             lost = max(reading.unreadable, missing)
-            self.lose(f"{source.name}: {lost} frames are unreadable or missing, {reading.number} were read")
+            self.report_failure(f"{source.name}: {lost} frames are unreadable or missing, {reading.number} were read")
 
     def _stream(self, source: Source) -> Iterator[Frame]:
         number = attempts = 0
@@ -123,12 +123,12 @@ class FrameReader:
                 self._judge_end(source, reading, total)
                 return
             if reading.unreadable:
-                self.lose(f"{source.name}: {reading.unreadable} frames are unreadable")
+                self.report_failure(f"{source.name}: {reading.unreadable} frames are unreadable")
             number = reading.number
             state = f"dropped after {number} frames" if number else "no frame can be read from it"
             if attempts == self._reconnect:
                 hint = "Check the address, the cable or the codec"
-                self.lose(f"{source.name}: {state}" + ("" if number else f". {hint}"))
+                self.report_failure(f"{source.name}: {state}" + ("" if number else f". {hint}"))
                 return
             attempts += 1
             self._log(f"{source.name}: {state}, connecting again ({attempts} of {self._reconnect})")
@@ -201,7 +201,7 @@ def _has_gstreamer() -> bool:
 
 
 def newest(frames: Iterator[Frame]) -> Iterator[Frame]:
-    """Read the frames in a thread as they come and give the newest one each time; those in between are passed over."""
+    """Read frames in a thread as they arrive, and give the newest one each time; those in between are skipped."""
     changed = threading.Condition()
     waiting: list[Frame] = []
     ended: list[EdgestillError | None] = []

@@ -1,7 +1,7 @@
-"""The identity of a model: one digest of its weights and of every setting that changes what it finds.
+"""The identity of a model: one digest of its weights and of every setting that changes its detections.
 
 `edgestill export` computes it, the card inside an ONNX file holds it, flavours and plans inherit it, and whoever puts
-files together or writes into a folder compares it. The precision stands beside it: FP32 and its flavours are one model.
+files together or writes into a folder compares it. The precision is no part of it: FP32 and its flavours are one model.
 `conf` is no part of it, since every call may choose one. Files that edgestill did not export, or exported before models
 had an identity, have "": they run, but are never taken for the same model as another file.
 """
@@ -43,7 +43,7 @@ def weights_digest(structure: Any, tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def identity_of(card: ModelCard) -> str:
-    """Hex sha256 of the card's weights and settings; empty where the weights are not known."""
+    """Hex sha256 of the card's weights and settings; empty if the weights are not known."""
     if not card.weights:
         return ""
     values = {"weights": card.weights, **{key: getattr(card, key) for key in SETTINGS}, "iou": float(card.iou)}

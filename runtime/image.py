@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Twice Pillow's warning limit, where it calls an image a decompression bomb: half a gigabyte decoded."""
+"""Half a gigabyte decoded: twice the limit above which Pillow warns of a decompression bomb."""
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_IMAGE_PIXELS))  # OpenCV reads it once, when it is loaded
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # the messages of its decoders would stand beside our one-line error
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # its decoders would print messages beside our one-line error
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # the same for FFmpeg, which also prints addresses
 
 import cv2  # noqa: E402
@@ -46,8 +46,8 @@ Image = NDArray[np.uint8]
 def read_image(path: str | Path) -> Image:
     """Decode an image to uint8 (H, W, 3) BGR, turned upright by its EXIF orientation.
 
-    Of 16-bit pixels the upper 8 bits are taken. Pixels that use 12 of the 16 bits or fewer would become black or nearly
-    so; they are refused, as are float and 32-bit pixels, whose range the file does not say.
+    Of 16-bit pixels the upper 8 bits are used. Pixels that use 12 of the 16 bits or fewer would become black or nearly
+    black; they are refused, as are float and 32-bit pixels, whose range the file does not give.
 
     Raises InputError when the file is missing, empty, cut short, larger than `MAX_IMAGE_PIXELS`, or not an image.
     """
@@ -125,7 +125,7 @@ def _too_large(path: str | Path) -> InputError:
 
 
 class Letterboxed(NamedTuple):
-    """`image` uint8 BGR; frame pixel p lies at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
+    """`image` uint8 BGR; frame pixel p is at `p * gain + pad_wh`; the pad is unrounded, as in YOLOv5."""
 
     image: Image
     gain: float
@@ -143,33 +143,24 @@ class Geometry(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def geometry(
-    frame_hw: tuple[int, int], size_hw: tuple[int, int], *, auto: bool, scale_up: bool, stride: int
-) -> Geometry:
-    """Geometry of YOLOv5's letterbox: scale to fit, split the rest, the odd pixel right and below."""
+def geometry(frame_hw: tuple[int, int], size_hw: tuple[int, int], *, scale_up: bool = True) -> Geometry:
+    """Geometry of YOLOv5's letterbox: scale to fit, split the rest, the odd pixel right and below.
+
+    `scale_up` False never enlarges.
+    """
     (height, width), (canvas_height, canvas_width) = frame_hw, size_hw
     gain = min(canvas_height / height, canvas_width / width)
     if not scale_up:
         gain = min(gain, 1.0)
     resized = max(1, round(height * gain)), max(1, round(width * gain))
-    missing = canvas_height - resized[0], canvas_width - resized[1]
-    if auto:
-        missing = missing[0] % stride, missing[1] % stride
-    pad_height, pad_width = missing[0] / 2, missing[1] / 2
-    top, bottom = round(pad_height - 0.1), round(pad_height + 0.1)
-    left, right = round(pad_width - 0.1), round(pad_width + 0.1)
-    canvas = resized[0] + top + bottom, resized[1] + left + right
-    return Geometry(canvas, resized, gain, (pad_width, pad_height), (left, top))
+    pad_height, pad_width = (canvas_height - resized[0]) / 2, (canvas_width - resized[1]) / 2
+    left_top = round(pad_width - 0.1), round(pad_height - 0.1)
+    return Geometry(size_hw, resized, gain, (pad_width, pad_height), left_top)
 
 
-def letterbox(
-    image: Image, size_hw: tuple[int, int], *, auto: bool = False, scale_up: bool = True, stride: int = 32
-) -> Letterboxed:
-    """Scale to fit `size_hw` (bilinear) and pad with grey 114; returns a new array.
-
-    `auto` pads only to the next multiple of `stride` (YOLOv5's minimum rectangle); `scale_up` False never enlarges.
-    """
-    place = geometry(_size_hw(image), size_hw, auto=auto, scale_up=scale_up, stride=stride)
+def letterbox(image: Image, size_hw: tuple[int, int], *, scale_up: bool = True) -> Letterboxed:
+    """Scale to fit `size_hw` (bilinear) and pad with grey 114; returns a new array. `scale_up` as for `geometry`."""
+    place = geometry(_size_hw(image), size_hw, scale_up=scale_up)
     canvas = np.empty((*place.canvas_hw, 3), np.uint8)
     fill_border(canvas, place)
     paste(canvas, image, place)
@@ -192,21 +183,6 @@ def fill_border(canvas: Image, place: Geometry) -> None:
     canvas[top + height :] = LETTERBOX_FILL
     canvas[:, :left] = LETTERBOX_FILL
     canvas[:, left + width :] = LETTERBOX_FILL
-
-
-def resize_longest(image: Image, size: int, *, enlarge_or_augment_linear: bool) -> Image:
-    """Scale so that the longest side is `size`, as YOLOv5 v7.0's data loader does: sizes are truncated.
-
-    Bilinear when enlarging or when `enlarge_or_augment_linear` (images that augmentation will warp), else INTER_AREA.
-    An image that already fits is returned as it is.
-    """
-    height, width = _size_hw(image)
-    ratio = size / max(height, width)
-    if ratio == 1:
-        return image
-    linear = enlarge_or_augment_linear or ratio > 1
-    resized_wh = max(1, int(width * ratio)), max(1, int(height * ratio))
-    return cv2.resize(image, resized_wh, interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)  # type: ignore[return-value]
 
 
 def to_tensor(images_bgr: Image) -> NDArray[np.float32]:

@@ -27,9 +27,9 @@ PACKAGES = {
     "pycuda": ("pycuda",),
     "torch": ("torch",),
 }
-"""Import name -> the distributions that bring it."""
+"""Import name -> the distributions that install it."""
 UNKNOWN = "unknown"
-"""Version of a backend's library that is there without metadata, as JetPack installs TensorRT."""
+"""The version of a backend's library that was installed without metadata, as TensorRT is by JetPack."""
 VERSION_PARTS = 3
 GPU_FIELDS = {
     "name": "name",
@@ -39,7 +39,7 @@ GPU_FIELDS = {
 }
 JETSON_MODEL = Path("/proc/device-tree/model")
 JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3"}
-"""nvidia-smi of a Jetson, where there is one, does not give the compute capability. The order matters: an Orin Nano
+"""nvidia-smi of a Jetson, if there is one, does not give the compute capability. The order matters: an Orin Nano
 must be found as Orin."""
 NVIDIA_BOARD = re.compile("NVIDIA|Jetson")
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -75,7 +75,7 @@ def usable_cpus() -> list[int]:
 
 
 def usable_cores() -> int:
-    """Logical CPUs that this process may use at once: their number, or the container's CPU quota where it is less."""
+    """Logical CPUs that this process may use at once: their number, or the container's CPU quota if it is less."""
     return _within_quota(len(usable_cpus()))
 
 
@@ -85,7 +85,7 @@ def compute_threads() -> int:
 
 
 def _within_quota(cores: int) -> int:
-    """Rounded down: threads beyond the quota stop all of them for the rest of each period."""
+    """`cores`, or the CPU quota rounded down: with more threads than that, all stop for the rest of each period."""
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -137,7 +137,7 @@ def _read_text(path: Path) -> str:
 
 
 def gpus() -> list[dict[str, str]]:
-    """NVIDIA GPUs by nvidia-smi, or a Jetson's own by its board name; empty where there is none."""
+    """NVIDIA GPUs by nvidia-smi, or a Jetson's own by its board name; empty if there is none."""
     program = shutil.which("nvidia-smi")
     command = [str(program), f"--query-gpu={','.join(GPU_FIELDS.values())}", "--format=csv,noheader,nounits"]
     listed = parse_gpus(_output(command)) if program else []
@@ -217,7 +217,7 @@ def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
 
 
 def same_version(left: str, right: str) -> bool:
-    """Equal as far as both are given: a module says 10.3.0 where its package says 10.3.0.26."""
+    """Whether versions are equal as far as both are given: a module says 10.3.0 and its package 10.3.0.26."""
     pairs = list(zip(left.split("."), right.split("."), strict=False))
     return len(pairs) >= VERSION_PARTS and all(a == b for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""Numbers on a command line of the standard library: types for argparse that take a range and say which."""
+"""Types for argparse: numbers within a range, which the error names."""
 
 from __future__ import annotations
 

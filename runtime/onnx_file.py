@@ -40,7 +40,7 @@ def _pair(entry: bytes) -> tuple[str, str]:
 
 
 def _fields(file: BinaryIO, size: int, *, keep_all: bool = False) -> Iterator[tuple[int, bytes]]:
-    """(field number, bytes) of every length-delimited field; the bytes are empty where the field is not wanted."""
+    """(field number, bytes) of every length-delimited field; the bytes are empty if the field is not wanted."""
     for _ in range(MAX_FIELDS):
         if file.tell() == size:
             return

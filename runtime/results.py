@@ -6,7 +6,6 @@ import os
 import re
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import cv2
@@ -43,7 +42,7 @@ class ResultWriter:
         self._frames = 0
 
     def write(self, frame: Frame, drawn: Image) -> Path:
-        """Write one drawn frame and return the file that holds it; `drawn` has the size of the frame."""
+        """Write one drawn frame and return its file; `drawn` has the size of the frame."""
         if frame.fps is None:
             return self._write_image(Path(frame.source), drawn)
         return self._write_video(frame, frame.fps, drawn)
@@ -97,9 +96,7 @@ class ResultWriter:
     def __enter__(self) -> ResultWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -74,6 +74,21 @@ def _files(text: str) -> list[Path]:
     return usable
 
 
+def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
+    """Image files below `folder`. Links to folders are followed, except to a folder that holds one of `above`: a cycle.
+
+    A broken link is listed too, so that its reader reports it.
+    """
+    real = folder.resolve()
+    if any(one.is_relative_to(real) for one in above):
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from image_files(entry, (*above, real))
+        elif entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
+            yield entry
+
+
 def _is_device(path: Path) -> bool:
     """True for a camera's device (/dev/video0) or a named pipe."""
     if not path.exists():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from runtime.errors import EdgestillError, one_line
 from runtime.text import printable, without_credentials
 
 
@@ -14,6 +17,29 @@ def escape_what_cannot_be_printed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def exit_code_of(command: Callable[[], int | None]) -> int:
+    """Run a command line: its own exit code or 0; 1 where the work failed, 2 for wrong usage.
+
+    An error is one line on standard error.
+    """
+    escape_what_cannot_be_printed()
+    try:
+        code = command()
+        sys.stdout.flush()
+    except EdgestillError as error:
+        log(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`: nothing more may be written to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a path that cannot even be looked at, a disk that fails
+        log(f"error: {one_line(error)}")
+        return 1
+    return code or 0
 
 
 def log(line: str) -> None:

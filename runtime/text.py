@@ -8,7 +8,7 @@ HIDDEN = "***"
 ADDRESS = re.compile(r"\w{2,}:/| ! ")
 """A URL, also one that pathlib has shortened to one slash, or a GStreamer pipeline."""
 USER_INFO = re.compile(r"(\w{2,}:/{1,2}).*@", re.DOTALL)
-"""To the last @: people leave /, @ and # in a password as they are."""
+"""Up to the last @, because passwords in addresses often contain /, @ and #."""
 SECRETS = re.compile(
     r"""([\w-]*(?:pass|pwd|-pw|token|secret|key|sig|auth|user|login|cred)[\w-]*\s*=\s*)("[^"]*"|'[^']*'|[^&;,\s]+)""",
     re.IGNORECASE,

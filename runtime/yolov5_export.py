@@ -13,20 +13,20 @@ from runtime.card import ModelCard
 from runtime.errors import InputError
 
 DEFAULT_SIZE = 640
-"""Height and width of the input where the file leaves them open."""
+"""Height and width of the input if the file leaves them open."""
 CONF, IOU, MAX_DET = 0.25, 0.45, 1000
 """Defaults of YOLOv5's detect."""
 MAX_NAMES_CHARS = 1 << 20
 WANTED = "expected YOLOv5's float [1, 3, H, W] -> [1, N, 5 + classes]"
 STRIDES = (4, 8, 16, 32, 64, 128)
-"""A detector has neighbouring ones of these, 16 among them; YOLOv5's own have 8 to 32, or 8 to 64."""
+"""A detector has successive ones of these, with 16 among them; YOLOv5's own have 8 to 32, or 8 to 64."""
 ANCHORS = ((2, (3,)), (3, range(1, 10)))
-"""Fewest levels -> anchors of a level that are looked for. With more choices for two levels, grids of small images
+"""Least number of levels -> the numbers of anchors to try. With more choices for two levels, grids of small images
 have as many rows as files with NMS inside: five anchors at strides 16 and 32 of 64x64 are 100."""
 
 
 def yolov5_card(path: Path, metadata: Mapping[str, str], backend: Backend) -> ModelCard:
-    """The card of the loaded file. Where the file leaves the output's shape open, a black image shows it.
+    """The card of the loaded file. If the file leaves the output's shape open, a black image is run to find it.
 
     Raises InputError when the shapes or the metadata are not those of a YOLOv5 detector: a file with NMS inside has
     [1, N, 6] too, but not one row for each anchor of its grids.
@@ -88,7 +88,7 @@ def _require_grid(path: Path, size_hw: tuple[int, int], spec: TensorSpec) -> Non
 
 
 def _names(path: Path, text: str | None, count: int) -> tuple[str, ...]:
-    """From `{0: 'person', ...}` or `['person', ...]`; numbered classes where the file does not name them."""
+    """From `{0: 'person', ...}` or `['person', ...]`; numbered classes if the file does not name them."""
     if text is None:
         return tuple(f"class{index}" for index in range(count))
     names = _parse_names(text[:MAX_NAMES_CHARS])

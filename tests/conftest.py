@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # before torch is imported, here and in the commands that tests start: tiny networks gain nothing from a second thread,
-# and where other work runs beside, two threads that wait for each other took a 40-second pipeline over 500 seconds
+# and if other work runs beside, two threads that wait for each other took a 40-second pipeline over 500 seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it, for tests that want two
 
@@ -27,7 +27,7 @@ def denormals_kept() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real images, checkpoints and reference numbers; tests that need it skip where it is absent."""
+    """The folder with real images, checkpoints and reference numbers; tests that need it skip if it is absent."""
     folder = Path(os.environ.get("EDGESTILL_SHARED", REPOSITORY.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"real data not found in {folder.name}/; set EDGESTILL_SHARED to its folder")

@@ -22,6 +22,7 @@ SMALLER = {
     r"map50_95<0\.30": "map50_95<0",
     r"--epochs \d+": "--epochs 1",
     r"(edgestill run \S+)": rf"\1 {SHORT} --set quantize.max_map_drop=1",
+    r"--seeds 5 --jobs 2": "--seeds 1 --set distill.epochs=1",
     r"(edgestill bench )": r"\1--set latency_samples=11 ",
     r"(edgestill quantize )": r"\1--set calibration_images=4 --set max_map_drop=1 ",
 }
@@ -30,7 +31,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader would stand: a data.yaml with images, and a checkpoint."""
+    """The folder of a reader: a data.yaml with images, and a checkpoint."""
     from compress.data.demo.generate import generate
 
     made = tmp_path_factory.mktemp("readme") / "job"

@@ -61,7 +61,7 @@ def opening_and_end(node: ast.expr) -> str:
 
 
 def texts(file: str, node: ast.expr) -> list[str]:
-    """What an argument may be: a literal, a constant, or either branch of a condition."""
+    """Texts that an argument may have: a literal, a constant, or either branch of a condition."""
     if isinstance(node, ast.IfExp):
         return texts(file, node.body) + texts(file, node.orelse)
     if isinstance(node, ast.Name):

@@ -1,4 +1,4 @@
-"""The version stands in runtime/__init__.py, from which the package is built, and everything else repeats it."""
+"""The version is written in runtime/__init__.py; the package is built from it, and every other place repeats it."""
 
 from __future__ import annotations
 

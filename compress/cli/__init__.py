@@ -27,6 +27,7 @@ COMMANDS = {
     "build": "files",
     "bench": "files",
     "report": "runs",
+    "study": "runs",
     "detect": "tools",
     "inspect": "tools",
     "doctor": "tools",

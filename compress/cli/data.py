@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from compress.cli.options import FILE, as_json, print_json, say, setting
+from compress.cli.options import FILE, as_json, say, setting, show
 from runtime.errors import EdgestillError, UsageError
 
 
@@ -39,10 +39,7 @@ def check(file: Path, as_json: bool) -> None:
     from compress.data import load_data
 
     result = checks.check(load_data(file))
-    if as_json:
-        print_json(result.to_json())
-    else:
-        click.echo(result.to_text())
+    show(result.to_json(), result.to_text(), as_json)
     if not result.ok:
         raise EdgestillError(f"{file}: {result.verdict}")
 

@@ -16,13 +16,13 @@ from compress.cli.options import (
     imgsz,
     indexed,
     numbered,
-    print_json,
     run_alone,
     run_folder,
     say,
     show,
 )
 from runtime.errors import UsageError
+from runtime.files import read_json
 from runtime.identity import OccupiedError
 
 
@@ -46,7 +46,7 @@ def export(weights: Path, data: Path | None, frame: str | None, out: Path | None
     more = {"export.frame": _frame(frame)} if frame else {}
     inputs = cache(lambda: Inputs(weights, validation_of(indexed(data, "val")) if data else None))
     folder = into(out, Path("runs/export"), lambda target: run_alone(STAGE, inputs, target, more))
-    show(folder / "export.json", as_json, lines=lambda _: (folder / SHIPPED, folder / CONVENTIONAL))
+    show(read_json(folder / "export.json"), f"{folder / SHIPPED}\n{folder / CONVENTIONAL}", as_json)
 
 
 def into(out: Path | None, default: Path, work: Callable[[Path], None]) -> Path:
@@ -84,11 +84,9 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
 
     target = out or model.parent
     run_alone(STAGE, lambda: Inputs(model, indexed(data)), target)
-    show(
-        target / "quantize.json",
-        as_json,
-        lines=lambda files: [model if f["name"] == REFERENCE else target / f["file"] for f in files if f["kept"]],
-    )
+    files = read_json(target / "quantize.json")
+    kept = [model if file["name"] == REFERENCE else target / file["file"] for file in files if file["kept"]]
+    show(files, "\n".join(map(str, kept)), as_json)
 
 
 @click.command()
@@ -103,7 +101,7 @@ def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool
 
     more = {"build.targets": target.split(",")} if target else {}
     folder = into(out, Path("runs/build"), lambda folder: run_alone(STAGE, lambda: by_precision(models), folder, more))
-    show(folder / "build.json", as_json, lines=lambda _: [folder])
+    show(read_json(folder / "build.json"), folder, as_json)
 
 
 @click.command()
@@ -122,8 +120,4 @@ def bench(models: tuple[Path, ...], data: Path, out: Path | None, as_json: bool)
     files = [MeasuredFile(model) for model in models]
     folder = out or run_folder(Path("runs"), "bench", exist_ok=False, resume=False)
     run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), folder)
-    report = write_report(folder)
-    if as_json:
-        print_json(report.data)
-    else:
-        click.echo(folder / "report.html")
+    show(write_report(folder).data, folder / "report.html", as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -133,7 +133,7 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
 
     A --set may leave out `own`, the part of the recipe that the command is about.
     """
-    from compress.recipe import validate, with_change, with_value
+    from compress.recipe import parse, with_change, with_value
 
     meta = click.get_current_context().meta
     raw: dict[str, Any] = {}
@@ -142,7 +142,12 @@ def settings(group: type[Any], own: str, more: Mapping[str, Any] | None = None) 
     for change in given_changes():
         full = change.partition("=")[0].partition(".")[0] in group.model_fields
         raw = with_change(raw, change if full else f"{own}.{change}")
-    return validate(group, raw, f"edgestill {click.get_current_context().info_name}")
+    return parse(group, raw, f"edgestill {click.get_current_context().info_name}")
+
+
+def given_settings() -> tuple[str, ...]:
+    """The settings that options gave to the running command, in the form of --set."""
+    return tuple(f"{key}={value}" for key, value in click.get_current_context().meta.get(GIVEN, {}).items())
 
 
 def given_changes() -> tuple[str, ...]:
@@ -204,10 +209,9 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, default=str))
 
 
-def show(document: Path, as_json: bool, *, lines: Callable[[Any], Iterable[object]]) -> None:
-    """Print the JSON file that a stage wrote, or the `lines` that are made of it."""
-    content = json.loads(document.read_text(encoding="utf-8"))
+def show(document: Any, text: object, as_json: bool) -> None:
+    """Print a result as JSON or as text."""
     if as_json:
-        print_json(content)
+        print_json(document)
     else:
-        click.echo("\n".join(map(str, lines(content))))
+        click.echo(text)

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.options import FILE, SCALE, as_json, changes, given_changes, imgsz, print_json, say, setting
+from compress.cli.options import (
+    FILE,
+    SCALE,
+    as_json,
+    changes,
+    given_changes,
+    given_settings,
+    imgsz,
+    print_json,
+    say,
+    setting,
+    show,
+)
 from runtime.errors import EdgestillError, UsageError
 
 if TYPE_CHECKING:
@@ -73,12 +85,37 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("file", type=FILE, metavar="RECIPE")
+@changes
+@click.option("--arms", default="", metavar="NAME,...", help="Arms to run; default all of the recipe's study.")
+@setting("--seeds", key="study.seeds", help="Trainings of each arm; more make the intervals narrower.")
+@setting("--jobs", key="study.jobs", help="Trainings at a time, each with one CPU thread.")
+@click.option("--out", type=FILE, help="Folder of the study; default runs/<name of the recipe>-study.")
+@as_json
+def study(file: Path, arms: str, out: Path | None, as_json: bool) -> None:
+    """Compare ways to train the student, over paired seeds, on the test split.
+
+    Runs that are done are kept; a killed study goes on where it was.
+    """
+    from compress.recipe import load_recipe
+    from compress.study import run_study
+    from compress.study.render import to_markdown
+    from runtime.files import read_json
+
+    recipe = load_recipe(file, (*given_changes(), *given_settings()))
+    names = [name.strip() for name in arms.split(",") if name.strip()]
+    folder = out or Path("runs") / f"{recipe.name}-study"
+    document = read_json(run_study(recipe, folder, names, say))
+    show(document, to_markdown(document), as_json)
+
+
+@click.command()
 @click.argument("runs", type=FILE, nargs=-1, required=True, metavar="RUN...")
 @click.option("--fail-on", multiple=True, metavar="'map50_95<0.30'", help="Exit with 1 where this holds; repeatable.")
 @click.option("--out", type=FILE, help="Write the comparison as .html or .md.")
 @as_json
 def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Compare runs (folders or report.json files) and gate them for CI."""
+    """Compare runs (folders or report.json files) and check them for CI."""
     from benchmarks.compare import compare, to_markdown
     from benchmarks.compare import fail_on as violated
     from benchmarks.report import Report

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from compress.cli.options import FILE, as_json, print_json
+from compress.cli.options import FILE, as_json, show
 
 
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -32,10 +32,7 @@ def inspect(file: Path, as_json: bool) -> None:
     from compress.inspection import as_text, inspect_file
 
     facts = inspect_file(file)
-    if as_json:
-        print_json(facts)
-    else:
-        click.echo(as_text(facts))
+    show(facts, as_text(facts), as_json)
 
 
 @click.command()
@@ -45,7 +42,4 @@ def doctor(as_json: bool) -> None:
     from compress.doctor import as_text, examine, to_json
 
     found = examine()
-    if as_json:
-        print_json(to_json(found))
-    else:
-        click.echo(as_text(found))
+    show(to_json(found), as_text(found), as_json)

@@ -18,19 +18,18 @@ from compress.cli.options import (
     imgsz,
     indexed,
     is_given,
-    print_json,
     resumed_folder,
     run_alone,
     run_folder,
     say,
     setting,
     settings,
+    show,
 )
 from compress.processes import is_first_process
-from runtime.errors import UsageError
 
 
-def training_options(stage: str) -> Callable[[Any], Any]:
+def training_options(stage: str, project: str) -> Callable[[Any], Any]:
     """The options that `train` and `distill` have in common; `stage` is the part of the recipe that they change."""
     options = [
         click.option("--data", type=FILE, help="data.yaml: path, train, val, names; needed unless a run is resumed."),
@@ -52,7 +51,7 @@ def training_options(stage: str) -> Callable[[Any], Any]:
             help="Continue a run exactly where it was, with its settings and files: PATH is its folder, state.pt or "
             "last.safetensors; without PATH the newest run of this name.",
         ),
-        click.option("--project", type=FILE, help="Folder of the runs; default runs/train or runs/distill."),
+        click.option("--project", type=FILE, default=Path(project), help="Folder of the runs."),
         click.option("--name", default="exp", help="Folder of this run; a number is added where it exists."),
         click.option("--exist-ok", is_flag=True, help="Write into an existing folder of this name."),
         changes,
@@ -66,14 +65,14 @@ def training_options(stage: str) -> Callable[[Any], Any]:
     return decorate
 
 
-def _out(task: str, project: Path | None, name: str, exist_ok: bool, resume: str | None) -> Path:
+def _out(project: Path, name: str, exist_ok: bool, resume: str | None) -> Path:
     if resume:
         return resumed_folder(Path(resume))
-    return run_folder(project or Path("runs") / task, name, exist_ok=exist_ok, resume=resume is not None)
+    return run_folder(project, name, exist_ok=exist_ok, resume=resume is not None)
 
 
 class Begun(NamedTuple):
-    """What a run that is resumed began with; what the command line says besides goes before it."""
+    """The settings and files that a resumed run began with; those of the command line go before them."""
 
     config: Mapping[str, Any] = {}
     origin: Mapping[str, Any] = {}
@@ -101,7 +100,7 @@ def _begun(out: Path, resume: str | None) -> Begun:
 
 
 @click.command()
-@training_options("teacher")
+@training_options("teacher", "runs/train")
 def train(
     data: Path | None, weights: Path | None, scale: str | None, device: str, resume: str | None, **folder: Any
 ) -> None:
@@ -109,7 +108,7 @@ def train(
     from compress.stages.teacher import Config
     from compress.stages.teacher import train as run
 
-    out = _out("train", resume=resume, **folder)
+    out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     config, file = settings(Config, "teacher", {"teacher": begun.config}).teacher, begun.file("data", data)
     run(
@@ -120,14 +119,15 @@ def train(
 
 
 @click.command()
-@training_options("distill")
+@training_options("distill", "runs/distill")
 @click.option("--teacher", type=FILE, help="Checkpoint of the teacher; needed unless a run is resumed.")
+@setting("--init", key="student.init", help="Start from slices of the teacher, or from scratch.")
 @click.option(
     "--loss",
     "losses",
     multiple=True,
-    metavar="NAME=WEIGHT",
-    help="Distillation loss, and NAME.SETTING=VALUE for its settings; repeatable.",
+    metavar="NAME[=WEIGHT]",
+    help="Distillation loss, its weight by gradients or fixed; NAME.SETTING=VALUE for its settings; repeatable.",
 )
 def distill(
     data: Path | None,
@@ -142,7 +142,7 @@ def distill(
     """Train a student against a frozen teacher."""
     from compress.stages.distill import STAGE, Inputs
 
-    out = _out("distill", resume=resume, **folder)
+    out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     more: dict[str, Any] = {"distill": begun.config, "device": begun.device(device)}
     more |= {"student.scale": scale, "student.weights": weights}
@@ -154,15 +154,16 @@ def distill(
 
 
 def loss_choices(given: Sequence[str]) -> dict[str, Any]:
-    """("cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
-    from compress.recipe import with_change
+    """("soft", "cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
+    from compress.recipe import with_change, with_value
 
     raw: dict[str, Any] = {}
     for text in given:
-        key, equals, value = text.partition("=")
+        name, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--loss {text!r}: expected NAME=WEIGHT", "For example --loss cwd=0.2")
-        raw = with_change(raw, f"{key if '.' in key else f'{key}.weight'}={value}")
+            raw = with_value(raw, name, {})
+        else:
+            raw = with_change(raw, f"{name if '.' in name else f'{name}.weight'}={value}")
     return raw
 
 
@@ -188,10 +189,7 @@ def _print_best(out: Path) -> None:
 @as_json
 def val(as_json: bool, **options: Any) -> None:
     """Measure mAP by YOLOv5's protocol and by COCO's."""
-    from compress.val import validate_file
+    from compress.validate_file import validate_file
 
     result = validate_file(**options)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        click.echo(result.to_text())
+    show(result.to_json(), result.to_text(), as_json)

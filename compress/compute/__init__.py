@@ -1,1 +1,1 @@
-"""Devices, floating-point hygiene and stopwatches."""
+"""Devices, checks of floating-point numbers, and stopwatches."""

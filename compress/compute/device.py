@@ -1,4 +1,4 @@
-"""The device that a request names, moving to it and waiting for it."""
+"""Find a device by name, move a module to it, and wait for it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ GPU_NUMBER = re.compile("[0-9]{1,2}")
 
 
 def pick_device(request: str) -> torch.device:
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, or YOLOv5's plain number `0`.
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, or YOLOv5's plain number `0`.
 
-    Of several processes on one machine (torchrun) each gets the GPU of its own number, whichever was asked for.
-    Raises UsageError when `request` is another word, UnavailableError when the GPU is not here.
+    Each of several processes on one machine (torchrun) gets the GPU of its own number, whatever `request` is.
+    Raises UsageError when `request` is anything else, UnavailableError when the GPU is not here.
     """
     if request == "auto":
         request = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +37,7 @@ def pick_device(request: str) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all queued work; on a CPU there is none."""
+    """Wait until the device has done all queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Floating-point hygiene: denormal numbers flushed on every CPU thread, non-finite losses named."""
+"""Flush denormal numbers to zero on every CPU thread, and stop a training on a loss that is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def all_threads_flush() -> bool:
 
 
 def require_finite(terms: torch.Tensor, names: Sequence[str], *, epoch: int, first_batch: int) -> None:
-    """Stop the training where a loss term is NaN or infinite.
+    """Stop the training if a loss term is NaN or infinite.
 
     `terms` is (batches, len(names)); `first_batch` numbers its first row within the epoch (from 0).
     Raises EdgestillError, naming the first bad batch and its terms, when one is found.

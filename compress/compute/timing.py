@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class Stopwatch:
-    """Adds up seconds by name. A phase ends when the work that it queued on `device` is done.
+    """Adds up seconds by name. A phase ends when `device` has done the work that the phase queued.
 
     `clock` returns seconds.
     """
@@ -33,7 +33,7 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
 
     def waits(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; the wait for each is counted under `name`."""
+        """The same items; the time that each takes to arrive is counted under `name`."""
         iterator = iter(items)
         while True:
             with self.phase(name):

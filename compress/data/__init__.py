@@ -1,6 +1,6 @@
 """Data sets: reading, indexing, checking, converting, generating, and batches for training and validation."""
 
-from compress.data.dataset import INDEX, Dataset, Index, Problem, Sample
+from compress.data.dataset import INDEX, Dataset, Problem, Sample, SplitIndex
 from compress.data.dataset_yaml import DataConfig, load_data
 from compress.data.index import index_dataset
 
@@ -8,9 +8,9 @@ __all__ = [
     "INDEX",
     "DataConfig",
     "Dataset",
-    "Index",
     "Problem",
     "Sample",
+    "SplitIndex",
     "index_dataset",
     "load_data",
 ]

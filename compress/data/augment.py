@@ -1,4 +1,4 @@
-"""Augmentation as pure functions of drawn numbers; `draw_plan` draws all of them for (seed, epoch, index).
+"""Augmentation as pure functions of random numbers; `draw_plan` draws all of them for (seed, epoch, index).
 
 Images are uint8 BGR (H, W, 3). Boxes are float32 rows [class, x1, y1, x2, y2] in pixels. The geometry follows
 YOLOv5 v7.0: mosaic on a canvas of twice the size, then one affine or perspective warp, HSV, flips.
@@ -44,7 +44,7 @@ class Warp(NamedTuple):
 
 
 class Mosaic(NamedTuple):
-    """Where four images meet on the canvas, and which four: top left, top right, bottom left, bottom right."""
+    """The point at which four images meet on the canvas, and the images: top left and right, bottom left and right."""
 
     centre_xy: tuple[int, int]
     indices: tuple[int, int, int, int]
@@ -111,7 +111,7 @@ def compose(plan: AugmentPlan, load: Load, index: int, size: int) -> tuple[Image
     """The geometry of `apply_plan` alone: mosaic, mixup and warp; boxes in pixels of the (size, size) image."""
     if plan.mosaic is None:
         image, boxes = load(index)
-        framed = letterbox(image, (size, size), auto=False, scale_up=True)
+        framed = letterbox(image, (size, size))
         boxes[:, 1:] *= framed.gain
         return _warped(framed.image, shift_boxes(boxes, *framed.pad_wh), plan.warp, size)
     image, boxes = _mosaic_of(plan.mosaic, load, size)
@@ -150,7 +150,7 @@ def mosaic(
 
 
 def _mosaic_offset(quadrant: int, size_hw: tuple[int, ...], centre_xy: tuple[int, int]) -> tuple[int, int]:
-    """Canvas position (x, y) of an image's top left corner; it may lie outside."""
+    """Canvas position (x, y) of an image's top left corner; it may be outside the canvas."""
     x, y = centre_xy
     return (x if quadrant % 2 else x - size_hw[1]), (y if quadrant >= 2 else y - size_hw[0])
 
@@ -179,7 +179,7 @@ def _rotation(angle: float, scale: float) -> NDArray[np.float64]:
 
 
 def warp_image(image: Image, matrix: NDArray[np.float64], out_hw: tuple[int, int]) -> Image:
-    """`image` under `matrix`, bilinear, 114 outside."""
+    """`image` transformed by `matrix`, bilinear; pixels from outside it are 114."""
     if image.shape[:2] == tuple(out_hw) and np.array_equal(matrix, np.eye(3)):
         return image
     size_wh = (out_hw[1], out_hw[0])
@@ -189,7 +189,7 @@ def warp_image(image: Image, matrix: NDArray[np.float64], out_hw: tuple[int, int
 
 
 def warp_boxes(boxes: Boxes, matrix: NDArray[np.float64], out_hw: tuple[int, int], scale: float) -> Boxes:
-    """Axis-aligned hulls of the warped corners, clipped to the output; what became too small or thin is left out.
+    """Axis-aligned bounds of the warped corners, clipped to the output, without those now too small or thin.
 
     `scale` is that of the warp: a box is judged by the share of its area that is still inside.
     """

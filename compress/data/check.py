@@ -1,4 +1,4 @@
-"""In: a `DataConfig`. Out: what the data holds and what is wrong with it. Every image is decoded, none changed."""
+"""In: a `DataConfig`. Out: the contents of the data and its faults. Every image is decoded, none is changed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.data.dataset import Index, Sample, all_labels, key_of
+from compress.data.dataset import Sample, SplitIndex, all_labels, key_of
 from compress.data.dataset_yaml import DataConfig
 from compress.data.index import NO_LABELS, index_images, stray_labels, where_labels_are
 from compress.data.labels import label_path
 
 SHOWN = 20
-"""Problems of one kind in the text report; the JSON has all of them."""
+"""Most problems of one kind in the text report; the JSON has all of them."""
 SMALL_SIDE_PX = 3.0
 EDGE_TOLERANCE = 0.005
 FEW_BOXES = 10
@@ -56,12 +56,12 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """True where nothing had to be skipped, every split has labels and no image is in two splits."""
+        """True if nothing had to be skipped, every split has labels and no image is in two splits."""
         return not self.leaks and not self.unlabelled and not any(split.problems for split in self.splits.values())
 
     @property
     def verdict(self) -> str:
-        """How much there is to mend, in one line."""
+        """The numbers of faults, in one line."""
         problems = sum(len(split.problems) for split in self.splits.values())
         return (
             f"{problems} bad images or label rows, {len(self.leaks)} images in more than one split, "
@@ -98,13 +98,13 @@ def check(config: DataConfig) -> CheckReport:
     )
 
 
-def _unlabelled(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+def _unlabelled(config: DataConfig, indices: Mapping[str, SplitIndex]) -> Iterable[str]:
     for split, index in indices.items():
         if index.samples and not index.boxes:
             yield f"{split}: {NO_LABELS} ({where_labels_are(index, config.root)})"
 
 
-def _split_report(config: DataConfig, split: str, index: Index) -> SplitReport:
+def _split_report(config: DataConfig, split: str, index: SplitIndex) -> SplitReport:
     counts = [len(sample.labels) for sample in index.samples]
     sizes = Counter(f"{sample.size_hw[1]}x{sample.size_hw[0]}" for sample in index.samples)
     per_image = Counter(int(c) for sample in index.samples for c in np.unique(sample.labels[:, 0]))
@@ -142,7 +142,7 @@ def _sides_px(samples: Sequence[Sample]) -> NDArray[np.float64]:
 Groups = tuple[tuple[str, ...], ...]
 
 
-def _identical_files(indices: Mapping[str, Index]) -> tuple[Groups, Groups]:
+def _identical_files(indices: Mapping[str, SplitIndex]) -> tuple[Groups, Groups]:
     """Keys of usable files with equal bytes: those that are in several splits, and those within one."""
     places: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for split, index in indices.items():
@@ -157,7 +157,7 @@ def _keys(groups: Iterable[set[tuple[str, str]]]) -> Groups:
     return tuple(tuple(sorted({key for _, key in group})) for group in groups)
 
 
-def _unusual(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+def _unusual(config: DataConfig, indices: Mapping[str, SplitIndex]) -> Iterable[str]:
     """Findings that are allowed but often a mistake."""
     yield from config.notices
     yield from _class_balance(config, indices)
@@ -167,7 +167,7 @@ def _unusual(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
         yield from _orphans(config, split)
 
 
-def _class_balance(config: DataConfig, indices: Mapping[str, Index]) -> Iterable[str]:
+def _class_balance(config: DataConfig, indices: Mapping[str, SplitIndex]) -> Iterable[str]:
     counts = {split: Counter(all_labels(index.samples)[:, 0].astype(int).tolist()) for split, index in indices.items()}
     for class_id, name in enumerate(config.names):
         train, val = (counts[split][class_id] for split in ("train", "val"))
@@ -179,14 +179,14 @@ def _class_balance(config: DataConfig, indices: Mapping[str, Index]) -> Iterable
             yield f"class {name} has only {train} boxes in train"
 
 
-def _odd_boxes(split: str, index: Index) -> Iterable[str]:
+def _odd_boxes(split: str, index: SplitIndex) -> Iterable[str]:
     labels, sides = all_labels(index.samples), _sides_px(index.samples)
     corners = np.concatenate([labels[:, 1:3] - labels[:, 3:5] / 2, 1 - labels[:, 1:3] - labels[:, 3:5] / 2], axis=1)
     counts = {
         f"boxes with a side under {SMALL_SIDE_PX:g} px": int((sides < SMALL_SIDE_PX).any(1).sum()),
         "boxes that reach beyond the image": int((corners < -EDGE_TOLERANCE).any(1).sum()),
         "boxes that fill the whole image": int((labels[:, 3:5] > 0.99).all(1).sum()),
-        "label files that lie beside their image in images/ and are not read": sum(1 for _ in stray_labels(index)),
+        "label files that are beside their image in images/ and are not read": sum(1 for _ in stray_labels(index)),
     }
     yield from (f"{split}: {count} {what}" for what, count in counts.items() if count)
     if index.boxes and index.background * 2 > len(index.samples):
@@ -194,7 +194,7 @@ def _odd_boxes(split: str, index: Index) -> Iterable[str]:
         yield f"{split}: {images} have no labels; labels are looked for in labels/"
 
 
-def _shared_labels(split: str, index: Index) -> Iterable[str]:
+def _shared_labels(split: str, index: SplitIndex) -> Iterable[str]:
     """Images that differ in nothing but the suffix read one label file."""
     files: dict[Path, list[str]] = defaultdict(list)
     for sample in index.samples:
@@ -220,7 +220,7 @@ def _summary(split: SplitReport) -> str:
     per_image = split.boxes_per_image.get("mean", 0)
     return (
         f"{split.usable} of {split.images} images usable, {split.background} without objects, {split.boxes} boxes "
-        f"({per_image:.1f} an image): {classes}; sizes {sizes}"
+        f"({per_image:.1f} per image): {classes}; sizes {sizes}"
     )
 
 

@@ -8,7 +8,13 @@ SHOWN = 3
 
 
 def class_conflict(one: str, names: Sequence[str], other: str, other_names: Sequence[str]) -> str:
-    """For example "best.pt has 2 classes (cat, dog), data.yaml has 80 (person, bicycle, car, ...)"."""
+    """How two lists of names differ: "best.pt has 2 classes (cat, dog), data.yaml has 80 (person, bicycle, car, ...)".
+
+    Where they are as many, the first that differs: "class 0 is 'cat' in best.pt and 'dog' in data.yaml".
+    """
+    if len(names) == len(other_names):
+        index = next(i for i, (a, b) in enumerate(zip(names, other_names, strict=True)) if a != b)
+        return f"class {index} is {names[index]!r} in {one} and {other_names[index]!r} in {other}"
     return f"{one} has {len(names)} classes ({_few(names)}), {other} has {len(other_names)} ({_few(other_names)})"
 
 

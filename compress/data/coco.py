@@ -1,18 +1,17 @@
-"""Samples and COCO ground truth: their labels as COCO JSON, and the part of a COCO JSON that is about them."""
+"""Samples and COCO ground truth: write labels as COCO JSON, and read from a COCO JSON what belongs to samples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from benchmarks.accuracy import category_ids, read_coco
 from compress.data.dataset import Sample
 from runtime.errors import InputError
-from runtime.files import read_json
-
-MAX_JSON_BYTES = 2 << 30
 
 
 def to_coco(samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
@@ -56,24 +55,22 @@ def _boxes_px(sample: Sample) -> list[list[float]]:
 def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Any]:
     """The part of a COCO JSON that is about `samples`, with image ids 1.. in sample order and class-index categories.
 
-    Categories agree by class name. An image is that whose `file_name` ends the sample's path: `0001.jpg` and
-    `cam1/0001.jpg` both fit `val/cam1/0001.jpg`, and the longer one wins. Raises InputError when the file is not COCO
+    Categories are matched by class name, images by the end of the path: `file_name` may be `0001.jpg` or
+    `cam1/0001.jpg` for the sample `val/cam1/0001.jpg`; the longer one wins. Raises InputError when the file is not COCO
     JSON, when a class or an image is not in it, or when one of its images fits several samples.
     """
-    raw = read_json(path, most_bytes=MAX_JSON_BYTES, hint="Give COCO's instances JSON")
+    raw = read_coco(path)
     try:
         by_file = {PurePosixPath(image["file_name"].replace("\\", "/")).parts: image for image in raw["images"]}
         images = [_image_of(sample, by_file, path) for sample in samples]
-        categories = {category["name"]: category["id"] for category in raw["categories"]}
-        absent = [name for name in names if name not in categories]
-        if absent:
-            raise InputError(f"{path}: no category {absent[0]!r}", "Categories and the data's classes agree by name")
+        class_ids = {key: index for index, key in enumerate(category_ids(names, raw["categories"]))}
         image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
-        if len(image_ids) < len(images):
+        counts = Counter(image["id"] for image in images)
+        repeated = next((image["file_name"] for image in images if counts[image["id"]] > 1), None)
+        if repeated is not None:
             raise InputError(
-                f"{path}: {_repeated(images)} fits several images of the data", "Write more of the path into file_name"
+                f"{path}: {repeated} fits several images of the data", "Write more of the path into file_name"
             )
-        class_ids = {categories[name]: index for index, name in enumerate(names)}
         return {
             "images": [image | {"id": number} for number, image in enumerate(images, 1)],
             "annotations": [
@@ -93,8 +90,3 @@ def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]],
     if found is None:
         raise InputError(f"{path}: no image {sample.key}", "Give file_name as it ends the path of the image")
     return found
-
-
-def _repeated(images: Iterable[Mapping[str, Any]]) -> str:
-    seen: set[int] = set()
-    return next(image["file_name"] for image in images if image["id"] in seen or seen.add(image["id"]))  # type: ignore[func-returns-value]

@@ -15,24 +15,23 @@ from xml.parsers import expat
 
 import numpy as np
 
+from benchmarks.accuracy import read_coco
 from compress.data.dataset import Problem
 from compress.data.index import decoded_size_hw
 from compress.data.labels import label_path
 from compress.data.writing import VAL_EVERY, label_text, new_folder, split_of, write_data_yaml
 from runtime.errors import InputError
-from runtime.files import read_json
 from runtime.image import IMAGE_SUFFIXES, read_bytes
 
 SHOWN = 20
-"""Problems in the summary; `Converted.problems` has all."""
-MAX_JSON_BYTES = 2 << 30
+"""Most problems in the summary; `Converted.problems` has all."""
 MAX_XML_BYTES = 4 << 20
 
 Box = tuple[int, float, float, float, float]
 """class, x1, y1, x2, y2 in pixels."""
 
 
-class Annotated(NamedTuple):
+class AnnotatedImage(NamedTuple):
     """One image of the source: its path below the image folder, its stated (height, width), and its boxes."""
 
     file_name: str
@@ -42,7 +41,7 @@ class Annotated(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """Figures of a conversion and what it left out. `skipped` counts crowd regions and objects marked difficult."""
+    """Figures of a conversion, and its problems. `skipped` counts crowd regions and objects marked difficult."""
 
     data_yaml: Path
     images: int
@@ -66,16 +65,16 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
     Raises InputError for a file that is not COCO JSON and for image names that leave the image folder.
     """
     path = Path(annotations)
-    content = _read_coco(path)
+    content = read_coco(path)
     problems: list[Problem] = []
     classes, names = _coco_classes(path, content, problems)
-    by_id: dict[int, Annotated] = {}
-    for image in _entries(path, content, "images"):
+    by_id: dict[int, AnnotatedImage] = {}
+    for image in content["images"]:
         file_name, size_hw = _coco_image(path, image)
-        if by_id.setdefault(image["id"], Annotated(file_name, size_hw, [])).file_name != file_name:
+        if by_id.setdefault(image["id"], AnnotatedImage(file_name, size_hw, [])).file_name != file_name:
             raise InputError(f"{path}: image id {image['id']} stands for two files", "Give every image its own id")
     skipped = 0
-    for number, annotation in enumerate(_entries(path, content, "annotations"), 1):
+    for number, annotation in enumerate(content["annotations"], 1):
         if annotation.get("iscrowd") == 1:
             skipped += 1
             continue
@@ -90,7 +89,7 @@ def coco(annotations: Path | str, images: Path | str, out: Path | str) -> Conver
 def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Converted:
     """Convert a folder of VOC XML files. Names become classes in alphabetical order; difficult objects are skipped.
 
-    Raises InputError where a file declares a document type (entities are never expanded) and for image names that
+    Raises InputError when a file declares a document type (entities are never expanded) and for image names that
     leave the image folder.
     """
     folder = Path(annotations)
@@ -104,7 +103,7 @@ def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Convert
     if not names:
         raise InputError(f"{folder}: no objects in {len(files)} .xml files", str(problems[0]) if problems else "")
     annotated = [
-        Annotated(_voc_file_name(path, roots[path], Path(images)), None, _classed(found, names))
+        AnnotatedImage(_voc_file_name(path, roots[path], Path(images)), None, _classed(found, names))
         for path, found in objects.items()
     ]
     skipped = sum(_is_difficult(item) for root in roots.values() for item in root.iter("object"))
@@ -114,29 +113,15 @@ def voc(annotations: Path | str, images: Path | str, out: Path | str) -> Convert
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
 
-def _read_coco(path: Path) -> Mapping[str, Any]:
-    content = read_json(path, most_bytes=MAX_JSON_BYTES, hint="Give COCO's instances JSON")
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected COCO's images, annotations, categories")
-    return content
-
-
-def _entries(path: Path, content: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    entries = content.get(key)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{path}: `{key}` is not a list of objects", "Expected COCO instances JSON")
-    return entries
-
-
 def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem]) -> tuple[dict[int, int], list[str]]:
     """Category id -> class index, and the class names.
 
-    A category that only groups others (an exporter's root) is no class, and is reported.
+    A category that only groups others, such as an exporter's root, does not become a class, and is reported.
     """
-    names = {entry.get("id"): entry.get("name") for entry in _entries(path, content, "categories")}
+    names = {entry.get("id"): entry.get("name") for entry in content["categories"]}
     if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
-    for key in _headings(path, content):
+    for key in _grouping_categories(content):
         problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: two categories have one name", "Give every class its own name")
@@ -144,11 +129,11 @@ def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem
     return {key: index for index, key in enumerate(ordered)}, [names[key] for key in ordered]  # type: ignore[misc]
 
 
-def _headings(path: Path, content: Mapping[str, Any]) -> set[int]:
+def _grouping_categories(content: Mapping[str, Any]) -> set[int]:
     """Ids of the categories that another one names as its supercategory and that no annotation has."""
-    categories = _entries(path, content, "categories")
+    categories = content["categories"]
     below = [(entry["id"], entry.get("supercategory")) for entry in categories]
-    annotated = (annotation.get("category_id") for annotation in _entries(path, content, "annotations"))
+    annotated = (annotation.get("category_id") for annotation in content["annotations"])
     used = {category_id for category_id in annotated if _is_whole(category_id)}
     return {
         entry["id"]
@@ -164,7 +149,9 @@ def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, i
     return name, size_hw if all(_is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
 
 
-def _coco_box(annotation: Mapping[str, Any], by_id: Mapping[int, Annotated], classes: Mapping[int, int]) -> Box | str:
+def _coco_box(
+    annotation: Mapping[str, Any], by_id: Mapping[int, AnnotatedImage], classes: Mapping[int, int]
+) -> Box | str:
     """The box of an annotation, or what is wrong with it."""
     image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
     if not _is_whole(image_id) or image_id not in by_id:
@@ -192,7 +179,7 @@ def _finite(value: float) -> bool:
 
 
 def _read_xml(path: Path, problems: list[Problem]) -> Element | None:
-    """The root of a small XML file; None and a problem where it is damaged."""
+    """The root of a small XML file; None and a problem if it is damaged."""
     try:
         if path.stat().st_size > MAX_XML_BYTES:
             problems.append(Problem(path, 0, f"{path.stat().st_size} bytes, expected at most {MAX_XML_BYTES}"))
@@ -247,7 +234,7 @@ def _is_difficult(item: Element) -> bool:
 
 
 def _voc_file_name(path: Path, root: Element, images: Path) -> str:
-    """The stated file name; where no such file is there, an image named like the XML file."""
+    """The stated file name; if no such file is there, an image named like the XML file."""
     stated = (root.findtext("filename") or "").strip()
     if stated and (images / safe_relative(stated, origin=path)).is_file():
         return stated
@@ -263,7 +250,7 @@ def _classed(found: Sequence[Named], names: Sequence[str]) -> list[Box]:
 
 
 def safe_relative(name: str, origin: Path) -> PurePosixPath:
-    """`name` as a path that stays below the folder it is joined to, else an InputError."""
+    """`name` as a path that stays below the folder it is joined to. Raises InputError when it would leave it."""
     relative = PurePosixPath(name.replace("\\", "/"))
     if not relative.parts or relative.is_absolute() or ".." in relative.parts or ":" in name or "\0" in name:
         raise InputError(f"{origin}: image name {ascii(name)[:80]} leaves the image folder", "Use plain relative names")
@@ -271,7 +258,12 @@ def safe_relative(name: str, origin: Path) -> PurePosixPath:
 
 
 def _write(
-    annotated: list[Annotated], names: Sequence[str], images: Path, out: Path, skipped: int, problems: list[Problem]
+    annotated: list[AnnotatedImage],
+    names: Sequence[str],
+    images: Path,
+    out: Path,
+    skipped: int,
+    problems: list[Problem],
 ) -> Converted:
     if not images.is_dir():
         raise InputError(f"{images}: no such folder", "Give the folder of the images")
@@ -293,8 +285,8 @@ def _write(
     return Converted(out / "data.yaml", len(counts), sum(counts.values()), skipped, tuple(problems))
 
 
-def _write_image(target: Path, source: Path, one: Annotated, problems: list[Problem]) -> int | None:
-    """Copy one image and write its labels; returns the number of boxes, None where the image was left out."""
+def _write_image(target: Path, source: Path, one: AnnotatedImage, problems: list[Problem]) -> int | None:
+    """Copy one image and write its labels; returns the number of boxes, None if the image was left out."""
     try:
         data = read_bytes(source)
         size_hw = decoded_size_hw(data, source)

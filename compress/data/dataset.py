@@ -1,4 +1,4 @@
-"""A data set as every stage after the indexing sees it, and the file `index.json` that keeps it."""
+"""A data set as all stages after the indexing use it, and its file `index.json`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from runtime.files import atomic_write, read_json
 INDEX = "index.json"
 """The usual name of the file that `Dataset.save` writes."""
 SCHEMA_VERSION = 1
-MAX_INDEX_BYTES = 2 << 30
 FLOAT32_DIGITS = ".9g"
-"""Nine digits name a float32 exactly, also when they are read as float64 first."""
+"""Nine digits restore a float32 exactly, also when they are read as float64 first."""
 
 
 class Problem(NamedTuple):
-    """Something in the user's data that was skipped; `line` is 0 where the whole file is meant."""
+    """Something in the user's data that was skipped; `line` is 0 if the whole file is meant."""
 
     path: Path
     line: int
@@ -53,8 +52,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Index:
-    """The usable images of one split in the order of their paths, and what was skipped on the way."""
+class SplitIndex:
+    """The usable images of one split in the order of their paths, and the problems found in it."""
 
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
@@ -65,7 +64,7 @@ class Index:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of keys, image bytes and labels. No time and no absolute path counts."""
+        """Hex digest of keys, image bytes and labels. It does not depend on times or absolute paths."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(json.dumps([sample.key, sample.sha256, len(sample.labels)]).encode())
@@ -86,7 +85,7 @@ class Dataset:
     root: Path
     names: tuple[str, ...]
     notices: tuple[str, ...]
-    splits: Mapping[str, Index]
+    splits: Mapping[str, SplitIndex]
 
     @cached_property
     def sha256(self) -> str:
@@ -95,29 +94,29 @@ class Dataset:
         return hashlib.sha256(json.dumps([self.names, splits]).encode()).hexdigest()
 
     def save(self, file: Path) -> None:
-        """Write `index.json`: one line an image, keys instead of absolute paths.
+        """Write `index.json`: one line per image, keys instead of absolute paths.
 
         Raises EdgestillError when the file cannot be written.
         """
         head = {"schema_version": SCHEMA_VERSION, "path": key_of(self.path, self.root)}
         head |= {"names": self.names, "notices": self.notices}
-        splits = ",\n".join(f"{_compact(split)}: {_index_text(i, self.root)}" for split, i in self.splits.items())
+        splits = ",\n".join(f"{_compact(split)}: {_split_to_json(i, self.root)}" for split, i in self.splits.items())
         with atomic_write(file) as temporary:
             temporary.write_text(f'{_compact(head)[:-1]},\n"splits": {{\n{splits}\n}}}}\n', encoding="ascii")
 
     @classmethod
     def load(cls, file: Path, root: Path) -> Dataset:
-        """The data set that `save` wrote, equal in every bit of its labels; its images lie under `root`.
+        """The data set that `save` wrote, its labels bit for bit; its images are below `root`.
 
         Raises InputError when the file is missing or is no index. Images are not opened.
         """
         root = root.resolve()
         hint = "Run the data stage again"
-        raw = read_json(file, most_bytes=MAX_INDEX_BYTES, hint=hint)
+        raw = read_json(file, hint)
         try:
             if raw["schema_version"] != SCHEMA_VERSION:
                 raise InputError(f"{file}: schema {raw['schema_version']}, expected {SCHEMA_VERSION}", hint)
-            splits = {split: _index(content, root) for split, content in raw["splits"].items()}
+            splits = {split: _split_from_json(content, root) for split, content in raw["splits"].items()}
             return cls(path_of(raw["path"], root), root, tuple(raw["names"]), tuple(raw["notices"]), splits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: not an index of images ({error!r})", hint) from error
@@ -135,12 +134,12 @@ def key_of(path: Path, root: Path) -> str:
 
 
 def path_of(key: str, root: Path) -> Path:
-    """The path that `key_of` was asked for, where `root` is free of links."""
+    """The path of the file with this key: the reverse of `key_of`, if `root` has no links in it."""
     return Path(os.path.normpath(root / key))
 
 
 def all_labels(samples: Iterable[Sample]) -> NDArray[np.float32]:
-    """Labels of every sample below each other, (n, 5) float32."""
+    """Labels of all samples, one after another, (n, 5) float32."""
     return np.concatenate([np.zeros((0, 5), np.float32), *(sample.labels for sample in samples)])
 
 
@@ -148,7 +147,7 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: a file name may be no valid UTF-8
 
 
-def _index_text(index: Index, root: Path) -> str:
+def _split_to_json(index: SplitIndex, root: Path) -> str:
     images = ",\n".join(
         _compact([sample.key, sample.size_hw, sample.sha256, _rows(sample.labels)]) for sample in index.samples
     )
@@ -160,10 +159,10 @@ def _rows(labels: NDArray[np.float32]) -> list[list[float]]:
     return [[float(format(value, FLOAT32_DIGITS)) for value in row] for row in labels.tolist()]
 
 
-def _index(content: Mapping[str, Any], root: Path) -> Index:
+def _split_from_json(content: Mapping[str, Any], root: Path) -> SplitIndex:
     samples = tuple(_sample(root, *entry) for entry in content["images"])
     problems = tuple(Problem(path_of(key, root), int(line), str(what)) for key, line, what in content["problems"])
-    return Index(samples, problems)
+    return SplitIndex(samples, problems)
 
 
 def _sample(root: Path, key: str, size_hw: list[int], sha256: str, rows: list[list[float]]) -> Sample:

@@ -6,6 +6,7 @@ The file is read as data: every value is text, tags are refused, nothing is down
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from compress.data.labels import lines_of
 from runtime.errors import InputError, UsageError, one_line
 from runtime.image import IMAGE_SUFFIXES
+from runtime.sources import image_files
 
 SPLITS = ("train", "val", "test")
 MAX_YAML_BYTES = 1 << 20
@@ -24,10 +26,10 @@ MAX_LIST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The content of a data.yaml: where the images lie and the names of their classes.
+    """The content of a data.yaml: where the images are, and the names of their classes.
 
-    `splits` holds the sorted image files of `train`, `val` and, where the file names one that exists, `test`.
-    `keypoint_values` is the number of values behind the box in a row of labels, by `kpt_shape`; they are not used.
+    `splits` holds the sorted image files of `train`, `val` and, if the file names one that exists, `test`.
+    `keypoint_values` is the number of key point values after the box in a label row (`kpt_shape`); they are not used.
     `notices` says what was left out and why.
     """
 
@@ -182,23 +184,8 @@ def _listed(root: Path, list_file: Path) -> list[Path]:
     return [without_parents((list_file.parent if entry.startswith("./") else root) / entry) for entry in entries]
 
 
-def image_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
-    """Image files below `folder`. Links to folders are followed, except to a folder that holds one of `above`: a cycle.
-
-    A broken link is listed too, so that the index reports it.
-    """
-    real = folder.resolve()
-    if any(one.is_relative_to(real) for one in above):
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from image_files(entry, (*above, real))
-        elif entry.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or not entry.exists()):
-            yield entry
-
-
 def without_parents(path: Path) -> Path:
-    """The same file without `..` in its path; links behind the last `..` are kept, because labels lie beside them."""
+    """The same file without `..` in its path; links behind the last `..` are kept, because labels are beside them."""
     if ".." not in path.parts:
         return path
     end = len(path.parts) - path.parts[::-1].index("..")
@@ -206,7 +193,7 @@ def without_parents(path: Path) -> Path:
 
 
 def _names(path: Path, raw: Mapping[str, Any], notices: list[str]) -> tuple[str, ...]:
-    """The class names; `class0`, `class1` and so on where only `nc` is given, as YOLOv5 names them."""
+    """The class names; `class0`, `class1` and so on if only `nc` is given, as YOLOv5 names them."""
     nc = raw.get("nc", "")
     if "names" not in raw and _is_count(nc) and int(nc) > 0:
         notices.append(f"no names: the {nc} classes are called class0 to class{int(nc) - 1}")
@@ -254,8 +241,7 @@ def _name_list(path: Path, names: Any) -> list[Any]:
 
 
 def _first_repeated(texts: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((text for text in texts if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]
+    return next((text for text, count in Counter(texts).items() if count > 1), None)
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""In: samples. Out: their decoded images, resized, which stay in memory where that has room for all of them."""
+"""In: samples. Out: their decoded and resized images, which stay in memory if all of them fit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 
 from compress.data.dataset import Problem, Sample
 from runtime.errors import InputError
-from runtime.image import LETTERBOX_FILL, Image, read_image, resize_longest
+from runtime.image import LETTERBOX_FILL, Image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ CGROUP = Path("/sys/fs/cgroup")
 class ImageStore:
     """Images of `samples` as uint8 BGR whose longest side is `imgsz`, kept once decoded when all of them fit.
 
-    An image that cannot be decoded any more is reported once, in `problems` and in the log. A plain 114 image takes its
-    place; `load` then says so, and its labels must not be used.
+    An image that cannot be decoded any more is reported once, in `problems` and in the log. A grey image (114) is used
+    instead; `load` reports that, and the labels must not be used.
     """
 
     def __init__(self, samples: Sequence[Sample], imgsz: int, *, cache: bool | None = None) -> None:
@@ -35,7 +36,7 @@ class ImageStore:
         self._images: dict[int, Image] = {}
 
     def load(self, index: int) -> tuple[Image, bool]:
-        """The resized image, read-only when cached, and whether it is real."""
+        """The resized image, read-only when cached, and True if it could be decoded."""
         image = self._images.get(index)
         if image is None:
             image = self._decode(index)
@@ -66,7 +67,7 @@ def read_resized(sample: Sample, imgsz: int, *, linear: bool) -> Image:
             f"{sample.image}: {found[1]}x{found[0]} pixels, but {width}x{height} when the data was indexed",
             "Index the data again",
         )
-    return resize_longest(image, imgsz, enlarge_or_augment_linear=linear)
+    return resize_longest(image, imgsz, linear=linear)
 
 
 def to_chw_rgb(image: Image) -> Image:
@@ -74,8 +75,23 @@ def to_chw_rgb(image: Image) -> Image:
     return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
 
 
+def resize_longest(image: Image, imgsz: int, *, linear: bool) -> Image:
+    """Scale so that the longest side is `imgsz`, as YOLOv5 v7.0's data loader does.
+
+    Bilinear when enlarging or when `linear` (images that augmentation will warp), else INTER_AREA. An image that
+    already fits is returned as it is.
+    """
+    height, width = image.shape[:2]
+    if max(height, width) == imgsz:
+        return image
+    resized_wh = resized_hw((height, width), imgsz)[::-1]
+    enlarges = imgsz > max(height, width)
+    interpolation = cv2.INTER_LINEAR if linear or enlarges else cv2.INTER_AREA
+    return np.asarray(cv2.resize(image, resized_wh, interpolation=interpolation), np.uint8)
+
+
 def resized_hw(size_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
-    """The size that `runtime.image.resize_longest` gives an image of `size_hw`."""
+    """The size that `resize_longest` gives an image of `size_hw`; sides are truncated."""
     ratio = imgsz / max(size_hw)
     return max(1, int(size_hw[0] * ratio)), max(1, int(size_hw[1] * ratio))
 
@@ -86,7 +102,7 @@ def cached_bytes(samples: Sequence[Sample], imgsz: int) -> int:
 
 
 def free_bytes() -> int:
-    """Memory that is free now: of the machine, or of the container where that has less."""
+    """Bytes of memory that are free now: of the machine, or of the container if that has fewer."""
     free = psutil.virtual_memory().available
     try:
         limit = int((CGROUP / "memory.max").read_text())

@@ -1,7 +1,7 @@
-"""In: a `DataConfig`. Out: the `Dataset` of its usable images, and every problem found on the way.
+"""In: a `DataConfig`. Out: the `Dataset` of its usable images, and every problem that was found.
 
 Each image is decoded once, by the decoder that training uses: its size and its digest come from the same bytes.
-Reads only: no cache file, no repaired image is ever written beside the user's data.
+It only reads: no cache file and no repaired image is ever written beside the user's data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from compress.data.dataset import Dataset, Index, Problem, Sample, key_of
+from compress.data.dataset import Dataset, Problem, Sample, SplitIndex, key_of
 from compress.data.dataset_yaml import DataConfig
 from compress.data.labels import label_path, read_labels
 from runtime.errors import InputError
@@ -25,7 +25,7 @@ USED = ("train", "val")
 """The splits that a training reads."""
 
 
-class Indexed(NamedTuple):
+class ImageOutcome(NamedTuple):
     """The outcome for one image file: its sample, or None and the reason among the problems."""
 
     sample: Sample | None
@@ -54,7 +54,7 @@ def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: 
     return Dataset(config.path, config.root, config.names, config.notices, indices)
 
 
-def where_labels_are(index: Index, root: Path) -> str:
+def where_labels_are(index: SplitIndex, root: Path) -> str:
     """Why no label of `index` was read, in one line: files beside the images, wrong rows, or no files at all."""
     stray = next(stray_labels(index), None)
     if stray:
@@ -64,8 +64,8 @@ def where_labels_are(index: Index, root: Path) -> str:
     return f"Labels of {index.samples[0].key} are looked for in {_label_folder(index.samples[0], root)}"
 
 
-def stray_labels(index: Index) -> Iterator[Sample]:
-    """Images without labels whose label file lies beside them, where it is not looked for."""
+def stray_labels(index: SplitIndex) -> Iterator[Sample]:
+    """Images without labels that have a label file beside them, where it is not looked for."""
     for sample in index.samples:
         beside = sample.image.with_suffix(".txt")
         if not len(sample.labels) and beside != label_path(sample.image) and beside.is_file():
@@ -76,32 +76,32 @@ def _label_folder(sample: Sample, root: Path) -> str:
     return key_of(label_path(sample.image).parent, root)
 
 
-def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, Index]:
+def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, SplitIndex]:
     """Split -> index; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})
     with ThreadPoolExecutor(workers or usable_cores()) as pool:
         found = dict(zip(images, pool.map(lambda image: index_image(image, config), images), strict=True))
-    return {split: _index(found[image] for image in config.splits[split]) for split in splits}
+    return {split: _split_index(found[image] for image in config.splits[split]) for split in splits}
 
 
-def _index(found: Iterable[Indexed]) -> Index:
+def _split_index(found: Iterable[ImageOutcome]) -> SplitIndex:
     found = tuple(found)
     samples = tuple(one.sample for one in found if one.sample is not None)
-    return Index(samples, tuple(problem for one in found for problem in one.problems))
+    return SplitIndex(samples, tuple(problem for one in found for problem in one.problems))
 
 
-def index_image(image: Path, config: DataConfig) -> Indexed:
+def index_image(image: Path, config: DataConfig) -> ImageOutcome:
     """Decode one image file and read its labels."""
     try:
         data = read_bytes(image)
         size_hw = decoded_size_hw(data, image)
     except InputError as error:
-        return Indexed(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
+        return ImageOutcome(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
     labels_file = label_path(image)
     labels, rows = read_labels(labels_file, len(config.names), config.keypoint_values)
     labels.setflags(write=False)
     sample = Sample(image, key_of(image, config.root), labels, size_hw, hashlib.sha256(data).hexdigest())
-    return Indexed(sample, [Problem(labels_file, *row) for row in rows])
+    return ImageOutcome(sample, [Problem(labels_file, *row) for row in rows])
 
 
 def decoded_size_hw(data: bytes, origin: Path) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def decoded_size_hw(data: bytes, origin: Path) -> tuple[int, int]:
 def quick_digest(config: DataConfig) -> str:
     """sha256 over data.yaml's content, every label file, and every image's key, size and time of change.
 
-    Opens no image, so it tells cheaply whether a data set has to be indexed again; `Dataset.sha256` is about content.
+    It opens no image, so it is a fast check whether a data set must be indexed again; `Dataset.sha256` covers content.
     """
     digest = hashlib.sha256(repr((config.names, config.keypoint_values, config.notices)).encode())
     for split, images in sorted(config.splits.items()):
@@ -129,7 +129,7 @@ def quick_digest(config: DataConfig) -> str:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds; zeros where the file is absent."""
+    """Size in bytes and time of change in nanoseconds; zeros if the file is absent."""
     try:
         status = file.stat()
     except OSError:

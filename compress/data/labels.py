@@ -1,4 +1,4 @@
-"""In: the text of one YOLO label file. Out: its boxes, and every row that was not taken, with its line."""
+"""In: the text of one YOLO label file. Out: its boxes, and every row that was skipped, with its line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 MAX_LABEL_BYTES = 16 << 20
 POLYGON = "a polygon (class x1 y1 x2 y2 x3 y3 ...)"
 ROUNDING = 1e-6
-"""Coordinates may leave 0..1 by this much: the last digit of what most tools write."""
+"""Coordinates may be outside 0..1 by this much: the last digit that most tools write."""
 
 
 class RowProblem(NamedTuple):
@@ -49,7 +49,7 @@ def read_labels(path: Path, nc: int, keypoint_values: int = 0) -> tuple[NDArray[
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines that end in LF, CR LF or CR, and in nothing else."""
+    """Lines of a text; only LF, CR LF and CR end a line."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -58,7 +58,7 @@ def parse_labels(
 ) -> tuple[NDArray[np.float32], list[RowProblem]]:
     """Rows `class cx cy w h` or polygons `class x1 y1 x2 y2 x3 y3 ...`, coordinates normalised to 0..1.
 
-    With `keypoint_values` there are no polygons: a box may be followed by that many values, which are not read.
+    With `keypoint_values` there are no polygons: that many values may follow a box, and are not read.
 
     Returns labels (n, 5) float32 [class, cx, cy, w, h] in file order, polygons as their bounding boxes, and one
     problem per row that was skipped: wrong, or the repetition of an earlier row.

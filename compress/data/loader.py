@@ -23,6 +23,8 @@ from compress.data.image_store import read_resized, to_chw_rgb
 from compress.data.train_dataset import TrainDataset
 from runtime.image import Image, letterbox
 
+RECT_PAD = 0.5
+"""Share of the stride by which rectangular batches are wider than needed."""
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -39,16 +41,14 @@ class ValBatch(NamedTuple):
     """A validation batch; all per-image fields are in batch order.
 
     images uint8 (B, 3, H, W) RGB; targets as in `Batch`. `gains` is resized height / original height, `pads_wh` the
-    float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and `sizes_hw`, the original sizes.
+    float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and the samples' sizes.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
-    indices: tuple[int, ...]
     samples: tuple[Sample, ...]
     gains: tuple[float, ...]
     pads_wh: tuple[tuple[float, float], ...]
-    sizes_hw: tuple[tuple[int, int], ...]
 
 
 def train_batches(
@@ -60,13 +60,12 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     augment_mosaic: bool = True,
-    start: int = 0,
 ) -> Iterator[Batch]:
-    """The batches of one epoch from number `start` on.
+    """The batches of one epoch.
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
-    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; where it has fewer
-    images than there are ranks it is filled up from its own images, so that no rank is left without work.
+    global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
+    images than there are ranks, some of its images are repeated, so that every rank has work.
     """
     slices = rank_slices(epoch_order(dataset.seed, epoch, len(dataset)), batch=batch, rank=rank, world=world)
 
@@ -74,7 +73,7 @@ def train_batches(
         items = [dataset.item(epoch, int(index), mosaic=augment_mosaic) for index in indices]
         return Batch(*_stack(items), tuple(indices.tolist()))
 
-    yield from map_ahead(make, slices[start:], workers)
+    yield from map_ahead(make, slices, workers)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
@@ -95,60 +94,53 @@ def batch_count(count: int, batch: int) -> int:
 
 
 def val_batches(
-    samples: Sequence[Sample],
-    *,
-    imgsz: int,
-    batch: int,
-    rect: bool = True,
-    stride: int,
-    pad: float = 0.5,
-    workers: int = 0,
+    samples: Sequence[Sample], *, imgsz: int, batch: int, stride: int, rect: bool = True, workers: int = 0
 ) -> Iterator[ValBatch]:
     """Every sample once: in rectangular batches of like aspect ratio, or square in the given order.
 
-    The sides of rectangular batches are multiples of `stride`, the network's largest, `pad` of it wider than needed.
+    The sides of rectangular batches are multiples of `stride`, the network's largest, half of it wider than needed.
 
     Small images are not enlarged beyond `imgsz`; shrinking averages areas.
     """
-    order, shapes = rect_batches(samples, imgsz, batch, pad, stride) if rect else _square(samples, imgsz, batch)
-    jobs = [(order[i * batch : (i + 1) * batch], shape) for i, shape in enumerate(shapes)]
-    yield from map_ahead(lambda job: _val_batch(samples, imgsz, *job), jobs, workers)
+    ordered = by_aspect(samples) if rect else samples
+    groups = [ordered[i : i + batch] for i in range(0, len(ordered), batch)]
+    jobs = [(group, _rect_shape(group, imgsz, stride) if rect else (imgsz, imgsz)) for group in groups]
+    yield from map_ahead(lambda job: _val_batch(imgsz, *job), jobs, workers)
 
 
-def rect_batches(
-    samples: Sequence[Sample], imgsz: int, batch: int, pad: float, stride: int
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Sample order by height/width ascending (ties as given) and the (height, width) of each batch."""
-    ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])
-    order = np.argsort(ratios, kind="stable")
-    groups = [ratios[order[i : i + batch]] for i in range(0, len(order), batch)]
-    return order.tolist(), [_rect_shape(group, imgsz, pad, stride) for group in groups]
+def by_aspect(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples by height/width as YOLOv5 sorts them, so that rectangular batches hold the same images.
+
+    The sort is NumPy's default, which orders equal ratios in its own way; a stable one puts other images into a batch's
+    wider shape and moves mAP50 of yolov5n on COCO128 by 0.002.
+    """
+    return [samples[index] for index in np.argsort([_aspect(sample) for sample in samples])]
 
 
-def _rect_shape(ratios: NDArray[np.float64], imgsz: int, pad: float, stride: int) -> tuple[int, int]:
-    lowest, highest = ratios.min(), ratios.max()
+def _aspect(sample: Sample) -> float:
+    return sample.size_hw[0] / sample.size_hw[1]
+
+
+def _rect_shape(samples: Sequence[Sample], imgsz: int, stride: int) -> tuple[int, int]:
+    """(height, width) of a batch: multiples of the stride, half a stride wider than the images need, as in YOLOv5."""
+    lowest, highest = min(map(_aspect, samples)), max(map(_aspect, samples))
     shape = (highest, 1.0) if highest < 1 else (1.0, 1 / lowest) if lowest > 1 else (1.0, 1.0)
-    height, width = (math.ceil(side * imgsz / stride + pad) * stride for side in shape)
+    height, width = (math.ceil(side * imgsz / stride + RECT_PAD) * stride for side in shape)
     return height, width
 
 
-def _square(samples: Sequence[Sample], imgsz: int, batch: int) -> tuple[list[int], list[tuple[int, int]]]:
-    return list(range(len(samples))), [(imgsz, imgsz)] * batch_count(len(samples), batch)
-
-
-def _val_batch(samples: Sequence[Sample], imgsz: int, indices: Sequence[int], shape_hw: tuple[int, int]) -> ValBatch:
-    own = tuple(samples[index] for index in indices)
-    items, gains, pads = zip(*(_val_item(sample, imgsz, shape_hw) for sample in own), strict=True)
-    return ValBatch(*_stack(items), tuple(indices), own, gains, pads, tuple(sample.size_hw for sample in own))
+def _val_batch(imgsz: int, samples: Sequence[Sample], shape_hw: tuple[int, int]) -> ValBatch:
+    items, gains, pads = zip(*(_val_item(sample, imgsz, shape_hw) for sample in samples), strict=True)
+    return ValBatch(*_stack(items), tuple(samples), gains, pads)
 
 
 def _val_item(
     sample: Sample, imgsz: int, shape_hw: tuple[int, int]
 ) -> tuple[tuple[Image, NDArray[np.float32]], float, tuple[float, float]]:
-    """((image, labels), gain, pad) of one sample. An image that cannot be read is an error: mAP must not skip it."""
+    """((image, labels), gain, pad) of one sample. An unreadable image is an error: mAP must count every image."""
     image = read_resized(sample, imgsz, linear=False)
     height, width = image.shape[:2]
-    framed = letterbox(image, shape_hw, auto=False, scale_up=False)
+    framed = letterbox(image, shape_hw, scale_up=False)
     boxes = to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
     labels = to_normalised(boxes, shape_hw[1], shape_hw[0])
     return (to_chw_rgb(framed.image), labels), height / sample.size_hw[0], framed.pad_wh

@@ -1,4 +1,4 @@
-"""Writing a YOLO data set: a folder that appears whole, its splits, its label rows and its data.yaml."""
+"""Write a YOLO data set: a folder that appears only when it is complete, splits, label rows and data.yaml."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from compress.data.dataset_yaml import SPLITS
 from runtime.boxes import xyxy_to_xywh
 from runtime.errors import UsageError
 from runtime.files import unwritable
@@ -23,7 +24,7 @@ VAL_EVERY = 5
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well, else is removed.
+    """A temporary folder beside `target`. It becomes `target` when the block ends without an error, else it is removed.
 
     Raises UsageError when `target` exists and is not an empty folder, EdgestillError when it cannot be written.
     """
@@ -45,7 +46,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def split_of(index: int, images: int) -> str:
-    """The split of image `index`; the last one is for validation in a set that is too small for a fifth."""
+    """The split of image `index`. In a set that is too small for a fifth image, the last one is for validation."""
     return "val" if index % VAL_EVERY == VAL_EVERY - 1 or (images < VAL_EVERY and index == images - 1) else "train"
 
 
@@ -60,8 +61,8 @@ def label_text(boxes: NDArray[np.floating[Any]], size_hw: tuple[int, int]) -> st
 
 
 def write_data_yaml(folder: Path, names: Sequence[str], header: str = "") -> None:
-    """Write `folder/data.yaml` for `images/train` and `images/val` (the former twice where the latter is absent)."""
-    has_val = (folder / "images" / "val").is_dir()
-    content = {"path": ".", "train": "images/train", "val": f"images/{'val' if has_val else 'train'}"}
+    """Write `folder/data.yaml` for the splits in `images`; without a `val` there, `train` is both."""
+    own = {split: f"images/{split}" for split in SPLITS if (folder / "images" / split).is_dir()}
+    content = {"path": ".", "train": own["train"], "val": own["train"]} | own
     text = yaml.safe_dump(content | {"names": dict(enumerate(names))}, sort_keys=False, allow_unicode=True)
     (folder / "data.yaml").write_text(header + text, encoding="utf-8")

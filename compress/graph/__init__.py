@@ -1,4 +1,4 @@
-"""ONNX graphs: traced from torch, given preprocessing and NMS, rewritten for each precision, and checked.
+"""ONNX graphs: trace them from torch, add preprocessing and NMS, rewrite them for each precision, and check them.
 
 Everything here works on `onnx.ModelProto` or on plain tuples; nothing reads a recipe or a data set.
 """

@@ -26,7 +26,7 @@ class GraphBuilder:
         self.constants: dict[str, onnx.TensorProto] = {}
 
     def constant(self, name: str, values: Any, dtype: Any = None) -> str:
-        """An initialiser; asking again for the same name must give the same values."""
+        """Add an initialiser. Raises ValueError when the name exists with other values."""
         tensor = numpy_helper.from_array(np.asarray(values, dtype, order="C"), name)
         if self.constants.setdefault(name, tensor) != tensor:
             raise ValueError(f"constant {name!r} exists with other values")
@@ -48,7 +48,7 @@ class GraphBuilder:
         return names
 
     def extend(self, nodes: Sequence[onnx.NodeProto], constants: Mapping[str, np.ndarray]) -> None:
-        """Take over nodes and the constants that they read."""
+        """Add nodes and the constants that they read."""
         self.nodes.extend(nodes)
         for name, values in constants.items():
             self.constant(name, values)

@@ -24,11 +24,11 @@ METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
     "percentile": (CalibrationMethod.Percentile, {"percentile": 99.99}),
 }
 BODY_OPERATORS = ("Conv", "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "LeakyRelu", "Relu")
-"""Operators of the body whose inputs and outputs get a range."""
+"""Operators of the body whose inputs and outputs are measured."""
 
 
-class _Once:
-    """One image for ONNX Runtime's calibrator, which would otherwise keep the activations of all of them."""
+class _OneImageReader:
+    """Gives ONNX Runtime's calibrator one image; with several it would keep the activations of all of them."""
 
     def __init__(self, feed: dict[str, np.ndarray]) -> None:
         self.feed: dict[str, np.ndarray] | None = feed
@@ -59,14 +59,14 @@ def calibrate(model: onnx.ModelProto, canvases: Iterable[np.ndarray], method: st
         )
         count = 0
         for count, canvas in enumerate(canvases, 1):  # noqa: B007 - the last number is the count
-            calibrator.collect_data(_Once({source: canvas}))
+            calibrator.collect_data(_OneImageReader({source: canvas}))
         if not count:
             raise EdgestillError("there are no images to calibrate on", "Give a data set whose train split has images")
         return calibrator.compute_data()
 
 
 def _body_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model cut at the detect convolutions' inputs: calibration needs no decode and no NMS."""
+    """The model up to the inputs of the detect convolutions: calibration needs no decode and no NMS."""
     parts = GraphParts(model.graph)
     outputs = list(dict.fromkeys(parts.nodes[i].input[0] for i in parts.detect_convs))
     source = model.graph.input[0].name
@@ -75,7 +75,7 @@ def _body_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences ONNX Runtime's quantiser, whose prints and warnings do not tell a user what to do."""
+    """Suppress the prints and warnings of ONNX Runtime's quantiser: they do not tell a user what to do."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

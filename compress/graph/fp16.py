@@ -42,9 +42,9 @@ def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
-    """The name of an activation of the FP32 `model` that FP16 cannot hold, and its value; empty when all fit.
+    """The activation of the FP32 `model` that FP16 cannot hold, and its value, as text; empty when all fit.
 
-    Measured in FP32: ONNX Runtime's CPU computes FP16 graphs in FP32, where nothing overflows. `canvases` are uint8
+    Measured in FP32: ONNX Runtime computes FP16 graphs on a CPU in FP32, where nothing overflows. `canvases` are uint8
     (1,H,W,3), what the graph's input takes.
     """
     ranges = calibrate(model, canvases, "minmax")

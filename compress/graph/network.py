@@ -1,8 +1,8 @@
-"""A torch network becomes ONNX nodes, through `torch.export` and a table of the operators that YOLOv5 uses.
+"""Convert a torch network to ONNX nodes, by `torch.export` and a table of the operators that YOLOv5 uses.
 
 In: a fused network in eval mode that returns the raw maps. Out: `NetworkGraph`, ONNX nodes and NumPy constants.
-torch's own ONNX exporters are not used: the older one is deprecated, the new one renames and reorders nodes with
-every release, and equal bytes for equal weights need a graph that depends on neither.
+torch's own ONNX exporters are not used: the old one is deprecated, the new one renames and reorders nodes with
+every release, and equal weights must give equal bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch import nn
 from compress.graph.builder import GraphBuilder
 from runtime.errors import EdgestillError
 
+INPUT = "images"
+"""Name of the network's input, as YOLOv5's own exports have it."""
+
 
 @dataclass(frozen=True)
 class NetworkGraph:
@@ -34,7 +37,7 @@ class NetworkGraph:
     maps: tuple[str, ...]
 
 
-def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images") -> NetworkGraph:
+def trace(module: nn.Module, size_hw: tuple[int, int]) -> NetworkGraph:
     """The graph of a torch network whose forward returns the list of raw maps.
 
     Raises `EdgestillError` naming the operator when the network uses one outside the table.
@@ -49,7 +52,7 @@ def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images
     constants: dict[str, np.ndarray] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            names[node] = stored.get(node.name, input_name)
+            names[node] = stored.get(node.name, INPUT)
         elif node.op == "call_function":
             _emit(builder, node, names)
         elif node.op == "output":
@@ -57,7 +60,7 @@ def trace(module: nn.Module, size_hw: tuple[int, int], input_name: str = "images
     for name in dict.fromkeys(used for node in builder.nodes for used in node.input if used in state):
         constants[name] = state[name].detach().to(torch.float32).cpu().numpy()
     made = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in builder.constants.items()}
-    return NetworkGraph(tuple(builder.nodes), {**constants, **made}, input_name, maps)
+    return NetworkGraph(tuple(builder.nodes), {**constants, **made}, INPUT, maps)
 
 
 def _emit(builder: GraphBuilder, node: Any, names: dict[Any, str]) -> None:
@@ -207,7 +210,7 @@ def _reading(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto
 
 
 def fold_bgr_bytes(network: NetworkGraph) -> NetworkGraph | None:
-    """Let the stem read BGR values 0..255 instead of RGB 0..1, at no cost; None when the stem is not one convolution.
+    """The network with a stem that reads BGR 0..255 instead of RGB 0..1; None when the stem is not one convolution.
 
     Exact up to rounding: a convolution is linear, and its zero padding is zero in either scale.
     """
@@ -222,7 +225,7 @@ def fold_bgr_bytes(network: NetworkGraph) -> NetworkGraph | None:
 
 
 def split_detect(network: NetworkGraph, anchors_per_level: int) -> tuple[NetworkGraph, tuple[tuple[str, str], ...]]:
-    """Each detect convolution becomes two: boxes with objectness (na·5 channels), and classes (na·nc channels).
+    """Split each detect convolution in two: boxes with objectness (na·5 channels), and classes (na·nc channels).
 
     The same weights in another order. It saves the copy of the class map (7.7 MB at 640 and 80 classes) that
     slicing objectness out of the joint map costs. Returns the network and the (box, class) map names of each level.

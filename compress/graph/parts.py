@@ -34,13 +34,13 @@ class GraphParts:
 
     @cached_property
     def detect_convs(self) -> tuple[int, ...]:
-        """Convolutions without a convolution behind them: the last layer of each level."""
+        """Convolutions that no convolution follows: the last layer of each level."""
         inner = _closure([i for conv in self.convs for i in self.before(conv)], self.before)
         return tuple(i for i in self.convs if i not in inner)
 
     @cached_property
     def postprocessing(self) -> frozenset[int]:
-        """Everything behind a detect convolution: decode and NMS."""
+        """Everything after a detect convolution: decode and NMS."""
         return frozenset(_closure(self.detect_convs, self.after) - set(self.detect_convs))
 
     @cached_property
@@ -50,10 +50,10 @@ class GraphParts:
 
     @cached_property
     def body(self) -> frozenset[int]:
-        """From the first to the detect convolutions, with what only they read: the part that may lose precision.
+        """From the first to the detect convolutions, with all that only they read: the part that may lose precision.
 
-        Quantise and dequantise nodes join when all that read them are in the body, so a weight's Q and DQ, which
-        each wait for the other in a forward search, come in as one, and the stem's input is cast before its Q.
+        A quantise or dequantise node belongs to the body if all its readers do. A weight's Q/DQ pair is added together,
+        because a node-by-node search would add neither. The stem's input is cast before its Q.
         """
         inside = _closure(self.detect_convs, self.before) & _closure(self.convs[:1], self.after)
         for i in sorted(set(range(len(self.nodes))) - inside, reverse=True):

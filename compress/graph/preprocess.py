@@ -1,4 +1,4 @@
-"""Preprocessing inside the graph: camera bytes become the tensor that the stem convolution reads.
+"""Preprocessing inside the graph: from camera bytes to the tensor that the stem convolution reads.
 
 `Cast` is always the first operator: TensorRT refuses `Transpose` on uint8.
 """
@@ -16,14 +16,14 @@ from runtime.image import LETTERBOX_FILL, Geometry, geometry
 
 @dataclass(frozen=True)
 class FrameLetterbox:
-    """The letterbox of one frame size, by the definition in `runtime.image`."""
+    """The letterbox of one frame size, the same as `runtime.image` computes."""
 
     frame_hw: tuple[int, int]
     canvas_hw: tuple[int, int]
 
     @property
     def geometry(self) -> Geometry:
-        return geometry(self.frame_hw, self.canvas_hw, auto=False, scale_up=True, stride=1)
+        return geometry(self.frame_hw, self.canvas_hw)
 
     @property
     def borders(self) -> tuple[int, int, int, int]:
@@ -63,7 +63,7 @@ def pixels_tensor(model: onnx.ModelProto) -> str:
 
 
 def unit_rgb(builder: GraphBuilder, pixels: str) -> str:
-    """BGR 0..255 -> RGB 0..1, for stems into whose weights it cannot be folded."""
+    """BGR 0..255 -> RGB 0..1, for stems whose weights cannot include this conversion."""
     order = builder.ints("rgb.order", [2, 1, 0])
     rgb = builder.op("Gather", pixels, order, name="rgb.pixels", axis=1)
     return builder.op("Mul", rgb, builder.floats("rgb.scale", np.float32(1.0) / np.float32(255.0)), name="rgb.unit")

@@ -1,6 +1,6 @@
 """Explicit Q/DQ: which tensors of a graph become INT8, and which stay in float.
 
-Decode, NMS, preprocessing and the detect convolutions stay in float in every scheme: one scale cannot span 0-640 px
+Decode, NMS, preprocessing and the detect convolutions stay in float in every scheme: one scale cannot cover 0-640 px
 and 0-1.
 """
 

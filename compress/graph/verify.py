@@ -1,11 +1,11 @@
-"""Compare an exported graph with torch, in three steps that each have an exact answer.
+"""Compare an exported graph with torch, in three steps. Each has an exact result.
 
 1. Every decoded row of the conventional graph equals torch's row: box in pixels, objectness and classes.
 2. Every candidate of the boxes graph is torch's row of the same number, and no better row was left out.
 3. The rows that the graph keeps are those that Cluster-NMS in NumPy keeps of the graph's own candidates, bit for bit.
 
-Comparing finished boxes alone would not be enough: a rounding of 1e-7 can swap two near-equal scores, greedy NMS then
-keeps other boxes, and a correct graph looks wrong.
+Comparing finished boxes alone would not be enough: a rounding of 1e-7 can swap two almost equal scores, greedy NMS then
+keeps other boxes, and a correct graph seems wrong.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def corners(boxes_xywh: np.ndarray) -> np.ndarray:
 
 
 def _candidate_errors(found: dict[str, np.ndarray], rows: np.ndarray) -> tuple[float, float]:
-    """Box error in px and score error, where a better row that was left out counts as score error."""
+    """Box error in px, and score error. A better row that was left out counts as score error."""
     index, label = found["candidates.row"], found["candidates.class"].astype(np.int64)
     chosen = rows[index]
     scores = chosen[np.arange(len(index)), 5 + label] * chosen[:, 4]
@@ -134,7 +134,7 @@ def to_frame(boxes_xyxy: np.ndarray, letterbox: FrameLetterbox) -> np.ndarray:
 
 
 def _row_differences(detections: np.ndarray, expected: np.ndarray) -> int:
-    """Rows of (max_det,6) that are not the expected ones, and filled rows where none is expected."""
+    """The number of rows of (max_det,6) that differ from the expected ones, or are filled and should be empty."""
     count = len(expected)
     same = np.isclose(detections[:count], expected, rtol=1e-5, atol=1e-4).all(axis=1)
     return int((~same).sum() + np.any(detections[count:], axis=1).sum())

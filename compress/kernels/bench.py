@@ -1,8 +1,8 @@
 """How fast the fused losses are on this GPU: `python -m compress.kernels.bench [--out FILE.json] [--quick]`.
 
-Out: a table, and every number as JSON, the lost comparisons included, with what the machine is. What is compared and
-how: see `bench_case.py`. Each loss has a process of its own and a share of the time: a kernel that faults or a compiler
-that hangs costs one loss, and what was measured until then is already published.
+Out: a table, and every number as JSON, unfavourable ones included, with the facts of the machine. What is compared and
+how: see `bench_case.py`. Each loss has its own process and a share of the time: a kernel that crashes or a compiler
+that hangs costs one loss, and what was measured before is already written.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch
 from compress.kernels.bench_case import L2_TIMES, SAMPLES, UPSTREAM, plan
 from compress.kernels.losses import FUSED
 from runtime import machine
-from runtime.errors import EdgestillError, UnavailableError
+from runtime.errors import UnavailableError
 from runtime.files import write_json
 from runtime.numbers import real
+from runtime.terminal import exit_code_of
 
 SECONDS = 225.0
 GRACE_SECONDS = 10.0
-"""Beyond its share, after which a process is ended."""
+"""Extra seconds that a process gets after its share of the time before it is ended."""
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 METHOD = {
     "call": f"forward and backward, upstream gradient {UPSTREAM:.0f} as a new gradient scaler sends it",
@@ -71,7 +72,7 @@ def run(seconds: float, out: Path | None, *, quick: bool) -> dict[str, Any]:
 
 
 def measure_loss(loss: str, seconds: float, *, quick: bool) -> tuple[list[dict[str, Any]], str]:
-    """The cases that a process of its own could measure, and why there are no more."""
+    """The cases that a separate process could measure, and why there are no more."""
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "cases.jsonl"
         command = [sys.executable, "-m", "compress.kernels.bench_case", loss, "--lines", str(lines)]
@@ -115,7 +116,7 @@ def facts() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power and temperature of the first GPU as they are; empty where nvidia-smi does not tell."""
+    """Clocks, power and temperature of the first GPU as they are; empty if nvidia-smi does not tell."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -164,15 +165,10 @@ def remarks(document: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="every number as JSON")
-    parser.add_argument("--quick", action="store_true", help="one case a loss, in half a minute")
+    parser.add_argument("--quick", action="store_true", help="one case per loss, in half a minute")
     parser.add_argument("--seconds", type=real(0), default=SECONDS, help=f"for all of it (default: {SECONDS:.0f})")
     asked = parser.parse_args(arguments)
-    try:
-        document = run(asked.seconds, asked.out, quick=asked.quick)
-    except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0 if document["cases"] else 1
+    return exit_code_of(lambda: 0 if run(asked.seconds, asked.out, quick=asked.quick)["cases"] else 1)
 
 
 if __name__ == "__main__":

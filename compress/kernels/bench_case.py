@@ -1,10 +1,10 @@
-"""The fused losses against their rivals on a GPU, one loss in this process; `bench.py` starts it for each.
+"""Measure one fused loss against other ways to compute it, on a GPU; `bench.py` starts a process for each loss.
 
-A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each rival does forward and backward over
-several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still cached
-when its turn comes; that pass is captured as one CUDA graph, so that gaps between launches do not count. Then all
-rivals of the case take turns in random order. Two of them are ceilings of the same run: `copy` reads one map and writes
-one; `stream`, torch.add(s, t, out=g), reads two and writes one, which is what a fused loss does at best.
+A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each variant does forward and backward
+over several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still
+cached when its turn comes. That pass is captured as one CUDA graph, so that gaps between launches do not count. Then
+all variants of the case take turns in random order. Two of them are upper bounds: `copy` reads one map and writes one;
+`stream`, torch.add(s, t, out=g), reads two and writes one, the least that a fused loss can do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from torch import Tensor
 from compress.kernels.fused import SWITCH
 from compress.kernels.gpu import gpu
 from compress.kernels.losses import FUSED
-from runtime.errors import EdgestillError, one_line
+from runtime.errors import one_line
+from runtime.terminal import exit_code_of
 
 LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
 """Feature maps of a detector at 640 pixels, by stride."""
@@ -37,14 +38,14 @@ SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
-"""Length of a sample at least: an event's clock ticks in half microseconds."""
+"""Least length of a sample: the clock of events has steps of half a microsecond."""
 L2_TIMES = 4
 HOST_CALLS, HOST_REPEATS = 20, 5
-"""Calls that are queued at once: few enough that no queue is full, which would make the host wait for the GPU."""
+"""Calls that are queued at once: so few that no queue is full, which would make the host wait for the GPU."""
 UPSTREAM = 65536.0
-"""The factor of a new gradient scaler."""
+"""The initial factor of a gradient scaler."""
 MAPS_MOVED = {"copy": 2}
-"""Maps that a variant reads and writes at least; any other 3."""
+"""Least number of maps that a variant reads and writes; 3 for any other."""
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
 Call = Callable[[int], Sequence[Tensor]]
@@ -76,7 +77,7 @@ class Case(NamedTuple):
 
 
 def plan(loss: str, *, quick: bool = False) -> list[Case]:
-    """The cases of a loss, what matters most first."""
+    """The cases of a loss, the most important first."""
     cases = [Case(loss, size, dtype) for dtype in DTYPES for size in SIZES]
     return cases[:1] if quick else cases
 
@@ -86,8 +87,8 @@ def input_sets(map_bytes: int, l2_bytes: int) -> int:
     return max(2, math.ceil(L2_TIMES * l2_bytes / (3 * map_bytes)))
 
 
-def turns(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
-    """Every name once a round, in an order of its own each round."""
+def shuffled_rounds(names: Sequence[str], rounds: int, rng: random.Random) -> Iterator[str]:
+    """Every name once per round, in a new order each round."""
     for _ in range(rounds):
         yield from rng.sample(names, len(names))
 
@@ -112,9 +113,9 @@ def timing(samples_us: Sequence[float], moved_bytes: int) -> dict[str, Any]:
 
 
 def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """How `ours` compares, by medians; None where one of the two could not be measured.
+    """How `ours` compares, by medians; None if one of the two could not be measured.
 
-    `of_stream` is the share of the ceiling that it reaches, `noise` how far apart two copies of it came out.
+    `of_stream` is the share of the upper bound that it reaches, `noise` the difference between two copies of it.
     """
     times = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
     ours = times.get("ours")
@@ -134,7 +135,7 @@ def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]
 
 
 def arguments(case: Case, device: torch.device, seed: int, *, channels_last: bool = False) -> list[Any]:
-    """The loss's arguments, the upstream gradient last; those that learn ask for a gradient."""
+    """The loss's arguments, the upstream gradient last; those that learn require a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -168,7 +169,7 @@ def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:
 
 def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     """Everything that is compared, by name, over the same `count` sets of inputs."""
-    plain, ours = FUSED[case.loss].definition, FUSED[case.loss].function
+    plain, ours = FUSED[case.loss].reference, FUSED[case.loss].function
     compiled = torch.compile(plain, dynamic=False, fullgraph=True)
     sets = [arguments(case, device, seed) for seed in range(count)]
     last = [arguments(case, device, seed, channels_last=True) for seed in range(count)]
@@ -188,7 +189,7 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
         return backward(lambda *given: ours(*given, scale=scale), inputs, nullcontext())
 
     return {
-        **ceilings(case, device, count),
+        **upper_bounds(case, device, count),
         "eager": backward(plain, sets, nullcontext()),
         "autocast": backward(plain, sets, half),
         "compile": backward(compiled, sets, nullcontext()),
@@ -198,8 +199,8 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     }
 
 
-def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
-    """The speed that memory allows: over maps as large as the case's levels together, in one launch."""
+def upper_bounds(case: Case, device: torch.device, count: int) -> dict[str, Call]:
+    """Upper bounds of the speed that memory allows, over maps as large as all levels of the case, in one launch."""
     buffers = torch.empty(count, 3, case.elements, dtype=DTYPES[case.dtype], device=device).normal_()
 
     def copy(index: int) -> Sequence[Tensor]:
@@ -216,7 +217,7 @@ def ceilings(case: Case, device: torch.device, count: int) -> dict[str, Call]:
 # ---- measuring ----------------------------------------------------------------------------------------------------
 
 
-class Ready(NamedTuple):
+class PreparedVariant(NamedTuple):
     """A variant that can be timed."""
 
     run: Callable[[], Any]
@@ -225,7 +226,7 @@ class Ready(NamedTuple):
     """Memory and host time, measured beforehand."""
 
 
-def prepare(call: Call, count: int) -> Ready:
+def prepare(call: Call, count: int) -> PreparedVariant:
     """Memory and host time of a variant, and its pass over `count` sets of inputs."""
     started = time.perf_counter()
     first = peak_extra_bytes(call)
@@ -233,11 +234,11 @@ def prepare(call: Call, count: int) -> Ready:
     notes["peak_extra_bytes"] = peak_extra_bytes(call)
     notes |= host_times(call, count)
     try:
-        return Ready(captured(call, count), {**notes, "cuda_graph": True})
+        return PreparedVariant(capture_cuda_graph(call, count), {**notes, "cuda_graph": True})
     except RuntimeError as error:
-        torch.cuda.synchronize()  # raises where the GPU itself has failed
+        torch.cuda.synchronize()  # raises if the GPU itself has failed
         notes |= {"cuda_graph": False, "why_no_graph": one_line(error)}
-        return Ready(lambda: [call(index) for index in range(count)], notes)
+        return PreparedVariant(lambda: [call(index) for index in range(count)], notes)
 
 
 def peak_extra_bytes(call: Call) -> int:
@@ -267,7 +268,7 @@ def host_times(call: Call, count: int) -> dict[str, float]:
     }
 
 
-def captured(call: Call, count: int) -> Callable[[], None]:
+def capture_cuda_graph(call: Call, count: int) -> Callable[[], None]:
     """One pass over the sets as a CUDA graph. Every set's gradients have memory of their own, as its inputs have."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -299,7 +300,7 @@ def times_in_turns(runs: Mapping[str, Callable[[], Any]], samples: int) -> dict[
     """Milliseconds of a run, `samples` of each, in random turns."""
     repeats = {name: max(1, math.ceil(SAMPLE_MS / max(elapsed_ms(run, 1), 1e-3))) for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for name in turns(list(runs), samples, random.Random(0)):
+    for name in shuffled_rounds(list(runs), samples, random.Random(0)):
         found[name].append(elapsed_ms(runs[name], repeats[name]) / repeats[name])
     return found
 
@@ -309,11 +310,11 @@ def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
     torch.compiler.reset()  # past 8 shapes of one function torch would run it uncompiled
     count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     found: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Ready] = {}
+    ready: dict[str, PreparedVariant] = {}
     for name, call in variants(case, device, count).items():
         try:
             ready[name] = prepare(call, count)
-        except Exception as error:  # whatever it is, the other variants are still worth their time
+        except Exception as error:  # whatever it is, the other variants can still be measured
             found[name] = {"error": f"{type(error).__name__}: {one_line(error)}"}
     times = times_in_turns({name: variant.run for name, variant in ready.items()}, samples)
     for name, variant in ready.items():
@@ -348,21 +349,21 @@ def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench_case", description="A part of bench.py.")
     parser.add_argument("loss", choices=FUSED)
-    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one a case, are added to it")
+    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one per case, are added to it")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
-    until = time.monotonic() + asked.seconds
+    return exit_code_of(lambda: run(asked.loss, asked.seconds, asked.lines, quick=asked.quick))
+
+
+def run(loss: str, seconds: float, lines: Path, *, quick: bool) -> None:
+    """Measure the cases of one loss. Raises EdgestillError when the kernels cannot run here."""
+    until = time.monotonic() + seconds
     os.environ.pop(SWITCH, None)
-    try:
-        gpu(0)  # where the kernels cannot run, `ours` would be the definition
-    except EdgestillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    gpu(0)  # where the kernels cannot run, `ours` would be the definition
     gc.freeze()  # each capture collects garbage, and torch's own objects are many
-    samples = QUICK_SAMPLES if asked.quick else SAMPLES
-    measure_all(plan(asked.loss, quick=asked.quick), torch.device("cuda:0"), samples, until, asked.lines)
-    return 0
+    samples = QUICK_SAMPLES if quick else SAMPLES
+    measure_all(plan(loss, quick=quick), torch.device("cuda:0"), samples, until, lines)
 
 
 if __name__ == "__main__":

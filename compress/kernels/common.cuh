@@ -1,8 +1,8 @@
-// What every kernel shares: vector access with counted bytes, fixed-order reductions, the assumed loss scale.
+// Code that all kernels share: vector access with counted bytes, fixed-order reductions, the assumed loss scale.
 //
 // The file compiles three ways: by NVRTC when a kernel is first used, by nvcc in the tests, and by g++ with the tests'
 // host shim, which runs the same kernels on a CPU. Kernels read and write global memory only through `read*`/`write*`.
-// Names in capitals that no header defines are constants of the host half (`SOURCE` beside each kernel.cu).
+// Names in capitals that no header defines are constants of the launcher (`SOURCE` beside each kernel.cu).
 //
 // Numerics: arithmetic and accumulation in float32; one rounding, to nearest even, when a gradient is stored; an
 // overflow becomes infinity, so that a gradient scaler sees it. Every reduction has a fixed partition and order, so
@@ -57,7 +57,7 @@ template <int V, class T> __device__ __forceinline__ void unpack(uint4 raw, floa
     for (int i = 0; i < V; ++i) to[i] = to_float(values[i]);
 }
 
-/// 16 bytes as they are, to be kept and unpacked later; read as `read` does.
+/// 16 bytes without conversion, to be kept and unpacked later; read as `read` does.
 template <class T> __device__ __forceinline__ uint4 read_raw(const T* from) {
     shim_count_read(16);
     return __ldg(reinterpret_cast<const uint4*>(from));
@@ -82,7 +82,7 @@ template <int V, class T> __device__ __forceinline__ void read_fresh(const T* fr
         unpack<V, T>(*reinterpret_cast<const uint4*>(from), to);
 }
 
-/// Writes what `read` reads, as V elements of T; streams past the cache, so that a gradient does not evict what is still to be read.
+/// Writes V elements of T; does not keep them in the cache, so that a gradient does not evict what is still to be read.
 template <int V, class T> __device__ __forceinline__ void write(T* to, const float (&from)[V]) {
     shim_count_write(V * sizeof(T));
     if constexpr (V == 1) {
@@ -97,7 +97,7 @@ template <int V, class T> __device__ __forceinline__ void write(T* to, const flo
     }
 }
 
-/// 16 bytes as they are, written as `write` does.
+/// 16 bytes without conversion, written as `write` does.
 __device__ __forceinline__ void write_raw(void* to, uint4 value) {
     shim_count_write(16);
     __stcs(reinterpret_cast<uint4*>(to), value);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void write_result(float* to, float value) {
     *to = value;
 }
 
-/// The upstream gradient that the caller expects, folded into the gradient before it is rounded. 1 where there is
+/// The upstream gradient that the caller expects, folded into the gradient before it is rounded. 1 if there is
 /// none; 0 is read as 1, since nothing could be rescaled from it.
 __device__ __forceinline__ float assumed_scale(const float* scale) {
     if (scale == nullptr) return 1.0f;
@@ -152,7 +152,7 @@ __device__ __forceinline__ float assumed_scale(const float* scale) {
 // For bodies under `#if defined(EDGESTILL_HOST) || __CUDA_ARCH__ >= 900`. The shim has their twins.
 
 #ifndef EDGESTILL_HOST
-/// Of this block in its cluster, from 0.
+/// Rank of this block in its cluster, from 0.
 __device__ __forceinline__ uint32 cluster_rank() {
     uint32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -172,7 +172,7 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// What block `rank` of the cluster holds where `own` is in this block's shared memory.
+/// The value in block `rank` of the cluster at the address that `own` has in this block's shared memory.
 __device__ __forceinline__ float cluster_load(const float* own, uint32 rank) {
     const uint32 address = static_cast<uint32>(__cvta_generic_to_shared(own));
     uint32 there;
@@ -217,8 +217,8 @@ template <class Op, int K> __device__ __forceinline__ void block_reduce(float (&
     warp_reduce<Op>(x);
 }
 
-/// Whether this block is the last of `blocks` to get here; what thread 0 of the others wrote before, and after a barrier
-/// the rest of them, is then visible to it. The ticket is 0 before the launch and after it. `last` is shared memory of
+/// Whether this block is the last of `blocks` to get here. Then it sees what thread 0 of the others wrote before, and after
+/// a barrier what their other threads wrote. The ticket is 0 before the launch and after it. `last` is shared memory of
 /// this call alone.
 __device__ __forceinline__ bool is_last_block(uint32* ticket, unsigned blocks, bool* last) {
     if (threadIdx.x == 0) {

@@ -1,7 +1,7 @@
-"""The part that all host halves share: the launch, the device it goes to, and the maps as kernels read them.
+"""Code that all launchers share: the launch, its device, and the maps as kernels read them.
 
-A host half plans: it allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
-asks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
+A launcher allocates, chooses the grid from the shapes, fills the arguments and yields launches. It never
+checks which device it is on, a GPU or in the tests the CPU, so the tests run it unchanged on the host shim.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress.kernels.toolchain import Source
 from runtime.errors import UsageError
 
 MAX_LEVELS = 4
-"""Levels of a pyramid that one launch serves: P3 to P6."""
+"""Most pyramid levels of one launch: P3 to P6."""
 WARP = 32
 """Threads."""
 SUFFIX = {torch.float32: "_f32", torch.float16: "_f16", torch.bfloat16: "_bf16"}
@@ -73,7 +73,7 @@ Maps = Sequence[Tensor]
 Result = tuple[Tensor, list[Tensor]]
 """A loss () float32, and the gradient of each tensor that learns, in the order of the arguments."""
 Launches = Generator[Launch, None, Result]
-"""The host half at work: it yields one launch after another, and its return value is there after the last.
+"""The launcher at work: it yields one launch after another, and its return value is there after the last.
 
 As long as it is not finished it holds every tensor whose address it wrote into a launch."""
 
@@ -109,13 +109,13 @@ def power_of_2(least: int) -> int:
 
 
 def fits_vectors(run: int, *tensors: Tensor) -> bool:
-    """Whether 16-byte accesses cut every `run` elements of the first one evenly, and may start where each starts."""
+    """True if all tensors are 16-byte aligned and `run` elements of the first one are a multiple of 16 bytes."""
     aligned = all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors)
     return aligned and run % vector(tensors[0].dtype) == 0
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether (N, C, H, W) lies in memory as (N, H, W, C). Maps that are dense both ways count as NCHW."""
+    """Whether (N, C, H, W) is stored as (N, H, W, C). Maps that are dense both ways count as NCHW."""
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -140,7 +140,7 @@ class LevelMaps(NamedTuple):
 
 
 def dense_pairs(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last where the student is so and
+    """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last if the student is so and
     `nchw` does not forbid it. What is already so is not copied.
 
     Raises UsageError for no level, more than MAX_LEVELS of them, or students of several dtypes.
@@ -167,8 +167,8 @@ def level_maps(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[Le
 
 
 def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[int]:
-    """Deal blocks out in proportion to `sizes`: `most` in all, fewer where `size_of_block` needs no more, one each at
-    least. Depends on nothing else: equal shapes give equal bits on every GPU.
+    """Divide blocks in proportion to `sizes`: `most` in all, fewer if `size_of_block` needs no more, at least one
+    each. The result depends on nothing else, so equal shapes give equal bits on every GPU.
     """
     blocks = min(most, ceil_div(sum(sizes), size_of_block))
     return [max(1, blocks * size // sum(sizes)) for size in sizes]

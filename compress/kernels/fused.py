@@ -1,13 +1,13 @@
-"""The part that all losses with kernels share: where they run, their gradient, and their registration with torch.
+"""Code that all losses with kernels share: where they run, their gradient, and their registration with torch.
 
 The forward pass already writes the gradient, multiplied by the upstream gradient that the caller expects (`scale`: a
 gradient scaler's factor, the loss's weight, ...), because a gradient that is rounded to float16 first and multiplied
-afterwards has lost up to half of its entries. The backward pass compares, on the device, what was expected with what
-came, and does nothing where they agree.
+afterwards has lost up to half of its entries. The backward pass compares, on the device, the expected upstream gradient
+with the real one, and does nothing if they are equal.
 
-Eager code queues the kernels and hangs their gradient into autograd's graph by one `autograd.Function` (7 us on the
-host); compiled code calls `torch.ops.edgestill.*`, which torch can trace, at the price of a second buffer in the
-backward pass. On a CPU, and with `EDGESTILL_KERNELS=off`, a loss is its definition in plain torch.
+Eager code queues the kernels and registers their gradient with one `autograd.Function` (7 us on the
+host); compiled code calls `torch.ops.edgestill.*`, which torch can trace but which needs a second buffer in the
+backward pass. On a CPU, and with `EDGESTILL_KERNELS=off`, a loss is its reference in plain torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runtime.errors import EdgestillError, UsageError
 
 NAMESPACE = "edgestill"
 SWITCH = "EDGESTILL_KERNELS"
-"""Environment variable; `off` forces the definition."""
+"""Environment variable; `off` forces the reference."""
 Arguments = Sequence[Any]
 """A loss's arguments: lists of tensors, numbers, and the expected upstream gradient last."""
 
@@ -44,8 +44,8 @@ class FusedLoss:
         schema: arguments of the op in torch's notation; `scale`, which comes last, is left out.
         function: the public function, which takes the same arguments and `scale` by name.
         source: the CUDA source.
-        launches: host half of the kernels: a Device and the arguments -> launches, then loss and gradients.
-        definition: the same loss in plain torch, of the arguments without scale.
+        launches: launcher of the kernels: a Device and the arguments -> launches, then loss and gradients.
+        reference: the same loss in plain torch, of the arguments without scale.
         learns: positions of the arguments, lists of tensors, that get a gradient; no other does.
     """
 
@@ -57,11 +57,11 @@ class FusedLoss:
         function: Callable[..., Tensor],
         source: Source,
         launches: Callable[..., Launches],
-        definition: Callable[..., Tensor],
+        reference: Callable[..., Tensor],
         learns: tuple[int, ...] = (0,),
     ) -> None:
         self.name, self.function, self.source = name, function, source
-        self.launches, self.definition, self.learns = launches, definition, learns
+        self.launches, self.reference, self.learns = launches, reference, learns
         self.parameters = tuple(declared.split()[-1] for declared in schema.split(","))
         _register(self, schema)
 
@@ -70,7 +70,7 @@ class FusedLoss:
         return [tensor for place in self.learns for tensor in arguments[place]]
 
     def device(self, arguments: Arguments) -> Gpu | None:
-        """The GPU whose kernels serve these arguments, for `run`; None where torch does, for `by_torch`."""
+        """The GPU on which `run` computes these arguments; None if `by_torch` must."""
         students = arguments[0]
         if torch.compiler.is_compiling() or is_empty(students) or not runs_fused(students):
             return None
@@ -92,10 +92,10 @@ class FusedLoss:
 
     def differentiable(self, device: Device, result: Result, arguments: Arguments) -> Tensor:
         """The loss of `run` as a tensor that autograd differentiates once."""
-        return _Ready.apply(result, device, arguments[-1], *self.learners(arguments))  # type: ignore[no-untyped-call]
+        return _PrecomputedGradient.apply(result, device, arguments[-1], *self.learners(arguments))  # type: ignore[no-untyped-call]
 
     def by_torch(self, arguments: Arguments) -> Tensor:
-        """The loss by the registered op where the code is compiled for a GPU, else by its definition."""
+        """The loss by the registered op if the code is compiled for a GPU, else by its reference."""
         *inputs, _ = arguments
         students = inputs[0]
         if is_empty(students):
@@ -104,19 +104,19 @@ class FusedLoss:
             check_places(arguments)
             loss, _ = getattr(torch.ops.edgestill, self.name)(*arguments)
             return loss
-        return self.definition(*(self._constant(place, value) for place, value in enumerate(inputs)))
+        return self.reference(*(self._constant(place, value) for place, value in enumerate(inputs)))
 
     def _constant(self, place: int, value: Any) -> Any:
         is_constant = isinstance(value, list) and place not in self.learns
         return [tensor.detach() for tensor in value] if is_constant else value
 
-    def by_definition(self, arguments: Arguments) -> Result:
-        """The same result as `run`, by autograd of the definition: the op's CPU form."""
+    def by_reference(self, arguments: Arguments) -> Result:
+        """The same result as `run`, by autograd of the reference: the op's CPU form."""
         *inputs, scale = arguments
         for place in self.learns:
             inputs[place] = [tensor.detach().requires_grad_() for tensor in inputs[place]]
         with _autograd_inside_an_op(), torch.enable_grad():
-            loss = self.definition(*inputs)
+            loss = self.reference(*inputs)
             upstream = torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
             return loss.detach(), list(torch.autograd.grad(loss, self.learners(inputs), upstream))
 
@@ -132,7 +132,7 @@ def check_maps(students: Maps, teachers: Maps, pixel_maps: Maps = (), *, same_ch
     counts = {len(students), len(teachers), *([len(pixel_maps)] if pixel_maps else [])}
     if len(counts) != 1 or 0 in counts:
         told = f"{len(students)} student maps, {len(teachers)} teacher maps"
-        raise UsageError(f"{told}, {len(pixel_maps)} maps of pixels", "Give one of each a level")
+        raise UsageError(f"{told}, {len(pixel_maps)} maps of pixels", "Give one of each per level")
     for level, (s, t) in enumerate(zip(students, teachers, strict=True)):
         pixels = [pixel_maps[level].shape] if pixel_maps else []
         ours, theirs = (s.shape, t.shape) if same_channels else (_pixels(s), _pixels(t))
@@ -147,7 +147,7 @@ def _pixels(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_places(arguments: Arguments) -> None:
-    """Raises UsageError unless all tensors are on one GPU and the scale is float32: a kernel would read past them."""
+    """Raises UsageError unless all tensors are on one GPU and the scale is float32: kernels do not check addresses."""
     *others, scale = arguments
     tensors = [tensor for other in others if isinstance(other, list) for tensor in other]
     devices = {tensor.device for tensor in (tensors if scale is None else [*tensors, scale])}
@@ -170,18 +170,18 @@ def runs_fused(students: Maps) -> bool:
     first = students[0]
     alike = all(s.is_cuda and s.dtype == first.dtype for s in students)
     served = alike and first.dtype in SUFFIX and len(students) <= MAX_LEVELS
-    return served and os.environ.get(SWITCH) != "off" and not why_not(first.device.index)
+    return served and os.environ.get(SWITCH) != "off" and not unavailable_reason(first.device.index)
 
 
 @torch.compiler.assume_constant_result  # or torch.compile would trace into the CUDA driver's bindings
-def why_not(index: int) -> str:
-    """Why kernels cannot run on cuda:`index`; empty where they can."""
-    return _looked_up(index)
+def unavailable_reason(index: int) -> str:
+    """Why kernels cannot run on cuda:`index`; empty if they can."""
+    return _unavailable_reason(index)
 
 
 @cache
-def _looked_up(index: int) -> str:
-    """`why_not`, looked up once; warns, since plain torch is slower."""
+def _unavailable_reason(index: int) -> str:
+    """`unavailable_reason`, looked up once; warns, since plain torch is slower."""
     try:
         gpu(index)
     except EdgestillError as error:
@@ -193,8 +193,8 @@ def _looked_up(index: int) -> str:
 # ---- the gradient -------------------------------------------------------------------------------------------------
 
 
-class _Ready(torch.autograd.Function):
-    """A loss whose gradients are there already."""
+class _PrecomputedGradient(torch.autograd.Function):
+    """A loss whose gradients were computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, result: Result, device: Device, scale: Tensor | None, *_learners: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class _Ready(torch.autograd.Function):
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward pass was asked to retain its graph. Private to torch; nothing public tells."""
+    """Whether the running backward pass retains its graph. Private to torch: there is no public function for it."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -252,7 +252,7 @@ def _register(loss: FusedLoss, schema: str) -> None:
         return as_declared(loss.run(gpu(arguments[0][0].device.index), arguments), arguments)
 
     def on_cpu(*arguments: Any) -> Result:
-        return as_declared(loss.by_definition(arguments), arguments)
+        return as_declared(loss.by_reference(arguments), arguments)
 
     def shapes(*arguments: Any) -> Result:
         learners = loss.learners(arguments)

@@ -1,7 +1,7 @@
 """The `Device` of the product: kernels on an NVIDIA GPU, through the CUDA driver, on torch's current stream.
 
 Modules are loaded as driver libraries, which belong to no context; a launch makes the device's primary context, which
-is torch's, current for its own duration where it is not (autograd's threads may have none).
+is torch's, current while it lasts, if it is not (autograd's threads may have none).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from compress.kernels.toolchain import Source
 from runtime.errors import EdgestillError, UnavailableError, one_line
 
 STATIC_SHARED_BYTES = 48 << 10
-"""Dynamic shared memory that a kernel may have without asking."""
+"""Dynamic shared memory that a kernel may have without setting an attribute."""
 PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run together."""
 
 
 class Gpu:
-    """One NVIDIA GPU. Raises EdgestillError where bindings or compiler are missing, or cannot serve it."""
+    """One NVIDIA GPU. Raises EdgestillError when bindings or compiler are missing, or do not support it."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -43,7 +43,7 @@ class Gpu:
         self._shared: dict[tuple[Source, str], int] = {}
         self._raising = Lock()
         self._tickets: dict[int, Tensor] = {}
-        self._library(rescale.SOURCE)  # every loss needs it; a GPU that compiler or driver cannot serve shows now
+        self._library(rescale.SOURCE)  # every loss needs it; fails now if compiler or driver do not support the GPU
 
     def _facts(self, device: Any) -> Facts:
         def ask(name: str) -> int:
@@ -141,7 +141,7 @@ class Gpu:
 
 
 def load_driver() -> Any:
-    """The bindings to the CUDA driver. Raises UnavailableError where they are not installed."""
+    """The bindings to the CUDA driver. Raises UnavailableError when they are not installed."""
     try:
         from cuda.bindings import driver
     except ImportError as error:

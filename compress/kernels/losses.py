@@ -1,4 +1,4 @@
-"""The table of the fused losses, one line each: tests, the benchmark and the table of registers go through it."""
+"""The table of the fused losses, one line each. Tests, the benchmark and the table of registers use it."""
 
 from __future__ import annotations
 

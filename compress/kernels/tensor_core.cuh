@@ -44,7 +44,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32 (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// Start to copy 16 (or 4) aligned bytes from global to shared memory; where not `inside`, zeros, and nothing is read.
+/// Start to copy 16 (or 4) aligned bytes from global to shared memory; if not `inside`, zeros, and nothing is read.
 /// This thread has them after `copy_async_wait`, the block after a barrier behind that.
 template <int kBytes> __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
     static_assert(kBytes == 16 || kBytes == 4, "16 bytes past L1, or 4 through it");

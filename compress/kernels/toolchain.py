@@ -1,7 +1,7 @@
-"""CUDA C++ sources to machine code, by NVRTC: no compiler, no torch headers, no GPU and no network are needed.
+"""Compile CUDA C++ sources by NVRTC: no compiler, no torch headers, no GPU and no network are needed.
 
-A cubin is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; from then
-on it costs a file's reading. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
+A cubin is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; then
+it is read from the file. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REPORTED = re.compile(r"(\d+) (registers|bytes spill stores|bytes smem)")
 
 
 class Source(NamedTuple):
-    """A CUDA source, and the constants of its host half, which it gets as defines."""
+    """A CUDA source, and the constants of its launcher, which it gets as defines."""
 
     folder: str
     """The folder of this package that holds its `kernel.cu`."""
@@ -49,7 +49,7 @@ class Source(NamedTuple):
 def cubin(source: Source, architecture: str) -> bytes:
     """Machine code of `source` for `architecture` (as "sm_90"), from the cache or compiled now.
 
-    Raises UnavailableError where NVRTC or the CUDA headers are not installed, and EdgestillError with the compiler's
+    Raises UnavailableError when NVRTC or the CUDA headers are not installed, and EdgestillError with the compiler's
     first error.
     """
     path = cache_folder() / f"{source.folder}-{architecture}-{_key(source, architecture)[:24]}.cubin"
@@ -62,7 +62,7 @@ class Resources(NamedTuple):
     registers: int
     """Per thread."""
     spill_bytes: int
-    """Stored to local memory per thread for want of registers."""
+    """Bytes per thread that are spilled to local memory."""
     shared_bytes: int
     """Static, per block."""
 
@@ -86,13 +86,13 @@ def compile_cubin(source: Source, architecture: str) -> tuple[bytes, dict[str, R
 
 
 def compiler_version() -> str:
-    """As "13.0". Raises UnavailableError where NVRTC is not installed."""
+    """As "13.0". Raises UnavailableError when NVRTC is not installed."""
     return ".".join(map(str, _checked(load_nvrtc(), "nvrtcVersion")))
 
 
 @lru_cache(maxsize=1)
 def load_nvrtc() -> Any:
-    """The bindings to NVRTC, whose library was found. Raises UnavailableError where one of them is missing."""
+    """The bindings to NVRTC, whose library was found. Raises UnavailableError when one of them is missing."""
     try:
         from cuda.bindings import nvrtc
 
@@ -131,7 +131,7 @@ def _key(source: Source, architecture: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """A kept cubin; None where there is none, or its digest disagrees."""
+    """A cubin of the cache; None if there is none, or if its digest is wrong."""
     try:
         kept = path.read_bytes()
     except OSError:
@@ -141,7 +141,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, binary: bytes) -> bytes:
-    """`binary`, kept for the next start where the folder can be written."""
+    """`binary`, after writing it to the cache if the folder can be written."""
     with suppress(EdgestillError), atomic_write(path) as temporary:  # a read-only home costs time at each start
         temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
     return binary
@@ -171,7 +171,7 @@ def _first_error(log: str) -> str:
 
 
 def _resources(log: str) -> dict[str, Resources]:
-    """From the assembler's report, a paragraph a kernel."""
+    """Resources by kernel, from the assembler's log, which has a paragraph per kernel."""
     found = {}
     for paragraph in log.split("Compiling entry function ")[1:]:
         numbers = {name: int(value) for value, name in _REPORTED.findall(paragraph)}
@@ -182,7 +182,7 @@ def _resources(log: str) -> dict[str, Resources]:
 
 
 def resource_table() -> str:
-    """Registers a thread of every kernel on every architecture, with the bytes that it spills where it does."""
+    """Registers per thread of every kernel on every architecture, with the bytes that it spills if it does."""
     from compress.kernels.losses import SOURCES  # imports torch, which nothing else here needs
 
     found: dict[str, dict[str, Resources]] = {architecture: {} for architecture in ARCHITECTURES}

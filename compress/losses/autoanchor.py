@@ -1,4 +1,4 @@
-"""Measures how well anchors fit the labels, and evolves better ones where they do not.
+"""Measure how well anchors fit the labels, and evolve better anchors if they do not fit.
 
 In: widths and heights of labels in pixels, as the network sees them. Out: anchors in pixels.
 The rules are those of YOLOv5 v7.0.
@@ -22,7 +22,7 @@ MIN_SIDE_PX = 2.0
 GENERATIONS = 1000
 RESTARTS = 30
 LABELS_AT_MOST = 10_000
-"""Evolution looks at a random draw of this many labels (0.5 ms a generation); decisions look at all."""
+"""Evolution looks at a random draw of this many labels (0.5 ms per generation); decisions look at all."""
 
 
 class AnchorFit(NamedTuple):
@@ -33,7 +33,7 @@ class AnchorFit(NamedTuple):
     matches: float
     """Anchors above threshold per label, mean."""
     fitness: float
-    """Mean over labels of the best ratio where it passes the threshold, else 0."""
+    """Mean over labels of the best ratio if it passes the threshold, else 0."""
 
 
 class AnchorChoice(NamedTuple):
@@ -87,10 +87,10 @@ def measure(wh_px: Sizes, anchors_px: Sizes, anchor_t: float = 4.0) -> AnchorFit
 
 
 def _cluster(wh_px: Sizes, count: int, rng: np.random.Generator) -> Sizes:
-    """The best of several k-means, each axis in units of its spread; random sizes where labels are too alike.
+    """The best of several k-means, each axis in units of its spread; random sizes if labels are too alike.
 
-    Distances are taken between logarithms, because the fitness compares ratios: on COCO128 that ends at fitness 0.696
-    where plain pixels, as in YOLOv5, end at 0.64 to 0.67. Starting points are drawn here: SciPy's own seeding has
+    Distances are taken between logarithms, because the fitness compares ratios: on COCO128 that ends at fitness 0.696,
+    while plain pixels, as in YOLOv5, end at 0.64 to 0.67. Starting points are drawn here: SciPy's own seeding has
     changed its name and its meaning between versions.
     """
     logs = np.log(wh_px)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Overlap = Literal["iou", "giou", "diou", "ciou"]
 
 EPS = 1e-7
 """Added to denominators, as in YOLOv5."""
@@ -53,13 +51,12 @@ def _aspect_penalty(a_xywh: Tensor, b_xywh: Tensor, iou: Tensor) -> Tensor:
     return alpha * v
 
 
-def paired_iou(a_xywh: Tensor, b_xywh: Tensor, kind: Overlap = "iou") -> Tensor:
-    """IoU, GIoU, DIoU or CIoU of boxes pair by pair.
+def paired_ciou(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
+    """CIoU of boxes pair by pair: IoU - (centre distance / enclosing diagonal)^2 - alpha * v.
 
     Args:
         a_xywh: (..., 4) centre x, y, width, height in any one unit; predictions go here.
         b_xywh: (..., 4) in the same unit; targets go here.
-        kind: which overlap. CIoU = IoU - (centre distance / enclosing diagonal)^2 - alpha * v.
 
     Returns:
         (...) at most 1. Finite for every finite input with non-negative sizes, and so is its gradient.
@@ -68,24 +65,19 @@ def paired_iou(a_xywh: Tensor, b_xywh: Tensor, kind: Overlap = "iou") -> Tensor:
     inter = _intersection(a, b)
     union = a_xywh[..., 2] * a_xywh[..., 3] + b_xywh[..., 2] * b_xywh[..., 3] - inter + EPS
     iou = inter / union
-    if kind == "iou":
-        return iou
     enclosing_w, enclosing_h = _enclosing_wh(a, b)
-    if kind == "giou":
-        area = enclosing_w * enclosing_h + EPS
-        return iou - (area - union) / area
     distance2 = (b_xywh[..., :2] - a_xywh[..., :2]).square().sum(-1)
     distance_iou = iou - distance2 / (enclosing_w.square() + enclosing_h.square() + EPS)
-    return distance_iou if kind == "diou" else distance_iou - _aspect_penalty(a_xywh, b_xywh, iou)
+    return distance_iou - _aspect_penalty(a_xywh, b_xywh, iou)
 
 
 def paired_giou_exact(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
     """GIoU that is exactly 1 for equal boxes, however small.
 
-    Distillation must vanish where student equals teacher, also in float32. Every area comes from the same corners,
-    and the floor stands above and below the fraction: (inter + eps) / (union + eps).
+    A distillation loss must be 0 if student equals teacher, also in float32. Every area comes from the same corners,
+    and eps is added to both sides of the fraction: (inter + eps) / (union + eps).
 
-    Args and returns as `paired_iou`.
+    Args and returns as `paired_ciou`.
     """
     a, b = _corners(a_xywh), _corners(b_xywh)
     inter = _intersection(a, b)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.config import LossConfig
-from compress.losses.boxes import decode_in_cell, paired_iou
+from compress.losses.boxes import decode_in_cell, paired_ciou
 from runtime.errors import UsageError
 
 # (offset of the centre in cells) for: the own cell, then its left, upper, right and lower neighbour
@@ -22,6 +22,7 @@ _OFFSETS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
 
 _BALANCE = {3: (4.0, 1.0, 0.4)}
 _BALANCE_OTHERWISE = (4.0, 1.0, 0.25, 0.06, 0.02)
+_FOCAL_ALPHA = 0.25
 
 
 class Assignment(NamedTuple):
@@ -45,10 +46,6 @@ class Assignment(NamedTuple):
     """(N, 4) float32: target x, y relative to the cell (-0.5..1.5), w, h; grid units."""
     keep: Tensor
     """(N,) bool: the pair is a positive."""
-
-    def positives(self) -> Assignment:
-        """Only the kept rows, in the same order. Waits for the device: for tests and plots."""
-        return Assignment(*(column[self.keep] for column in self))
 
 
 def level_balance(levels: int) -> tuple[float, ...]:
@@ -127,7 +124,7 @@ def assign_targets(targets: Tensor, anchors_wh: Tensor, size_hw: tuple[int, int]
 
 
 def _masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of values (N,) or (N, C) over the kept rows; 0, with a gradient path, where none is kept."""
+    """Mean of values (N,) or (N, C) over the kept rows; 0, with a gradient path, if none is kept."""
     weight = keep.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
     return (values * weight).sum() / (weight.sum() * values[:1].numel()).clamp_min(1)
 
@@ -140,14 +137,14 @@ def _write_last(cells: Tensor, values: Tensor, keep: Tensor, count: int) -> Tens
     return values.new_zeros(count).scatter_add_(0, cells, torch.where(wins, values, 0))
 
 
-def _focal_factor(logits: Tensor, target: Tensor, gamma: float, alpha: float = 0.25) -> Tensor:
+def _focal_factor(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
     p = logits.sigmoid()
     p_true = target * p + (1 - target) * (1 - p)
-    return (target * alpha + (1 - target) * (1 - alpha)) * (1 - p_true) ** gamma
+    return (target * _FOCAL_ALPHA + (1 - target) * (1 - _FOCAL_ALPHA)) * (1 - p_true) ** gamma
 
 
 def _bce(logits: Tensor, target: Tensor, positive_weight: float, gamma: float) -> Tensor:
-    """Element-wise binary cross-entropy; focal where gamma > 0."""
+    """Element-wise binary cross-entropy; focal if gamma > 0."""
     weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)
     loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
     return loss * _focal_factor(logits, target, gamma) if gamma > 0 else loss
@@ -209,10 +206,10 @@ class DetectionLoss(nn.Module):
         batch, na, height, width, channels = raw.shape
         assigned = assign_targets(targets, anchors_wh, (height, width), self.config.anchor_t)
         cells = ((assigned.image * na + assigned.anchor) * height + assigned.row) * width + assigned.column
-        # index_select: its backward adds rows in order, where advanced indexing sorts or serialises
+        # index_select: its backward adds rows in order; advanced indexing sorts or serialises
         logits = raw.reshape(-1, channels).index_select(0, cells).float()
 
-        ciou = paired_iou(decode_in_cell(logits[:, :4], anchors_wh[assigned.anchor]), assigned.box, "ciou")
+        ciou = paired_ciou(decode_in_cell(logits[:, :4], anchors_wh[assigned.anchor]), assigned.box)
         box = _masked_mean(1 - ciou, assigned.keep)
 
         quality = _write_last(cells, ciou.detach().clamp_min(0), assigned.keep, batch * na * height * width)
@@ -220,7 +217,7 @@ class DetectionLoss(nn.Module):
         return torch.stack((box, objectness, self._classes(logits[:, 5:], assigned)))
 
     def _classes(self, logits: Tensor, assigned: Assignment) -> Tensor:
-        """Mean BCE over positives and classes; 0 where there is only one class."""
+        """Mean BCE over positives and classes; 0 if there is only one class."""
         if self.nc == 1:
             return logits.new_zeros(())
         off = self.config.label_smoothing / 2

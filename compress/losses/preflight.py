@@ -1,13 +1,13 @@
-"""Preflight of a distillation: does every loss do something, and the right thing, before the first epoch?
+"""Preflight checks of a distillation, before the first epoch: every loss must have an effect, and the right one.
 
 In: student, teacher, losses, one batch. Out: a list of checks, each with what was seen. Most failures of distillation
-are silent: a loss that is zero, that never reaches the student, or that compares different things.
+are silent: a loss that is zero, that has no gradient at the student, or that compares different things.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from compress.losses.distill import Context, DistillLoss, Outputs
 
 _SHOWN = 3
+LABELS = "detection"
+"""The label loss among the terms."""
+LARGEST_SHARE = 100.0
+"""Times the label loss's gradient at which a loss with a fixed weight is refused. 36 times cost 6 mAP, but one batch of
+a small network tells the factor only roughly; with `auto` it is held at the share."""
 
 
 class Check(NamedTuple):
-    """One finding: `detail` says what was seen and, where `ok` is False, the remedy."""
+    """One finding: `detail` says what was seen and, if `ok` is False, the remedy."""
 
     name: str
     ok: bool
@@ -50,7 +55,6 @@ def preflight(
     batch: Batch,
     *,
     task: TaskLoss | None = None,
-    weights: Mapping[str, float] | None = None,
 ) -> list[Check]:
     """Examine a distillation on one batch. Changes neither network, nor the losses, nor any gradient.
 
@@ -60,7 +64,6 @@ def preflight(
         losses: by name, made for these two networks.
         batch: a few labelled training images.
         task: the detection loss, to print its share of the gradient.
-        weights: of the losses, 1 where absent.
     """
     heads = [name for name, loss in losses.items() if loss.compares_heads]
     checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher)]
@@ -78,8 +81,8 @@ def preflight(
         checks += [*_one_loss(name, loss, terms[name], probe), _vanishes(name, loss, teacher_outputs, context)]
     if task is not None:
         total, _ = task(outputs.raw, targets)
-        terms = {"detection": total / len(images), **terms}
-    return [*checks, _shares(terms, weights or {}, outputs.features)]
+        terms = {LABELS: total / len(images), **terms}
+    return [*checks, *_shares(terms, losses, outputs.features)]
 
 
 def _as_input(images: Tensor, network: nn.Module) -> Tensor:
@@ -95,7 +98,7 @@ def _one_loss(name: str, loss: DistillLoss, term: Tensor, student: nn.Module) ->
 
 
 def _same_meaning(student: Any, teacher: Any, heads: Sequence[str]) -> list[Check]:
-    """Names, anchors and strides of the two architectures; only strides matter where no head is compared."""
+    """Names, anchors and strides of the two architectures; only strides matter if no head is compared."""
     facts = {
         "classes": (tuple(student.names), tuple(teacher.names), "fine-tune the teacher on the student's classes"),
         "anchors": (_rounded(student.anchors), _rounded(teacher.anchors), "set autoanchor: false for the student"),
@@ -168,13 +171,31 @@ def _reaches(name: str, term: Tensor, whom: str, parameters: list[Tensor], *, at
 
 def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: Context) -> Check:
     value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach())
-    return Check(f"{name} is zero where student equals teacher", value == 0, f"{value:.4g}")
+    return Check(f"{name} is zero if student equals teacher", value == 0, f"{value:.4g}")
 
 
-def _shares(terms: Mapping[str, Tensor], weights: Mapping[str, float], features: Sequence[Tensor]) -> Check:
-    weighted = {name: term * weights.get(name, 1.0) for name, term in terms.items()}
-    norms = neck_gradients(weighted, features)
-    total = sum(norms.values())
+def _shares(
+    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor]
+) -> Iterator[Check]:
+    """How the gradient at the neck is divided, and whether a fixed weight drowns the labels.
+
+    A weight that follows the gradients gives its loss the share that is asked for.
+    """
+    norms, of = neck_gradients(terms, features), dict(losses.items())
+    labels = norms.get(LABELS, 1.0)
+    weighted = {name: _weighted(norm, of.get(name), labels) for name, norm in norms.items()}
+    total = sum(weighted.values())
     ok = 0 < total < float("inf")
-    told = ", ".join(f"{name} {norm / total:.1%}" for name, norm in norms.items()) if ok else f"norms {norms}"
-    return Check("share of the gradient at the neck", ok, told)
+    told = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"
+    for name, loss in losses.items():
+        if LABELS in terms and loss.weight is not None:
+            times = weighted[name] / max(labels, 1e-12)
+            hint = "" if times <= LARGEST_SHARE else f"; at most {LARGEST_SHARE:g} is sound: write {name}: auto"
+            yield Check(f"{name} leaves room for the labels", not hint, f"{times:.2g} times their gradient{hint}")
+    yield Check("share of the gradient at the neck", ok, told)
+
+
+def _weighted(norm: float, loss: DistillLoss | None, labels: float) -> float:
+    if loss is None:
+        return norm
+    return loss.share * labels if loss.weight is None else loss.weight * norm

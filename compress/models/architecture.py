@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
     block: str
     channels: int = 0
-    """Output channels at width 1; 0 where they follow from the inputs."""
+    """Output channels at width 1; 0 if they follow from the inputs."""
     repeats: int = 1
     """Bottlenecks at depth 1."""
     source: tuple[int, ...] = (-1,)
@@ -73,10 +73,10 @@ def _down(channels: int) -> Layer:
 
 
 def _layout(releases: str, stem: Layer, block: str, stages: Sequence[tuple[int, int]], top: Sequence[Layer]) -> Layout:
-    """The feature pyramid that all releases share.
+    """A layout with the feature pyramid that all releases have.
 
-    `stages` are (channels, repeats) from stride 4 on; the last one's own blocks are `top`. The head climbs from the
-    coarsest level to the finest and back, joining each level with what the way before left there.
+    `stages` are (channels, repeats) from stride 4 on; `top` are the last stage's blocks. The neck goes top-down, then
+    bottom-up (FPN + PAN); each level is concatenated with the map of the earlier pass.
     """
     layers = [stem]
     for channels, repeats in stages[:-1]:
@@ -117,7 +117,7 @@ LAYOUTS: dict[str, Layout] = {
         (_SPP, Layer("BottleneckCSP", 1024, 3, options=_NO_SHORTCUT)),
     ),
 }  # fmt: skip
-"""The key is the release that brought the layout."""
+"""The key is the first release with that layout."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Architecture:
 
     @property
     def scale(self) -> str | None:
-        """The name in `SCALES` of this depth and width; None where there is none."""
+        """The name in `SCALES` of this depth and width; None if there is none."""
         return next((name for name, multiples in SCALES.items() if multiples == (self.depth, self.width)), None)
 
     def channels(self, nominal: int) -> int:

@@ -3,8 +3,8 @@
 All blocks map float (B, C, H, W) to float (B, C', H', W'). Convolutions are made in the order of the state dict and
 nothing else draws random numbers, so a seeded build is reproducible.
 
-A new block is a subclass of `Block`, here or in a file of its own, and its name in `BLOCKS` of `network.py`. Its cost
-is counted and its operators are exported without more, as long as the exporter's table knows them.
+To add a block, write a subclass of `Block`, here or in a new file, and enter its name in `BLOCKS` of `network.py`. Its
+cost is counted and it is exported without more work, if the exporter's table has its operators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compress.models.architecture import Architecture
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
 PROBED_VARIANCE = 0.9
-"""YOLOv5 finds its strides by one training step on zeros: every running variance goes from 1 to 0.9."""
+"""Running variance of a new BatchNorm: YOLOv5 finds its strides by one training step on zeros, which makes 1 to 0.9."""
 
 
 class ScaledLayer(NamedTuple):
@@ -29,7 +29,7 @@ class ScaledLayer(NamedTuple):
     inputs: tuple[int, ...]
     """Channels of the tensors that it reads."""
     channels: int
-    """Output channels; 0 where they follow from the inputs."""
+    """Output channels; 0 if they follow from the inputs."""
     repeats: int
     """Bottlenecks."""
     options: Mapping[str, Any]
@@ -38,7 +38,7 @@ class ScaledLayer(NamedTuple):
 
 
 class Block(nn.Module):
-    """A piece of a network: how it is built from a row of a layer table, compared with a file's, and fused."""
+    """A module of a network: how it is built from a row of a layer table, compared with a file's, and fused."""
 
     compared: ClassVar[tuple[str, ...]] = ()
     """Attributes that the output depends on and that no tensor shows: a checkpoint with other values is refused."""
@@ -84,7 +84,7 @@ class Conv(Block):
 
 
 class Bottleneck(Block):
-    """1x1, then 3x3, with a residual where `shortcut`."""
+    """1x1, then 3x3, with a residual if `shortcut`."""
 
     compared = ("add",)
 
@@ -124,9 +124,9 @@ class C3(CspBlock):
 
 
 class BottleneckCSP(CspBlock):
-    """C3's forerunner (releases 1.0 to 3.1): bare convolutions on both branches, one BatchNorm over the join.
+    """The block before C3 (releases 1.0 to 3.1): plain convolutions on both branches, then one BatchNorm.
 
-    Its own activation is LeakyReLU whatever the rest of the network uses.
+    Its own activation is LeakyReLU, whichever the rest of the network has.
     """
 
     def __init__(self, c1: int, c2: int, act: Activation, n: int = 1, shortcut: bool = True) -> None:
@@ -145,7 +145,7 @@ class BottleneckCSP(CspBlock):
         return self.cv4(self.act(self.bn(joined)))
 
     def fuse(self) -> None:
-        """The BatchNorm acts channel by channel: each convolution takes the half that stands over it."""
+        """Fold the BatchNorm, which acts per channel: each convolution takes the half that belongs to its channels."""
         if isinstance(self.bn, nn.BatchNorm2d):
             (scale3, scale2), (shift3, shift2) = (part.chunk(2) for part in scale_and_shift(self.bn))
             self.cv3, self.cv2 = fused(self.cv3, scale3, shift3), fused(self.cv2, scale2, shift2)
@@ -218,7 +218,7 @@ class Concat(Block):
 
 
 class Detect(Block):
-    """One 1x1 convolution a level; the buffer `anchors` (nl, na, 2) is in units of the level's stride."""
+    """One 1x1 convolution per level; the buffer `anchors` (nl, na, 2) is in units of the level's stride."""
 
     anchors: Tensor
 

@@ -1,7 +1,7 @@
 """Read YOLOv5 checkpoints (.pt) and our own models (.safetensors); write the latter.
 
-Both become a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. A file's kind is told by
-its bytes, not by its name. Nothing in a file is executed.
+Both become a `Checkpoint`: an architecture, float32 tensors that fit it, and plain metadata. A file's kind is found
+by its bytes, not by its name. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from compress.models.architecture import LAYOUTS, Architecture
 from compress.models.complexity import complexity
-from compress.models.module_tree import mismatch, recognise
-from compress.models.network import YOLOv5, network_without_memory
+from compress.models.module_tree import mismatch, read_network
+from compress.models.network import YOLOv5, network_on_meta_device
 from compress.models.pickle_reader import PickleError, Stub, brief
 from compress.models.pickle_to_json import to_json
 from compress.models.torch_file import is_torch_file, open_torch_file
@@ -83,7 +83,7 @@ def save_model(model: YOLOv5, path: str | Path, meta: Mapping[str, Any] | None =
     # one key only: safetensors writes several in an order that changes from run to run
     metadata = {HEADER_KEY: json.dumps(header, ensure_ascii=False, allow_nan=False, sort_keys=True)}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata))  # its own writer hides a full disk in an error of another kind
+        temporary.write_bytes(save(tensors, metadata))  # safetensors' own writer reports a full disk as another error
 
 
 def network_digest(architecture: Architecture, state_dict: Mapping[str, Tensor]) -> str:
@@ -176,14 +176,14 @@ def _what_instead(head: bytes) -> str:
 def _load_torch(path: Path) -> Checkpoint:
     with open_torch_file(path) as file:
         network = _network(file.root)
-        saved = recognise(network, file.tensor)
+        saved = read_network(network, file.tensor)
         state = {key: file.tensor(ref) for key, ref in saved.tensors.items()}
         meta = _meta(file.root, network, file.tensor)
     return Checkpoint(saved.architecture, _sound(path, state, saved.architecture), meta, file.container)
 
 
 def _network(root: Any) -> Stub:
-    """The averaged model where there is one (it is what YOLOv5 validates and ships), else the model."""
+    """The averaged model if there is one (it is what YOLOv5 validates and ships), else the model."""
     if isinstance(root, Stub):
         return root
     found = [root.get(key) for key in ("ema", "model")] if isinstance(root, dict) else []
@@ -196,7 +196,7 @@ def _network(root: Any) -> Stub:
 def _sound(path: Path, state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The tensors in torch's order, floats as float32. Raises InputError when a type is wrong or a value not finite."""
     made = {}
-    for key, expected in network_without_memory(architecture).state_dict().items():
+    for key, expected in network_on_meta_device(architecture).state_dict().items():
         tensor = state[key]
         if tensor.is_floating_point() != expected.is_floating_point():
             raise InputError(f"{path}: tensor {key} is {tensor.dtype} instead of {expected.dtype}", GIVE)

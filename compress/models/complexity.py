@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.models.architecture import Architecture
-from compress.models.network import network_without_memory
+from compress.models.network import network_on_meta_device
 
 
 class Complexity(NamedTuple):
@@ -24,8 +24,8 @@ class Complexity(NamedTuple):
 
 
 def complexity(architecture: Architecture, size_hw: tuple[int, int] = (640, 640)) -> Complexity:
-    """The cost of a network for an image of `size_hw`, counted on tensors without memory: milliseconds at any scale."""
-    network = network_without_memory(architecture)
+    """The cost of a network for an image of `size_hw`, counted without allocating memory: milliseconds at any scale."""
+    network = network_on_meta_device(architecture)
     fused = network.fuse()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         fused(torch.empty(1, 3, *size_hw, device="meta"))

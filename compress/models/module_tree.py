@@ -1,7 +1,7 @@
-"""Recognise the network inside a checkpoint's module tree, and refuse one that differs in anything that counts.
+"""Read the network inside a checkpoint's module tree, and refuse one that differs in anything its output depends on.
 
-In: the tree of `Stub`s. Out: an `Architecture` and the tensors by their state-dict names. The file's graph is never
-run: ours is built from its layer table and compared with the file's, module by module.
+In: the tree of `Stub`s. Out: an `Architecture` and the tensors by their state-dict names. The file's network is never
+run: edgestill builds its own from the layer table and compares it with the file's, module by module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compress.config import SCALES
 from compress.models.activations import ACTIVATIONS
 from compress.models.architecture import LAYOUTS, MAX_CLASSES, Architecture
 from compress.models.blocks import Block
-from compress.models.network import YOLOv5, network_without_memory
+from compress.models.network import YOLOv5, network_on_meta_device
 from compress.models.pickle_reader import PickleError, Stub, TensorRef, attributes, brief
 from runtime.errors import UsageError
 
@@ -24,7 +24,7 @@ MAX_MODULES = 20_000
 MAX_DEPTH = 32
 MAX_NAME = 64
 COUNTERS = ("total_ops", "total_params")
-"""Left in some old files by a FLOP counter."""
+"""Buffers that a FLOP counter left in some old files."""
 REBUILT = ("anchor_grid",)
 """Buffers of releases up to 5.0 that follow from `anchors`: the anchors in pixels."""
 READABLE = "detection models of YOLOv5 2.0 to 7.0 can be read (the P6 ones from 6.0 on)"
@@ -38,14 +38,14 @@ COMPARED: dict[type[nn.Module], tuple[str, ...]] = {
 """Attributes of torch's modules that the output depends on and that no tensor shows; `Block.compared` has ours."""
 
 
-class Saved(NamedTuple):
-    """A network as it lies in a file."""
+class SavedNetwork(NamedTuple):
+    """A network as a file holds it."""
 
     architecture: Architecture
     tensors: Mapping[str, TensorRef]
 
 
-def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
+def read_network(root: Stub, read: Callable[[TensorRef], Tensor]) -> SavedNetwork:
     """The network of a module tree; `read` fetches a tensor from the file.
 
     Raises PickleError naming the first thing that is not as in a YOLOv5 detection model.
@@ -63,12 +63,12 @@ def recognise(root: Stub, read: Callable[[TensorRef], Tensor]) -> Saved:
         "activation": _activation(modules),
     }
     architecture = _fitting(_multiples(root), common, tensors)
-    _compare(modules, network_without_memory(architecture))
-    return Saved(architecture, tensors)
+    _compare(modules, network_on_meta_device(architecture))
+    return SavedNetwork(architecture, tensors)
 
 
 def named_modules(root: Stub) -> Iterator[tuple[str, Stub]]:
-    """The tree depth first, as torch walks it. Raises PickleError where it is endless or explodes."""
+    """The modules depth first, in torch's order. Raises PickleError when they are nested too deep or too many."""
     yield from _walk(root, "", 0, [MAX_MODULES])
 
 
@@ -122,7 +122,7 @@ def _source(layer: Stub) -> tuple[int, ...]:
 
 
 def _layout(layers: Sequence[_LayerInFile]) -> str:
-    """The layout whose table the layers are, or what is the first layer unlike that of the nearest one."""
+    """The layout with these layers. Raises PickleError that names the first layer unlike that of the closest layout."""
     tables = {name: [_LayerInFile(row.block, row.source) for row in table.layers] for name, table in LAYOUTS.items()}
     for name, table in tables.items():
         if table == list(layers):
@@ -156,7 +156,7 @@ def _anchors_px(tensors: Mapping[str, TensorRef], layout: str, read: Callable[[T
 
 
 def _names(root: Stub, modules: Mapping[str, Stub]) -> tuple[str, ...]:
-    """Class names: a list up to 6.2, a table from 7.0 on; numbered where the file has none.
+    """Class names: a list up to 6.2, a table from 7.0 on; numbered if the file has none.
 
     YAML made numbers and booleans of names such as 0, 1.5 and no; they become text again.
     """
@@ -193,7 +193,7 @@ def _multiples(root: Stub) -> list[tuple[Any, Any]]:
 def _fitting(
     multiples: Sequence[tuple[Any, Any]], common: Mapping[str, Any], tensors: Mapping[str, TensorRef]
 ) -> Architecture:
-    """The first architecture with exactly these tensors. File names lie about the scale, shapes do not."""
+    """The first architecture with exactly these tensors. Shapes tell the scale; file names can be wrong."""
     problems = []
     shapes = {key: ref.shape for key, ref in tensors.items()}
     for depth, width in multiples:
@@ -211,7 +211,7 @@ def _fitting(
 
 def mismatch(shapes: Mapping[str, Sequence[int]], architecture: Architecture) -> str | None:
     """The first difference between tensors of these names and shapes and those of the architecture; None without."""
-    expected = {key: tuple(value.shape) for key, value in network_without_memory(architecture).state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in network_on_meta_device(architecture).state_dict().items()}
     for key, shape in expected.items():
         if key not in shapes:
             return f"tensor {key} is missing"

@@ -1,4 +1,4 @@
-"""The network: a table of layers becomes modules; raw maps become boxes.
+"""The network: build modules from a table of layers, and decode raw maps to boxes.
 
 Written from published facts (layer tables, tensor names, formulas). With a checkpoint's weights its raw maps and
 boxes equal those of YOLOv5 v7.0 to rounding.
@@ -118,9 +118,9 @@ class YOLOv5(nn.Module):
 
     @torch.no_grad()
     def init_detect_bias(self) -> None:
-        """Add to the head's biases what makes it expect few objects, and each class as often as the others.
+        """Set the head's biases so that it expects few objects, and every class equally often.
 
-        Once on a fresh network. With one class its bias becomes +11: there is no class loss, so its probability
+        Call it once, on a new network. With one class its bias becomes +11: there is no class loss, so its probability
         stays 1 and objectness alone decides.
         """
         for conv, stride in zip(self.detect.m, self.strides, strict=True):
@@ -156,7 +156,7 @@ def decode_level(raw: Tensor, anchors_px: Tensor, stride: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def network_without_memory(architecture: Architecture) -> YOLOv5:
+def network_on_meta_device(architecture: Architecture) -> YOLOv5:
     """The network on torch's `meta` device: shapes and names only. Shared among callers, who must not change it."""
     with torch.device("meta"):
         return YOLOv5(architecture).eval()

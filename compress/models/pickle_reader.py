@@ -1,7 +1,7 @@
 """Read a pickle as data: a stack machine of 43 opcodes that imports and calls nothing that the file names.
 
 In: the bytes of a pickle. Out: plain values, `Stub` for every object, `TensorRef` for every tensor. A name that no
-YOLOv5 checkpoint uses is refused, and so is everything that costs more than its bytes (see the limits).
+YOLOv5 checkpoint uses is refused, and so is everything that costs more than its size in bytes (see the limits).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PickleError(ValueError):
 
 
 def brief(value: Any) -> str:
-    """A short, printable line for a value from a file; nested values by type only (their text could be endless)."""
+    """A short, printable line for a value from a file; of nested values only the type (their text could be endless)."""
     flat = isinstance(value, (list, tuple)) and len(value) <= MAX_DIMENSIONS and all(type(v) is int for v in value)
     if not flat and not isinstance(value, SCALARS):
         return f"a {type(value).__name__}"
@@ -36,7 +36,7 @@ def brief(value: Any) -> str:
 
 
 class Global(NamedTuple):
-    """A name in the file: never looked up."""
+    """A name in the file. It is never imported."""
 
     module: str
     name: str
@@ -57,7 +57,7 @@ class Stub:
 
 
 class StorageRef(NamedTuple):
-    """A flat run of numbers that lies outside the pickle."""
+    """A flat array of numbers that is stored outside the pickle."""
 
     key: str
     dtype: str
@@ -65,7 +65,7 @@ class StorageRef(NamedTuple):
 
 
 class TensorRef(NamedTuple):
-    """A view of a storage; it lies within the storage and has no more elements."""
+    """A view of a storage: every element is inside the storage, and there are no more of them than the storage has."""
 
     storage: StorageRef
     offset: int
@@ -95,26 +95,18 @@ STORAGE_DTYPES: dict[str, str] = {
 _BUILTINS = ("builtins", "__builtin__")
 _NUMPY_CORE = ("numpy.core.multiarray", "numpy._core.multiarray")
 _INERT = {
-    **{Global("torch", name): "" for name in STORAGE_DTYPES},
-    **{Global("torch", name): "" for name in (*STORAGE_DTYPES.values(), "float", "half", "long", "device")},
-    **{Global(module, name): "" for module in _NUMPY_CORE for name in ("_reconstruct", "scalar")},
-    **{Global("numpy", name): "" for name in ("dtype", "ndarray", "float32", "float64", "int64")},
-    **{
-        Global(module, name): ""
+    *(Global("torch", name) for name in (*STORAGE_DTYPES, *STORAGE_DTYPES.values(), "float", "half", "long", "device")),
+    *(Global(module, name) for module in _NUMPY_CORE for name in ("_reconstruct", "scalar")),
+    *(Global("numpy", name) for name in ("dtype", "ndarray", "float32", "float64", "int64")),
+    *(
+        Global(module, name)
         for module in ("pathlib", "pathlib._local")  # the second since Python 3.13
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
-    Global("argparse", "Namespace"): "",
+    ),
+    Global("argparse", "Namespace"),
 }
 _INERT_MODULES = ("torch.nn.modules.", "models.", "utils.", "ultralytics.")
 """Classes of these become stubs whatever their name; YOLOv5's own folders are `models` and `utils`."""
-
-
-def _sequence(make: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(items: Sequence[Any] = ()) -> Any:
-        return make(items)
-
-    return call
 
 
 def _set(items: Sequence[Any] = ()) -> set[Any]:
@@ -134,7 +126,7 @@ def _encode(text: str, encoding: str = "") -> bytes:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRef:
-    """A tensor whose declared view is checked: a lie about it would read memory beyond the storage, or explode."""
+    """A tensor whose shape and strides are checked: wrong ones could read outside the storage, or fill memory."""
     if not isinstance(storage, StorageRef) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise PickleError("a tensor without storage or shape")
     numbers = (offset, *shape, *stride)
@@ -157,18 +149,18 @@ def _first(value: Any, *_: Any) -> Any:
 
 CALLS: dict[Global, Callable[..., Any]] = {
     Global("collections", "OrderedDict"): _mapping,
-    Global("torch", "Size"): _sequence(tuple),
+    Global("torch", "Size"): tuple,
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch._utils", "_rebuild_parameter"): _first,
     Global("torch._utils", "_rebuild_parameter_with_state"): _first,
     Global("_codecs", "encode"): _encode,
     **{Global(module, "set"): _set for module in _BUILTINS},
     **{Global(module, "frozenset"): _set for module in _BUILTINS},
-    **{Global(module, "list"): _sequence(list) for module in _BUILTINS},
-    **{Global(module, "tuple"): _sequence(tuple) for module in _BUILTINS},
+    **{Global(module, "list"): list for module in _BUILTINS},
+    **{Global(module, "tuple"): tuple for module in _BUILTINS},
     **{Global(module, "dict"): _mapping for module in _BUILTINS},
 }
-"""The only names that mean something, and our own functions that say what."""
+"""The only names that have a meaning, and the functions of this module that give it."""
 
 
 def find_name(module: str, name: str) -> Global:
@@ -234,7 +226,7 @@ class _Machine:
 
 
 def _call(machine: _Machine) -> None:
-    """REDUCE and NEWOBJ are one: a name with arguments."""
+    """REDUCE and NEWOBJ, which are the same here: a name with arguments."""
     args, name = machine.stack.pop(), machine.stack.pop()
     if not isinstance(name, Global) or not isinstance(args, tuple):
         raise PickleError(f"a call of {type(name).__name__}")
@@ -242,7 +234,7 @@ def _call(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes become the stub's; those of an OrderedDict (torch's `_metadata`) say nothing of use."""
+    """Set the attributes of a stub; those of an OrderedDict (torch's `_metadata`) are not needed."""
     state = machine.stack.pop()
     target = machine.stack[-1]
     if isinstance(target, Stub):
@@ -424,7 +416,7 @@ class Pickle(NamedTuple):
 
     value: Any
     end: int
-    """First byte behind it."""
+    """The first byte after it."""
     storages: Mapping[str, StorageRef]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.models.pickle_reader import Global, Stub, TensorRef
 
 MAX_VALUES = 50_000
-"""Shared references can make a small file describe more values than there are atoms."""
+"""Most values of one document: shared references can make a small file expand without limit."""
 MAX_ELEMENTS = 1000
 MAX_DEPTH = 32
 MAX_TEXT = 10_000

@@ -1,7 +1,7 @@
 """The two containers of `torch.save`: a zip archive (torch 1.6 on), and a sequence of pickles (before).
 
-In: a path. Out: the object as data (see `pickle_reader`), and tensors read on demand, so that what nobody asks for (the
-optimiser) costs nothing. Nothing in the file is executed, inflated, or believed about its size.
+In: a path. Out: the object as data (see `pickle_reader`), and tensors read on demand, so that what is not needed (the
+optimiser) costs nothing. No code of the file is run, nothing is decompressed, and every stated size is checked.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _open_zip(archive: zipfile.ZipFile, file_bytes: int) -> TorchFile:
 
 
 def _members(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """Members by name. torch stores them uncompressed and apart: anything else is a bomb or a disguise."""
+    """Members by name. torch stores them uncompressed and without overlap; other archives are refused as unsafe."""
     listed = archive.infolist()
     members = {info.filename: info for info in listed}
     problems = {

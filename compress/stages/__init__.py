@@ -1,4 +1,4 @@
-"""The stages of a run, a file each. A `Stage` names its settings and inputs; its command calls the same `run`."""
+"""The stages of a run, one file each. A `Stage` names its settings and inputs; its command calls the same `run`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Figures = Mapping[str, Any]
 class Stage(Generic[C, I]):
     """One step of the pipeline.
 
-    `run(config, inputs, out, log)` writes into the folder `out` and nowhere else, and returns the figures that its
+    `run(config, inputs, out, log)` writes only into the folder `out`, and returns the figures that its
     manifest keeps. `inputs(recipe, folders)` finds what it works on in a run; a command gives the same type by hand.
     """
 
     name: str
     settings: type[C]
-    """The settings that it reads: a group whose fields are keys of the recipe."""
+    """Settings that the stage reads: a group whose fields are keys of the recipe."""
     inputs: Callable[[Recipe, Folders], I]
     run: Callable[[C, I, Path, Log], Figures]
     after: tuple[str, ...] = ()
-    """Earlier stages whose folders it reads."""
+    """Earlier stages whose folders the stage reads."""
     digests: Mapping[str, Callable[[Recipe], str]] = field(default_factory=dict)
     """Digests of files of the user, by name."""
     facts: Mapping[str, Callable[[], str]] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def weights_digest(file: Path | None) -> str:
 
 
 def packages(*names: str) -> str:
-    """Versions of the named packages: a new TensorRT builds the engines again and trains nothing."""
+    """Versions of the named packages: with a new TensorRT the engines are built again, and nothing is trained."""
     return " ".join(f"{name} {facts()['packages'].get(name, 'absent')}" for name in names)
 
 

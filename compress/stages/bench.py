@@ -1,4 +1,4 @@
-"""Bench: latency and mAP of every file, taken in one run on one machine, so that they may stand in one row.
+"""Bench: latency and mAP of every file, measured in one run on one machine, so that they may be compared.
 
 In: files, and the data set whose val split they are measured on. Out: `bench.json`, the rows of the report.
 """
@@ -16,14 +16,14 @@ from benchmarks.report import Report, make_report
 from benchmarks.rows import Row, named_apart, plain
 from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
 from compress.data import Dataset
+from compress.evaluate import evaluate
 from compress.flavours import FLAVOURS
-from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, read_json
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
 from compress.store import Folders
-from compress.validate import validate
-from runtime.files import write_json
+from runtime.files import read_json, write_json
 from runtime.machine import facts
 
 
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     data: Dataset
     networks: Mapping[str, Path] = {}
     device: str = "cpu"
-    """A run measures on the CPU, where its gates have measured; a command may name another device."""
+    """A run measures on the CPU, as the gates of the flavours did; a command may name another device."""
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
@@ -81,9 +81,9 @@ def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
 
 
 def torch_row(role: str, file: Path, data: Dataset, imgsz: int, log: Log) -> Row:
-    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels a box."""
+    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels per box."""
     model = load_model(file)
-    found = validate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
+    found = evaluate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None
     log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
     cost = complexity(model.arch, (imgsz, imgsz))

@@ -1,7 +1,6 @@
-"""Data: every image is decoded once, and what was found is kept for all later stages.
+"""Data: decode every image once, and keep the index for all later stages.
 
-In: data.yaml. Out: `index.json` (path, size, digest and labels of each usable image) and `data.json` (counts and
-problems of each split).
+In: data.yaml. Out: `index.json`: path, size, digest and labels of each usable image, and the problems of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from compress.data import INDEX, DataConfig, index_dataset, load_data
 from compress.data.index import quick_digest
 from compress.log import Log
 from compress.stages import Figures, Stage
-from runtime.files import write_json
 
 
 def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
@@ -22,17 +20,9 @@ def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
     for split, index in dataset.splits.items():
         for problem in index.problems:
             log(f"{split}: skipped {problem}")
-    counts = {
-        split: {
-            "images": len(index.samples),
-            "boxes": index.boxes,
-            "problems": [str(problem) for problem in index.problems],
-        }
-        for split, index in dataset.splits.items()
-    }
-    write_json(out / "data.json", {"names": data.names, "sha256": dataset.sha256, "splits": counts})
     dataset.save(out / INDEX)
-    return {"classes": len(data.names)} | {f"{split}_images": counts[split]["images"] for split in counts}
+    counts = {f"{split}_images": len(index.samples) for split, index in dataset.splits.items()}
+    return {"classes": len(data.names)} | counts
 
 
 STAGE = Stage(

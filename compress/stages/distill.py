@@ -1,14 +1,15 @@
 """Distill: a small student learns from labels and from the outputs of a frozen teacher for the same batch.
 
 In: settings, a data set, a teacher's checkpoint, the student's scale. Out: `student.safetensors`, the files of the
-training that led to it, and `checks.json`. All of them hold the student alone.
+training that led to it, `checks.json`, and `inheritance.json` where the student started from slices of a larger
+network. All of them hold the student alone.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig, Settings, StudentConfig
@@ -17,12 +18,14 @@ from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
 from compress.losses.distill import check_losses
 from compress.models import YOLOv5
+from compress.models.inherit import why_not
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
+from compress.training.inheritance import inherit_from
 from compress.training.loop import Job, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.origin import origin_of, read_resume
 from compress.training.prepare import model_from_state, new_model, open_splits
+from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from compress.training.teacher import Teacher, build_losses, check_distillation, load_teacher
 from runtime.files import write_json
@@ -44,8 +47,9 @@ class Inputs(NamedTuple):
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Distil the teacher into a student of `student.scale` (else of the size of `student.weights`), written into `out`.
 
-    The student takes the teacher's anchors. Before the first epoch both networks and every distillation loss are
-    checked on one batch. Raises EdgestillError when the distillation would silently do nothing. Other errors as for
+    The student takes the teacher's anchors, and starts from slices of its weights where it can. Before the first epoch
+    both networks and every distillation loss are checked on one batch; without losses the labels alone train it.
+    Raises EdgestillError when the distillation would silently do nothing. Other errors as for
     `compress.stages.teacher.train`.
     """
     flush_denormals(log)  # before anything makes torch start its threads
@@ -58,33 +62,49 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     state = read_resume(out, settings, origin) if resume else None
     teacher = load_teacher(inputs.teacher, data.names)
     splits = open_splits(data, settings, log)
-    student = model_from_state(state, data.names) if state else new_student(config, teacher, data, log)
-    losses = build_losses(student, teacher, settings)
-    objective = Objective(student, detection_loss(student, settings), losses, settings.weights)
-    frozen = Teacher(teacher, config.device, half=settings.amp)
-    if not state:
+    student = model_from_state(state, data.names) if state else new_student(config, teacher, log)
+    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher, settings))
+    if not state and inherits(config.student, student, teacher, log):
+        _publish(out / "inheritance.json", inherit_from(teacher, objective, splits.train, settings, config.device, log))
+    frozen = Teacher(teacher, config.device, half=settings.amp) if len(objective.losses) else None
+    if not state and frozen:
         checks = check_distillation(objective, frozen, splits.train, settings, log)
-        if is_first_process():
-            rows = [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks]
-            write_json(out / "checks.json", rows)
-    job = Job(
-        settings, objective, splits.train, splits.val, out, teacher=frozen, decay_to=settings.decay_to, origin=origin
-    )
+        _publish(out / "checks.json", [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks])
+    job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen, origin=origin)
     result = run_job(job, device=config.device, resume=state, log=log)
     if is_first_process():
         shutil.copyfile(result.best, out / STUDENT)
     return result.figures
 
 
-def new_student(config: Config, teacher: YOLOv5, data: Dataset, log: Log) -> YOLOv5:
+def new_student(config: Config, teacher: YOLOv5, log: Log) -> YOLOv5:
+    """A fresh student, or one with weights of its own. It has the teacher's layout, so that it can be a slice of it."""
+    student = config.student
     return new_model(
-        data.names,
-        scale=config.student.scale,
-        weights=config.student.weights,
+        teacher.arch.names,
+        scale=student.scale,
+        weights=student.weights,
         anchors=teacher.arch.anchors,
+        layout=None if student.init == "scratch" else teacher.arch.layout,
         seed=config.distill.seed,
         log=log,
     )
+
+
+def inherits(config: StudentConfig, student: YOLOv5, teacher: YOLOv5, log: Log) -> bool:
+    """Whether the student starts from slices of the teacher: asked for, or possible where it has no weights."""
+    if config.init != "auto":
+        return config.init == "inherit"
+    if config.weights:
+        return False
+    if reason := why_not(student.arch, teacher.arch):
+        log(f"the student starts from scratch: {reason}")
+    return not reason
+
+
+def _publish(file: Path, document: Any) -> None:
+    if is_first_process():
+        write_json(file, document)
 
 
 STAGE = Stage(

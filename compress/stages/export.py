@@ -3,7 +3,7 @@
 In: the checkpoint, the image size, and validation images on which the number of NMS candidates is measured.
 Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
 threshold; `model.yolov5.onnx`, `images` float32 [batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it;
-`export.json`; and `teacher.onnx` where a teacher is given. The same checkpoint and settings give the same bytes.
+`export.json`; and `teacher.onnx` if a teacher is given. The same checkpoint and settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import onnx
 import torch
@@ -62,7 +63,7 @@ class Config(Settings):
 
 
 class Inputs(NamedTuple):
-    """`data` is the validation split, or None where nothing is measured on it."""
+    """`data` is the validation split, or None if nothing is measured on it."""
 
     student: Path
     data: Validation | None = None
@@ -218,7 +219,7 @@ def _card(config: ExportConfig, model: Path, network: YOLOv5, size_hw: tuple[int
 
 
 def _canvases(data: Validation | None, size_hw: tuple[int, int]) -> list[np.ndarray]:
-    """A few real canvases where there are images, and noise."""
+    """A few real canvases if there are images, and noise."""
     real = [canvas_of(path, size_hw)[0] for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
     return [*real, _noise((1, *size_hw, 3))]
 
@@ -277,8 +278,6 @@ def _shipped(
 
 def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
     """Frames of the camera's size: the images resized to it, and noise."""
-    import cv2
-
     paths = [path for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
     return [*(cv2.resize(read_image(path), frame_hw[::-1])[None] for path in paths), _noise((1, *frame_hw, 3))]
 

@@ -26,8 +26,8 @@ from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.builder import write_model
 from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
-from compress.graph.safe_load import read_model
 from compress.graph.session import open_session
+from compress.graph.untrusted_onnx import read_model
 from compress.inputs import SHIPPED, dataset_of, plan_of, refuse_another_model
 from compress.log import Log
 from compress.stages import Figures, Stage, cpu_and_runtime
@@ -38,7 +38,7 @@ from runtime.image import letterbox, read_image
 
 SANITY_IMAGES = 8
 SANITY_SHARE = 0.1
-"""A flavour whose best score stays below this share of FP32's on every sanity image has collapsed."""
+"""A flavour has failed if on every sanity image its best score is below this share of FP32's."""
 GATE_SAMPLES = 200
 """Timed calls of each file, ten in each of twenty rounds."""
 SPEED = {"faster": "below the limit", "slower": "above the limit", "inconclusive": "inconclusive against the limit"}
@@ -76,30 +76,30 @@ class Gate(Protocol):
         """mAP50-95 of a file."""
         ...
 
-    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
-        """Time of `candidate` over time of `reference`, taken in turns on this machine."""
+    def latency(self, reference: Path, other: Path) -> LatencyRatio:
+        """Time of `other` over time of `reference`, taken in turns on this machine."""
         ...
 
 
 @dataclass(frozen=True)
 class FileGate:
-    """Measures the files themselves: accuracy on the plan's images, latency in turns."""
+    """Measures the files themselves: accuracy on the plan's images, latency in turns with FP32."""
 
     plan: Plan
 
     def accuracy(self, path: Path) -> float:
         return file_accuracy(path, self.plan).map50_95
 
-    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
-        return compare_files(reference, candidate, self.plan)
+    def latency(self, reference: Path, other: Path) -> LatencyRatio:
+        return compare_files(reference, other, self.plan)
 
 
 @dataclass(frozen=True)
 class JudgedFile:
-    """A file of one precision, and whether its gate keeps it; `path` is None where the file could not be made.
+    """A file of one precision, and whether its gate keeps it; `path` is None if the file could not be made.
 
     `drop` is the mAP50-95 lost against FP32; `calibration` has the number of images and their digest; `latency` is
-    against FP32, measured only where it counts.
+    against FP32, measured only if it counts.
     """
 
     name: str
@@ -213,7 +213,7 @@ def _fault(flavour: Flavour, source: onnx.ModelProto, path: Path, canvases: Sequ
     if not np.isfinite(after).all():
         return "its outputs are not finite"
     if after[..., 4].max() < SANITY_SHARE * before[..., 4].max():
-        return f"its best score is {after[..., 4].max():.3g} where FP32 has {before[..., 4].max():.3g}"
+        return f"its best score is {after[..., 4].max():.3g}, while FP32 has {before[..., 4].max():.3g}"
     return flavour.fault(source, canvases)
 
 
@@ -226,7 +226,7 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
 def _judge(
     config: QuantizeConfig, flavour: Flavour, path: Path, fault: str, gate: Gate, fp32: tuple[Path, float]
 ) -> JudgedFile:
-    """Kept without a fault, within the drop of mAP, and not slower than the limit where latency here counts.
+    """Kept without a fault, within the drop of mAP, and not slower than the limit if latency here counts.
 
     `fp32` is the reference and its mAP50-95.
     """
@@ -245,7 +245,7 @@ def _judge(
 def _accuracy_verdict(found: float, reference: float, max_drop: float) -> tuple[bool, str]:
     """Whether mAP50-95 `found` passes against that of FP32, and why. A file that finds nothing passes no limit below 1.
 
-    Without this a network that learnt nothing would pass with every flavour: 0 lost of 0.
+    Otherwise every flavour of a network that learnt nothing would pass, with a loss of 0 out of 0.
     """
     drop = reference - found
     if max_drop < 1 and not reference > 0:

@@ -1,4 +1,4 @@
-"""Report: what the earlier stages left, put together on one page; nothing is measured here.
+"""Report: combine the results of the earlier stages on one page; nothing is measured here.
 
 In: the folders of earlier stages. Out: `report.json` and its renderings `.html`, `.md`, `.csv`.
 """
@@ -15,14 +15,16 @@ from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from benchmarks.rows import Row
 from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
-from compress.inputs import SHIPPED, read_json
+from compress.evaluate import fitness
+from compress.inputs import SHIPPED
 from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
-from compress.validate import fitness
+from compress.training.curves import share_column
 from runtime.card import ModelCard
 from runtime.errors import InputError
+from runtime.files import read_json
 from runtime.identity import SHOWN
 
 ROLES = {"teacher": "teacher", "student": "distill"}
@@ -79,13 +81,12 @@ def require_one_model(rows: Sequence[Row], card: ModelCard) -> None:
 
 
 def _training(role: str, folder: Path) -> dict[str, Any] | None:
-    """The curves of a training; None where the teacher was used as it is."""
+    """The curves of a training; None if the teacher was used as it is."""
     table = folder / "results.csv"
     if not table.is_file():
         return None
     with table.open(newline="") as file:
-        rows = [{key.strip(): value.strip() for key, value in row.items()} for row in csv.DictReader(file)]
-    curves = [_point(row) for row in rows]
+        curves = [_point(row) for row in csv.DictReader(file)]
     measured = [point for point in curves if point.get("map50_95") is not None]
     best = max(measured, key=lambda point: fitness(point["map50"], point["map50_95"]), default=None)
     return {
@@ -98,13 +99,13 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _point(row: Mapping[str, str]) -> dict[str, Any]:
-    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty where it was not validated."""
+    """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty if it was not validated."""
     values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
-    return {"epoch": int(float(row["epoch"])) + 1, **values}
+    return {"epoch": int(row["epoch"]) + 1, **values}
 
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
-    checks = read_json(folder / "checks.json")
+    checks = read_json(folder / "checks.json") if config.losses else []
 
     def about(name: str) -> list[dict[str, Any]]:
         others = [f"{other} " for other in config.losses if other != name]
@@ -112,12 +113,31 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
 
     return {
         "losses": [
-            {"name": name, "weight": choice.weight, "settings": _loss_settings(name, choice), "checks": about(name)}
+            {
+                "name": name,
+                "weight": choice.weight,
+                "share": _share(name, folder),
+                "settings": _loss_settings(name, choice),
+                "checks": about(name),
+            }
             for name, choice in config.losses.items()
-            if choice.weight
+            if choice.is_used
         ],
-        "decay_to": config.decay_to,
+        "inheritance": _inheritance(folder),
     }
+
+
+def _inheritance(folder: Path) -> dict[str, Any] | None:
+    """The weights that the student took over from a larger network; None where it started from scratch."""
+    file = folder / "inheritance.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _share(name: str, folder: Path) -> float | None:
+    """The loss's gradient as a share of the label loss's, in the last epoch that has it above 0."""
+    with (folder / "results.csv").open(newline="") as file:
+        shares = [float(row[share_column(name)] or 0) for row in csv.DictReader(file)]
+    return next((share for share in reversed(shares) if share > 0), None)
 
 
 def _loss_settings(name: str, choice: LossChoice) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Teacher: a checkpoint that knows the data's classes is used as it is; any other is trained on the data.
 
-In: settings, a data set, a checkpoint or a scale. Out: `teacher.safetensors`, and the files of a training where one was
+In: settings, a data set, a checkpoint or a scale. Out: `teacher.safetensors`, and the files of a training if one was
 needed: `best.safetensors`, `last.safetensors`, `state.pt`, `results.csv`, `curves.png`, `tensorboard/`.
 `edgestill train` is the training alone, of a teacher or of a student without one.
 """
@@ -21,8 +21,8 @@ from compress.models import YOLOv5, checkpoint
 from compress.stages import Figures, Stage, weights_digest
 from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.origin import origin_of, read_resume
 from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
+from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from runtime.errors import UsageError
 
@@ -85,7 +85,7 @@ def train(
 ) -> TrainResult:
     """Train a model of `scale` (else of the checkpoint's size) for the classes of `data`.
 
-    `weights` are copied where name and shape agree, so a checkpoint of other classes starts everything but the head.
+    `weights` are copied if name and shape agree, so a checkpoint of other classes starts everything but the head.
     `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Raises InputError when
     a file cannot be used, UsageError when requests contradict each other or what is resumed, EdgestillError when a loss
     is not finite.

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from runtime.files import atomic_write
@@ -20,9 +19,14 @@ RATES = ("x/lr0", "x/lr1", "x/lr2")
 
 
 def columns(terms: Sequence[str]) -> tuple[str, ...]:
-    """Column names in YOLOv5's order; terms beyond its three losses (distillation) stand at the end."""
+    """Column names in YOLOv5's order; at the end the losses and shares of terms beyond its three (distillation)."""
     train = tuple(f"train/{term}_loss" for term in terms)
-    return ("epoch", *train[:3], *METRICS, *VAL, *RATES, *train[3:])
+    return ("epoch", *train[:3], *METRICS, *VAL, *RATES, *train[3:], *map(share_column, terms[3:]))
+
+
+def share_column(term: str) -> str:
+    """The column of a distillation loss's gradient at the neck, as a share of the label loss's."""
+    return f"share/{term}"
 
 
 def write_csv(history: Sequence[Mapping[str, float]], terms: Sequence[str], path: Path) -> None:
@@ -61,11 +65,16 @@ def draw_curves(history: Sequence[Mapping[str, float]], terms: Sequence[str], pa
 def _charts(terms: Sequence[str]) -> dict[str, dict[str, str]]:
     """`{title: {legend: column}}`."""
     losses = {f"{term} loss": {"train": f"train/{term}_loss", "val": f"val/{term}_loss"} for term in terms}
-    return losses | {
-        "mAP": {"0.5": METRICS[2], "0.5:0.95": METRICS[3]},
-        "precision and recall": {"precision": METRICS[0], "recall": METRICS[1]},
-        "learning rate": {"biases": RATES[0], "weights": RATES[1]},
-    }
+    shares = {term: share_column(term) for term in terms[3:]}
+    return (
+        losses
+        | ({"share of the labels' gradient": shares} if shares else {})
+        | {
+            "mAP": {"0.5": METRICS[2], "0.5:0.95": METRICS[3]},
+            "precision and recall": {"precision": METRICS[0], "recall": METRICS[1]},
+            "learning rate": {"biases": RATES[0], "weights": RATES[1]},
+        }
+    )
 
 
 def _draw(axes: Any, title: str, keys: Mapping[str, str], history: Sequence[Mapping[str, float]]) -> None:
@@ -88,7 +97,7 @@ class Scalars:
         if on:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what a killed run wrote beyond the epoch that the resumed one starts from
+            # purge_step hides what a killed run wrote after the epoch from which the resumed one starts
             self._writer = SummaryWriter(str(folder), purge_step=start or None)
 
     def add(self, record: Mapping[str, float]) -> None:
@@ -101,8 +110,6 @@ class Scalars:
     def __enter__(self) -> Scalars:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._writer:
             self._writer.close()

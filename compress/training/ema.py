@@ -29,7 +29,7 @@ class Ema(Generic[Module]):
         """Follow `model` by one optimiser step."""
         self.updates += 1
         keep = self.decay * (1 - math.exp(-self.updates / self.ramp))
-        # the state of `model` is read anew: accelerate and load_state_dict may have replaced its tensors
+        # read the state of `model` again: accelerate and load_state_dict may have replaced its tensors
         torch._foreach_mul_(self._targets, keep)
         torch._foreach_add_(self._targets, _floating(model), alpha=1 - keep)
 

@@ -1,4 +1,4 @@
-"""The loss terms of one epoch: their means, and a stop where one is not finite."""
+"""The loss terms of one epoch: their means, and an error if one is not finite."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from compress.compute.numerics import require_finite
 from compress.training.curves import Record
 
 FINITE_CHECK_EVERY = 50
-"""Batches between two looks at the losses on a GPU, where each look waits for the device."""
+"""Batches between two checks of the losses on a GPU, where each check waits for the device."""
 
 
 class EpochLosses:
-    """Loss terms by name, kept on `device`. Where reading them is not `cheap`, they are read only now and then."""
+    """Loss terms by name, kept on `device`. If reading them is not `cheap`, they are read only every few batches."""
 
     def __init__(self, names: Sequence[str], epoch: int, device: torch.device, *, cheap: bool) -> None:
         self._names, self._epoch, self._cheap = names, epoch, cheap
@@ -40,7 +40,7 @@ class EpochLosses:
         return dict(zip(self._names, (self._sum / self._count).tolist(), strict=True))
 
     def means_if_cheap(self) -> dict[str, float] | None:
-        """Means so far; None where reading them would make the host wait for the device."""
+        """Means so far; None if reading them would make the host wait for the device."""
         return self._means() if self._cheap else None
 
     def close(self) -> Record:

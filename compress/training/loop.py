@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,21 +28,22 @@ from compress.config import TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
 from compress.data.train_dataset import TrainDataset
+from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models.checkpoint import save_model
-from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, write_csv
+from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
 from compress.training.epoch_losses import EpochLosses
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
-from compress.training.origin import LAST, Origin
 from compress.training.progress import Progress, epoch_line, open_progress
-from compress.training.schedule import Schedule, distill_factor, mosaic_epochs
+from compress.training.ratio import is_due
+from compress.training.resume import LAST, Origin
+from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.teacher import Teacher
 from compress.training.together import decided_by_first, lost_processes_named
-from compress.validate import ValResult, as_network_input, validate
 from runtime.errors import EdgestillError
 
 
@@ -56,8 +57,6 @@ class Job:
     val: Sequence[Sample]
     out: Path
     teacher: Teacher | None = None
-    decay_to: float = 1.0
-    """Factor of the distillation losses in the last epoch; it is 1 in the first."""
     origin: Origin | None = None
     """Kept in the state, so that it is resumed from the same; a training that nobody resumes needs none."""
 
@@ -165,7 +164,12 @@ class Trainer:
             losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
             progress.batch(losses.means_if_cheap())
         rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=True)}
-        return {"epoch": float(epoch), **losses.close(), **rates}
+        return {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
+
+    def _shares(self) -> Record:
+        """The gradient of each distillation loss as a share of the label loss's, when last measured."""
+        measured = self.objective.weights.measured.tolist()
+        return {share_column(name): share for name, share in zip(self.objective.losses, measured, strict=True)}
 
     def epoch_batches(self) -> Iterator[Batch]:
         """The share of this process in each batch of the epoch."""
@@ -187,7 +191,9 @@ class Trainer:
         images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
         with self._exchange_gradients(due or last):
             teacher_outputs = self.teacher_outputs(images)
-            loss = self.wrapped(images, targets, teacher_outputs, self._distill_factor(), self._upstream())
+            loss = self.wrapped(
+                images, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration)
+            )
             self.backward(loss.total)
         if due:
             self.step(iteration)
@@ -201,8 +207,10 @@ class Trainer:
         """The teacher's outputs for float images (B, 3, H, W), without gradient; None without a teacher."""
         return self.job.teacher(images) if self.job.teacher else None
 
-    def _distill_factor(self) -> float:
-        return distill_factor(self.state.epoch, self.config.epochs, self.job.decay_to)
+    def _factors(self) -> list[float]:
+        """The factor of each distillation loss in the running epoch."""
+        losses: Iterable[Any] = self.objective.losses.values()
+        return [fading_factor(self.state.epoch, self.config.epochs, loss.until) for loss in losses]
 
     def _upstream(self) -> torch.Tensor | None:
         """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
@@ -289,7 +297,7 @@ class Trainer:
         state.stopped = 0 < self.config.patience <= state.epoch - state.best_epoch
 
     def _accuracy(self) -> ValResult:
-        return validate(
+        return evaluate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
             device=self.device, half=self.config.amp, workers=self.config.workers,
             loss=self.objective.detection, coco=False,

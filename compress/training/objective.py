@@ -6,8 +6,8 @@ wrapped for several processes, every gradient passes through that one forward, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import Context, DistillLoss, Outputs
 from compress.models import YOLOv5
+from compress.training.ratio import LossWeights, gradient_norms
 
 DETECTION_TERMS = ("box", "obj", "cls")
 
@@ -41,6 +42,8 @@ def detection_loss(model: YOLOv5, config: TrainConfig) -> DetectionLoss:
 class Objective(nn.Module):
     """A model with its detection loss, and `factor * weight * loss` for each distillation loss of `losses`.
 
+    A weight is fixed, or follows the gradients (see `compress.training.ratio`).
+
     Without `losses` it is a plain training, which takes no notice of a teacher.
     """
 
@@ -49,13 +52,13 @@ class Objective(nn.Module):
         model: YOLOv5,
         detection: DetectionLoss,
         losses: Mapping[str, DistillLoss] | None = None,
-        weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.detection = detection
         self.losses = nn.ModuleDict(losses)  # makes their parameters this module's
-        self.weights = dict(weights or {})
+        own = (losses or {}).values()
+        self.weights = LossWeights([loss.weight for loss in own], [loss.share for loss in own])
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -67,22 +70,31 @@ class Objective(nn.Module):
         images: Tensor,
         targets: Tensor,
         teacher_outputs: Outputs | None = None,
-        factor: float = 1.0,
+        factors: Sequence[float] = (),
         upstream: Tensor | None = None,
+        measure: bool = False,
     ) -> Loss:
         """Loss of float images (B, 3, H, W) against targets (n, 6) and against the teacher's outputs for the images.
 
-        `factor` scales all distillation losses. `upstream` () float32 is the gradient that `total` will get, where the
-        caller knows it.
+        Args:
+            factors: of each distillation loss, multiplied by its weight; 0 leaves it out. Without factors all are 1.
+            upstream: () float32, the gradient that `total` will get, where the caller knows it.
+            measure: measure the gradients first, and let the weights follow.
         """
-        return self.loss(self.student_outputs(images), teacher_outputs, targets, factor, upstream)
+        return self.loss(self.student_outputs(images), teacher_outputs, targets, factors, upstream, measure)
 
     def student_outputs(self, images: Tensor) -> Outputs:
         """The model's raw maps and features."""
         return Outputs(*self.model.forward_features(images))
 
     def loss(
-        self, student: Outputs, teacher: Outputs | None, targets: Tensor, factor: float, upstream: Tensor | None
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        targets: Tensor,
+        factors: Sequence[float],
+        upstream: Tensor | None,
+        measure: bool,
     ) -> Loss:
         """The sum of all losses; see `forward`."""
         total, terms = self.detection(student.raw, targets)
@@ -91,16 +103,27 @@ class Objective(nn.Module):
         if teacher is None:
             raise ValueError("a distillation needs the teacher's outputs")
         batch = student.raw[0].shape[0]
+        factors = factors or [1.0] * len(self.losses)
+        weights = [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
         upstream = None if upstream is None else upstream * batch
-        distilled = torch.stack([
-            self._distilled(name, student, teacher, targets, factor * self.weights[name], upstream)
-            for name in self.losses
-        ])  # fmt: skip
+        losses: list[Any] = [
+            self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight)
+            if factor else terms.new_zeros(())
+            for name, weight, factor in zip(self.losses, weights, factors, strict=True)
+        ]  # fmt: skip
+        if measure:
+            self._measure(total / batch, losses, student)
+            weights = [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
+        distilled = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
         return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
 
-    def _distilled(
-        self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, weight: float, upstream: Tensor | None
+    def _compare(
+        self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, upstream: Tensor | None
     ) -> Tensor:
-        """One weighted distillation loss. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        context = Context(targets, None if upstream is None else upstream * weight)
-        return weight * self.losses[name](student, teacher, context)
+        """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
+        return self.losses[name](student, teacher, Context(targets, upstream))
+
+    def _measure(self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs) -> None:
+        """Let the weights follow the gradients at the neck of this batch."""
+        label, *others = gradient_norms([label_loss, *losses], student.features)
+        self.weights.update(label, torch.stack(others))

@@ -17,7 +17,7 @@ _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
     """All parameters by role: biases, weights, normalisation weights (that order).
 
-    Frozen parameters are in the groups too: they get no gradient, so no optimiser touches them, and the groups (hence
+    Frozen parameters are in the groups too: they get no gradient, so no optimiser changes them, and the groups (hence
     a saved optimiser state) do not depend on what is frozen.
     """
     groups: list[list[nn.Parameter]] = [[], [], []]
@@ -49,7 +49,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, weight_decay: fl
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
-    """Write the learning rate of each group, and the momentum where the optimiser has one (SGD)."""
+    """Write the learning rate of each group, and the momentum if the optimiser has one (SGD)."""
     for group, lr in zip(optimizer.param_groups, rates.lr, strict=True):
         group["lr"] = lr
         if "momentum" in group:

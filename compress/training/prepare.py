@@ -12,7 +12,7 @@ import torch
 
 from compress.config import Recipe, TrainConfig
 from compress.data.class_names import class_conflict
-from compress.data.dataset import Dataset, Index, Sample
+from compress.data.dataset import Dataset, Sample, SplitIndex
 from compress.data.train_dataset import TrainDataset
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
@@ -35,7 +35,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
 
 
-def _samples(split: str, index: Index, log: Log) -> Sequence[Sample]:
+def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
     for problem in index.problems[:SHOWN_PROBLEMS]:
         log(f"{split}: skipped {problem}")
@@ -50,18 +50,20 @@ def new_model(
     scale: str | None,
     weights: Path | None,
     anchors: Anchors | None = None,
+    layout: str | None = None,
     seed: int = 0,
     log: Log = print,
 ) -> YOLOv5:
     """A model for the classes `names`, started from `weights` wherever name and shape agree.
 
     Its size is `scale`, else that of the checkpoint; its anchors are `anchors`, else the checkpoint's, else the
-    default. The rest starts as in a fresh seeded network, with the head's biases set for rare objects. Raises
-    UsageError when neither is given.
+    default; a network of a scale has the given `layout`, else the newest for its anchors. The rest starts as in a
+    fresh seeded network, with the head's biases set for rare objects. Raises UsageError when neither is given.
     """
     _require_start(scale, weights)
     checkpoint = load(weights) if weights else None
-    architecture = _architecture(tuple(names), scale, checkpoint.architecture if checkpoint else None, anchors)
+    known = checkpoint.architecture if checkpoint else None
+    architecture = _architecture(tuple(names), scale, known, anchors, layout)
     torch.manual_seed(seed)
     model = YOLOv5(architecture)
     model.init_detect_bias()
@@ -86,14 +88,18 @@ def model_from_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
 
 
 def _architecture(
-    names: tuple[str, ...], scale: str | None, given: Architecture | None, anchors: Anchors | None = None
+    names: tuple[str, ...],
+    scale: str | None,
+    given: Architecture | None,
+    anchors: Anchors | None = None,
+    layout: str | None = None,
 ) -> Architecture:
-    """The network of `scale`, with as many levels as there are groups of anchors, or the `given` one.
+    """The network of `scale` in `layout`, with as many levels as there are groups of anchors, or the `given` one.
 
     Raises UsageError when the given network has another number of levels.
     """
     if scale is not None:
-        return Architecture.of_scale(scale, names, anchors=anchors or (given.anchors if given else None))
+        return Architecture.of_scale(scale, names, anchors or (given.anchors if given else None), layout)
     assert given is not None
     if anchors and len(anchors) != len(given.anchors):
         raise UsageError(
@@ -128,7 +134,7 @@ def _why(skipped: Sequence[str]) -> str:
 
 
 def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig, log: Log) -> YOLOv5:
-    """The model with anchors that suit the labels: the same object where its own already suit them."""
+    """The model with anchors that suit the labels: the same object if its own already suit them."""
     sizes = scaled_sizes(
         [sample.labels[:, 3:5] for sample in samples],
         [sample.size_hw for sample in samples],
@@ -139,7 +145,7 @@ def adapt_anchors(model: YOLOv5, samples: Sequence[Sample], config: TrainConfig,
     choice = choose_anchors(sizes, np.array(model.arch.anchors), rng=rng, anchor_t=config.loss.anchor_t)
     log(
         f"anchors: {'replaced' if choice.replaced else 'kept'}, best possible recall {choice.after.recall:.4f}, "
-        f"{choice.after.matches:.2f} matches a label"
+        f"{choice.after.matches:.2f} matches per label"
     )
     return with_anchors(model, choice.anchors_px) if choice.replaced else model
 

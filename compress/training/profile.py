@@ -30,7 +30,7 @@ PHASES = ("data", "teacher", "forward", "loss", "backward", "step")
 
 
 def attach(watch: Stopwatch, trainer: Trainer) -> None:
-    """Have `watch` time every phase of the trainer from now on: each phase is one method."""
+    """Let `watch` time every phase of the trainer from now on: each phase is one method."""
     batches = trainer.epoch_batches
     trainer.epoch_batches = lambda: watch.waits("data", batches())  # type: ignore[method-assign]
     for phase, owner, method in (
@@ -52,7 +52,7 @@ def _timed(watch: Stopwatch, phase: str, function: Callable[..., Any]) -> Callab
 
 
 def measure(trainer: Trainer, epochs: int) -> tuple[float, dict[str, float]]:
-    """Seconds an image in all and by phase, over `epochs` epochs after one that does not count."""
+    """Seconds per image in all and by phase, over `epochs` epochs after one that does not count."""
     watch = Stopwatch(trainer.device)
     attach(watch, trainer)
     trainer.train_epoch(Progress())
@@ -67,7 +67,7 @@ def measure(trainer: Trainer, epochs: int) -> tuple[float, dict[str, float]]:
 
 
 def table(whole: float, split: Mapping[str, float]) -> str:
-    """Lines of milliseconds an image and share; `other` is the time outside of all phases."""
+    """Lines of milliseconds per image and share; `other` is the time outside of all phases."""
     rows = {**{phase: s for phase, s in split.items() if s}, "other": whole - sum(split.values())}
     lines = [f"{phase:10}{1e3 * s:8.2f} ms/image{100 * s / whole:7.1f} %" for phase, s in rows.items()]
     return "\n".join([*lines, f"{'all':10}{1e3 * whole:8.2f} ms/image   {1 / whole:.1f} images/s"])

@@ -1,4 +1,4 @@
-"""Progress of a training for people: one moving bar on a terminal, one plain line an epoch elsewhere."""
+"""Progress of a training for the user: a progress bar on a terminal, one plain line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Mapping
 class Progress:
     """Follows the batches of one training, as a context manager; this one shows nothing.
 
-    For a log file, where the epoch lines are all there is to see, and for processes that are not the first.
+    It is for log files, which get only the epoch lines, and for processes that are not the first.
     """
 
     def epoch(self, number: int, batches: int) -> None:
         """Epoch `number` (from 1) begins; it has this many batches."""
 
     def batch(self, losses: Mapping[str, float] | None) -> None:
-        """One batch is done; `losses` are the means so far, where they are known without waiting for a device."""
+        """One batch is done; `losses` are the means so far, if they are known without waiting for a device."""
 
     def __enter__(self) -> Progress:
         return self
@@ -56,12 +56,12 @@ class Bar(Progress):
 
 
 def open_progress(epochs: int, *, shown: bool) -> Progress:
-    """The bar where there is a terminal to move it on and this process is the one that shows."""
+    """The bar if there is a terminal and `shown` is true; else a progress that shows nothing."""
     return Bar(epochs) if shown and sys.stdout.isatty() else Progress()
 
 
 def epoch_line(record: Mapping[str, float], epochs: int, seconds: float, images: int) -> str:
-    """One epoch in one line: losses, accuracy where measured, speed. `record` is a row of results.csv."""
+    """One epoch in one line: losses, accuracy if measured, speed. `record` is a row of results.csv."""
     losses = "  ".join(
         f"{key.removeprefix('train/').removesuffix('_loss')} {value:.4f}"
         for key, value in record.items()

@@ -1,4 +1,4 @@
-"""Everything that follows from how far a training has come, as pure functions of the iteration or the epoch.
+"""Values that change during a training, as pure functions of the iteration or the epoch.
 
 Because nothing here has a state, a resumed training needs only its epoch to continue exactly.
 The rules are YOLOv5 v7.0's, including that past the warm-up an epoch runs at the previous epoch's rate.
@@ -53,7 +53,7 @@ class Schedule:
 
     @property
     def warmup_iterations(self) -> int:
-        """The warm-up includes the iteration of this number."""
+        """The number of the last iteration of the warm-up."""
         if not self.config.warmup_epochs:
             return 0
         return max(round(self.config.warmup_epochs * self.batches), self.config.warmup_min_iterations)
@@ -65,12 +65,12 @@ class Schedule:
 
     @property
     def accumulate(self) -> int:
-        """Batches a step after the warm-up."""
+        """Batches per step after the warm-up."""
         return max(round(self.batches_per_step), 1)
 
     @property
     def weight_decay(self) -> float:
-        """Decay scaled to the images that one step really sees."""
+        """Weight decay, scaled to the number of images of one step."""
         if not self.config.nominal_batch:
             return self.config.weight_decay
         return self.config.weight_decay * self.batch_size * self.accumulate / self.config.nominal_batch
@@ -102,7 +102,9 @@ def mosaic_epochs(config: AugmentConfig, epochs: int) -> int:
     return epochs - min(config.close_mosaic, epochs // 5)
 
 
-def distill_factor(epoch: int, epochs: int, decay_to: float) -> float:
-    """Weight of the distillation terms in an epoch: 1 in the first, by a half cosine to `decay_to` in the last."""
-    done = epoch / max(epochs - 1, 1)
-    return decay_to + (1 - decay_to) * _CURVES["cosine"](done)
+def fading_factor(epoch: int, epochs: int, until: float) -> float:
+    """Factor of a distillation loss in an epoch: by a half cosine from 1 to 0 at the part `until` of the epochs.
+
+    A loss with `until` 1 does not fade.
+    """
+    return 1.0 if until == 1 else _CURVES["cosine"](min(epoch / (until * epochs), 1.0))

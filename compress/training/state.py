@@ -1,4 +1,4 @@
-"""The whole state of a training as one file, so that a killed training continues bit for bit.
+"""The complete state of a training in one file, so that a killed training continues bit for bit.
 
 In: everything that changes between two epochs. Out: `state.pt`, a torch zip of tensors and plain values that is read
 with `weights_only=True`, hence runs no code. Full precision; written beside and renamed, so a reader finds either the

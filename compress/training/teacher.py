@@ -12,15 +12,16 @@ import torch
 from compress.compute.device import pick_device, to_device
 from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
+from compress.data.class_names import class_conflict
 from compress.data.loader import Batch, train_batches
 from compress.data.train_dataset import TrainDataset
+from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.losses.distill import DistillLoss, Outputs, Shape, make_losses
 from compress.losses.preflight import Check, preflight
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
 from compress.training.objective import Objective
-from compress.validate import as_network_input
 from runtime.errors import EdgestillError, InputError
 
 PROBE_IMAGES = 4
@@ -47,16 +48,12 @@ class Teacher:
 def load_teacher(path: Path, names: Sequence[str]) -> YOLOv5:
     """The teacher's model. Raises InputError when its classes are not exactly the data's, in their order."""
     model = load_model(path)
-    theirs, ours = tuple(model.arch.names), tuple(names)
-    if theirs == ours:
-        return model
-    remedy = "Fine-tune the teacher on this data first: edgestill train"
-    if len(theirs) != len(ours):
-        raise InputError(f"the teacher {path} knows {len(theirs)} classes, the data has {len(ours)}", remedy)
-    index = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
-    raise InputError(
-        f"class {index} is {theirs[index]!r} in the teacher {path} but {ours[index]!r} in the data", remedy
-    )
+    if model.arch.names != tuple(names):
+        raise InputError(
+            class_conflict(f"the teacher {path}", model.arch.names, "the data", names),
+            "Fine-tune the teacher on this data first: edgestill train",
+        )
+    return model
 
 
 def shape_of(model: YOLOv5) -> Shape:
@@ -81,7 +78,7 @@ def check_distillation(
     probe = to_device(copy.deepcopy(objective), teacher.device)
     on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
     losses: Any = probe.losses
-    checks = preflight(probe.model, teacher.model, losses, on_device, task=probe.detection, weights=config.weights)
+    checks = preflight(probe.model, teacher.model, losses, on_device, task=probe.detection)
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")

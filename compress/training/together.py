@@ -1,4 +1,4 @@
-"""Several processes of one training: what the first decides holds for all, and where one fails all end."""
+"""Several processes of one training: the first decides for all, and if one fails all of them end."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def decided_by_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """On every process the result of `decide`, which the first one alone calls.
+    """The result of `decide`, on every process; only the first process calls it.
 
-    Where it fails there, no process goes on, since the others would wait for its result for ever. Raises on the first
+    If it fails, no process continues, because the others would wait for its result for ever. Raises on the first
     process what `decide` raises, EdgestillError with the same text on the others.
     """
     if accelerator.num_processes == 1:
@@ -40,9 +40,9 @@ def decided_by_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 @contextmanager
 def lost_processes_named() -> Iterator[None]:
-    """Say in one line that another process has ended, where torch raises an error about its connection.
+    """Report in one line that another process has ended, when torch raises an error about its connection.
 
-    Raises EdgestillError in its place.
+    Raises EdgestillError instead of that error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Backends: each runs one kind of model file, one array in, one array out. `BACKENDS` is the table of them.
+"""Backends: each runs one kind of model file; it takes one array and returns one. `BACKENDS` is their table.
 
 A new backend is a module with `load(request) -> Backend` and a row here; nothing else in `runtime` names a backend.
 """
@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 class BackendSpec(NamedTuple):
     """A row of the table. A file of a backend that is not `portable` is native code: it runs only with the version of
-    the library, the platform and the NVIDIA GPUs it was built for, and is loaded only where a card knows its hash.
+    the library, the platform and the NVIDIA GPUs it was built for, and is loaded only if a card knows its hash.
     """
 
     name: str
@@ -29,14 +29,14 @@ class BackendSpec(NamedTuple):
     module: str
     """Module with `load(request)`; imported when a file is loaded, so that only the needed library is."""
     suffixes: tuple[str, ...]
-    """Suffixes of its files. Where two rows have the same one, the card decides; without a card the first row does."""
+    """Suffixes of its files. If two rows have the same one, the card decides; without a card the first row does."""
     distributions: tuple[str, ...]
-    """Distributions that bring its library, for the version."""
+    """Distributions that install its library; they give its version."""
     remedy: str
-    """Hint of an error where a file is missing, altered or has no card."""
+    """Hint of an error when a file is missing, altered or has no card."""
     package: str = ""
     devices: tuple[str, ...] = ()
-    """Values of `device`, beside "auto", for which a bundle's files of this backend are taken."""
+    """Values of `device`, besides "auto", for which files of this backend are taken from a bundle."""
     portable: bool = True
     metadata: Callable[[Path], dict[str, str]] | None = None
     """Reads the text that a file carries, a model card for example, without the backend's library."""
@@ -134,8 +134,8 @@ class LoadOptions(NamedTuple):
 
 
 class LoadRequest(NamedTuple):
-    """A file to load. `contents` maps the file's name, and the names of its parts, to their bytes where their hashes
-    were checked; it is empty where no hash is known. A file with `has_card` comes from edgestill's own export.
+    """A file to load. `contents` maps the file's name, and the names of its parts, to their bytes if their hashes
+    were checked; it is empty if no hash is known. A file with `has_card` comes from edgestill's own export.
     """
 
     backend: str
@@ -146,7 +146,7 @@ class LoadRequest(NamedTuple):
 
     @property
     def data(self) -> bytes | None:
-        """The file's own bytes, where its hash was checked."""
+        """The file's own bytes, if its hash was checked."""
         return self.contents.get(self.path.name)
 
 

@@ -38,7 +38,7 @@ class Cuda(Protocol):
         """Start copying from the device to a contiguous host array."""
 
     def synchronize(self) -> None:
-        """Wait for everything on the stream."""
+        """Wait until the stream has done all its work."""
 
     def close(self) -> None: ...
 
@@ -96,8 +96,8 @@ class CudaBindings:
 class PyCuda:
     """pycuda on the device's primary context, the one that TensorRT uses too.
 
-    pycuda binds a context to a thread and aborts the process when one is left behind, so the context is entered for
-    each call, from whichever thread, and left again.
+    pycuda binds a context to a thread and aborts the process if one is still active at exit. So the context is entered
+    for each call, in the thread of the call, and left again.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class PyCuda:
         try:
             self._driver.init()
             self._context = self._driver.Device(0).retain_primary_context()
-        except self._driver.Error as error:  # no RuntimeError, whatever its name says
+        except self._driver.Error as error:  # it is not a RuntimeError
             raise EngineError(f"CUDA: {error}") from error
         self._memory: dict[int, Any] = {}
         self._handle = self._inside(self._driver.Stream)

@@ -1,4 +1,4 @@
-"""ONNX files by ONNX Runtime, on its CPU, CUDA or TensorRT provider. Asked-for hardware is used or refused."""
+"""ONNX files by ONNX Runtime, on its CPU, CUDA or TensorRT provider. Hardware that is named is used, or refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import Array, LoadRequest, TensorSpec, closed_error
-from runtime.backends.onnx_trial import load_in_child
+from runtime.backends.onnx_child_load import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
 from runtime.machine import compute_threads
@@ -37,7 +37,7 @@ REMEDY = "Install onnxruntime-gpu with its CUDA libraries, or use --device cpu"
 
 
 class OnnxBackend:
-    """A session with one input. The first output counts (YOLOv5's older exports have more: the raw maps)."""
+    """A session with one input. Only its first output is read (YOLOv5's older exports also return the raw maps)."""
 
     def __init__(self, session: Any, path: Path) -> None:
         inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -60,7 +60,7 @@ class OnnxBackend:
 
 
 def load(request: LoadRequest) -> OnnxBackend:
-    """A session; without a thread limit it has a thread for each core. A file without a card is tried in a child first.
+    """A session, with one thread per core by default. A file without a card is first loaded in a child process.
 
     Raises InputError when the file cannot be loaded, UnavailableError when the device is not there.
     """
@@ -85,7 +85,7 @@ def load(request: LoadRequest) -> OnnxBackend:
 
 
 def choose_providers(device: str, available: list[str]) -> tuple[str, ...]:
-    """Providers for a device; "auto" takes CUDA where it is built in. Raises UnavailableError when one is not."""
+    """Providers for a device; "auto" takes CUDA if it is built in. Raises UnavailableError when one is not."""
     if device == "auto":
         return PROVIDERS["cuda"] if CUDA in available else PROVIDERS["cpu"]
     if device not in PROVIDERS:

@@ -77,11 +77,11 @@ class Buffers(NamedTuple):
 class TensorRTBackend:
     """One engine, one execution context, one stream. A lock keeps two threads from sharing the buffers."""
 
-    def __init__(self, loaded: Loaded, trt: Any, cuda: Cuda, path: Path, provider: str) -> None:
+    def __init__(self, loaded: LoadedEngine, trt: Any, cuda: Cuda, path: Path, provider: str) -> None:
         engine = loaded.engine
         self.input, self.output = input_and_output(engine, trt, path)
         self.providers = (provider,)
-        self._loaded: Loaded | None = loaded
+        self._loaded: LoadedEngine | None = loaded
         self._cuda, self._path = cuda, path
         self._context = engine.create_execution_context()
         if self._context is None:
@@ -148,8 +148,8 @@ class TensorRTBackend:
             self._cuda.close()
 
 
-class Loaded(NamedTuple):
-    """An engine and what must outlive it."""
+class LoadedEngine(NamedTuple):
+    """An engine, and the objects that must exist as long as it does."""
 
     engine: Any
     runtime: Any
@@ -172,7 +172,7 @@ def load(request: LoadRequest) -> TensorRTBackend:
     return TensorRTBackend(deserialize(trt, data, path), trt, cuda, path, PROVIDER[request.backend])
 
 
-def deserialize(trt: Any, data: bytes, path: Path) -> Loaded:
+def deserialize(trt: Any, data: bytes, path: Path) -> LoadedEngine:
     """The engine. Raises EngineError with TensorRT's own last line: it returns None and logs why."""
     logger = collecting_logger(trt)
     runtime = trt.Runtime(logger)
@@ -181,7 +181,7 @@ def deserialize(trt: Any, data: bytes, path: Path) -> Loaded:
     if engine is None:
         why = "; ".join(errors_of(logger)[-2:]) or "no reason was logged"
         raise EngineError(f"{path}: {trt.__name__} {trt.__version__} cannot load it: {why}", "Build it again here")
-    return Loaded(engine, runtime, logger)
+    return LoadedEngine(engine, runtime, logger)
 
 
 def input_and_output(engine: Any, trt: Any, path: Path) -> tuple[TensorSpec, TensorSpec]:

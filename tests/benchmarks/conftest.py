@@ -103,7 +103,7 @@ def build_sample() -> Report:
         "providers": ["CPUExecutionProvider"],
     }
     checks = [
-        {"name": "zero where student equals teacher", "passed": True, "detail": "0 at 4 random batches"},
+        {"name": "zero if student equals teacher", "passed": True, "detail": "0 at 4 random batches"},
         {"name": "falls when stepped against its gradient", "passed": True, "detail": "1.842 to 1.790 in 5 steps"},
     ]
     return make_report(
@@ -131,7 +131,10 @@ def build_sample() -> Report:
             {"name": "teacher", "epochs": 60, "best_epoch": 59, "seconds": 812.4, "curves": curves(0.62, False)},
             {"name": "student", "epochs": 60, "best_epoch": 54, "seconds": 644.9, "curves": curves(0.56, True)},
         ],
-        distillation={"losses": [{"name": "obj_kd", "weight": 1.0, "checks": checks}], "decay_to": 0.1},
+        distillation={
+            "losses": [{"name": "soft", "weight": None, "share": 0.97, "checks": checks}],
+            "inheritance": {"parameters": 452_000, "total": 466_000},
+        },
         export={
             **{"max_box_error_px": 0.0021, "max_score_error": 2.4e-6, "box_limit_px": 0.05, "score_limit": 0.001},
             **{"images": 16, "candidates": 512, "nms_iterations": 8},

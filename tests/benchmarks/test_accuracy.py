@@ -51,7 +51,7 @@ def predictions(reference: Path) -> list[dict[str, Any]]:
 
 
 def pycocotools_accuracy(truth: dict[str, Any], found: list[dict[str, Any]], max_det: int) -> dict[str, float]:
-    """The first six numbers of COCO's table and recall, by pycocotools; -1 where undefined."""
+    """The first six numbers of COCO's table and recall, by pycocotools; -1 if undefined."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

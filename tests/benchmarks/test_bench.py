@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from benchmarks import overhead
 from benchmarks.__main__ import main
-from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images, read_coco
+from benchmarks.accuracy import read_coco
+from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
 from benchmarks.wording import findings
@@ -159,7 +160,7 @@ def test_two_files_are_compared_in_turns_and_loaded_once(folder: Path, monkeypat
     found = compare_files(folder / "model.onnx", folder / "model.onnx", plan, rounds=10)
     assert loaded == [folder / "model.onnx"] * 2
     assert found.rounds == 10
-    assert found.candidate.n == found.reference.n == 100
+    assert found.other.n == found.reference.n == 100
     assert found.low <= found.ratio <= found.high
     assert found.verdict(limit=20) == "faster"
     assert found.verdict(limit=0.05) == "slower"
@@ -257,6 +258,19 @@ def test_the_digest_changes_with_images_names_and_labels(folder: Path, tmp_path:
 def test_a_folder_without_images_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no image"):
         list_images(tmp_path)
+
+
+def test_a_linked_folder_of_images_is_measured_too(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(folder / "images", target_is_directory=True)
+    assert [path.name for path in list_images(tmp_path)] == [path.name for path in list_images(folder / "images")]
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{}", '{"images": [3], "annotations": [], "categories": []}'])
+def test_json_that_is_not_coco_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match="is not a list of objects") as caught:
+        read_coco(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import page
-from benchmarks.charts import COLOURS, PLOT, Box, Point, curve, front, pareto, place_labels
+from benchmarks.charts import COLOURS, PLOT, Box, Point, curve, pareto, pareto_front, place_labels
 from runtime.errors import UnavailableError
 
 
@@ -21,11 +21,11 @@ def point(x: float, y: float, label: str = "p", kept: bool = True) -> Point:
 def test_the_front_holds_what_nothing_beats() -> None:
     best = [point(1, 0.3), point(2, 0.4), point(5, 0.6)]
     beaten = [point(2, 0.35), point(3, 0.4), point(6, 0.5)]
-    assert front([*beaten, *best]) == best
+    assert pareto_front([*beaten, *best]) == best
 
 
 def test_a_refused_point_is_not_on_the_front() -> None:
-    assert front([point(1, 0.9, kept=False), point(2, 0.4)]) == [point(2, 0.4)]
+    assert pareto_front([point(1, 0.9, kept=False), point(2, 0.4)]) == [point(2, 0.4)]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -156,7 +156,7 @@ def test_the_verdict_follows_the_ratio(ms: float, verdict: str) -> None:
     assert found.ratio == pytest.approx(ms / 10)
     assert found.low == found.high == found.ratio
     assert found.rounds == 12
-    assert found.candidate.n == found.reference.n == 12 * 10
+    assert found.other.n == found.reference.n == 12 * 10
 
 
 def test_the_verdict_is_about_the_limit_asked_for() -> None:

@@ -12,14 +12,14 @@ from benchmarks import compare, page, render, rows
 from benchmarks.latency import Durations, Warmup
 from benchmarks.render import to_csv, to_html, to_markdown
 from benchmarks.report import Report
-from benchmarks.rows import COLUMNS, TITLED, Column, at, model_row, named_apart, plain
+from benchmarks.rows import COLUMNS, TITLED, Column, model_row, named_apart, nested_reader, plain
 from tests.benchmarks.conftest import SETTINGS, minimal
 
 MEASURED = {"precision": "fp32", "backend": "onnx", "device": "cpu", "settings": SETTINGS}
 
 
 def test_one_entry_of_the_table_is_a_column_of_every_rendering(sample: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    column = Column("watts", at("watts"), "Power", lambda value: f"{value} W")
+    column = Column("watts", nested_reader("watts"), "Power", lambda value: f"{value} W")
     added = {"COLUMNS": (*COLUMNS, column), "TITLED": (*TITLED, column), "ON_PAGE": (*page.ON_PAGE, column)}
     for module in (rows, page, render, compare):
         for name, columns in added.items():

@@ -15,7 +15,7 @@ from compress.data import Dataset, index_dataset, load_data
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny networks gain nothing from a second thread, and much of it is lost where other tests run beside."""
+    """Tiny networks gain nothing from a second thread, and much of it is lost if other tests run beside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

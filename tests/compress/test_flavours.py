@@ -4,7 +4,7 @@ import pytest
 
 from compress.config import BuildConfig, QuantizeConfig
 from compress.flavours import FLAVOURS, PLAN_PRECISIONS, REFERENCE
-from compress.recipe import validate
+from compress.recipe import parse
 from runtime.errors import UsageError
 
 
@@ -33,6 +33,6 @@ def test_plans_are_built_from_the_reference_and_from_what_is_made_for_tensorrt()
 )
 def test_an_unknown_name_is_one_line_that_lists_the_known(config: type, raw: dict, expected: str) -> None:
     with pytest.raises(UsageError) as caught:
-        validate(config, raw, "--set")
+        parse(config, raw, "--set")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)

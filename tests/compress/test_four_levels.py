@@ -12,13 +12,13 @@ from benchmarks.accuracy import detector_accuracy
 from compress.config import Recipe
 from compress.data import Dataset
 from compress.data.loader import val_batches
+from compress.evaluate import evaluate
 from compress.inputs import CONVENTIONAL, validation_of
 from compress.losses.distill import LOSSES
 from compress.models import Architecture, YOLOv5, load_model, save_model
 from compress.models.architecture import DEFAULT_ANCHORS_P6
 from compress.pipeline import ORDER, run_recipe
 from compress.training.prepare import new_model
-from compress.validate import validate
 from runtime.card import ModelCard
 from runtime.detector import Detector
 from runtime.errors import UsageError
@@ -57,7 +57,7 @@ def test_rectangular_batches_have_sides_that_the_coarsest_level_divides(tiny_dat
     shapes = [batch.images.shape[2:] for batch in val_batches(samples, imgsz=SIDE, batch=2, stride=64)]
     assert all(side % 64 == 0 for shape in shapes for side in shape)
     assert any(side % 128 for shape in shapes for side in shape)
-    assert validate(model, samples, imgsz=SIDE, batch=2, rect=True, device="cpu").images == len(samples)
+    assert evaluate(model, samples, imgsz=SIDE, batch=2, rect=True, device="cpu").images == len(samples)
 
 
 @pytest.mark.parametrize("size", [32, 96, 160])
@@ -71,7 +71,7 @@ def test_a_size_for_three_levels_is_refused_before_the_first_stage(recipe: Recip
 
 def test_a_validation_at_such_a_size_is_refused(tiny_data: Dataset, teacher: Path) -> None:
     with pytest.raises(UsageError, match=r"image size 96 is not a multiple of the network's stride 64\. Use 128"):
-        validate(load_model(teacher), tiny_data.splits["val"].samples, imgsz=96, device="cpu")
+        evaluate(load_model(teacher), tiny_data.splits["val"].samples, imgsz=96, device="cpu")
 
 
 def test_a_student_of_a_scale_has_the_teachers_levels(teacher: Path) -> None:

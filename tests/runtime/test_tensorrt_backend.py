@@ -13,7 +13,7 @@ import pytest
 from runtime.backends import LoadOptions, LoadRequest
 from runtime.backends import cuda as cuda_module
 from runtime.backends import tensorrt as backend_module
-from runtime.backends.tensorrt import Loaded, TensorRTBackend, collecting_logger, deserialize, errors_of
+from runtime.backends.tensorrt import LoadedEngine, TensorRTBackend, collecting_logger, deserialize, errors_of
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError
 
 PATH = Path("toy.plan")
@@ -114,7 +114,7 @@ TRT = SimpleNamespace(TensorIOMode=SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT
 def opened(**options):
     memory = Memory()
     engine = Engine(memory, **options)
-    return TensorRTBackend(Loaded(engine, None, None), TRT, memory, PATH, "TensorRT"), memory, engine
+    return TensorRTBackend(LoadedEngine(engine, None, None), TRT, memory, PATH, "TensorRT"), memory, engine
 
 
 def canvas(value=10, batch=1):

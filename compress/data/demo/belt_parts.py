@@ -1,6 +1,6 @@
-"""Metal parts of the demo set as solids in part coordinates: unit length, origin in the middle, x along the part.
+"""Metal parts of the demo set as solids in part coordinates: length 1, origin in the middle, x along the part.
 
-Every function draws its variation from the generator it is given and returns a `Part`.
+Every function draws its variation from the given generator and returns a `Part`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Part(NamedTuple):
     solids: tuple[Solid, ...]
     thread: Thread | None = None
     relative_size: float = 1.0
-    """Length of this part where a bolt has 1."""
+    """Length of this part; a bolt has length 1."""
 
 
 def bolt(rng: np.random.Generator) -> Part:

@@ -20,7 +20,7 @@ Field = NDArray[np.float32]
 
 OVERSAMPLING = 2
 MIN_VISIBLE = 0.45
-"""Least share of a part that stays visible where later ones cover it or the frame cuts it."""
+"""Least share of a part that stays visible when later ones cover it or the frame cuts it."""
 MIN_BOX_PX = 6
 PLACEMENT_TRIES = 8
 
@@ -120,7 +120,7 @@ def _place(
     free_rows: tuple[int, int],
     lamp: Lamp,
 ) -> Rendered | None:
-    """The part at a random pose on the belt that hides no other too much; None where no try succeeded."""
+    """The part at a random pose on the belt at which it does not hide too much of another; None if no try succeeded."""
     height, width = part_ids.shape
     length = min(height, width) * rng.uniform(0.22, 0.32) * part.relative_size
     rendered = _render(rng, part, length, rng.uniform(0, 2 * np.pi), lamp)
@@ -135,7 +135,7 @@ def _place(
 
 
 def _reaches(length: float, free_rows: tuple[int, int], height: int) -> tuple[float, float]:
-    """How far centres keep from both ends of the belt: the frame may cut a part, a rail may not."""
+    """Least distances of a part's centre from both ends of the belt: the frame may cut a part, a rail may not."""
     at_frame, at_rail = 0.2 * length, 0.55 * length
     return (at_rail if free_rows[0] else at_frame), -(at_rail if free_rows[1] < height else at_frame)
 
@@ -146,7 +146,7 @@ def _area(placed: Rendered) -> int:
 
 
 def _leaves_enough(placed: Rendered, part_ids: NDArray[np.int16], areas: list[int]) -> bool:
-    """True where the new part and all that it covers keep `MIN_VISIBLE` of their area in sight."""
+    """True if the new part and all that it covers keep `MIN_VISIBLE` of their area in sight."""
     image, own = _overlap(placed, part_ids.shape)
     mask = placed.coverage[own] > 0.5
     before = np.bincount(part_ids.ravel(), minlength=len(areas))
@@ -229,7 +229,7 @@ def _fill(outline: Outline, holes: tuple[Outline, ...], unit: float, angle: floa
 
 
 def _ridges(part: Part, unit: float, angle: float, side: int) -> Field | float:
-    """Height of the thread in px, where there is one."""
+    """Height of the thread in px, if there is one."""
     if part.thread is None:
         return 0.0
     start, end, pitch, lean = part.thread
@@ -241,7 +241,7 @@ def _ridges(part: Part, unit: float, angle: float, side: int) -> Field | float:
 
 
 def _shade(rng: np.random.Generator, height: Field, material: Material, lamp: Lamp, angle: float) -> Field:
-    """Colour (h, w, 3) of a height field: diffuse light, one highlight, and the room mirrored as a soft band."""
+    """Colour (h, w, 3) of a height field: diffuse light, one highlight, and a soft reflection of the surroundings."""
     normal = _normals(height)
     diffuse = np.maximum(_along(normal, lamp.direction), 0)
     halfway = lamp.direction + np.array([0, 0, 1], np.float32)
@@ -258,7 +258,7 @@ def _shade(rng: np.random.Generator, height: Field, material: Material, lamp: La
 
 
 def _normals(height: Field) -> tuple[Field, Field, Field]:
-    """x, y and z (h, w) of unit normals; slopes are limited, a vertical wall would only be noise."""
+    """x, y and z (h, w) of unit normals. Slopes are limited, because a vertical wall would give only noise."""
     slope_x: Any = np.clip(cv2.Scharr(height, cv2.CV_32F, 1, 0) / 32, -2.5, 2.5)
     slope_y: Any = np.clip(cv2.Scharr(height, cv2.CV_32F, 0, 1) / 32, -2.5, 2.5)
     up = 1 / np.sqrt(slope_x**2 + slope_y**2 + 1)

@@ -28,7 +28,8 @@ def generate(
 ) -> Path:
     """Write `images` images of `size` (height, width) with labels into the new folder `out`; returns its data.yaml.
 
-    The folder appears whole or not at all. Raises UsageError where it exists and is not empty.
+    They are for training and validation; a fifth as many come on top for test. The folder appears whole or not at all.
+    Raises UsageError where it exists and is not empty.
     """
     if images < 2:
         raise UsageError(f"{images} images, expected at least 2", "One is for training and one for validation")
@@ -37,10 +38,11 @@ def generate(
     out = Path(out)
     with new_folder(out) as folder:
         for kind in ("images", "labels"):
-            for split in ("train", "val"):
+            for split in ("train", "val", "test"):
                 (folder / kind / split).mkdir(parents=True)
+        splits = [*(split_of(index, images) for index in range(images)), *["test"] * max(images // 5, 1)]
         with ThreadPoolExecutor(workers or usable_cores()) as pool:
-            list(pool.map(lambda index: _write_one(folder, split_of(index, images), index, size, seed), range(images)))
+            list(pool.map(lambda item: _write_one(folder, item[0], item[1], size, seed), enumerate(splits)))
         write_data_yaml(folder, tuple(PARTS), HEADER)
     return out / "data.yaml"
 
@@ -50,7 +52,7 @@ def scene(seed: int, index: int, size_hw: tuple[int, int]) -> Scene:
     return draw_scene(np.random.default_rng([seed % 2**64, index]), size_hw)
 
 
-def _write_one(folder: Path, split: str, index: int, size_hw: tuple[int, int], seed: int) -> None:
+def _write_one(folder: Path, index: int, split: str, size_hw: tuple[int, int], seed: int) -> None:
     drawn = scene(seed, index, size_hw)
     name = f"belt_{index:05d}"
     _, encoded = cv2.imencode(".jpg", drawn.image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

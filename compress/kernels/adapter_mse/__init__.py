@@ -1,7 +1,7 @@
-"""1x1 adapter and weighted mean squared error: definition, host half of kernel.cu, and the function that losses call.
+"""1x1 adapter and weighted mean squared error: reference, launcher of kernel.cu, and the function that losses call.
 
-What the kernel does not take (more than 128 channels, float32, GPUs before sm_80) goes the general way: torch's matrix
-products around the kernel of weighted_mse.
+The kernel does not support more than 128 channels, float32, or GPUs before sm_80. For these there is a general way:
+torch's matrix products around the kernel of weighted_mse.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from compress.kernels.toolchain import Source
 from runtime.errors import UsageError
 
 MAX_CHANNELS = 128
-"""Channels of student and of teacher that a block can hold."""
+"""Most channels, of student and of teacher, that a block can hold."""
 PIXELS = 64
 """Pixels of a tile."""
 RESIDENT_WARPS = 8
-"""Warps of a multiprocessor at once, which 192 registers a thread allow."""
+"""Warps that a multiprocessor runs at once, at 192 registers per thread."""
 WARPS = 132 * RESIDENT_WARPS
 """Warps of one launch, over all levels: all that 132 multiprocessors run at once."""
 TILES = 4
-"""Tiles of a block at least, where there are so many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
+"""Least tiles per block, if a level has that many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
 SUM_THREADS = 256
 SOURCE = with_constants(
     "adapter_mse",
@@ -75,15 +75,15 @@ def adapter_mse(
 ) -> Tensor:
     """`weighted_mse` of W s + b against the teacher: W is the matrix of a 1x1 convolution, b its bias.
 
-    W and b are used in the dtype of the maps, as under autocast; what they give is compared unrounded where the kernel
+    W and b are used in the dtype of the maps, as under autocast. The adapted map is compared unrounded if the kernel
     computes it, and rounded to that dtype in plain torch.
 
     Args:
-        students: (N, C_student, H, W) a level, in any float dtype.
-        teachers: (N, C_teacher, H, W) a level; no gradient.
-        matrices: (C_teacher, C_student) a level, in any float dtype.
-        biases: (C_teacher) a level.
-        weights: (N, H, W) float32 a level, or none at all; no gradient.
+        students: (N, C_student, H, W) per level, in any float dtype.
+        teachers: (N, C_teacher, H, W) per level; no gradient.
+        matrices: (C_teacher, C_student) per level, in any float dtype.
+        biases: (C_teacher) per level.
+        weights: (N, H, W) float32 per level, or none at all; no gradient.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for shapes that do not fit each other.
@@ -101,7 +101,7 @@ def check_adapters(students: Maps, teachers: Maps, matrices: Maps, biases: Maps)
     """Raises UsageError unless each level has a matrix and a bias between its numbers of channels."""
     if not len(students) == len(matrices) == len(biases):
         told = f"{len(students)} student maps, {len(matrices)} matrices, {len(biases)} biases"
-        raise UsageError(told, "Give one of each a level")
+        raise UsageError(told, "Give one of each per level")
     for s, t, matrix, bias in zip(students, teachers, matrices, biases, strict=True):
         channels = (t.shape[1], s.shape[1])
         if matrix.shape != channels or bias.shape != channels[:1]:
@@ -112,14 +112,14 @@ def check_adapters(students: Maps, teachers: Maps, matrices: Maps, biases: Maps)
             )
 
 
-def definition(students: Maps, teachers: Maps, matrices: Maps, biases: Maps, weights: Maps = ()) -> Tensor:
+def reference(students: Maps, teachers: Maps, matrices: Maps, biases: Maps, weights: Maps = ()) -> Tensor:
     """`adapter_mse` in plain torch."""
     levels = zip(students, matrices, biases, strict=True)
     adapted = [F.conv2d(s, w.to(s.dtype)[:, :, None, None], b.to(s.dtype)) for s, w, b in levels]
-    return general.definition(adapted, teachers, weights)
+    return general.reference(adapted, teachers, weights)
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _Level(ctypes.Structure):
@@ -208,7 +208,7 @@ def launches(
 
 
 def _kind(device: Device, problem: _Problem) -> _Kind | None:
-    """None for levels that go the general way."""
+    """The kind of a level; None for levels that are computed in the general way."""
     student = problem.student
     kind = _Kind(student.shape[1], problem.teacher.shape[1], is_channels_last(student))
     fits = student.dtype in (torch.float16, torch.bfloat16) and device.facts.capability >= (8, 0)
@@ -233,14 +233,14 @@ def _pitch(columns: int) -> int:
     return columns if columns % 64 == 0 else columns + 8
 
 
-_Part = Generator[Launch, None, tuple[Tensor, list[_Gradients]]]
-"""Launches for some levels, and then their loss and gradients."""
+_LevelLaunches = Generator[Launch, None, tuple[Tensor, list[_Gradients]]]
+"""Launches for some levels; the return value is their loss and gradients."""
 
 
 # ---- on tensor cores ----------------------------------------------------------------------------------------------
 
 
-def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Tensor | None) -> _Part:
+def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Tensor | None) -> _LevelLaunches:
     problems = [p._replace(matrix=p.matrix.float().contiguous(), bias=p.bias.float().contiguous()) for p in problems]
     gradients = [_Gradients(*map(torch.empty_like, (p.student, p.matrix, p.bias))) for p in problems]
     shapes = [_images(p.student, kind) for p in problems]
@@ -274,13 +274,13 @@ def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Ten
 
 
 def _images(student: Tensor, kind: _Kind) -> tuple[int, int]:
-    """Images and pixels of each, as far as pixels of all channels follow one another in memory."""
+    """Images, and pixels of each, as the kernel counts them: channels last is one image with all pixels."""
     images, _, height, width = student.shape
     return (1, images * height * width) if kind.channels_last else (images, height * width)
 
 
 def _share(tiles: Sequence[int], blocks: int) -> list[int]:
-    """Blocks of each level: no more than keep the longest walk as short as it is."""
+    """Blocks of each level: the fewest that do not increase the most tiles that any block processes."""
     shares = share_blocks(tiles, blocks, TILES)
     return [ceil_div(count, ceil_div(count, share)) for count, share in zip(tiles, shares, strict=True)]
 
@@ -297,8 +297,8 @@ def _describe(level: _Level, problem: _Problem, gradients: _Gradients, kind: _Ki
 # ---- the general way ----------------------------------------------------------------------------------------------
 
 
-def _general(device: Device, problems: Sequence[_Problem], scale: Tensor | None) -> _Part:
-    adapted = [_times(p.matrix, p.student, p.bias) for p in problems]
+def _general(device: Device, problems: Sequence[_Problem], scale: Tensor | None) -> _LevelLaunches:
+    adapted = [_apply_adapter(p.matrix, p.student, p.bias) for p in problems]
     teachers = [p.teacher for p in problems]
     weights = [p.weights for p in problems if p.weights is not None]
     loss, gradients = yield from general.launches(device, adapted, teachers, weights, scale)
@@ -309,13 +309,13 @@ def _backwards(problem: _Problem, gradient: Tensor) -> _Gradients:
     """The gradients, from the gradient of the adapted map."""
     by_image = torch.bmm(gradient.flatten(2), problem.student.flatten(2).mT)
     return _Gradients(
-        _times(problem.matrix.mT, gradient),
+        _apply_adapter(problem.matrix.mT, gradient),
         by_image.sum(0, dtype=torch.float32),
         gradient.sum((0, 2, 3), dtype=torch.float32),
     )
 
 
-def _times(matrix: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
+def _apply_adapter(matrix: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix times each pixel's channels, plus bias, in the dtype and layout of the maps (N, C, H, W)."""
     last, x = is_channels_last(maps), maps.flatten(2)
     grown = matrix.to(x.dtype).expand(len(x), *matrix.shape)
@@ -334,6 +334,6 @@ ADAPTER_MSE = FusedLoss(
     function=adapter_mse,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
     learns=(0, 2, 3),
 )

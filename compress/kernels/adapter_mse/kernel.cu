@@ -1,19 +1,19 @@
 // 1x1 adapter and weighted mean squared error on tensor cores: loss and all gradients in one pass, for float16 and
-// bfloat16 maps of up to 128 channels. The adapted map never leaves the chip.
+// bfloat16 maps of up to 128 channels. The adapted map is never written to memory.
 //
 //     a = W x + b,  d = a - t        per pixel; W and b rounded to the dtype of the maps
 //     L = sum over levels  inv * sum_{n,c,p} w[n,p] d^2        inv = 1 / (C * sum w + 1e-9), or 1 / (N C HW)
 //     G = u w d,  f = scale * 2 * inv / u:        dx = f W^T G,  dW = f sum_{n,p} G x^T,  db = f sum_{n,p} G
 //
-// Traffic: reads x and t once, writes dx once (3U, U the mean of the two maps), and dW | db as float32 once a block,
+// Traffic: reads x and t once, writes dx once (3U, U the mean of the two maps), and dW | db as float32 once per block,
 //   which `adapter_sums` reads again: at 128 channels of 80x80, batch 32, another 0.3U.
-// Tiling: a tile is 64 pixels of all channels; a fixed number of blocks walk the tiles of their level in strides. A
+// Tiling: a tile is 64 pixels of all channels; a fixed number of blocks process the tiles of their level in strides. A
 //   block has a warp for every 16 channels of the teacher, and W in shared memory all the time; the next tile of x and
-//   t is on its way there (cp.async) while this one is worked on. For each tile
+//   t is copied there (cp.async) while this one is processed. For each tile
 //     1. a = W x, every warp its 16 channels;
-//     2. d, loss and db from the registers; G goes over t in shared memory;
+//     2. d, loss and db from the registers; G overwrites t in shared memory;
 //     3. dW += G x^T, in registers from the first tile to the last;
-//     4. dx = W^T G, the warps share out the student's channels and the pixels; goes over x in shared memory, then out.
+//     4. dx = W^T G, divided among the warps by channels and pixels; overwrites x in shared memory, then goes to memory.
 //   NCHW holds a tile as rows of pixels. Channels last holds it as rows of channels, and there every product is done
 //   transposed, so that two neighbours in a register are neighbours in memory. A build serves one pair of channel
 //   counts and one layout. Channels are padded to a multiple of 16 by zeros.
@@ -64,7 +64,7 @@ struct AdapterArgs {
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
-/// Elements from row to row. The eight rows that ldmatrix reads at one column must lie in eight different groups of
+/// Elements from row to row. The eight rows that ldmatrix reads at one column must be in eight different groups of
 /// four banks: rows of 64 or 128 elements are swizzled to that end, others are an odd number of 16 bytes apart.
 template <int kColumns> constexpr int kPitch = kColumns % 64 == 0 ? kColumns : kColumns + 8;
 
@@ -82,7 +82,7 @@ template <class T, int kChannels> using Tile = Matrix<T, kLast ? kPadded<kChanne
 template <int kChannels>
 constexpr int kTileSize = kLast ? kPixels * kPitch<kPadded<kChannels>> : kPadded<kChannels> * kPitch<kPixels>;
 
-/// What a block holds; tiles and weights twice, for the tile it works on and for the next.
+/// A block's shared memory; tiles and weights twice, for the current tile and for the next.
 template <class T> struct Shared {
     T* first;
     __device__ __forceinline__ Matrix<T, kIn> matrix() const { return {first}; }
@@ -139,7 +139,7 @@ __device__ __forceinline__ void each_eight(const AdapterLevel& level, int left, 
     }
 }
 
-/// Starts to read a tile; what lies outside the image, or pads the channels, becomes 0.
+/// Starts to read a tile; values outside the image, and those that pad the channels, become 0.
 template <class T, int kChannels>
 __device__ __forceinline__ void load_tile(const AdapterLevel& level, const void* map, const Place& place,
                                           const Tile<T, kChannels>& to) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ void store_tile(const AdapterLevel& level, const Plac
     }
 }
 
-/// Starts to read all that a tile needs.
+/// Starts to read all inputs of a tile.
 template <class T>
 __device__ __forceinline__ void fetch(const AdapterLevel& level, uint32 tile, const Shared<T>& shared, int buffer) {
     const Place place = place_of(level, tile);
@@ -190,7 +190,7 @@ __device__ __forceinline__ void fetch(const AdapterLevel& level, uint32 tile, co
         copy_async<4>(shared.weights(buffer) + i, i < place.left ? from + i : from, i < place.left);
 }
 
-/// W, b and, where a level has none, weights of 1.
+/// W, b and, if a level has none, weights of 1.
 template <class T> __device__ __forceinline__ void fetch_constants(const AdapterLevel& level, const Shared<T>& shared) {
 #pragma unroll 8
     for (int i = threadIdx.x; i < kOut * kIn; i += kThreads) {
@@ -379,7 +379,7 @@ template <class T> __device__ __forceinline__ void adapter_mse(const AdapterArgs
         else
             multiply<false, false, kIn>(adapted, shared.matrix(), first, student, 0);
         sum[0] += compare(adapted, unit, shared, buffer, place.left, db);
-        __syncwarp();  // for dW a warp needs no G but its own
+        __syncwarp();  // for dW a warp needs only its own G
         multiply<kLast, !kLast, kPixels>(dw, shared.teacher(buffer), first, student, 0);
         __syncthreads();  // all of G is there, and nobody needs x any more
         student_gradient(shared, buffer, factor);
@@ -403,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 EDGESTILL_KERNEL(adapter_mse_f16, AdapterArgs)
 EDGESTILL_KERNEL(adapter_mse_bf16, AdapterArgs)
 
-/// dW and db of each level, from the shares of its blocks in the order of the blocks. kSumBlocks blocks a level.
+/// dW and db of each level, from the shares of its blocks in the order of the blocks. kSumBlocks blocks per level.
 extern "C" __global__ void __launch_bounds__(kSumThreads) adapter_sums(const __grid_constant__ AdapterArgs args) {
     const AdapterLevel& level = args.levels[blockIdx.x / kSumBlocks];
     const uint32 i = blockIdx.x % kSumBlocks * kSumThreads + threadIdx.x;

@@ -1,4 +1,4 @@
-"""Channel-wise distillation: definition, host half of kernel.cu, and the function that losses call."""
+"""Channel-wise distillation: reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -34,10 +33,11 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import sum_of_levels, widened
 from runtime.errors import UsageError
 
 MAX_WARPS, LEAST_WARPS = 16, 8
-"""Warps of a block of rows. 64 registers a thread allow 32 warps a multiprocessor."""
+"""Warps of a block of rows. 64 registers per thread allow 32 warps per multiprocessor."""
 VALUES = 16
 """Values of a row and map in a thread's registers."""
 BLOCKS = 1056
@@ -46,7 +46,7 @@ COLUMN_THREADS = 256
 MAX_LANES = 32
 """Threads across a tile of columns: 512 bytes of a pixel."""
 PIXELS = 16
-"""Pixels of a column that a thread takes: few enough that more blocks than run at once are left of three levels."""
+"""Pixels of a column that a thread takes: so few that three levels still give more blocks than the GPU runs at once."""
 SOURCE = with_constants("cwd", ROW_THREADS=MAX_WARPS * WARP, COLUMN_THREADS=COLUMN_THREADS, VALUES=VALUES)
 
 
@@ -56,7 +56,7 @@ def cwd(students: Maps, teachers: Maps, tau: float = 1.0, *, scale: Tensor | Non
     A row is the H*W values of one image's channel. Source: Shu et al., ICCV 2021.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient.
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient.
         tau: temperature, above 0.
         scale: () float32, the upstream gradient to expect; None is 1.
 
@@ -73,9 +73,9 @@ def cwd(students: Maps, teachers: Maps, tau: float = 1.0, *, scale: Tensor | Non
     return CWD.differentiable(device, CWD.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps, tau: float = 1.0) -> Tensor:
+def reference(students: Maps, teachers: Maps, tau: float = 1.0) -> Tensor:
     """`cwd` in plain torch."""
-    return total(_level(wide(s), wide(t), tau) for s, t in zip(students, teachers, strict=True))
+    return sum_of_levels(_level(widened(s), widened(t), tau) for s, t in zip(students, teachers, strict=True))
 
 
 def _level(s: Tensor, t: Tensor, tau: float) -> Tensor:
@@ -83,7 +83,7 @@ def _level(s: Tensor, t: Tensor, tau: float) -> Tensor:
     return tau**2 * (log_p.exp() * (log_p - log_q)).sum(2).mean()
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _RowsLevel(ctypes.Structure):
@@ -118,7 +118,8 @@ class ColumnsArgs(ctypes.Structure):
 def launches(device: Device, students: Maps, teachers: Maps, tau: float = 1.0, scale: Tensor | None = None) -> Launches:
     """One launch over rows, or two over columns; the gradient has the student's layout.
 
-    Maps are read as they lie where all students lie in one layout, NCHW or channels last; else NCHW copies are.
+    Maps are read in place if all students have one layout, NCHW or channels last. Otherwise NCHW copies are made and
+    read.
     """
     columns = _are_columns(students)
     levels = level_maps(students, teachers, nchw=not columns)
@@ -196,5 +197,5 @@ CWD = FusedLoss(
     function=cwd,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
 )

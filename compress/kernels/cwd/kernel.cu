@@ -6,22 +6,23 @@
 //
 // NCHW, `cwd_rows`: reads s and t once, writes g once (3U). Rows of more than 8192 values, or off the 16-byte grid, are
 //   read twice (5U), the second time from a cache. A fixed number of blocks is dealt out to the levels. As many warps
-//   share a row as hold it in registers at 16 values a thread and map, so a block takes one row of a large level at a
+//   share a row as hold it in registers at 16 values per thread and map, so a block takes one row of a large level at a
 //   time, and several of a small one.
-// Channels last, where rows are columns: `cwd_column_sums` reads s and t and leaves each column's softmax, then
+// Channels last, where rows are columns: `cwd_column_sums` reads s and t and writes each column's softmax, then
 //   `cwd_columns` reads them again and writes g (5U), last blocks first, since the L2 still holds what was read last. A
 //   block takes a stretch of pixels; neighbouring threads have neighbouring channels, 16 bytes each.
-// Numerics: everything is 2^(kappa x - top) with kappa = log2(e) / tau. A thread uses the top of its own values; where
-//   threads or blocks meet, they scale their sums to the common top, so one barrier a row is enough. The top is a mere
-//   scale: fmaxf drops a NaN, but the sums carry it to the loss and to the whole row. Student and teacher go through
-//   the same operations, and no product is contracted into the sum of one only: equal maps give exactly 0.
+// Numerics: everything is 2^(kappa x - maximum) with kappa = log2(e) / tau. A thread uses the maximum of its own values;
+//   when threads or blocks merge their sums, they scale them to the common maximum, so one barrier per row is enough.
+//   The maximum is only a scale: fmaxf drops a NaN, but the sums carry it to the loss and to the whole row. Student and
+//   teacher go through the same operations, and no product is contracted into the sum of one only: equal maps give
+//   exactly 0.
 #include "common.cuh"
 
 constexpr int kRowThreads = ROW_THREADS;  // at most
 constexpr int kColumnThreads = COLUMN_THREADS;
 constexpr int kValues = VALUES;      // of a row and map in a thread's registers
 constexpr int kPixels = 2;           // of a column whose loads are in flight together
-constexpr float kLowest = -3.0e38f;  // top of no values: finite, so that the difference of two tops is no NaN
+constexpr float kLeastMaximum = -3.0e38f;  // of no values: finite, so that the difference of two maxima is no NaN
 constexpr float kLn2 = 0.693147180559945f;
 
 /// 2^x to 2 ulp in one instruction, 0 below 2^-126.
@@ -40,15 +41,15 @@ struct Factors {
     float gradient;  // scale * tau / (N C)
 };
 
-/// x a - y b, exactly 0 where x equals y and a equals b: as fmaf(x, a, -(y b)) it would be a rounding error.
+/// x a - y b, exactly 0 if x equals y and a equals b: as fmaf(x, a, -(y b)) it would be a rounding error.
 __device__ __forceinline__ float difference(float x, float a, float y, float b) {
     return __fmul_rn(x, a) - __fmul_rn(y, b);
 }
 
-/// q - p of a pair, and its share of sum p (y - x), x and y the exponents below the tops; `weights` are 1 / sums.
-__device__ __forceinline__ float pull(float s, float t, const float (&tops)[2], const float (&weights)[2], float kappa,
-                                      float& cross) {
-    const float x = fmaf(kappa, s, -tops[0]), y = fmaf(kappa, t, -tops[1]);
+/// q - p of a pair, and its share of sum p (y - x), x and y the exponents below the maxima; `weights` are 1 / sums.
+__device__ __forceinline__ float softmax_difference(float s, float t, const float (&maxima)[2],
+                                                    const float (&weights)[2], float kappa, float& cross) {
+    const float x = fmaf(kappa, s, -maxima[0]), y = fmaf(kappa, t, -maxima[1]);
     const float e = exp2_fast(y);
     cross = fmaf(e * weights[1], y - x, cross);
     return difference(exp2_fast(x), weights[0], e, weights[1]);
@@ -63,7 +64,7 @@ struct RowsLevel {
     uint32 rows;    // N * C
     uint32 pixels;  // of a row
     uint32 first_block, blocks;
-    uint32 warps;       // that share a row: it is held in registers where they can
+    uint32 warps;       // that share a row: it is held in registers if they can
     uint32 vectorised;  // 16-byte access is aligned and never crosses a row
 };
 
@@ -80,58 +81,58 @@ struct RowsArgs {
 
 /// The softmax of the student's values (0) and of the teacher's (1), as far as they are known.
 struct Softmaxes {
-    float top[2] = {kLowest, kLowest};  // largest kappa x
-    float sum[2] = {0.0f, 0.0f};        // of 2^(kappa x - top)
+    float maximum[2] = {kLeastMaximum, kLeastMaximum};  // largest kappa x
+    float sum[2] = {0.0f, 0.0f};                        // of 2^(kappa x - maximum)
 };
 
 __device__ __forceinline__ void merge_warp(Softmaxes& x) {
-    float top[2] = {x.top[0], x.top[1]};
-    warp_reduce<Max>(top);
+    float maximum[2] = {x.maximum[0], x.maximum[1]};
+    warp_reduce<Max>(maximum);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-        x.sum[m] *= exp2_fast(x.top[m] - top[m]);
-        x.top[m] = top[m];
+        x.sum[m] *= exp2_fast(x.maximum[m] - maximum[m]);
+        x.maximum[m] = maximum[m];
     }
     warp_reduce<Sum>(x.sum);
 }
 
 /// Merge the softmaxes of the `warps` that share a row; each of their threads gets the whole. `scratch` holds a float4
-/// a warp, and the next call must be given another.
+/// per warp, and the next call must be given another.
 __device__ __forceinline__ void merge_row(Softmaxes& x, int warps, float4* scratch) {
     merge_warp(x);
     if (warps == 1) return;  // the same in the whole block
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first = warp - warp % warps;
-    if (lane == 0) scratch[warp] = make_float4(x.top[0], x.top[1], x.sum[0], x.sum[1]);
+    if (lane == 0) scratch[warp] = make_float4(x.maximum[0], x.maximum[1], x.sum[0], x.sum[1]);
     __syncthreads();
     x = Softmaxes();
     if (lane < warps && first + lane < static_cast<int>(blockDim.x) / kWarp) {  // warps left over have no whole row
         const float4 other = scratch[first + lane];
-        x.top[0] = other.x, x.top[1] = other.y, x.sum[0] = other.z, x.sum[1] = other.w;
+        x.maximum[0] = other.x, x.maximum[1] = other.y, x.sum[0] = other.z, x.sum[1] = other.w;
     }
     merge_warp(x);
 }
 
 template <int V>
-__device__ __forceinline__ void raise_tops(Softmaxes& x, const float (&s)[V], const float (&t)[V], float kappa) {
+__device__ __forceinline__ void raise_maxima(Softmaxes& x, const float (&s)[V], const float (&t)[V], float kappa) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        x.top[0] = fmaxf(x.top[0], kappa * s[i]);
-        x.top[1] = fmaxf(x.top[1], kappa * t[i]);
+        x.maximum[0] = fmaxf(x.maximum[0], kappa * s[i]);
+        x.maximum[1] = fmaxf(x.maximum[1], kappa * t[i]);
     }
 }
 
-/// What a thread has of a row: units of V values, the first at `at`, the others one after another `stride` values on.
-struct Part {
+/// A thread's share of a row: units of V values, the first at `at`, each other `stride` values after the one before.
+struct RowShare {
     uint64 at;
     uint32 stride;
     uint32 units;
-    bool first;  // of the row's threads
+    bool first;  // this is the first of the row's threads
 };
 
 /// This thread's share of the row's KL divergence in bits; `cross` is its sum of p (y - x), x and y the exponents of s
-/// and t below the tops.
-__device__ __forceinline__ float divergence(const Part& part, const Softmaxes& whole, float cross) {
-    return part.first ? cross + log2f(whole.sum[0] / whole.sum[1]) : cross;
+/// and t below the maxima.
+__device__ __forceinline__ float divergence(const RowShare& share, const Softmaxes& whole, float cross) {
+    return share.first ? cross + log2f(whole.sum[0] / whole.sum[1]) : cross;
 }
 
 template <class T> constexpr uint32 kMinusInfinity = 0xff800000u;  // as 4 bytes of T
@@ -144,16 +145,16 @@ template <class T> __device__ __forceinline__ uint4 minus_infinities() {
 
 /// A row of which each thread holds up to kValues values. Returns the thread's share of the divergence.
 template <class T>
-__device__ __forceinline__ float held_row(const RowsLevel& level, const Part& part, const Factors& factors,
+__device__ __forceinline__ float held_row(const RowsLevel& level, const RowShare& share, const Factors& factors,
                                           float4* scratch) {
     constexpr int V = kVector<T>, kUnits = kValues / V;
     uint4 raw_s[kUnits], raw_t[kUnits];  // all loads are under way before the first is unpacked
 #pragma unroll
     for (uint32 j = 0; j < kUnits; ++j) {
-        raw_s[j] = raw_t[j] = minus_infinities<T>();  // past the row: in no top, and 0 in the sums
-        if (j < part.units) {
-            raw_s[j] = read_raw(static_cast<const T*>(level.student) + part.at + j * part.stride);
-            raw_t[j] = read_raw(static_cast<const T*>(level.teacher) + part.at + j * part.stride);
+        raw_s[j] = raw_t[j] = minus_infinities<T>();  // past the row: in no maximum, and 0 in the sums
+        if (j < share.units) {
+            raw_s[j] = read_raw(static_cast<const T*>(level.student) + share.at + j * share.stride);
+            raw_t[j] = read_raw(static_cast<const T*>(level.teacher) + share.at + j * share.stride);
         }
     }
     float s[kUnits][V], t[kUnits][V];
@@ -162,7 +163,7 @@ __device__ __forceinline__ float held_row(const RowsLevel& level, const Part& pa
     for (uint32 j = 0; j < kUnits; ++j) {
         unpack<V, T>(raw_s[j], s[j]);
         unpack<V, T>(raw_t[j], t[j]);
-        raise_tops(mine, s[j], t[j], factors.kappa);
+        raise_maxima(mine, s[j], t[j], factors.kappa);
     }
     float cross = 0.0f;
 #pragma unroll
@@ -170,93 +171,94 @@ __device__ __forceinline__ float held_row(const RowsLevel& level, const Part& pa
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            const float x = fmaf(factors.kappa, s[j][i], -mine.top[0]), y = fmaf(factors.kappa, t[j][i], -mine.top[1]);
+            const float x = fmaf(factors.kappa, s[j][i], -mine.maximum[0]);
+            const float y = fmaf(factors.kappa, t[j][i], -mine.maximum[1]);
             s[j][i] = exp2_fast(x);
             t[j][i] = exp2_fast(y);
             mine.sum[0] += s[j][i];
             mine.sum[1] += t[j][i];
             sum = fmaf(t[j][i], y - x, sum);
         }
-        cross += j < part.units ? sum : 0.0f;  // past the row, -inf less -inf is NaN
+        cross += j < share.units ? sum : 0.0f;  // past the row, -inf less -inf is NaN
     }
     Softmaxes whole = mine;
     merge_row(whole, level.warps, scratch);
-    if (part.units == 0) return 0.0f;
+    if (share.units == 0) return 0.0f;
 
-    const float below_s = mine.top[0] - whole.top[0], below_t = mine.top[1] - whole.top[1];
+    const float below_s = mine.maximum[0] - whole.maximum[0], below_t = mine.maximum[1] - whole.maximum[1];
     const float to_q = __fdividef(exp2_fast(below_s), whole.sum[0]);
     const float to_p = __fdividef(exp2_fast(below_t), whole.sum[1]);
     const float a = factors.gradient * to_q, b = factors.gradient * to_p;
 #pragma unroll
     for (uint32 j = 0; j < kUnits; ++j)
-        if (j < part.units) {
+        if (j < share.units) {
 #pragma unroll
             for (int i = 0; i < V; ++i) s[j][i] = difference(s[j][i], a, t[j][i], b);
-            write(static_cast<T*>(level.gradient) + part.at + j * part.stride, s[j]);
+            write(static_cast<T*>(level.gradient) + share.at + j * share.stride, s[j]);
         }
-    return divergence(part, whole, to_p * fmaf(mine.sum[1], below_t - below_s, cross));
+    return divergence(share, whole, to_p * fmaf(mine.sum[1], below_t - below_s, cross));
 }
 
 /// A row of any length: read once for its softmaxes, and again for the gradient.
 template <class T, int V>
-__device__ __forceinline__ float streamed_row(const RowsLevel& level, const Part& part, const Factors& factors,
+__device__ __forceinline__ float streamed_row(const RowsLevel& level, const RowShare& share, const Factors& factors,
                                               float4* scratch) {
-    const T* const student = static_cast<const T*>(level.student) + part.at;
-    const T* const teacher = static_cast<const T*>(level.teacher) + part.at;
-    T* const gradient = static_cast<T*>(level.gradient) + part.at;
+    const T* const student = static_cast<const T*>(level.student) + share.at;
+    const T* const teacher = static_cast<const T*>(level.teacher) + share.at;
+    T* const gradient = static_cast<T*>(level.gradient) + share.at;
     float s[V], t[V];
     Softmaxes whole;
 #pragma unroll(V == 1 ? 4 : 1)
-    for (uint32 j = 0; j < part.units; ++j) {
-        read(student + j * part.stride, s);
-        read(teacher + j * part.stride, t);
+    for (uint32 j = 0; j < share.units; ++j) {
+        read(student + j * share.stride, s);
+        read(teacher + j * share.stride, t);
         const Softmaxes before = whole;
-        raise_tops(whole, s, t, factors.kappa);
-        whole.sum[0] = __fmul_rn(whole.sum[0], exp2_fast(before.top[0] - whole.top[0]));
-        whole.sum[1] = __fmul_rn(whole.sum[1], exp2_fast(before.top[1] - whole.top[1]));
+        raise_maxima(whole, s, t, factors.kappa);
+        whole.sum[0] = __fmul_rn(whole.sum[0], exp2_fast(before.maximum[0] - whole.maximum[0]));
+        whole.sum[1] = __fmul_rn(whole.sum[1], exp2_fast(before.maximum[1] - whole.maximum[1]));
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            whole.sum[0] += exp2_fast(fmaf(factors.kappa, s[i], -whole.top[0]));
-            whole.sum[1] += exp2_fast(fmaf(factors.kappa, t[i], -whole.top[1]));
+            whole.sum[0] += exp2_fast(fmaf(factors.kappa, s[i], -whole.maximum[0]));
+            whole.sum[1] += exp2_fast(fmaf(factors.kappa, t[i], -whole.maximum[1]));
         }
     }
     merge_row(whole, level.warps, scratch);
-    if (part.units == 0) return 0.0f;
+    if (share.units == 0) return 0.0f;
 
     const float weights[2] = {__fdividef(1.0f, whole.sum[0]), __fdividef(1.0f, whole.sum[1])};
     float cross = 0.0f;
 #pragma unroll(V == 1 ? 4 : 1)
-    for (uint32 j = 0; j < part.units; ++j) {
-        read(student + j * part.stride, s);
-        read(teacher + j * part.stride, t);
+    for (uint32 j = 0; j < share.units; ++j) {
+        read(student + j * share.stride, s);
+        read(teacher + j * share.stride, t);
 #pragma unroll
         for (int i = 0; i < V; ++i)
-            s[i] = factors.gradient * pull(s[i], t[i], whole.top, weights, factors.kappa, cross);
-        write(gradient + j * part.stride, s);
+            s[i] = factors.gradient * softmax_difference(s[i], t[i], whole.maximum, weights, factors.kappa, cross);
+        write(gradient + j * share.stride, s);
     }
-    return divergence(part, whole, cross);
+    return divergence(share, whole, cross);
 }
 
 /// The block's rows of a level; returns this thread's share of their divergences in bits.
 template <class T, int V, bool kHeld>
-__device__ __forceinline__ float walk(const RowsLevel& level, const Factors& factors) {
+__device__ __forceinline__ float process_rows(const RowsLevel& level, const Factors& factors) {
     __shared__ float4 scratch[2][kRowThreads / kWarp];
     const uint32 threads = level.warps * kWarp, at_once = blockDim.x / threads;
     const uint32 mine = threadIdx.x / threads, thread = threadIdx.x % threads;
     const uint32 units = (level.pixels / V + threads - 1 - thread) / threads;
-    Part part = {0, threads * V, 0, thread == 0};
+    RowShare share = {0, threads * V, 0, thread == 0};
     float loss = 0.0f;
     uint32 turn = 0;
     const uint32 block = blockIdx.x - level.first_block;
 #pragma unroll 1
     for (uint32 first = block * at_once; first < level.rows; first += level.blocks * at_once) {
         const uint32 row = first + mine;
-        part.at = static_cast<uint64>(row) * level.pixels + thread * V;
-        part.units = mine < at_once && row < level.rows ? units : 0;
+        share.at = static_cast<uint64>(row) * level.pixels + thread * V;
+        share.units = mine < at_once && row < level.rows ? units : 0;
         if constexpr (kHeld)
-            loss += held_row<T>(level, part, factors, scratch[turn]);
+            loss += held_row<T>(level, share, factors, scratch[turn]);
         else
-            loss += streamed_row<T, V>(level, part, factors, scratch[turn]);
+            loss += streamed_row<T, V>(level, share, factors, scratch[turn]);
         turn ^= 1;  // a slow warp may still read what this row left
     }
     return loss;
@@ -269,11 +271,11 @@ template <class T> __device__ __forceinline__ void cwd_rows(const RowsArgs& args
     const Factors factors = {args.kappa, assumed_scale(args.scale) * mean};
     float bits[1];
     if (!level.vectorised)
-        bits[0] = walk<T, 1, false>(level, factors);  // 16 addresses a thread and map would take 106 registers
+        bits[0] = process_rows<T, 1, false>(level, factors);  // 16 addresses per thread and map: 106 registers
     else if (level.pixels > level.warps * kWarp * kValues)
-        bits[0] = walk<T, kVector<T>, false>(level, factors);
+        bits[0] = process_rows<T, kVector<T>, false>(level, factors);
     else
-        bits[0] = walk<T, kVector<T>, true>(level, factors);
+        bits[0] = process_rows<T, kVector<T>, true>(level, factors);
     block_reduce<Sum>(bits, scratch);
     grid_total(args.tau * mean * kLn2 * bits[0], args.partials, args.ticket, args.loss, scratch);
 }
@@ -286,7 +288,7 @@ struct ColumnsLevel {
     const void* student;
     const void* teacher;
     void* gradient;
-    float* parts;     // (images, stretches, 4, channels): tops and sums of student and teacher in a stretch of pixels
+    float* parts;     // (images, stretches, 4, channels): maxima and sums of student and teacher in a stretch of pixels
     float* wholes;    // (images, 4, channels): the same of all pixels
     uint32* tickets;  // (images, tiles)
     uint32 images, channels, pixels;
@@ -311,7 +313,7 @@ struct ColumnsArgs {
 /// A block's pixels and channels, and this thread's of them.
 struct Tile {
     uint32 image, stretch, index;  // index across the channels
-    uint32 row, rows;              // of threads; each has all channels of the tile
+    uint32 row, rows;              // of threads; each row has all channels of the tile
     uint32 channel;                // first of the thread's V
     uint32 begin, end;             // pixels of the thread, every rows-th
     bool works;                    // the thread has a row and channels
@@ -331,15 +333,15 @@ template <int V> __device__ __forceinline__ Tile tile_at(const ColumnsLevel& lev
     return tile;
 }
 
-/// Of the thread's channels at a pixel.
+/// Offset of the thread's channels at a pixel.
 __device__ __forceinline__ uint64 offset_of(const ColumnsLevel& level, const Tile& tile, uint32 pixel) {
     return (static_cast<uint64>(tile.image) * level.pixels + pixel) * level.channels + tile.channel;
 }
 
-/// The softmax of one channel of one map: {top, sum}.
+/// The softmax of one channel of one map: {maximum, sum}.
 __device__ __forceinline__ float2 merged(float2 a, float2 b) {
-    const float top = fmaxf(a.x, b.x);
-    return make_float2(top, fmaf(a.y, exp2_fast(a.x - top), __fmul_rn(b.y, exp2_fast(b.x - top))));
+    const float maximum = fmaxf(a.x, b.x);
+    return make_float2(maximum, fmaf(a.y, exp2_fast(a.x - maximum), __fmul_rn(b.y, exp2_fast(b.x - maximum))));
 }
 
 /// Add kPixels pixels to the softmaxes of V channels.
@@ -347,18 +349,18 @@ template <int V>
 __device__ __forceinline__ void add_pixels(float2 (&softmaxes)[V], const float (&x)[kPixels][V], float kappa) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        float top = softmaxes[i].x;
+        float maximum = softmaxes[i].x;
 #pragma unroll
-        for (int p = 0; p < kPixels; ++p) top = fmaxf(top, kappa * x[p][i]);
-        float sum = __fmul_rn(softmaxes[i].y, exp2_fast(softmaxes[i].x - top));
+        for (int p = 0; p < kPixels; ++p) maximum = fmaxf(maximum, kappa * x[p][i]);
+        float sum = __fmul_rn(softmaxes[i].y, exp2_fast(softmaxes[i].x - maximum));
 #pragma unroll
-        for (int p = 0; p < kPixels; ++p) sum += exp2_fast(fmaf(kappa, x[p][i], -top));
-        softmaxes[i] = make_float2(top, sum);
+        for (int p = 0; p < kPixels; ++p) sum += exp2_fast(fmaf(kappa, x[p][i], -maximum));
+        softmaxes[i] = make_float2(maximum, sum);
     }
 }
 
-/// Merge what the rows of threads have of one map (0 student, 1 teacher) into `to`, (4, channels) tops and sums.
-/// `shared` holds V float2 a thread.
+/// Merge the results of the rows of threads for one map (0 student, 1 teacher) into `to`, (4, channels) maxima and sums.
+/// `shared` holds V float2 per thread.
 template <int V>
 __device__ __forceinline__ void merge_rows(const ColumnsLevel& level, const Tile& tile, int map,
                                            const float2 (&mine)[V], float2* shared, float* to) {
@@ -386,7 +388,7 @@ __device__ __forceinline__ void merge_rows(const ColumnsLevel& level, const Tile
 
 template <int V> __device__ __forceinline__ void clear(float2 (&softmaxes)[V]) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) softmaxes[i] = make_float2(kLowest, 0.0f);
+    for (int i = 0; i < V; ++i) softmaxes[i] = make_float2(kLeastMaximum, 0.0f);
 }
 
 /// The softmaxes of a tile; the last block of an image merges those of all stretches.
@@ -427,9 +429,9 @@ __device__ __forceinline__ void sum_tile(const ColumnsLevel& level, uint32 block
                 const float* const part = parts + (stretch * 4 + map) * level.channels + tile.channel;
 #pragma unroll
                 for (int i = 0; i < V; ++i) {
-                    const float top = read_shared_result(part + i);
+                    const float maximum = read_shared_result(part + i);
                     const float sum = read_shared_result(part + 2 * level.channels + i);
-                    softmaxes[map][i] = merged(softmaxes[map][i], make_float2(top, sum));
+                    softmaxes[map][i] = merged(softmaxes[map][i], make_float2(maximum, sum));
                 }
             }
         merge_rows(level, tile, map, softmaxes[map], shared, level.wholes + tile.image * 4 * level.channels);
@@ -449,17 +451,17 @@ EDGESTILL_PER_DTYPE(cwd_column_sums, ColumnsArgs, kColumnThreads)
 
 /// The gradient of a tile; returns this thread's share of the divergences in bits.
 template <class T, int V>
-__device__ __forceinline__ float pull_tile(const ColumnsLevel& level, uint32 block, const Factors& factors) {
+__device__ __forceinline__ float gradient_tile(const ColumnsLevel& level, uint32 block, const Factors& factors) {
     const Tile tile = tile_at<V>(level, block);
     if (!tile.works) return 0.0f;
-    float values[4][V], tops[V][2], weights[V][2];
+    float values[4][V], maxima[V][2], weights[V][2];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
         read_map(level.wholes + (tile.image * 4 + k) * level.channels + tile.channel, values[k]);
     float cross = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        tops[i][0] = values[0][i], tops[i][1] = values[1][i];
+        maxima[i][0] = values[0][i], maxima[i][1] = values[1][i];
         weights[i][0] = __fdividef(1.0f, values[2][i]), weights[i][1] = __fdividef(1.0f, values[3][i]);
         if (tile.stretch == 0 && tile.row == 0) cross += log2f(values[2][i] / values[3][i]);
     }
@@ -471,7 +473,7 @@ __device__ __forceinline__ float pull_tile(const ColumnsLevel& level, uint32 blo
         read(static_cast<const T*>(level.teacher) + at, t);
 #pragma unroll
         for (int i = 0; i < V; ++i)
-            s[i] = factors.gradient * pull(s[i], t[i], tops[i], weights[i], factors.kappa, cross);
+            s[i] = factors.gradient * softmax_difference(s[i], t[i], maxima[i], weights[i], factors.kappa, cross);
         write(static_cast<T*>(level.gradient) + at, s);
     }
     return cross;
@@ -483,8 +485,8 @@ template <class T> __device__ __forceinline__ void cwd_columns(const ColumnsArgs
     const ColumnsLevel& level = entry_of_block(args.levels, args.count, block);
     const float mean = args.tau / (static_cast<float>(level.images) * static_cast<float>(level.channels));
     const Factors factors = {args.kappa, assumed_scale(args.scale) * mean};
-    float bits[1] = {level.vectorised ? pull_tile<T, kVector<T>>(level, block - level.first_block, factors)
-                                      : pull_tile<T, 1>(level, block - level.first_block, factors)};
+    float bits[1] = {level.vectorised ? gradient_tile<T, kVector<T>>(level, block - level.first_block, factors)
+                                      : gradient_tile<T, 1>(level, block - level.first_block, factors)};
     block_reduce<Sum>(bits, scratch);
     grid_total(args.tau * mean * kLn2 * bits[0], args.partials, args.ticket, args.loss, scratch);
 }

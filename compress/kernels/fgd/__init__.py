@@ -1,4 +1,4 @@
-"""Focal distillation (FGD): definition, host half of kernel.cu, and the function that losses call."""
+"""Focal distillation (FGD): reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -31,12 +30,13 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import sum_of_levels, widened
 
 THREADS = 256
 ATTENTION_THREADS = 1024
 ROWS_PER_THREAD = 16
 SCALAR_COLUMNS = 4
-"""Columns of a thread where 16-byte access does not fit."""
+"""Columns of a thread if 16-byte access does not fit."""
 FEWEST_LANES, MOST_LANES = 8, 32
 """Threads that share a row; more would cross warps, fewer would give a tile more rows than are worth a partial sum."""
 SOURCE = with_constants(
@@ -62,13 +62,13 @@ def fgd(
         S = HW softmax_hw(u / T),  Q = C softmax_c(v / T)
         level = 1/N sum_n ( sum mask S_t mean_c Q_t (s - t)^2 + gamma (mean_hw |S_s - S_t| + mean_c |Q_s - Q_t|) )
 
-    and the levels are added up. The authors sum where this takes means over channels and, in the last two terms,
-    pixels: so that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
+    and the levels are added up. The authors sum over channels and, in the last two terms, over pixels. Here these are
+    means, so that no weight depends on the width or the image size. Source: Yang et al., CVPR 2022.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient; the teacher's
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient; the teacher's
             attention has none.
-        masks: (N, H, W) float32 a level, the weights of the pixels (`compress.losses.distill.features.FGD`).
+        masks: (N, H, W) float32 per level, the weights of the pixels (`compress.losses.distill.features.FGD`).
         gamma: weight of the attention's distances, at least 0.
         temperature: T of the attention, above 0.
         scale: () float32, the upstream gradient to expect; None is 1.
@@ -83,10 +83,10 @@ def fgd(
     return FGD.differentiable(device, FGD.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps, masks: Maps, gamma: float = 1.0, temperature: float = 0.5) -> Tensor:
+def reference(students: Maps, teachers: Maps, masks: Maps, gamma: float = 1.0, temperature: float = 0.5) -> Tensor:
     """`fgd` in plain torch."""
     levels = zip(students, teachers, masks, strict=True)
-    return total(_level(wide(s), wide(t), mask, gamma, temperature) for s, t, mask in levels)
+    return sum_of_levels(_level(widened(s), widened(t), mask, gamma, temperature) for s, t, mask in levels)
 
 
 def _level(s: Tensor, t: Tensor, mask: Tensor, gamma: float, temperature: float) -> Tensor:
@@ -106,7 +106,7 @@ def _attention(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     )
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _Axis(ctypes.Structure):
@@ -223,5 +223,5 @@ FGD = FusedLoss(
     function=fgd,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
 )

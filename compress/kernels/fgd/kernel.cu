@@ -6,19 +6,19 @@
 //     e = gamma/(N HW T) S_s (sign(S_s - S_t) - mean_p(sign(S_s - S_t) S_s))
 //     d = gamma/(N C T) Q_s (sign(Q_s - Q_t) - mean_c(sign(Q_s - Q_t) Q_s))
 //
-// Pixels and channels play the same part, so the kernels know only one matrix an image, and its rows and columns:
+// Pixels and channels have the same role, so the kernels see only one matrix per image, with rows and columns:
 // C x HW in NCHW, HW x C channels last. The mask m belongs to whichever are the pixels.
 //
 //   fgd_sums       sums of |x| along rows and columns, of both from one read     reads 2U (1U without gamma)
-//   fgd_attention  softmaxes, signs and slopes of the two small maps             float32 maps of HW and C an image
+//   fgd_attention  softmaxes, signs and slopes of the two small maps             float32 maps of HW and C per image
 //   fgd_gradient   loss and gradient                                             reads 2U, writes 1U
 //
-// Traffic: 5U (4U without gamma), and for the small maps 0.15U (float32) or 0.25U (half) where C = 256, twice that
-//   where C = 64. `fgd_gradient` goes through the tiles backwards: it starts with what `fgd_sums` read last and the L2
+// Traffic: 5U (4U without gamma), and for the small maps 0.15U (float32) or 0.25U (half) if C = 256, twice that
+//   if C = 64. `fgd_gradient` goes through the tiles backwards: it starts with what `fgd_sums` read last and the L2
 //   still holds. Groups of images that fit in the L2 would be read once, but cost three launches each.
 // Tiling: a block owns a tile of rows and columns; `lanes` threads share a row, 16 bytes each, and each thread walks
 //   down kRowsPerThread rows. It keeps the sums (the coefficients) of its columns in registers; sums of a row go
-//   through shuffles. Where 16-byte access does not fit, a thread has four columns of one element.
+//   through shuffles. If 16-byte access does not fit, a thread has four columns of one element.
 // Numerics: see common.cuh. Sums of a tile are partial sums, which fgd_attention adds in order. Student and teacher go
 //   through the same operations, so equal maps give attentions that differ by exactly 0, and sign(0) is 0. The error of
 //   a softmax grows with mean |x| / T, as it does in plain torch.
@@ -48,7 +48,7 @@ struct FgdLevel {
     float* distances;  // (images, 2): gamma/N mean |S_s - S_t| of the columns, of the rows
     FgdAxis columns, rows;
     uint32 images;
-    uint32 first_block;  // where a block has one tile
+    uint32 first_block;  // if each block has one tile
     uint32 lanes;        // power of two, 8 to 32
     uint32 vectorised;   // 16-byte access is aligned and never crosses a row
 };

@@ -1,4 +1,4 @@
-"""Pearson distance (PKD): definition, host half of kernel.cu, and the function that losses call."""
+"""Pearson distance (PKD): reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -35,6 +34,7 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import sum_of_levels, widened
 from runtime.errors import UsageError
 
 EPS = 1e-6
@@ -43,25 +43,25 @@ THREADS = 256
 CLUSTER_THREADS = 512
 MOMENTS = COEFFICIENTS = 5
 SPLIT_SAMPLES = 16384
-"""Samples of a channel for one block: 16 passes of its threads over float32, and 3000 blocks for a detector's maps."""
+"""Samples of a channel per block: its threads make 16 passes over float32; a detector's maps give 3000 blocks."""
 MAX_SPLITS = 32
-"""Blocks of an NCHW channel at most: the lanes of the warp that adds them up."""
+"""Most blocks of an NCHW channel: one warp adds up their results, one lane for each."""
 LAST_BLOCKS = 384
-"""Blocks of one channels-last launch: 3 a multiprocessor on 128 of them, which 80 registers a thread allow; every block
+"""Blocks of one channels-last launch: 3 per multiprocessor on 128 of them, as 80 registers per thread allow. Each block
 more costs a record of 1280 bytes."""
 LAST_BLOCK_BYTES = 32 << 10
-"""Bytes of the student for one channels-last block at least: 8 passes of its threads."""
+"""Least bytes of the student per channels-last block: 8 passes of its threads."""
 VECTOR_COLUMNS, SCALAR_COLUMNS = 8, 32
-"""Columns of a channels-last tile, in vectors of 16 bytes, or in single channels where those do not fit."""
+"""Columns of a channels-last tile, in vectors of 16 bytes, or in single channels if those do not fit."""
 L2_SHARE = 0.4
 """Share of the L2 cache for the maps of one group: an H100 keeps what all its multiprocessors read in both halves."""
 MIN_GROUP_BYTES = 8 << 20
-"""A smaller group cannot keep a GPU busy for longer than its two launches take."""
+"""Least bytes of a group: a smaller one takes the GPU less time than its two launches take the host."""
 CLUSTER_CAPABILITY = (9, 0)
 CLUSTER_SIZES = (1, 2, 4, 8)
-"""Sizes that every GPU with clusters can run."""
+"""Sizes that every GPU with clusters supports."""
 CLUSTER_HEAD_BYTES = 768
-"""Shared memory in front of the maps that a block of a cluster keeps."""
+"""Bytes of shared memory before the maps that a block of a cluster keeps."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory of a multiprocessor that the system takes for each block."""
 SOURCE = with_constants(
@@ -83,11 +83,11 @@ def pkd(students: Maps, teachers: Maps, *, scale: Tensor | None = None) -> Tenso
     """1 - Pearson's r of each channel over (N, H, W), averaged over channels; the levels are added up.
 
     Computed as half the mean squared difference of the standardised channels, (x - mean) / sqrt(var + 1e-6) with the
-    biased variance: equal to 1 - r but for that epsilon, and exactly 0 for equal maps, constant channels included.
+    biased variance: equal to 1 - r except for that epsilon, and exactly 0 for equal maps, constant channels included.
     Source: Cao et al., NeurIPS 2022.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient.
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for maps of unlike shapes.
@@ -100,10 +100,10 @@ def pkd(students: Maps, teachers: Maps, *, scale: Tensor | None = None) -> Tenso
     return PKD.differentiable(device, PKD.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps) -> Tensor:
+def reference(students: Maps, teachers: Maps) -> Tensor:
     """`pkd` in plain torch."""
     pairs = zip(students, teachers, strict=True)
-    return total(0.5 * F.mse_loss(_standardised(wide(s)), _standardised(wide(t))) for s, t in pairs)
+    return sum_of_levels(0.5 * F.mse_loss(_standardised(widened(s)), _standardised(widened(t))) for s, t in pairs)
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _standardised(x: Tensor) -> Tensor:
     return (x - mean) * (variance + EPS).rsqrt()
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _LevelArgs(ctypes.Structure):
@@ -167,8 +167,8 @@ class Level(NamedTuple):
         return ceil_div(self.channels, self.tile)
 
 
-class Part(NamedTuple):
-    """Channels [begin, end) of a level; all of them where channels last."""
+class ChannelRange(NamedTuple):
+    """Channels [begin, end) of a level; all of them if channels last."""
 
     level: int
     begin: int
@@ -178,9 +178,9 @@ class Part(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Parts that go together: one cluster launch, or statistics and then gradient."""
+    """Ranges that are launched together: one cluster launch, or statistics and then gradient."""
 
-    parts: list[Part]
+    parts: list[ChannelRange]
     cluster: int = 0
     """Blocks of a cluster; 0 is the two-pass form."""
 
@@ -192,7 +192,7 @@ def launches(
 
     `form`: "plain" reads all maps twice, "grouped" does so for as many channels at a time as the L2 cache holds, with
     the same bits; "cluster" reads them once; "auto" is "cluster" for the levels that can have it and "grouped" for the
-    rest. Raises UsageError where `form` is "cluster" and the GPU or a level cannot have it.
+    rest. Raises UsageError when `form` is "cluster" and the GPU or a level does not allow it.
     """
     levels = describe(level_maps(students, teachers))
     work = _Workspace(device, levels)
@@ -232,7 +232,7 @@ def plan(facts: Facts, levels: Sequence[Level], form: Form) -> list[Group]:
     clusters = [_cluster(facts, level) if form in ("auto", "cluster") else 0 for level in levels]
     if form == "cluster":
         _check_clusters(facts, levels, clusters)
-    whole = [Part(i, 0, level.channels, 2 * level.maps.student.nbytes) for i, level in enumerate(levels)]
+    whole = [ChannelRange(i, 0, level.channels, 2 * level.maps.student.nbytes) for i, level in enumerate(levels)]
     groups = [
         Group([whole[i] for i, c in enumerate(clusters) if c == size], size) for size in sorted({*clusters} - {0})
     ]
@@ -244,10 +244,10 @@ def plan(facts: Facts, levels: Sequence[Level], form: Form) -> list[Group]:
     return groups
 
 
-def _grouped(parts: Sequence[Part], budget: float) -> list[Group]:
+def _grouped(parts: Sequence[ChannelRange], budget: float) -> list[Group]:
     """`parts` cut into runs of channels of at most `budget` bytes, and as many as fit together again."""
-    groups: list[list[Part]] = []
-    for run in (run for part in parts for run in _cut(part, budget)):
+    groups: list[list[ChannelRange]] = []
+    for run in (run for part in parts for run in _split_range(part, budget)):
         if groups and len(groups[-1]) < MAX_LEVELS and sum(p.nbytes for p in groups[-1]) + run.nbytes <= budget:
             groups[-1].append(run)
         else:
@@ -255,14 +255,14 @@ def _grouped(parts: Sequence[Part], budget: float) -> list[Group]:
     return [Group(parts) for parts in groups]
 
 
-def _cut(part: Part, budget: float) -> Iterator[Part]:
-    """Even runs of channels within `budget`; the whole where not even one channel fits."""
+def _split_range(part: ChannelRange, budget: float) -> Iterator[ChannelRange]:
+    """Even runs of channels within `budget`; the whole if not even one channel fits."""
     channels, channel_bytes = part.end, part.nbytes // part.end
     most = int(min(channels, budget / channel_bytes)) or channels
     runs = ceil_div(channels, most)
     for i in range(runs):
         begin, end = channels * i // runs, channels * (i + 1) // runs
-        yield Part(part.level, begin, end, channel_bytes * (end - begin))
+        yield ChannelRange(part.level, begin, end, channel_bytes * (end - begin))
 
 
 def _group_bytes(facts: Facts) -> float:
@@ -271,7 +271,7 @@ def _group_bytes(facts: Facts) -> float:
 
 
 def _cluster(facts: Facts, level: Level) -> int:
-    """Blocks of the smallest cluster that holds a channel, two blocks a multiprocessor if that can be; 0 for none."""
+    """Blocks of the smallest cluster that holds a channel, two blocks per multiprocessor if that can be; 0 for none."""
     if facts.capability < CLUSTER_CAPABILITY or level.maps.channels_last or not level.vectorised:
         return 0
     for most in ((facts.shared_bytes - RESERVED_SHARED_BYTES) // 2, facts.shared_bytes):
@@ -297,7 +297,7 @@ def _check_clusters(facts: Facts, levels: Sequence[Level], clusters: Sequence[in
         if not cluster:
             raise UsageError(
                 f"PKD by clusters of maps {tuple(level.maps.student.shape)}: NCHW, 16-byte rows and at most "
-                f"{CLUSTER_SIZES[-1]} x {facts.shared_bytes} bytes a channel are possible",
+                f"{CLUSTER_SIZES[-1]} x {facts.shared_bytes} bytes per channel are possible",
                 "Leave out form='cluster'",
             )
 
@@ -306,7 +306,7 @@ def _check_clusters(facts: Facts, levels: Sequence[Level], clusters: Sequence[in
 
 
 class _Workspace:
-    """Device addresses of what the kernels hand on to each other, float32 but for the tickets."""
+    """Device addresses of what the kernels pass to each other, float32 except for the tickets."""
 
     def __init__(self, device: Device, levels: Sequence[Level]) -> None:
         self.firsts = [0, *accumulate(level.channels for level in levels)]
@@ -334,7 +334,9 @@ def _launches(levels: Sequence[Level], work: _Workspace, group: Group, args: Arg
     yield Launch(SOURCE, f"pkd_gradient{last}{suffix}", args, grid, THREADS)
 
 
-def _fill(args: Args, levels: Sequence[Level], work: _Workspace, parts: Sequence[Part], cluster: int = 0) -> int:
+def _fill(
+    args: Args, levels: Sequence[Level], work: _Workspace, parts: Sequence[ChannelRange], cluster: int = 0
+) -> int:
     """Describe the parts; returns the number of blocks."""
     block = 0
     for entry, part in zip(args.levels, parts, strict=False):
@@ -354,5 +356,5 @@ def _fill(args: Args, levels: Sequence[Level], work: _Workspace, parts: Sequence
 
 
 PKD = FusedLoss(
-    "pkd", "Tensor[] students, Tensor[] teachers", function=pkd, source=SOURCE, launches=launches, definition=definition
+    "pkd", "Tensor[] students, Tensor[] teachers", function=pkd, source=SOURCE, launches=launches, reference=reference
 )

@@ -4,14 +4,14 @@
 //     loss of a channel = 1/2 (var_s - q cov) / v_s + 1/2 (var_t - cov / q) / v_t         L = mean over the channels
 //     g = scale / (C M v_s) * (x - q y - e x)
 //
-// It is half the mean squared difference of the standardised maps, multiplied out. Equal maps give x = y, var_s = cov
-// and q = 1, hence loss and gradient of exactly 0; `fmaf` is spelt out where a compiler's own choice of what to fuse
+// It is half the mean squared difference of the standardised maps, expanded. Equal maps give x = y, var_s = cov
+// and q = 1, hence loss and gradient of exactly 0; `fmaf` is written explicitly where a compiler's own contraction
 // would leave a rounding error instead.
 //
 // Two-pass form: `statistics` reads s and t (2U), `gradient` reads them again and writes g (3U). 5U; for NCHW maps 3U
-//   of DRAM, where the host half launches the pair for as many channels at a time as the L2 cache holds.
+//   of DRAM, if the launcher launches the pair for as many channels at a time as the L2 cache holds.
 // Cluster form, NCHW on sm_90 and newer: the blocks of a cluster keep their channel in shared memory. 3U.
-// Tiling: NCHW: a block takes every `splits`th piece of one channel, over all images, 16 bytes a thread at a time.
+// Tiling: NCHW: a block takes every `splits`th piece of one channel, over all images, 16 bytes per thread at a time.
 //   Channels last: a block takes `width` vectors of channels, a thread one of them, and every `splits`th piece of the
 //   pixels. The last block of a channel (of a tile of channels) adds up the splits and solves for what `gradient`
 //   needs.
@@ -240,7 +240,7 @@ EDGESTILL_PER_DTYPE(pkd_gradient, PkdArgs, kThreads)
 
 // ---- channels last ------------------------------------------------------------------------------------------------
 
-/// Where a thread of a channels-last block stands.
+/// The position of a thread of a channels-last block.
 template <int V> struct Tile {
     uint32 index, split, width;
     uint32 column, row, rows;  // this thread's vector and pixel among the `rows` pixels that the block reads at once
@@ -400,14 +400,14 @@ template <class T> __device__ __forceinline__ void pkd_gradient_last(const PkdAr
     if (args.loss && blockIdx.x == 0) total_loss(args, scratch);
 }
 
-// 3 blocks a multiprocessor: left to itself, ptxas takes up to 99 registers for half types, and spills for float32.
+// 3 blocks per multiprocessor: left to itself, ptxas takes up to 99 registers for half types, and spills for float32.
 #define PKD_LAST_BOUNDS kThreads, 3
 EDGESTILL_PER_DTYPE(pkd_statistics_last, PkdArgs, PKD_LAST_BOUNDS)
 EDGESTILL_PER_DTYPE(pkd_gradient_last, PkdArgs, kThreads)
 
 // ---- NCHW, a channel in the shared memory of a cluster -------------------------------------------------------------
 
-/// In front of the kept maps, in dynamic shared memory: static arrays would count against what the maps can have.
+/// Before the kept maps, in dynamic shared memory: static arrays would leave less of it for the maps.
 struct ClusterHead {
     float scratch[kWarp * kMoments];
     float moments[kMoments];  // of this block, read by its peers
@@ -419,7 +419,7 @@ static_assert(sizeof(ClusterHead) <= kHeadFloats * sizeof(float), "the kept maps
 
 /// Cluster: one channel, in equal runs of vectors. Always vectorised; `splits` is the cluster's size.
 template <class T> __device__ __forceinline__ void pkd_cluster(const PkdArgs& args) {
-#if defined(EDGESTILL_HOST) || __CUDA_ARCH__ >= 900  // an older GPU is never asked: see the host half
+#if defined(EDGESTILL_HOST) || __CUDA_ARCH__ >= 900  // never launched on an older GPU: see the launcher
     constexpr int V = kVector<T>;
     DYNAMIC_SHARED(float, memory);
     ClusterHead& head = *reinterpret_cast<ClusterHead*>(memory);

@@ -1,4 +1,4 @@
-"""Host half of kernel.cu: multiplies gradients by the upstream gradient that came over the one that was expected."""
+"""Launcher of kernel.cu, which multiplies gradients by actual / expected upstream gradient."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Args(ctypes.Structure):
 def rescale(
     device: Device, gradients: Sequence[Tensor], upstream: Tensor, assumed: Tensor | None, *, in_place: bool
 ) -> list[Tensor]:
-    """Each gradient times upstream / assumed; the very tensors where `in_place`, else new ones.
+    """Each gradient times upstream / assumed; the same tensors, changed, if `in_place`, else new ones.
 
     Args:
         gradients: dense, each in a dtype of its own.

@@ -1,10 +1,10 @@
-// Gradients that were written for an assumed upstream gradient, made right for the true one, without asking the host.
+// Corrects gradients that were computed for an assumed upstream gradient to the true one, without waiting for the host.
 //
 //     to = from * (upstream / assumed)
 //
-// Traffic: nothing where upstream equals assumed and `to` is `from`, which is the normal case; else one read, one write.
-// Tiling: a fixed number of blocks dealt out to the tensors, 16 bytes a thread at a time.
-// Numerics: one more rounding where the ratio is not a power of two.
+// Traffic: nothing if upstream equals assumed and `to` is `from`, which is the normal case; else one read, one write.
+// Tiling: a fixed number of blocks dealt out to the tensors, 16 bytes per thread at a time.
+// Numerics: one more rounding if the ratio is not a power of two.
 #include "common.cuh"
 
 constexpr int kThreads = THREADS;
@@ -22,7 +22,7 @@ struct RescaleTensor {
 struct RescaleArgs {
     RescaleTensor tensors[kMaxTensors];
     const float* upstream;
-    const float* assumed;  // null where the forward pass was given none
+    const float* assumed;  // null if the forward pass was given none
     int count;
 };
 

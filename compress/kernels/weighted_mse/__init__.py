@@ -1,4 +1,4 @@
-"""Weighted mean squared error: definition, host half of kernel.cu, and the function that losses call."""
+"""Weighted mean squared error: reference, launcher of kernel.cu, and the function that losses call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.kernels.definitions import total, wide
 from compress.kernels.device import (
     MAX_LEVELS,
     SUFFIX,
@@ -28,16 +27,17 @@ from compress.kernels.device import (
     with_constants,
 )
 from compress.kernels.fused import FusedLoss, check_maps
+from compress.kernels.reference_helpers import sum_of_levels, widened
 
 WEIGHT_EPS = 1e-9
 """Added to the sum of a level's weights, so that all-zero weights give 0."""
 WEIGHT_BLOCKS = 64
-"""Partial sums of a level's weights."""
+"""Blocks, and so partial sums, per level's weights."""
 WEIGHT_CONSTANTS = {"WEIGHT_EPS": WEIGHT_EPS, "WEIGHT_BLOCKS": WEIGHT_BLOCKS}
 """The constants that weights.cuh needs from a source that includes it."""
 THREADS = 256
 BLOCKS = 512
-"""Blocks of one launch at most, over all levels: 4 a multiprocessor on 128 of them, as 64 registers a thread allow."""
+"""Most blocks of one launch, over all levels: 4 per multiprocessor on 128 of them, as 64 registers per thread allow."""
 SOURCE = with_constants("weighted_mse", THREADS=THREADS, **WEIGHT_CONSTANTS)
 
 
@@ -45,8 +45,8 @@ def weighted_mse(students: Maps, teachers: Maps, weights: Maps = (), *, scale: T
     """Mean squared difference, or with weights sum w (s - t)^2 / (C * sum w + 1e-9); the levels are added up.
 
     Args:
-        students, teachers: (N, C, H, W) a level, in any float dtype. Only students get a gradient.
-        weights: (N, H, W) float32 a level, or none at all.
+        students, teachers: (N, C, H, W) per level, in any float dtype. Only students get a gradient.
+        weights: (N, H, W) float32 per level, or none at all.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for maps of unlike shapes.
@@ -59,12 +59,12 @@ def weighted_mse(students: Maps, teachers: Maps, weights: Maps = (), *, scale: T
     return WEIGHTED_MSE.differentiable(device, WEIGHTED_MSE.run(device, arguments), arguments)
 
 
-def definition(students: Maps, teachers: Maps, weights: Maps = ()) -> Tensor:
+def reference(students: Maps, teachers: Maps, weights: Maps = ()) -> Tensor:
     """`weighted_mse` in plain torch."""
     if not weights:
-        return total(F.mse_loss(wide(s), wide(t)) for s, t in zip(students, teachers, strict=True))
+        return sum_of_levels(F.mse_loss(widened(s), widened(t)) for s, t in zip(students, teachers, strict=True))
     levels = zip(students, teachers, weights, strict=True)
-    return total(_weighted_mean((wide(s) - wide(t)).square().sum(1), w, s.shape[1]) for s, t, w in levels)
+    return sum_of_levels(_weighted_mean((widened(s) - widened(t)).square().sum(1), w, s.shape[1]) for s, t, w in levels)
 
 
 def _weighted_mean(squared: Tensor, weights: Tensor, channels: int) -> Tensor:
@@ -72,7 +72,7 @@ def _weighted_mean(squared: Tensor, weights: Tensor, channels: int) -> Tensor:
     return (weights * squared).sum() / (channels * weights.sum() + WEIGHT_EPS)
 
 
-# ---- host half ----------------------------------------------------------------------------------------------------
+# ---- launcher ----------------------------------------------------------------------------------------------------
 
 
 class _Level(ctypes.Structure):
@@ -157,5 +157,5 @@ WEIGHTED_MSE = FusedLoss(
     function=weighted_mse,
     source=SOURCE,
     launches=launches,
-    definition=definition,
+    reference=reference,
 )

@@ -5,12 +5,12 @@
 //
 // Traffic: reads s and t once, writes g once (3U), and w (N*HW float32) once for 32 channels.
 // Tiling: the blocks are dealt out to the levels in proportion to their size; each walks its level in strides of the
-//   level's blocks, 16 bytes of each map a thread at a time, NCHW or channels last.
+//   level's blocks, 16 bytes of each map per thread at a time, NCHW or channels last.
 // Numerics: see common.cuh. The sums of the weights come first, by `weight_sums`, in a fixed order too.
 #include "weights.cuh"
 
 constexpr int kThreads = THREADS;
-constexpr int kBlocks = 4;        // a multiprocessor, at least; told nothing, the compiler spills for more
+constexpr int kBlocks = 4;        // least per multiprocessor; without it the compiler spills to have more
 constexpr uint32 kChannels = 32;   // that share one read of the weights
 
 struct MseLevel {
@@ -35,7 +35,7 @@ struct MseArgs {
     int count;
 };
 
-/// What one thread adds to sum w (s - t)^2 with V elements at `i`; writes factor * w * (s - t).
+/// The share of V elements at `i` in sum w (s - t)^2; writes factor * w * (s - t).
 template <class T, int V>
 __device__ __forceinline__ float compare(const MseLevel& level, uint64 i, const float (&w)[V], float factor, float sum) {
     float s[V], t[V];
@@ -80,7 +80,7 @@ template <class T, int V> __device__ __forceinline__ float walk_channels(const M
         const uint32 last = min(first + kChannels, level.channels);
         float w[V];
         read_map(level.weights + static_cast<uint64>(image) * level.pixels + pixel, w);
-#pragma unroll 2  // four vectors in flight a thread; more cost occupancy, and spill
+#pragma unroll 2  // four vectors in flight per thread; more cost occupancy, and spill
         for (uint32 c = first; c < last; ++c)
             sum = compare<T>(level, (static_cast<uint64>(image) * level.channels + c) * level.pixels + pixel, w, factor, sum);
     }
@@ -116,7 +116,7 @@ struct WeightSumArgs {
     float* partials;  // (levels, kWeightBlocks)
 };
 
-/// Sums of each level's weights, kWeightBlocks partial sums a level.
+/// Sums of each level's weights, kWeightBlocks partial sums per level.
 extern "C" __global__ void __launch_bounds__(kThreads) weight_sums(const __grid_constant__ WeightSumArgs args) {
     __shared__ float scratch[kWarp];
     const WeightSumLevel& level = args.levels[blockIdx.x / kWeightBlocks];

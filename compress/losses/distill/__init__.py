@@ -1,8 +1,8 @@
-"""Distillation losses: a student is asked to copy the outputs of a frozen teacher.
+"""Distillation losses: a student learns to copy the outputs of a frozen teacher.
 
-In: the outputs of both networks for the same images. Out: one scalar a loss, by its name in the table `LOSSES`. Every
-loss is a mean (neither batch nor image size changes its scale), accumulates in float32, and is zero where student
-equals teacher. The caller multiplies by the batch size, as the detection loss does, and by the recipe's weight.
+In: the outputs of both networks for the same images. Out: one scalar per loss, by its name in the table `LOSSES`. Every
+loss is a mean (neither batch nor image size changes its scale), accumulates in float32, and is zero if student
+equals teacher. The caller multiplies by the batch size, as the detection loss does, and by the loss's weight.
 
 To add a loss, write a class in a file of this folder (`HeadLoss` in head.py and `FeatureLoss` in features.py are the
 bases), and add it to the table.
@@ -10,12 +10,11 @@ bases), and add it to the table.
 
 from __future__ import annotations
 
-import difflib
-
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape
 from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, FeatureLoss
-from compress.losses.distill.head import KD, HeadLoss, ObjKD
+from compress.losses.distill.head import KD, HeadLoss, ObjKD, Soft
+from compress.recipe import suggestion
 from runtime.errors import UsageError
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
 LOSSES: dict[str, type[DistillLoss]] = {
     loss.name: loss
     for loss in (
+        Soft,
         ObjKD,
         FeatMSE,
         FeatSL2,
@@ -47,23 +47,23 @@ LOSSES: dict[str, type[DistillLoss]] = {
 
 
 def make_losses(student: Shape, teacher: Shape, config: DistillConfig) -> dict[str, DistillLoss]:
-    """The losses of a recipe that have a weight above 0, by name.
+    """The losses of a recipe but those of weight 0, by name.
 
-    Raises UsageError as `check_losses` does, or where a loss cannot compare the two networks.
+    Raises UsageError as `check_losses` does, or when a loss cannot compare the two networks.
     """
     check_losses(config)
-    wanted = {name: choice for name, choice in config.losses.items() if choice.weight > 0}
-    return {name: LOSSES[name](student, teacher, config, **choice.settings) for name, choice in wanted.items()}
+    wanted = {name: choice for name, choice in config.losses.items() if choice.is_used}
+    return {
+        name: LOSSES[name](student, teacher, config, **choice.settings).weighed(choice)
+        for name, choice in wanted.items()
+    }
 
 
 def check_losses(config: DistillConfig) -> None:
-    """Raises UsageError for a loss or a setting that is not known, a wrong value, or no loss with a weight above 0."""
+    """Raises UsageError for a loss or a setting that is not known, a wrong value, or only weights of 0."""
     for name, choice in config.losses.items():
         if name not in LOSSES:
-            near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.5)
-            known = f"Choose among {', '.join(sorted(LOSSES))}"
-            hint = f"Did you mean {near[0]!r}? {known}" if near else known
-            raise UsageError(f"distillation loss {name!r} is not known", hint)
+            raise UsageError(f"distillation loss {name!r} is not known", suggestion(name, LOSSES))
         LOSSES[name].read_settings(choice.settings)
-    if not any(choice.weight > 0 for choice in config.losses.values()):
-        raise UsageError("no distillation loss has a weight above 0", "Train without a teacher, or set one")
+    if config.losses and not any(choice.is_used for choice in config.losses.values()):
+        raise UsageError("no distillation loss has a weight above 0", "For labels alone write losses: {}")

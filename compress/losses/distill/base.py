@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from compress.config import DistillConfig, Settings
+from compress.config import DistillConfig, LossChoice, Settings
+from compress.recipe import parse
 from runtime.errors import UsageError
 
 
@@ -40,7 +39,7 @@ class Context(NamedTuple):
     targets: Tensor | None = None
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""
     upstream: Tensor | None = None
-    """() float32, the gradient of the final loss by this one, where it is known beforehand; it changes no result."""
+    """() float32, the gradient of the final loss by this one, if it is known beforehand; it changes no result."""
 
 
 NO_CONTEXT = Context()
@@ -58,13 +57,19 @@ class DistillLoss(nn.Module):
         config: the distillation's settings.
         settings: those of the loss itself, fields of its `Settings`.
 
-    Raises UsageError where this loss cannot compare the two networks, or for a setting that it does not have.
+    Raises UsageError when this loss cannot compare the two networks, or for a setting that it does not have.
     """
 
     name: str
     """The loss's name in recipes."""
     compares_heads = False
     """Whether cells, anchors and classes must mean the same in both networks."""
+    weight: float | None = None
+    """A fixed weight; None lets it follow the gradients, so that they have `share`."""
+    share = 1.0
+    """Norm of the loss's gradient at the neck as a share of the label loss's."""
+    until = 1.0
+    """Part of the epochs after which the loss has faded out; 1 keeps it to the end."""
 
     class Settings(LossSettings):
         """Nothing to set. A loss with settings has its own class of this name, with defaults."""
@@ -81,29 +86,24 @@ class DistillLoss(nn.Module):
             )
         self.config = config or DistillConfig()
 
+    def weighed(self, choice: LossChoice) -> DistillLoss:
+        """The loss itself, with the weight, share and end that a recipe gives; its own defaults stand for the rest."""
+        self.weight, self.share, self.until = choice.weight, choice.share or self.share, choice.until or self.until
+        return self
+
     @classmethod
     def read_settings(cls, given: dict[str, Any]) -> LossSettings:
         """The loss's settings, defaults for what is not given.
 
         Raises UsageError for an unknown name or a value that the setting does not take.
         """
-        known = list(cls.Settings.model_fields)
-        try:
-            return cls.Settings.model_validate(given)
-        except ValidationError as error:
-            first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] != "extra_forbidden":
-            raise UsageError(f"loss {cls.name}: {key}: {first['input']!r} is not accepted: {first['msg']}")
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        told = f"Known: {', '.join(['weight', *known])}"
-        hint = f"Did you mean {near[0]!r}? {told}" if near else told
-        raise UsageError(f"loss {cls.name}: unknown setting {key!r}", hint)
+        settings: LossSettings = parse(cls.Settings, given, f"loss {cls.name}")
+        return settings
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         """The loss () float32 of one batch. No gradient reaches the teacher.
 
-        Raises UsageError where the maps belong to different images or image sizes.
+        Raises UsageError when the maps belong to different images or image sizes.
         """
         return self.compare(student, detached(teacher), context)
 
@@ -118,7 +118,7 @@ def detached(outputs: Outputs) -> Outputs:
 
 
 def check_same_images(student: list[Tensor], teacher: list[Tensor], sizes: slice, what: str) -> None:
-    """Raises UsageError unless the maps of each level have the same batch and, in the dimensions `sizes`, shape."""
+    """Raises UsageError unless the maps of each level have the same batch size, and the same shape in `sizes`."""
     for s, t in zip(student, teacher, strict=True):
         if (s.shape[0], s.shape[sizes]) != (t.shape[0], t.shape[sizes]):
             raise UsageError(

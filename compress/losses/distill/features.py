@@ -43,7 +43,7 @@ class Pointwise(nn.Conv2d):
 
 
 def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
-    """Brings features into the teacher's channels; starts as the identity where there are equally many."""
+    """A 1x1 convolution to the teacher's channels; it starts as the identity if both numbers of channels are equal."""
     conv = Pointwise(channels_in, channels_out, bias=bias)
     if channels_in == channels_out:
         nn.init.dirac_(conv.weight)
@@ -53,15 +53,17 @@ def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
 
 
 class FeatureLoss(DistillLoss):
-    """A loss of the features, which an adapter a level brings into the teacher's channels: a subclass has `compare`."""
+    """A loss of the features. An adapter per level gives them the teacher's channels. A subclass has `compare`."""
 
-    sees_offsets = True
+    share = 0.3
+    until = 0.7
+    depends_on_offset = True
     """Whether the loss changes when a constant is added to a channel; where not, an adapter has no bias to learn."""
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student, teacher, config, **settings)
         pairs = zip(student.channels, teacher.channels, strict=True)
-        self.adapters = nn.ModuleList(adapter(*pair, bias=self.sees_offsets) for pair in pairs)
+        self.adapters = nn.ModuleList(adapter(*pair, bias=self.depends_on_offset) for pair in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         adapted = [adapter(feature) for adapter, feature in zip(self.adapters, student.features, strict=True)]
@@ -77,7 +79,7 @@ class FeatureLoss(DistillLoss):
 class FeatMSE(FeatureLoss):
     """Mean squared difference of features: sum over levels of mean (A(s) - t)^2, A the 1x1 convolution.
 
-    Adapter and comparison are one kernel: the adapted map is not written to memory where channels allow it.
+    Adapter and comparison are one kernel: the adapted map is not written to memory if channels allow it.
     """
 
     name = "feat_mse"
@@ -91,12 +93,12 @@ class FeatMSE(FeatureLoss):
 
 
 class FeatSL2(FeatureLoss):
-    """Squared difference of features where the teacher sees something.
+    """Squared difference of features, weighted by how sure the teacher is of an object at each pixel.
 
         sum over levels of sum w (P(s) - t)^2 / (C * sum w + 1e-9)
 
     where the inner sums run over the whole batch, w is `teacher_score` and P is 1x1 convolution - ReLU - 1x1
-    convolution. The usual weight is 6. Source: Ultralytics 2026, as its documentation states the formula.
+    convolution. The weight given there is 6. Source: Ultralytics 2026, as its documentation states the formula.
     """
 
     name = "feat_sl2"
@@ -116,15 +118,15 @@ class FeatSL2(FeatureLoss):
 
 
 class CWD(FeatureLoss):
-    """Channel-wise distillation: where in the image each channel fires, as a distribution over its pixels.
+    """Channel-wise distillation: compares where each channel is active, as a distribution over the pixels of an image.
 
         sum over levels of tau^2 / (B C) * sum over images and channels KL(softmax(t / tau) || softmax(A(s) / tau))
 
-    The usual weight is 10. Source: Shu et al., ICCV 2021.
+    The weight in the paper is 10. Source: Shu et al., ICCV 2021.
     """
 
     name = "cwd"
-    sees_offsets = False
+    depends_on_offset = False
 
     class Settings(LossSettings):
         tau: Positive = 1.0
@@ -139,12 +141,12 @@ class CWD(FeatureLoss):
 class PKD(FeatureLoss):
     """Pearson distance of each channel over the batch: 1 - r, averaged over channels, summed over levels.
 
-    Blind to each channel's scale and offset, so that it needs least tuning. The usual weight is 6. Source: Cao et al.,
-    NeurIPS 2022.
+    It ignores each channel's scale and offset, so it needs the least tuning. The weight in the paper is 6. Source: Cao
+    et al., NeurIPS 2022.
     """
 
     name = "pkd"
-    sees_offsets = False
+    depends_on_offset = False
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         return pkd(student.features, teacher.features, scale=context.upstream)
@@ -218,7 +220,7 @@ def box_density(feature: Tensor, targets: Tensor | None) -> Tensor:
 
 
 def _touched(centre: Tensor, size: Tensor, cells: int) -> Tensor:
-    """(n, cells) float32, 1 where the interval reaches into the cell. `centre` and `size` (n,) are fractions."""
+    """(n, cells) float32, 1 if the interval reaches into the cell. `centre` and `size` (n,) are fractions."""
     low, high = ((centre + side * size / 2)[:, None] * cells for side in (-1, 1))
     cell = torch.arange(cells, device=centre.device)
     return ((cell < high) & (cell + 1 > low)).float()

@@ -1,4 +1,4 @@
-"""Where a command writes that was given no folder, or one that holds another model."""
+"""The folder into which a command writes if it was given none, and its refusal of one that holds another model."""
 
 from __future__ import annotations
 

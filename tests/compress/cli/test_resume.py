@@ -115,9 +115,21 @@ def test_a_distillation_goes_on_with_its_teacher_and_no_other(
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         save_model(YOLOv5(Architecture.of_scale("p", tiny_data.names)).eval(), tmp_path / f"{name}.safetensors", {})
-    begin = ["distill", "--data", tiny_data.path, "--teacher", "one.safetensors", "--scale", "p", "--loss", "cwd=0.5"]
+    begin = [
+        "distill",
+        "--data",
+        tiny_data.path,
+        "--teacher",
+        "one.safetensors",
+        "--scale",
+        "p",
+        "--init",
+        "scratch",
+        "--loss",
+        "cwd=0.5",
+    ]
     assert edgestill(*begin, *SETTINGS, "--epochs", 1) == 0
     assert edgestill("distill", "--resume", "--teacher", "two.safetensors") == 2
     assert "trained with teacher = sha256 " in capsys.readouterr().err.splitlines()[-1]
     assert edgestill("distill", "--resume", "runs/distill/exp") == 0
-    assert load_state(tmp_path / "runs/distill/exp/state.pt")["config"]["losses"] == {"cwd": {"weight": 0.5}}
+    assert load_state(tmp_path / "runs/distill/exp/state.pt")["config"]["losses"]["cwd"]["weight"] == 0.5

@@ -125,7 +125,7 @@ def test_labels_beside_the_images_are_found_and_named(dataset: Path) -> None:
     root = dataset.parent
     (root / "labels/train/0.txt").rename(root / "images/train/0.txt")
     (root / "labels/train/1.txt").unlink()
-    told = "train: 1 label files that lie beside their image in images/ and are not read"
+    told = "train: 1 label files that are beside their image in images/ and are not read"
     assert told in check(load_data(dataset)).unusual
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.data import Dataset, Index, Sample, index_dataset, load_data
+from compress.data import Dataset, Sample, SplitIndex, index_dataset, load_data
 from compress.data.dataset import key_of, path_of
 from runtime.errors import InputError
 from tests.compress.data.conftest import write_image, write_labels
@@ -51,7 +51,7 @@ def test_every_bit_of_a_float32_survives(tmp_path: Path) -> None:
     values = np.concatenate([uniform, tiny, near_one, np.array([0, -0.0, -1e-7], np.float32)])
     labels = values.reshape(-1, 5)
     sample = Sample(tmp_path / "a.png", "a.png", labels, (10, 20), "00")
-    whole = Dataset(tmp_path / "data.yaml", tmp_path, ("a",), (), {"train": Index((sample,), ())})
+    whole = Dataset(tmp_path / "data.yaml", tmp_path, ("a",), (), {"train": SplitIndex((sample,), ())})
     whole.save(tmp_path / "index.json")
     (loaded,) = Dataset.load(tmp_path / "index.json", tmp_path).splits["train"].samples
     assert loaded.labels.tobytes() == labels.tobytes()

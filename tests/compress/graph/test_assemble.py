@@ -8,8 +8,8 @@ from compress.graph.network import fold_bgr_bytes
 from compress.graph.nms import NmsShape
 from compress.graph.parts import op_counts
 from compress.graph.preprocess import FrameLetterbox, pixels_tensor
-from compress.graph.safe_load import ALLOWED, problems
 from compress.graph.session import exposing, open_session
+from compress.graph.untrusted_onnx import ALLOWED, problems
 from compress.graph.verify import check_boxes, check_rows
 from runtime.image import letterbox
 

@@ -8,8 +8,8 @@ from onnx import numpy_helper
 from compress.flavours import FLAVOURS
 from compress.graph.calibration import METHODS, calibrate
 from compress.graph.parts import GraphParts, op_counts, strip_unused_opsets
-from compress.graph.safe_load import problems
 from compress.graph.session import open_session
+from compress.graph.untrusted_onnx import problems
 from runtime.errors import EdgestillError
 
 INT8 = [name for name, flavour in FLAVOURS.items() if flavour.calibrated]

@@ -1,6 +1,6 @@
 """Faults planted in the kernels, one at a time; the tests must see every one of them.
 
-A fault is caught where, on small maps and every schedule of the host shim, a result is wrong, two schedules give
+A fault is caught if, on small maps and every schedule of the host shim, a result is wrong, two schedules give
 different bits, or the shim reports a broken rule. `python mutations.py NAME` examines one in a process of its own,
 since a fault may crash it.
 """
@@ -16,7 +16,7 @@ import torch
 from shim import host
 from shim.cases import Shape, arguments
 from shim.device import A100, H100, ShimDevice
-from shim.oracle import DTYPES, GRADIENT_GATE, LAYOUTS, LOSS_GATE, errors, kernels_of, same_bits, truth
+from shim.oracle import DTYPES, GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, errors, kernels_of, same_bits, truth
 
 from compress.kernels import adapter_mse, cwd, pkd, rescale, weighted_mse
 from compress.kernels.losses import FUSED
@@ -198,14 +198,14 @@ FAULTS: dict[str, Fault] = {
     "CWD: values beyond the row counted": Fault(
         "cwd/kernel.cu",
         "cwd",
-        "cross += j < part.units ? sum : 0.0f;",
+        "cross += j < share.units ? sum : 0.0f;",
         "cross += sum;",
     ),
     "CWD: bound of a row one too far": Fault(
         "cwd/kernel.cu",
         "cwd",
-        "if (j < part.units) {\n            raw_s",
-        "if (j <= part.units) {\n            raw_s",
+        "if (j < share.units) {\n            raw_s",
+        "if (j <= share.units) {\n            raw_s",
     ),
     "CWD: an odd number of rows reduced wrongly": Fault(
         "cwd/kernel.cu",
@@ -347,13 +347,13 @@ def _of_loss(loss: str, replaced: dict[str, str]) -> Iterator[str]:
         given = arguments(loss, dtype, shapes, layout, scale=512.0, mean=mean)
         if loss.endswith("_mse") and dtype == torch.float16:
             given[-2] = []  # no weights, which would hide what lies beyond the last pixel
-        true = truth(fused.definition, given, fused.learns)
+        true = truth(fused.reference, given, fused.learns)
         for facts in (H100, A100, CLUSTERS) if loss == "pkd" else (H100,):
             runs = [kernels(_device(replaced, seed, facts), *given) for seed in host.SEEDS]
             if not all(same_bits(runs[0], run) for run in runs[1:]):
                 yield f"{shapes} {dtype} {layout}: schedules differ"
             wrong_loss, wrong_gradient = errors(runs[0], true)
-            if not (wrong_loss <= LOSS_GATE and wrong_gradient <= GRADIENT_GATE[dtype]):
+            if not (wrong_loss <= LOSS_TOLERANCE and wrong_gradient <= GRADIENT_TOLERANCE[dtype]):
                 yield f"{shapes} {dtype} {layout}: off by {wrong_loss:.1e}, {wrong_gradient:.1e}"
         if loss != "adapter_mse":
             given[0][0][:, 0] = 7.0
@@ -377,7 +377,7 @@ def _device(replaced: dict[str, str], seed: int, facts: Any) -> ShimDevice:
 
 
 def examine(name: str) -> str:
-    """The first finding for the fault `name`; empty where it was not caught.
+    """The first finding for the fault `name`; empty if it was not caught.
 
     Raises whatever keeps the faulty source from being compiled and tried, which is no catch.
     """

@@ -19,11 +19,12 @@ from compress.kernels.bench_case import (
     plan,
     quantiles,
     ratios,
+    shuffled_rounds,
     timing,
-    turns,
     variants,
 )
 from compress.kernels.losses import FUSED
+from runtime.errors import EdgestillError
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -61,7 +62,7 @@ def test_inputs_are_four_times_the_cache(map_mib, l2_mib, sets) -> None:
 
 
 def test_every_variant_has_its_turn_in_each_round() -> None:
-    order = list(turns(["a", "b", "c"], 20, random.Random(1)))
+    order = list(shuffled_rounds(["a", "b", "c"], 20, random.Random(1)))
     rounds = [order[i : i + 3] for i in range(0, 60, 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 1
@@ -115,7 +116,7 @@ def test_sets_of_inputs_differ_and_layouts_hold_other_numbers_of_the_same_kind(s
 
 
 def test_the_ceilings_write_each_set_to_a_place_of_its_own(small_levels) -> None:
-    calls = bench_case.ceilings(Case("cwd", "all", "fp32"), CPU, 2)
+    calls = bench_case.upper_bounds(Case("cwd", "all", "fp32"), CPU, 2)
     for call in calls.values():
         (a,), (b,) = call(0), call(1)
         assert a.data_ptr() != b.data_ptr()
@@ -212,7 +213,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys) -> None:
 
 def test_a_process_of_one_loss_says_why_the_kernels_cannot_run(monkeypatch, tmp_path, capsys) -> None:
     def refuse(index):
-        raise bench_case.EdgestillError("no compiler")
+        raise EdgestillError("no compiler")
 
     monkeypatch.setattr(bench_case, "gpu", refuse)
     assert bench_case.main(["cwd", "--lines", str(tmp_path / "x"), "--seconds", "1"]) == 1

@@ -5,16 +5,16 @@ import torch
 from shim.oracle import DTYPES, LAYOUTS, by_kernels, check, errors, kernels_of, laid, pairs, same_bits, truth, upstream
 
 from compress.kernels import cwd as module
-from compress.kernels.cwd import CWD, SOURCE, ColumnsArgs, RowsArgs, definition
+from compress.kernels.cwd import CWD, SOURCE, ColumnsArgs, RowsArgs, reference
 from runtime.errors import UsageError
 
 cwd = kernels_of(CWD)
 SHAPES = [
-    (2, 8, 20, 20),  # a warp a row
+    (2, 8, 20, 20),  # one warp per row
     (3, 5, 7, 9),
     (1, 1, 1, 1),
     (2, 3, 1, 1),
-    (1, 3, 40, 40),  # four warps a row
+    (1, 3, 40, 40),  # four warps per row
     (2, 13, 11, 5),
     (1, 40, 33, 40),  # several stretches of pixels
     (1, 320, 3, 50),  # several tiles of channels
@@ -32,33 +32,33 @@ def arguments(shapes, dtype, *, tau=1.0, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradient_are_those_of_the_definition(shim_device, dtype, shape, layout):
-    check(cwd, definition, shim_device(), arguments([shape], dtype, layout=layout))
+    check(cwd, reference, shim_device(), arguments([shape], dtype, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LONG, ids=str)
 def test_rows_of_any_length_are_read_whole(shim_device, dtype, shape):
-    check(cwd, definition, shim_device(), arguments([shape], dtype))
+    check(cwd, reference, shim_device(), arguments([shape], dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_levels_go_in_one_launch_a_pass(shim_device, dtype, layout):
     device = shim_device()
-    check(cwd, definition, device, arguments([LONG[0], *SHAPES[:3]], dtype, layout=layout))
+    check(cwd, reference, device, arguments([LONG[0], *SHAPES[:3]], dtype, layout=layout))
     assert len(device.launches) == (2 if layout == "channels_last" else 1)
 
 
 @pytest.mark.parametrize("tau", [0.25, 4.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_temperature_is_that_of_the_definition(shim_device, layout, tau):
-    check(cwd, definition, shim_device(), arguments(SHAPES[:2], torch.float32, layout=layout, tau=tau))
+    check(cwd, reference, shim_device(), arguments(SHAPES[:2], torch.float32, layout=layout, tau=tau))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_maps_off_the_alignment_are_read_right(shim_device, dtype, layout):
-    check(cwd, definition, shim_device(), arguments([(2, 8, 8, 24)], dtype, layout=layout, skip=1))
+    check(cwd, reference, shim_device(), arguments([(2, 8, 8, 24)], dtype, layout=layout, skip=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,13 +75,13 @@ def test_a_block_that_takes_many_rows_keeps_them_apart(shim_device, shim, monkey
     given = arguments([shape], torch.float32)
     results = [by_kernels(cwd, shim_device(seed=seed), given) for seed in shim.SEEDS]
     assert same_bits(*results)
-    check(cwd, definition, shim_device(), given)
+    check(cwd, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("mean", [30.0, -3000.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_huge_mean_costs_no_accuracy(shim_device, layout, mean):
-    check(cwd, definition, shim_device(), arguments([SHAPES[0], SHAPES[6]], torch.float32, layout=layout, mean=mean))
+    check(cwd, reference, shim_device(), arguments([SHAPES[0], SHAPES[6]], torch.float32, layout=layout, mean=mean))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,7 +101,7 @@ def test_a_constant_channel_is_a_uniform_distribution(shim_device, layout):
     given[0][0][:, 4] = 5.0
     found = by_kernels(cwd, shim_device(), given)
     assert not found.gradients[0][:, 3].any()
-    check(cwd, definition, shim_device(), given)
+    check(cwd, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -122,7 +122,7 @@ def test_what_is_not_finite_reaches_the_loss_and_the_whole_row(shim_device, layo
 def test_minus_infinity_is_a_probability_of_zero(shim_device, layout, shape):
     given = arguments([shape], torch.float32, layout=layout)
     given[0][0][0, 1, :, 0] = given[0][0][0, 1, 1, :] = -INF
-    found, true = by_kernels(cwd, shim_device(), given), truth(definition, given)
+    found, true = by_kernels(cwd, shim_device(), given), truth(reference, given)
     assert found.loss == true.loss == INF
     assert errors(found._replace(loss=true.loss), true)[1] < 2e-6
 
@@ -138,7 +138,7 @@ def test_a_gradient_beyond_float16_becomes_infinite(shim_device):
 def test_the_gradient_is_scaled_and_the_loss_is_not(shim_device, layout, scale):
     given = arguments([SHAPES[0]], torch.float32, layout=layout)
     given[-1] = torch.tensor(scale)
-    check(cwd, definition, shim_device(), given)
+    check(cwd, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,7 +150,7 @@ def test_no_scale_and_a_scale_of_zero_are_one(shim_device, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_scaled_gradient_does_not_underflow(shim_device, layout):
-    """As at stride 8 of a batch of 32, where 60 % of it would be 0 without the scale."""
+    """As at stride 8 of a batch of 32: without the scale 60 % of it would be 0."""
     given = arguments([(1, 8, 80, 80)], torch.float16, layout=layout)
     given[-1] = torch.tensor(65536.0 / 4096 * 8)
     gradient = cwd(shim_device(), *given)[1][0]
@@ -167,7 +167,7 @@ def test_a_dense_layout_is_read_without_copies_and_the_gradient_keeps_it(shim_de
 def test_levels_of_two_layouts_are_compared_right_and_keep_them(shim_device):
     device, given = shim_device(), arguments([(2, 8, 4, 4), (2, 5, 3, 3)], torch.float32)
     given[0][0] = laid(given[0][0], "channels_last")
-    check(cwd, definition, device, given)
+    check(cwd, reference, device, given)
     assert [name for name, _ in device.launches] == ["cwd_rows_f32"]
     assert [g.stride() for g in cwd(device, *given)[1]] == [s.stride() for s in given[0]]
 
@@ -175,7 +175,7 @@ def test_levels_of_two_layouts_are_compared_right_and_keep_them(shim_device):
 def test_a_level_that_is_dense_both_ways_goes_with_the_others(shim_device):
     device, given = shim_device(), arguments([(2, 8, 4, 4), (2, 8, 1, 1)], torch.float32, layout="channels_last")
     given[0][1] = given[0][1].contiguous()
-    check(cwd, definition, device, given)
+    check(cwd, reference, device, given)
     assert len(device.launches) == 2
 
 
@@ -184,14 +184,14 @@ def test_a_teacher_of_another_layout_or_dtype_is_compared_right(shim_device, lay
     given = arguments([(2, 8, 4, 4)], torch.float32, layout=layout)
     other = "nchw" if layout == "channels_last" else "channels_last"
     given[1] = [laid(given[1][0], other).half()]
-    check(cwd, definition, shim_device(), given)
+    check(cwd, reference, shim_device(), given)
 
 
 def test_a_view_with_holes_is_compared_right(shim_device):
     given = arguments([(2, 8, 4, 16)], torch.float32)
     given[0] = [given[0][0][..., ::2]]
     given[1] = [given[1][0][..., ::2]]
-    check(cwd, definition, shim_device(), given)
+    check(cwd, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, NAN])

@@ -5,7 +5,7 @@ import torch
 from shim.oracle import (
     DTYPES,
     LAYOUTS,
-    LOSS_GATE,
+    LOSS_TOLERANCE,
     by_autograd,
     by_kernels,
     check,
@@ -19,7 +19,7 @@ from shim.oracle import (
     upstream,
 )
 
-from compress.kernels.fgd import FGD, SOURCE, Args, definition
+from compress.kernels.fgd import FGD, SOURCE, Args, reference
 
 fgd = kernels_of(FGD)
 SHAPES = [
@@ -29,7 +29,7 @@ SHAPES = [
     (2, 3, 1, 1),
     (1, 1, 8, 8),
     (2, 13, 11, 5),
-    (1, 72, 20, 16),  # several tiles of columns, or of rows where channels come last
+    (1, 72, 20, 16),  # several tiles of columns, or of rows if channels come last
     (1, 130, 18, 16),  # both
 ]
 LEVELS = [(2, 8, 20, 20), (3, 13, 10, 10), (1, 136, 7, 5)]
@@ -46,14 +46,14 @@ def arguments(shapes, dtype, *, gamma=1.0, temperature=0.5, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradient_are_those_of_the_definition(shim_device, dtype, shape, layout):
-    check(fgd, definition, shim_device(), arguments([shape], dtype, layout=layout))
+    check(fgd, reference, shim_device(), arguments([shape], dtype, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_levels_go_in_three_launches(shim_device, dtype, layout):
     device = shim_device()
-    check(fgd, definition, device, arguments(LEVELS, dtype, layout=layout))
+    check(fgd, reference, device, arguments(LEVELS, dtype, layout=layout))
     assert len(device.launches) == 3
 
 
@@ -62,7 +62,7 @@ def test_all_levels_go_in_three_launches(shim_device, dtype, layout):
 def test_every_gamma_and_temperature_is_right(shim_device, gamma, temperature, layout):
     check(
         fgd,
-        definition,
+        reference,
         shim_device(),
         arguments(LEVELS, torch.float32, gamma=gamma, temperature=temperature, layout=layout),
     )
@@ -73,7 +73,7 @@ def test_where_the_student_is_zero_its_attention_has_no_gradient(shim_device, la
     given = arguments([(2, 8, 9, 7)], torch.float32, gamma=30.0, layout=layout)
     given[0] = [laid(s.relu(), layout) for s in given[0]]
     given[2] = [torch.zeros_like(mask) for mask in given[2]]
-    check(fgd, definition, shim_device(), given)
+    check(fgd, reference, shim_device(), given)
     assert not fgd(shim_device(), *given)[1][0][given[0][0] == 0].any()
 
 
@@ -81,16 +81,16 @@ def test_where_the_student_is_zero_its_attention_has_no_gradient(shim_device, la
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_large_mean_costs_no_more_accuracy_than_eager(shim_device, mean, layout):
     given = arguments([(2, 24, 10, 10)], torch.float32, mean=mean, layout=layout)
-    true, eager = truth(definition, given), by_autograd(definition, given, (0,), None)
+    true, eager = truth(reference, given), by_autograd(reference, given, (0,), None)
     found = by_kernels(fgd, shim_device(), given)
-    assert errors(found, true)[0] <= LOSS_GATE
+    assert errors(found, true)[0] <= LOSS_TOLERANCE
     assert errors(found, true)[1] <= 2 * errors(eager, true)[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_maps_off_the_alignment_are_read_right(shim_device, dtype, layout):
-    check(fgd, definition, shim_device(), arguments([(2, 8, 8, 8)], dtype, skip=1, layout=layout))
+    check(fgd, reference, shim_device(), arguments([(2, 8, 8, 8)], dtype, skip=1, layout=layout))
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [*zip(DTYPES, ["nchw", "channels_last", "nchw"], strict=True)])
@@ -121,7 +121,7 @@ def test_equal_maps_give_exactly_zero(shim_device, dtype, layout):
 def test_constant_maps_have_even_attention(shim_device):
     given = arguments([(2, 8, 9, 7)], torch.float32)
     given[0], given[1] = [[torch.full_like(given[0][0], value)] for value in (0.5, -2.0)]
-    check(fgd, definition, shim_device(), given)
+    check(fgd, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("of", ["student", "teacher"])
@@ -141,7 +141,7 @@ def test_what_is_not_finite_reaches_loss_and_gradient(shim_device, of, bad, gamm
 def test_the_gradient_carries_the_expected_upstream_gradient(shim_device, scale):
     given = arguments([(2, 8, 9, 7)], torch.float32)
     given[-1] = None
-    true = truth(definition, given)
+    true = truth(reference, given)
     given[-1] = None if scale is None else torch.tensor(scale)
     found = by_kernels(fgd, shim_device(), given)
     scaled = true._replace(gradients=[(scale or 1.0) * gradient for gradient in true.gradients])
@@ -169,7 +169,7 @@ def test_the_gradient_keeps_the_layout(shim_device, layout):
 def test_maps_of_two_layouts_or_dtypes_are_compared_right(shim_device):
     given = arguments([(2, 8, 4, 4)], torch.float32)
     given[1] = [laid(given[1][0], "channels_last").half()]
-    check(fgd, definition, shim_device(), given)
+    check(fgd, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -31,14 +31,12 @@ def eager(name: str, device, given: list) -> tuple[Tensor, list[Tensor]]:
 
 
 def true_gradients(name: str, given: list, upstream: float) -> list[Tensor]:
-    found = by_autograd(
-        FUSED[name].definition, [*given[:-1], torch.tensor(upstream)], FUSED[name].learns, torch.float64
-    )
+    found = by_autograd(FUSED[name].reference, [*given[:-1], torch.tensor(upstream)], FUSED[name].learns, torch.float64)
     return found.gradients
 
 
-def agree(found, true, gate=4e-6) -> bool:
-    return all(gradient_error(f, t) <= gate for f, t in zip(found, true, strict=True))
+def agree(found, true, tolerance=4e-6) -> bool:
+    return all(gradient_error(f, t) <= tolerance for f, t in zip(found, true, strict=True))
 
 
 # ---- the eager path -----------------------------------------------------------------------------------------------
@@ -109,7 +107,7 @@ def lost(name: str, device, *, folded: bool) -> float:
 
 @pytest.mark.parametrize("name", ["weighted_mse", "cwd", "pkd", "fgd"])
 def test_a_folded_scale_keeps_float16_gradients_from_vanishing(shim_device, name):
-    """At stride 8 up to 60 % of the entries are lost where the scale is multiplied after the rounding."""
+    """At stride 8 up to 60 % of the entries are lost if the scale is multiplied after the rounding."""
     assert lost(name, shim_device(), folded=True) < 1e-3
 
 
@@ -195,7 +193,7 @@ def test_compiled_code_takes_the_registered_op(monkeypatch):
 
 def test_maps_on_a_cpu_go_to_the_definition():
     given = arguments("cwd")
-    assert torch.equal(cwd.cwd(*given[:3]), cwd.definition(*given[:3]))
+    assert torch.equal(cwd.cwd(*given[:3]), cwd.reference(*given[:3]))
 
 
 class OnGpu:
@@ -220,7 +218,7 @@ def test_kernels_run_where_they_can_and_are_wanted(monkeypatch, maps, switch, re
     monkeypatch.delenv("EDGESTILL_KERNELS", raising=False)
     if switch:
         monkeypatch.setenv("EDGESTILL_KERNELS", switch)
-    monkeypatch.setattr(fused, "why_not", lambda index: reason)
+    monkeypatch.setattr(fused, "unavailable_reason", lambda index: reason)
     assert fused.runs_fused(maps) is expected
 
 
@@ -229,12 +227,12 @@ def test_a_gpu_without_what_the_kernels_need_is_told_once(monkeypatch):
         raise UnavailableError("NVRTC is not here", "pip install it")
 
     monkeypatch.setattr(fused, "gpu", refuse)
-    fused._looked_up.cache_clear()
+    fused._unavailable_reason.cache_clear()
     with pytest.warns(UserWarning, match="plain torch is used") as caught:
-        reasons = {fused.why_not(0) for _ in range(2)}
+        reasons = {fused.unavailable_reason(0) for _ in range(2)}
     assert reasons == {"NVRTC is not here. pip install it"}
     assert len(caught) == 1
-    fused._looked_up.cache_clear()
+    fused._unavailable_reason.cache_clear()
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -253,7 +251,7 @@ def test_an_empty_batch_gives_zero_with_a_gradient(name):
         (lambda given: [maps.clear() for maps in given[:3]], "0 student maps, 0 teacher maps"),
         (lambda given: given[1].__setitem__(0, given[1][0][:, :, :4]), r"level 0 .*\(2, 16, 8, 8\), \(2, 16, 4, 8\)"),
         (lambda given: given[2].__setitem__(1, given[2][1][:, :2]), r"level 1 .*\(2, 2, 4\)"),
-        (lambda given: given[2].pop(), "Give one of each a level"),
+        (lambda given: given[2].pop(), "Give one of each per level"),
     ],
 )
 def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(change, says):

@@ -19,7 +19,7 @@ REGISTERS = {
     "cwd": 80,
     "pkd": 80,
 }
-"""Most registers a thread, by source; 64 where nothing is said, which keep four blocks of 256 on a multiprocessor."""
+"""Most registers per thread, by source; 64 if nothing is said, which keep four blocks of 256 on a multiprocessor."""
 
 
 every_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from shim.oracle import DTYPES, LAYOUTS, by_kernels, check, kernels_of, laid, pairs, pixel_weights, same_bits, upstream
 
-from compress.kernels.weighted_mse import SOURCE, WEIGHTED_MSE, Args, WeightSumArgs, definition
+from compress.kernels.weighted_mse import SOURCE, WEIGHTED_MSE, Args, WeightSumArgs, reference
 
 weighted_mse = kernels_of(WEIGHTED_MSE)
 SHAPES = [(2, 8, 20, 20), (3, 5, 7, 9), (1, 1, 1, 1), (2, 3, 1, 1), (1, 4, 16, 16), (2, 13, 11, 5)]
@@ -21,20 +21,20 @@ def arguments(shapes, dtype, *, weighted=True, **options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
 def test_loss_and_gradient_are_those_of_the_definition(shim_device, dtype, shape, layout, weighted):
-    check(weighted_mse, definition, shim_device(), arguments([shape], dtype, weighted=weighted, layout=layout))
+    check(weighted_mse, reference, shim_device(), arguments([shape], dtype, weighted=weighted, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
 def test_all_levels_go_in_one_launch(shim_device, dtype, weighted):
     device, given = shim_device(), arguments(LEVELS, dtype, weighted=weighted)
-    check(weighted_mse, definition, device, given)
+    check(weighted_mse, reference, device, given)
     assert len(device.launches) == 1 + weighted
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_maps_off_the_alignment_are_read_right(shim_device, dtype):
-    check(weighted_mse, definition, shim_device(), arguments([(2, 8, 8, 8)], dtype, skip=1))
+    check(weighted_mse, reference, shim_device(), arguments([(2, 8, 8, 8)], dtype, skip=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,7 +85,7 @@ def test_a_dense_layout_is_read_without_copies_and_the_gradient_keeps_it(shim_de
 def test_maps_of_two_layouts_or_dtypes_are_compared_right(shim_device):
     given = arguments([(2, 8, 4, 4)], torch.float32)
     given[1] = [laid(given[1][0], "channels_last").half()]
-    check(weighted_mse, definition, shim_device(), given)
+    check(weighted_mse, reference, shim_device(), given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

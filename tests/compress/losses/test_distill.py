@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from compress.cli.trainings import loss_choices
@@ -428,26 +429,41 @@ def test_descending_the_loss_brings_the_student_to_the_teacher(shape, name):
 def test_a_recipe_may_say_a_weight_or_a_weight_and_settings(shape):
     config = DistillConfig.model_validate({"losses": {"kd": 0.2, "cwd": {"weight": 0.3, "tau": 2}, "pkd": 0}})
     losses = make_losses(shape, shape, config)
-    assert config.weights == {"kd": 0.2, "cwd": 0.3, "pkd": 0.0}
+    assert {name: loss.weight for name, loss in losses.items()} == {"kd": 0.2, "cwd": 0.3}
     assert {name: loss.settings.model_dump() for name, loss in losses.items()} == {
         "kd": {"temperature": 4.0},
         "cwd": {"tau": 2.0},
     }
 
 
+def test_without_a_weight_a_loss_has_its_own_share_and_end(shape):
+    config = DistillConfig.model_validate({"losses": {"soft": "auto", "pkd": {"until": 0.5}, "cwd": {"share": 0.1}}})
+    losses = make_losses(shape, shape, config)
+    assert [(loss.weight, loss.share, loss.until) for loss in losses.values()] == [
+        (None, 1.0, 1.0),
+        (None, 0.3, 0.5),
+        (None, 0.1, 0.7),
+    ]
+
+
+def test_a_weight_and_a_share_contradict_each_other():
+    with pytest.raises(ValidationError, match="not both"):
+        DistillConfig.model_validate({"losses": {"soft": {"weight": 1, "share": 1}}})
+
+
 @pytest.mark.parametrize(
     ("losses", "says"),
     [
-        ({"cwdd": 1}, r"'cwdd' is not known\. Did you mean 'cwd'\? Choose among .*obj_kd"),
+        ({"cwdd": 1}, r"'cwdd' is not known\. Did you mean 'cwd'\?"),
         (
             {"cwd": {"weight": 1, "taw": 2}},
-            r"loss cwd: unknown setting 'taw'\. Did you mean 'tau'\? Known: weight, tau",
+            r"loss cwd: unknown key 'taw'\. Did you mean 'tau'\?",
         ),
-        ({"pkd": {"weight": 1, "x": 2}}, r"loss pkd: unknown setting 'x'\. Known: weight"),
+        ({"pkd": {"weight": 1, "x": 2}}, r"loss pkd: unknown key 'x'\. Known: none"),
         ({"cwd": {"weight": 1, "tau": 0}}, r"loss cwd: tau: 0 is not accepted: .*greater than 0"),
         ({"obj_kd": {"weight": 1, "beta": 0.5}}, r"loss obj_kd: beta: 0\.5 is not accepted"),
         ({"obj_kd": {"weight": 1, "weights": [1, -1, 1]}}, r"loss obj_kd: weights\.1: -1 is not accepted"),
-        ({"cwd": {"weight": 0, "taw": 2}, "kd": 1}, "unknown setting"),
+        ({"cwd": {"weight": 0, "taw": 2}, "kd": 1}, "unknown key"),
         ({"kd": 0}, "weight above 0"),
     ],
 )
@@ -458,10 +474,8 @@ def test_a_loss_or_setting_that_is_not_known_is_one_line(losses, says):
 
 
 def test_the_command_lines_losses_are_those_of_a_recipe():
-    given = loss_choices(("kd=0.2", "cwd=0.3", "cwd.tau=2"))
-    assert given == {"kd": {"weight": 0.2}, "cwd": {"weight": 0.3, "tau": 2}}
-    with pytest.raises(UsageError, match="'cwd': expected NAME=WEIGHT"):
-        loss_choices(("cwd",))
+    given = loss_choices(("soft", "kd=0.2", "cwd=0.3", "cwd.tau=2", "pkd.share=0.1"))
+    assert given == {"soft": {}, "kd": {"weight": 0.2}, "cwd": {"weight": 0.3, "tau": 2}, "pkd": {"share": 0.1}}
 
 
 def _another(value):
@@ -492,4 +506,4 @@ def test_every_setting_of_a_loss_changes_its_value_or_gradient(shape, teacher_sh
 def test_the_gains_of_a_head_loss_are_those_of_the_detection_loss(shape):
     config = DistillConfig(imgsz=320, loss=LossConfig(obj=0.7, cls=0.3, box=0.1))
     for name in HEADS:
-        assert LOSSES[name](shape, shape, config).gains == pytest.approx((0.1, 0.7 / 4, 0.3 / 80))
+        assert LOSSES[name](shape, shape, config).gains == pytest.approx((0.1, 0.7 / 4, 0.3 * 3 / 80))

@@ -142,7 +142,7 @@ class Offset(DistillLoss):
     [
         (Detached, "x reaches the student"),
         (Dead, "x is finite and not zero"),
-        (Offset, "x is zero where student equals teacher"),
+        (Offset, "x is zero if student equals teacher"),
     ],
 )
 def test_a_loss_that_does_nothing_or_the_wrong_thing_is_found(batch, loss, finding):
@@ -153,13 +153,26 @@ def test_a_loss_that_does_nothing_or_the_wrong_thing_is_found(batch, loss, findi
 
 def test_shares_of_the_gradient_follow_the_weights(batch):
     student, teacher = _pair()
-    losses = _losses(student, teacher, ("obj_kd", "feat_mse"))
-    shares = [
-        preflight(student, teacher, losses, batch, weights={"obj_kd": weight})[-1].detail for weight in (0.0, 1.0, 1e6)
-    ]
+    losses, shares = _losses(student, teacher, ("obj_kd", "feat_mse")), []
+    losses["feat_mse"].weight = 1.0
+    for weight in (0.0, 1.0, 1e6):
+        losses["obj_kd"].weight = weight
+        shares.append(preflight(student, teacher, losses, batch)[-1].detail)
     assert "obj_kd 0.0%" in shares[0]
     assert "obj_kd 100.0%" in shares[2]
     assert len(set(shares)) == 3
+
+
+def test_a_fixed_weight_that_drowns_the_labels_is_told_with_the_remedy(batch):
+    student, teacher = _pair()
+    losses = _losses(student, teacher, ("obj_kd",))
+    task = DetectionLoss(_shape(student).anchors, STRIDES, 3)
+    losses["obj_kd"].weight = 1e6
+    drowned = [check for check in preflight(student, teacher, losses, batch, task=task) if not check.ok]
+    assert [check.name for check in drowned] == ["obj_kd leaves room for the labels"]
+    assert "write obj_kd: auto" in drowned[0].detail
+    losses["obj_kd"].weight = None
+    assert all(check.ok for check in preflight(student, teacher, losses, batch, task=task))
 
 
 def test_the_gradient_at_the_neck_is_that_of_autograd():

@@ -10,7 +10,7 @@ from compress.models import LAYOUTS, Architecture, YOLOv5, complexity, load_mode
 from compress.models.activations import Activation
 from compress.models.architecture import Layer
 from compress.models.blocks import Block, Conv, batch_norm, fused, scale_and_shift
-from compress.models.network import BLOCKS, network_without_memory
+from compress.models.network import BLOCKS, network_on_meta_device
 
 
 class Ghost(Block):
@@ -57,7 +57,7 @@ def test_a_new_block_needs_its_class_and_its_name(ghost: Architecture, tmp_path:
 
 
 def test_a_new_blocks_cost_is_counted(ghost: Architecture) -> None:
-    conv, cells = network_without_memory(ghost).model[9].cv1.conv, (64 // 32) ** 2
+    conv, cells = network_on_meta_device(ghost).model[9].cv1.conv, (64 // 32) ** 2
     inputs, half = conv.in_channels, conv.out_channels
     with_sppf = complexity(Architecture.of_scale("p", ("bolt", "nut")), (64, 64)).macs
     sppf, own = inputs * inputs // 2 + 4 * inputs // 2 * 2 * half, inputs * half + 25 * half

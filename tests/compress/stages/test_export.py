@@ -130,7 +130,7 @@ def test_the_card_inside_says_what_the_graph_does(exported):
 
 
 def test_boxes_are_the_host_nms_of_torch_rows(student, exported):
-    """The finished boxes of the file are those of decode and greedy NMS on the host, but for ties."""
+    """The finished boxes of the file are those of decode and greedy NMS on the host, except for ties."""
     canvas, _ = canvas_of(student.data.images[0][1], (SIZE, SIZE))
     session = onnxruntime.InferenceSession(exported[0].model_onnx)
     found = session.run(None, {"canvas": canvas})[0][0]
@@ -183,7 +183,7 @@ def test_without_images_the_check_runs_on_noise_and_says_that_candidates_are_unm
 
 
 def ranked(good_at: int) -> RankedRows:
-    """600 rows of falling score: the right box is row `good_at`, the others lie apart and are wrong."""
+    """600 rows of falling score: the right box is row `good_at`, the others do not overlap it and are wrong."""
     corner = np.stack([np.arange(600) % 30 * 20.0, np.arange(600) // 30 * 20.0], 1)
     boxes = np.concatenate([corner, corner + 4], 1).astype(np.float32)
     boxes[good_at] = [300, 500, 340, 560]

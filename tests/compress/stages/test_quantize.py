@@ -63,7 +63,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 class FixedGate:
-    """Accuracy by precision, else 0.5; every candidate takes `ratios` times the reference's time, round by round."""
+    """Accuracy by precision, else 0.5; every other takes `ratios` times the reference's time, round by round."""
 
     def __init__(self, maps: Mapping[str, float], ratios: Sequence[float]) -> None:
         self.maps, self.ratios = maps, ratios
@@ -72,8 +72,8 @@ class FixedGate:
     def accuracy(self, path: Path) -> float:
         return self.maps.get(read_card(onnx.load(path), path.name).precision, 0.5)
 
-    def latency(self, reference: Path, candidate: Path) -> LatencyRatio:
-        self.timed.append(f"{reference.name} {candidate.name}")
+    def latency(self, reference: Path, other: Path) -> LatencyRatio:
+        self.timed.append(f"{reference.name} {other.name}")
         times = Durations.of(np.ones(20))
         low, middle, high = np.percentile(self.ratios, (2.5, 50, 97.5))
         return LatencyRatio(middle, low, high, tuple(self.ratios), times, times)

@@ -34,7 +34,7 @@ def quiet(_line: str) -> None: ...
 
 
 class Stop(BaseException):
-    """Stands for a kill: nothing in the product catches it."""
+    """Raised in place of a kill: nothing in the product catches it."""
 
 
 def stop_at(start: str):
@@ -200,13 +200,13 @@ def test_training_stops_early_without_a_better_fitness(
     tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitness = iter([0.5, 0.4, 0.3, 0.2, 0.1])
-    real = loop.validate
+    real = loop.evaluate
 
     class Worse:
         def __init__(self, found: loop.ValResult) -> None:
             self.yolo, self.loss, self.fitness = found.yolo, found.loss, next(fitness)
 
-    monkeypatch.setattr(loop, "validate", lambda *a, **k: Worse(real(*a, **k)))
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: Worse(real(*a, **k)))
     settings = config(epochs=9, val_interval=1, patience=2)
     result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
     assert result.epochs == 3

@@ -27,7 +27,7 @@ def test_columns_are_those_of_yolov5() -> None:
 
 def test_distillation_terms_stand_behind_yolov5s_columns() -> None:
     assert columns((*PLAIN, "obj_kd"))[:14] == columns(PLAIN)
-    assert columns((*PLAIN, "obj_kd"))[14:] == ("train/obj_kd_loss",)
+    assert columns((*PLAIN, "obj_kd"))[14:] == ("train/obj_kd_loss", "share/obj_kd")
 
 
 def test_what_was_not_measured_is_empty_in_the_table(tmp_path: Path) -> None:

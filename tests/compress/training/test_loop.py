@@ -130,12 +130,16 @@ def test_teacher_and_student_see_the_same_images_once_a_batch(tmp_path: Path) ->
 
 
 def test_distillation_terms_shrink_with_the_epochs_and_detection_terms_do_not(tmp_path: Path) -> None:
-    made = trainer(config(decay_to=0.25, optimizer={"nominal_batch": 4000}), tmp_path, distils=True)
+    losses = {"feat_mse": {"weight": 1.0, "until": 0.5}}
+    made = trainer(config(losses=losses, optimizer={"nominal_batch": 4000}), tmp_path, distils=True)
     first = made.train_batch(batch(0), 0)
-    made.state.epoch = made.config.epochs - 1
+    made.state.epoch = 1  # of 4: half of the way to the end of the loss
+    half = made.train_batch(batch(0), 0)
+    made.state.epoch = 2
     last = made.train_batch(batch(0), 0)
     assert made.objective.terms == ("box", "obj", "cls", "feat_mse")
-    torch.testing.assert_close(last[3:], 0.25 * first[3:], rtol=1e-3, atol=0)
+    torch.testing.assert_close(half[3:], 0.5 * first[3:], rtol=1e-3, atol=0)
+    assert float(last[3]) == 0.0
     torch.testing.assert_close(last[:3], first[:3], rtol=1e-3, atol=1e-6)
 
 
@@ -153,11 +157,11 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Fitnesses that the next validations find."""
     found: list[float] = []
 
-    def validate(*_: object, **__: object) -> SimpleNamespace:
+    def evaluate(*_: object, **__: object) -> SimpleNamespace:
         figures = SimpleNamespace(precision=0.5, recall=0.5, map50=0.5, map50_95=0.5)
         return SimpleNamespace(yolo=figures, loss=None, fitness=found.pop(0))
 
-    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     return found
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.config import PRESETS, AugmentConfig, OptimizerConfig
-from compress.training.schedule import Schedule, blend, distill_factor, mosaic_epochs
+from compress.training.schedule import Schedule, blend, fading_factor, mosaic_epochs
 
 RUNS = {"linear": {}, "cosine": {"schedule": "cosine"}, "adam": {"name": "adam"}}
 
@@ -55,12 +55,16 @@ def test_mosaic_closes_for_a_fifth_of_the_epochs_at_most() -> None:
     assert [mosaic_epochs(config, n) for n in (100, 50, 20, 4)] == [90, 40, 16, 4]
 
 
-def test_distillation_weight_falls_from_one_to_its_goal() -> None:
-    factors = [distill_factor(epoch, 10, 0.1) for epoch in range(10)]
-    assert factors[0] == pytest.approx(1.0)
-    assert factors[-1] == pytest.approx(0.1)
+def test_a_loss_fades_from_one_to_nothing_at_its_part_of_the_epochs() -> None:
+    factors = [fading_factor(epoch, 10, 0.7) for epoch in range(10)]
+    assert factors[0] == 1.0
+    assert factors[7:] == pytest.approx([0.0, 0.0, 0.0])
     assert factors == sorted(factors, reverse=True)
-    assert distill_factor(0, 1, 0.1) == 1.0
+    assert factors[6] > 0
+
+
+def test_a_loss_that_stays_has_factor_one_to_the_end() -> None:
+    assert [fading_factor(epoch, 10, 1.0) for epoch in range(10)] == [1.0] * 10
 
 
 @given(

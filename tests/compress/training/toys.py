@@ -42,7 +42,7 @@ def quiet(_line: str) -> None: ...
 
 
 def config(*, optimizer: dict[str, Any] | None = None, **changes: Any) -> DistillConfig:
-    base = {"epochs": 4, "batch": 4, "imgsz": SIDE, "workers": 0, "tensorboard": False, "losses": {"feat_mse": 1.0}}
+    base = {"epochs": 4, "batch": 4, "imgsz": SIDE, "workers": 0, "tensorboard": False, "losses": {"feat_mse": 0.1}}
     optimizer_config = OptimizerConfig.model_validate(SGD | (optimizer or {}))
     return DistillConfig.model_validate(base | {"optimizer": optimizer_config, "augment": AugmentConfig()} | changes)
 
@@ -58,9 +58,9 @@ def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: boo
     """A training of `images` images that is about to take its first batch."""
     student, teacher_model = network(seed=seed), network("n", seed=1) if distils else None
     losses = build_losses(student, teacher_model, settings) if teacher_model else {}
-    objective = Objective(student, detection_loss(student, settings), losses, settings.weights)
+    objective = Objective(student, detection_loss(student, settings), losses)
     teacher = Teacher(teacher_model, "cpu") if teacher_model else None
-    job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher, settings.decay_to)
+    job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher)
     return Trainer(job, "cpu", quiet)
 
 

@@ -35,12 +35,12 @@ def worse_each_time() -> Callable[..., Any]:
 
 
 ENDINGS: dict[str, Callable[[], None]] = {
-    "validation": lambda: setattr(loop, "validate", fail(EdgestillError("an image cannot be read"))),
-    "bug in validation": lambda: setattr(loop, "validate", fail(ValueError("a bug"))),
+    "validation": lambda: setattr(loop, "evaluate", fail(EdgestillError("an image cannot be read"))),
+    "bug in validation": lambda: setattr(loop, "evaluate", fail(ValueError("a bug"))),
     "step of the second": lambda: None if FIRST else setattr(Trainer, "step", fail(EdgestillError("not finite"))),
     "step of the first": lambda: setattr(Trainer, "step", fail(EdgestillError("not finite"))) if FIRST else None,
-    "interrupt": lambda: setattr(loop, "validate", fail(KeyboardInterrupt())),
-    "early stop": lambda: setattr(loop, "validate", worse_each_time()),
+    "interrupt": lambda: setattr(loop, "evaluate", fail(KeyboardInterrupt())),
+    "early stop": lambda: setattr(loop, "evaluate", worse_each_time()),
 }
 
 

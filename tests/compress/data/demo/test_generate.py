@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_generated_set_is_a_valid_dataset(made: Path) -> None:
     data = load_data(made)
     assert data.names == tuple(PARTS)
-    assert {split: len(images) for split, images in data.splits.items()} == {"train": 16, "val": 4}
+    assert {split: len(images) for split, images in data.splits.items()} == {"train": 16, "val": 4, "test": 4}
     index = index_dataset(data, ("train",)).splits["train"]
     assert not index.problems
     assert {sample.size_hw for sample in index.samples} == {(160, 192)}

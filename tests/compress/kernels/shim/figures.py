@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 cases = 0
-"""Comparisons with the definition in float64."""
+"""Comparisons with the reference in float64."""
 largest: dict[str, float] = {}
 """Dtype -> largest relative L2 error of a gradient."""
 compiled: dict[str, set[str]] = {}
@@ -24,7 +24,7 @@ def compared(dtype: object, error: float) -> None:
 
 
 def line() -> str:
-    """Empty where nothing was seen."""
+    """Empty if nothing was seen."""
     parts = []
     if compiled:
         entries = max(map(len, compiled.values()))

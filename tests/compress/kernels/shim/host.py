@@ -92,7 +92,7 @@ class Library:
     def launch(
         self, kernel: str, grid: int, block: int, args: bytes, *, shared: int = 0, cluster: int = 1, seed: int = 0
     ) -> Counters:
-        """Run the kernel to its end; raises ShimError where it, or the launch, is wrong."""
+        """Run the kernel to its end; raises ShimError when it, or the launch, is wrong."""
         args = bytes(args)
         if len(args) != self.size_of(kernel):
             raise ValueError(f"{kernel} takes {self.size_of(kernel)} bytes of arguments, got {len(args)}")
@@ -107,7 +107,7 @@ class Library:
 
 
 def compiler() -> str | None:
-    """The C++ compiler, $CXX or g++; None where there is none."""
+    """The C++ compiler, $CXX or g++; None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -138,7 +138,7 @@ def build(
 
 @functools.cache
 def _library(path: Path) -> Library:
-    """One object a file: its lock guards the shim's state, of which a file has one."""
+    """One object per file: its lock guards the shim's state, of which a file has one."""
     return Library(path)
 
 
@@ -184,7 +184,7 @@ def _headers_of(source: Path) -> list[Path]:
 
 def _compile(source: Path, text: str, headers: Mapping[str, str], flags: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{source.stem}-") as work:
-        # A quoted include looks beside its file first, so replaced headers must lie beside a copy of the source.
+        # A quoted include looks beside its file first, so replaced headers must be beside a copy of the source.
         for path in _headers_of(source):
             (Path(work) / path.name).write_text(headers.get(path.name, path.read_text()))
         (Path(work) / source.name).write_text(f'#line 1 "{source.name}"\n{text}')
@@ -203,7 +203,7 @@ def _version() -> str:
 
 @functools.cache
 def _runtime_library(name: str) -> str:
-    """Full path of a library of the compiler; empty where it is absent."""
+    """Full path of a library of the compiler; empty if it is absent."""
     command = [compiler() or "g++", f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return path if Path(path).is_absolute() else ""
@@ -211,7 +211,7 @@ def _runtime_library(name: str) -> str:
 
 @functools.cache
 def _cache() -> Path:
-    """Where built libraries are kept, those of a week without use removed."""
+    """If built libraries are kept, those of a week without use removed."""
     folder = Path(os.environ.get("EDGESTILL_SHIM_CACHE", REPOSITORY / ".pytest_cache" / "d" / "edgestill-shim"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The result that a kernel must give, by the definition in float64 on the same rounded inputs, and the gates."""
+"""The result that a kernel must give, by the reference in float64 on the same rounded inputs, and the tolerances."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from compress.kernels.fused import FusedLoss
 from shim import figures
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-GRADIENT_GATE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 """Relative L2 error; in half precision it is the rounding of the stored gradient."""
-LOSS_GATE = 2e-5
+LOSS_TOLERANCE = 2e-5
 """Relative."""
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -58,13 +58,13 @@ def upstream(students: Sequence[Tensor]) -> Tensor:
     return torch.tensor(8.0 * max(s.numel() for s in students), device=students[0].device)
 
 
-def truth(definition: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int] = (0,)) -> Result:
-    """Loss and gradients by autograd of the definition in float64; `arguments` end with the upstream gradient."""
-    return by_autograd(definition, arguments, learns, torch.float64)
+def truth(reference: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int] = (0,)) -> Result:
+    """Loss and gradients by autograd of the reference in float64; `arguments` end with the upstream gradient."""
+    return by_autograd(reference, arguments, learns, torch.float64)
 
 
 def by_autograd(
-    definition: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int], dtype: torch.dtype | None
+    reference: Callable[..., Tensor], arguments: Sequence[Any], learns: Sequence[int], dtype: torch.dtype | None
 ) -> Result:
     """In `dtype`, or as the arguments are: then it is what eager torch gives."""
 
@@ -78,13 +78,13 @@ def by_autograd(
     for place in learns:
         inputs[place] = [tensor.detach().clone().requires_grad_() for tensor in inputs[place]]
         learners += inputs[place]
-    loss = definition(*inputs)
+    loss = reference(*inputs)
     factor = torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
     return Result(loss.detach(), list(torch.autograd.grad(loss, learners, factor)))
 
 
 def kernels_of(loss: FusedLoss) -> Callable[..., Result]:
-    """The loss as a function of a device, the arguments, and options of its host half."""
+    """The loss as a function of a device, the arguments, and options of its launcher."""
     return lambda device, *arguments, **options: Result(*loss.run(device, arguments, **options))
 
 
@@ -93,7 +93,7 @@ def by_kernels(kernels: Callable[..., Result], device: Any, arguments: Sequence[
 
 
 def gradient_error(found: Tensor, true: Tensor) -> float:
-    """Relative L2 error; absolute where the truth is 0."""
+    """Relative L2 error; absolute if the truth is 0."""
     norm = true.norm().item()
     return ((found.double() - true).norm() / (norm or 1.0)).item()
 
@@ -114,23 +114,23 @@ def same_bits(first: Result, *others: Result) -> bool:
 
 def check(
     kernels: Callable[..., Result],
-    definition: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
     device: Any,
     arguments: Sequence[Any],
     learns: Sequence[int] = (0,),
 ) -> tuple[float, float]:
-    """Assert that kernels agree with the truth within the gates, and are no worse than twice eager torch."""
-    found, true = by_kernels(kernels, device, arguments), truth(definition, arguments, learns)
+    """Assert that kernels agree with the truth within the tolerances, and are no worse than twice eager torch."""
+    found, true = by_kernels(kernels, device, arguments), truth(reference, arguments, learns)
     learners = [tensor for place in learns for tensor in arguments[place]]
     assert found.loss.dtype == torch.float32
     loss, gradient = errors(found, true)
-    gate = GRADIENT_GATE[arguments[0][0].dtype]
-    assert loss <= LOSS_GATE, f"loss off by {loss:.1e}: {found.loss.item()} instead of {true.loss.item()}"
-    eager = by_autograd(definition, arguments, learns, None)
+    tolerance = GRADIENT_TOLERANCE[arguments[0][0].dtype]
+    assert loss <= LOSS_TOLERANCE, f"loss off by {loss:.1e}: {found.loss.item()} instead of {true.loss.item()}"
+    eager = by_autograd(reference, arguments, learns, None)
     for f, t, e, learner in zip(found.gradients, true.gradients, eager.gradients, learners, strict=True):
         assert f.shape == learner.shape
         error = gradient_error(f, t)
-        assert error <= gate, f"gradient {tuple(f.shape)} off by {error:.1e}"
-        assert error <= max(2 * gradient_error(e, t), gate / 4), f"worse than twice eager: {error:.1e}"
+        assert error <= tolerance, f"gradient {tuple(f.shape)} off by {error:.1e}"
+        assert error <= max(2 * gradient_error(e, t), tolerance / 4), f"worse than twice eager: {error:.1e}"
     figures.compared(arguments[0][0].dtype, gradient)
     return loss, gradient

@@ -36,7 +36,7 @@ extern "C" __global__ void round_to_int(const Arrays args) {
 SHIM_KERNEL(round_to_int, Arrays)
 
 struct ShuffleArgs {
-    void* out;    // one value a lane
+    void* out;    // one value per lane
     unsigned op;  // 0 index, 1 up, 2 down, 3 xor
     int operand, width;
     unsigned mask;

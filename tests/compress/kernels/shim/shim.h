@@ -182,7 +182,7 @@ struct Machine {
     const void* args = nullptr;
 
     Fiber* current = nullptr;
-    Block* loaded = nullptr;  // whose static shared arrays lie in the thread-local segment now
+    Block* loaded = nullptr;  // whose static shared arrays are in the thread-local segment now
     Barrier cluster_barrier;
     unsigned live = 0;
     std::vector<Block> blocks;

@@ -44,7 +44,7 @@ class NmsSettings(NamedTuple):
     multi_label: bool = True
 
 
-class Found(NamedTuple):
+class ImageResult(NamedTuple):
     """One image's outcome, all in pixels of the original image."""
 
     sample: Sample
@@ -65,11 +65,11 @@ class ValResult:
     yolo: YoloMetrics
     """Figures by YOLOv5's protocol."""
     coco: Accuracy | None
-    """Figures by COCO's protocol; None where they were not wanted."""
+    """Figures by COCO's protocol; None if they were not wanted."""
     loss: tuple[float, float, float] | None
-    """Mean box, objectness and class loss, where a loss was given."""
+    """Mean box, objectness and class loss, if a loss was given."""
     speed_ms: Mapping[str, float]
-    """Milliseconds an image: load (waiting for decoded, letterboxed images), preprocess, inference, nms."""
+    """Milliseconds per image: load (waiting for decoded, letterboxed images), preprocess, inference, nms."""
     images: int
 
     @property
@@ -77,7 +77,7 @@ class ValResult:
         return fitness(self.yolo.map50, self.yolo.map50_95)
 
 
-def validate(
+def evaluate(
     model: YOLOv5,
     samples: Sequence[Sample],
     *,
@@ -94,8 +94,8 @@ def validate(
 ) -> ValResult:
     """Measure `model` (left as it is: a fused copy runs) on `samples`.
 
-    `half` runs the network in float16 where the device is a GPU. `annotations` is a COCO JSON that takes the place of
-    the text labels in the COCO figures (it knows crowd regions; text labels do not).
+    `half` runs the network in float16 on a GPU. `annotations` is a COCO JSON that replaces the text labels in the COCO
+    figures (it has crowd regions; text labels do not).
 
     Raises UsageError when the model does not take images of `imgsz` pixels.
     """
@@ -104,10 +104,8 @@ def validate(
     limit_threads()
     where = device if isinstance(device, torch.device) else pick_device(device)
     runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
-    batches = val_batches(
-        by_aspect(samples) if rect else samples,
-        imgsz=imgsz, batch=batch, rect=rect, stride=max(model.strides), workers=workers,
-    )  # fmt: skip
+    stride = max(model.strides)
+    batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
     found = [one for batch_found in map(runner, runner.timed(batches)) for one in batch_found]
     names = model.arch.names
     return ValResult(
@@ -119,18 +117,8 @@ def validate(
     )
 
 
-def by_aspect(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples by height/width as YOLOv5 sorts them, so that rectangular batches hold the same images.
-
-    The sort is NumPy's default, which orders equal ratios in its own way; a stable one puts other images into a batch's
-    wider shape and moves mAP50 of yolov5n on COCO128 by 0.002.
-    """
-    ratios = np.array([sample.size_hw[0] / sample.size_hw[1] for sample in samples])
-    return [samples[index] for index in np.argsort(ratios)]
-
-
 class _Runner:
-    """Takes batches through the network and NMS on one device, and keeps the time and the loss."""
+    """Runs batches through the network and NMS on one device, and adds up the time and the loss."""
 
     def __init__(self, model: YOLOv5, nms: NmsSettings, device: torch.device, *, half: bool, loss: Loss | None) -> None:
         self._model = to_device(model.fuse().eval().float(), device)
@@ -142,7 +130,7 @@ class _Runner:
         return self.watch.waits("load", batches)
 
     @torch.inference_mode()
-    def __call__(self, batch: ValBatch) -> list[Found]:
+    def __call__(self, batch: ValBatch) -> list[ImageResult]:
         with self.watch.phase("preprocess"):
             images = as_network_input(batch.images, self._device)
         with self.watch.phase("inference"):
@@ -150,7 +138,7 @@ class _Runner:
         with self.watch.phase("nms"):
             boxes = [self._boxes(rows[i], batch, i) for i in range(len(batch.samples))]
         labels = (batch_labels(batch, i) for i in range(len(batch.samples)))
-        return [Found(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
+        return [ImageResult(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.float16, enabled=self._half):
@@ -181,13 +169,13 @@ def as_network_input(images: Tensor, device: torch.device) -> Tensor:
 
 def to_original(boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int) -> NDArray[np.float32]:
     """Boxes (n, 4) of one image, from pixels of the batch to those of the original image."""
-    return unletterbox(boxes_xyxy, batch.gains[index], batch.pads_wh[index], batch.sizes_hw[index])
+    return unletterbox(boxes_xyxy, batch.gains[index], batch.pads_wh[index], batch.samples[index].size_hw)
 
 
 def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
     """(m, 5) class x1 y1 x2 y2 of one image, in its original pixels.
 
-    They come back from the batch, as YOLOv5's do: its clipping and rounding decide matches at IoU 0.95.
+    Recomputed from the batch's targets, as in YOLOv5: the clipping and rounding there decide matches at IoU 0.95.
     """
     height, width = batch.images.shape[2:]
     rows = batch.targets[batch.targets[:, 0] == index].numpy()
@@ -195,7 +183,7 @@ def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
     return np.concatenate([rows[:, 1:2], to_original(boxes, batch, index)], axis=1)
 
 
-def yolo_metrics(found: Sequence[Found]) -> YoloMetrics:
+def yolo_metrics(found: Sequence[ImageResult]) -> YoloMetrics:
     """Precision, recall and AP by YOLOv5's matching and integration."""
     hits = [match(one.boxes, one.labels) for one in found]
     boxes = np.concatenate([one.boxes for one in found])
@@ -204,7 +192,7 @@ def yolo_metrics(found: Sequence[Found]) -> YoloMetrics:
     )
 
 
-def coco_metrics(found: Sequence[Found], names: Sequence[str], annotations: Path | None = None) -> Accuracy:
+def coco_metrics(found: Sequence[ImageResult], names: Sequence[str], annotations: Path | None = None) -> Accuracy:
     """AP by COCO's protocol, against the text labels or the given COCO JSON."""
     samples = [one.sample for one in found]
     truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)

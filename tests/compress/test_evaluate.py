@@ -10,16 +10,16 @@ from compress.data import Dataset, load_data
 from compress.data.dataset import Sample
 from compress.data.index import index_dataset
 from compress.data.loader import val_batches
+from compress.evaluate import (
+    ImageResult,
+    batch_labels,
+    coco_metrics,
+    evaluate,
+    yolo_metrics,
+)
 from compress.models.checkpoint import load_model
 from compress.training.objective import detection_loss
 from compress.training.prepare import new_model
-from compress.validate import (
-    Found,
-    batch_labels,
-    coco_metrics,
-    validate,
-    yolo_metrics,
-)
 from runtime.boxes import xywh_to_xyxy
 
 
@@ -28,16 +28,16 @@ def samples(tiny_data: Dataset) -> tuple[Sample, ...]:
     return tiny_data.splits["val"].samples
 
 
-def perfect(samples: tuple[Sample, ...]) -> list[Found]:
+def perfect(samples: tuple[Sample, ...]) -> list[ImageResult]:
     """Each label as a detection of score 0.9."""
     return [one._replace(boxes=np.insert(one.labels[:, [1, 2, 3, 4, 0]], 4, 0.9, axis=1)) for one in blind(samples)]
 
 
-def blind(samples: tuple[Sample, ...]) -> list[Found]:
+def blind(samples: tuple[Sample, ...]) -> list[ImageResult]:
     """Labels, and nothing detected."""
     (batch,) = val_batches(samples, imgsz=64, batch=len(samples), stride=32)
     nothing = np.zeros((0, 6), np.float32)
-    return [Found(sample, nothing, batch_labels(batch, i)) for i, sample in enumerate(batch.samples)]
+    return [ImageResult(sample, nothing, batch_labels(batch, i)) for i, sample in enumerate(batch.samples)]
 
 
 def test_labels_return_from_the_batch_to_original_pixels(samples: tuple[Sample, ...]) -> None:
@@ -65,7 +65,7 @@ def test_the_model_is_left_as_it_is_and_every_span_is_timed(samples: tuple[Sampl
     model = new_model(tiny_data.names, scale="p", weights=None, log=lambda _: None).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     loss = detection_loss(model, TrainConfig(imgsz=64))
-    result = validate(model, samples, imgsz=64, batch=3, device="cpu", loss=loss)
+    result = evaluate(model, samples, imgsz=64, batch=3, device="cpu", loss=loss)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert set(result.speed_ms) == {"load", "preprocess", "inference", "nms"}
@@ -85,7 +85,7 @@ def test_yolov5n_on_coco128_scores_what_the_original_scores(
 ) -> None:
     data = load_data(shared / "data" / "coco128" / "data.yaml")
     samples = index_dataset(data, ("val",)).splits["val"].samples
-    result = validate(
+    result = evaluate(
         load_model(weights), samples, imgsz=640, batch=batch, rect=rect, device="cpu",
         annotations=shared / "data" / "coco128" / "annotations" / "instances.json",
     )  # fmt: skip

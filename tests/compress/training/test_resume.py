@@ -10,7 +10,7 @@ import pytest
 from compress.config import TrainConfig
 from compress.data import Dataset
 from compress.data.dataset import Index
-from compress.training.origin import Origin, origin_of, read_resume
+from compress.training.resume import Origin, origin_of, read_resume
 from compress.training.state import STATE, save_state
 from runtime.errors import InputError, UsageError
 

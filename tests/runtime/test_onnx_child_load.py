@@ -5,8 +5,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtime import Detector, child_process
-from runtime.backends import onnx, onnx_trial
-from runtime.backends.onnx_trial import load_in_child
+from runtime.backends import onnx, onnx_child_load
+from runtime.backends.onnx_child_load import load_in_child
 from runtime.errors import InputError
 
 
@@ -48,7 +48,7 @@ def test_a_reader_that_never_ends_is_stopped(toys, tmp_path, monkeypatch):
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setattr(child_process.sys, "executable", str(script))
-    monkeypatch.setattr(onnx_trial, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(onnx_child_load, "CPU_SECONDS", 0.2)
     with pytest.raises(InputError, match="takes more than"):
         load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.graph.safe_load import read_model
+from compress.graph.untrusted_onnx import read_model
 from runtime.errors import InputError
 
 

@@ -1,4 +1,4 @@
-"""What a training started from. A state of it is resumed only where it would start from the same."""
+"""Resume: what a training started from, and the rule that its state goes on only from the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Origin:
     scale: str | None
     device: str
     facts: dict[str, Any]
-    """What must be equal, by the name that a message gives it; None where nothing was said."""
+    """Facts that must be equal, by the name that a message gives them; None if nothing was said."""
 
 
 def origin_of(

@@ -1,6 +1,6 @@
-"""Read an ONNX file that may come from anyone.
+"""Read an ONNX file that may come from anyone, without risk to this process.
 
-Parsing, checking and loading ONNX have crashed or exhausted memory in ways that no checker foresees (zero strides,
+Parsing, checking and loading ONNX have crashed or used all memory in ways that no checker finds first (zero strides,
 deep local functions, 85 bytes that expand to terabytes). So a child process with limits on memory and time tries the
 bytes first, with our own list of operators, the full checker, and ONNX Runtime's loader. Only bytes that the child
 accepted are parsed here, and they are the same bytes: the file is read once.
@@ -8,15 +8,15 @@ accepted are parsed here, and they are the same bytes: the file is read once.
 
 from __future__ import annotations
 
-import subprocess
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 
-from runtime.backends.onnx_trial import load_error
-from runtime.child_process import limit, run_child
+from runtime.backends.onnx_child_load import load_error
+from runtime.child_process import answer, limit, refusal
 from runtime.errors import InputError, one_line
 
 MAX_BYTES = 1 << 30
@@ -41,11 +41,10 @@ ALLOWED = frozenset(_STANDARD.split())
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The model in `path`. Raises `InputError` when the limited child process refuses it or ends on it."""
+    """The model in `path`. Raises `InputError` when the limited child process refuses the file or crashes on it."""
     data = _read_bytes(path)
-    verdict = _judge(data)
-    if verdict:
-        raise InputError(f"{path.name} is not an ONNX model that edgestill can use: {verdict}", _REMEDY)
+    if reason := refusal("from compress.graph.untrusted_onnx import main; main()", data, _CPU_SECONDS):
+        raise InputError(f"{path.name} is not an ONNX model that edgestill can use: {reason}", _REMEDY)
     return onnx.ModelProto.FromString(data)
 
 
@@ -59,21 +58,6 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "Give an existing .onnx file") from error
-
-
-def _judge(data: bytes) -> str:
-    """The reason why the child refused the bytes; empty when it accepted them."""
-    try:
-        done = run_child("from compress.graph.safe_load import main; main()", data=data, timeout_s=2 * _CPU_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"loading it takes more than {2 * _CPU_SECONDS} s"
-    if done.returncode == 0:
-        return ""
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    if done.returncode == 1 and lines:
-        return lines[-1]
-    cause = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-    return f"loading it ended the child process ({cause}: a crash, or more memory or time than allowed)"
 
 
 def problems(model: onnx.ModelProto) -> Iterator[str]:
@@ -109,11 +93,9 @@ def _node_problems(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _tensor_problems(tensor: onnx.TensorProto) -> Iterator[str]:
-    elements = 1
-    for side in tensor.dims:
-        elements *= max(side, 0)
+    elements = math.prod(max(side, 0) for side in tensor.dims)
     if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-        yield f"tensor {tensor.name!r} lies in another file"
+        yield f"tensor {tensor.name!r} is stored in another file"
     if elements > MAX_ELEMENTS or any(side < 0 for side in tensor.dims):
         yield f"tensor {tensor.name!r} declares shape {list(tensor.dims)}"
 
@@ -136,11 +118,10 @@ def _load(data: bytes) -> str:
 
 
 def main() -> None:
-    """The child: exit 0 when the bytes on standard input are accepted, else 1 and the reason on standard output."""
+    """The child: judges the bytes on standard input."""
     limit(_MEMORY_BYTES, _CPU_SECONDS)
     try:
-        verdict = _load(sys.stdin.buffer.read(MAX_BYTES + 1))
+        reason = _load(sys.stdin.buffer.read(MAX_BYTES + 1))
     except MemoryError:
-        verdict = f"loading it takes more than {_MEMORY_BYTES >> 30} GiB"
-    print(verdict)
-    sys.exit(1 if verdict else 0)
+        reason = f"loading it takes more than {_MEMORY_BYTES >> 30} GiB"
+    answer(reason)

@@ -1,18 +1,17 @@
 """Load a foreign ONNX file first in a child process with limits on memory and time.
 
 Files that pass every checker have crashed ONNX Runtime while it loads them, or made it allocate gigabytes for a file of
-a hundred bytes. Here only the child crashes. This protects from broken files and does not judge the model: files with
-an edgestill card skip it, because they come from our own export.
+a hundred bytes. Here only the child crashes. This protects from broken files and does not check the model. Files with
+an edgestill card skip it, because edgestill exported them.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from runtime.child_process import last_line, limit, run_child
+from runtime.child_process import answer, limit, refusal
 from runtime.errors import InputError, one_line
 from runtime.files import is_utf8
 
@@ -23,28 +22,17 @@ REMEDY = "Do not use this file; export it again from a checkpoint that you trust
 
 def load_in_child(path: Path) -> None:
     """Raises InputError when the file does not load within the limits."""
-    try:
-        done = run_child(
-            "from runtime.backends.onnx_trial import main; main()",
-            data=os.fsencode(path.resolve()),
-            timeout_s=2 * CPU_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{path}: loading it takes more than {2 * CPU_SECONDS} s", REMEDY) from None
-    if done.returncode == 0:
-        return
-    if done.returncode < 0:
-        raise InputError(f"{path}: loading it crashes the reader (signal {-done.returncode})", REMEDY)
-    raise InputError(f"{path}: ONNX Runtime cannot load it: {last_line(done)}")
+    statement = "from runtime.backends.onnx_child_load import main; main()"
+    if reason := refusal(statement, os.fsencode(path.resolve()), CPU_SECONDS):
+        raise InputError(f"{path}: {reason}", REMEDY)
 
 
 def main() -> None:
-    """The child: exit 0 when the file whose path is on standard input loads."""
+    """The child: accepts the file whose path is on standard input when it loads."""
     path = os.fsdecode(sys.stdin.buffer.read())
     limit(MEMORY_BYTES, CPU_SECONDS)
-    if reason := load_error(path if is_utf8(Path(path)) else Path(path).read_bytes()):
-        print(reason, file=sys.stderr)
-        sys.exit(1)
+    reason = load_error(path if is_utf8(Path(path)) else Path(path).read_bytes())
+    answer(reason and f"ONNX Runtime cannot load it: {reason}")
 
 
 def load_error(model: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""`edgestill val`: the accuracy of a checkpoint, or of a file that ships."""
+"""`edgestill val`: the accuracy of a checkpoint, or of a file that runs on the device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from benchmarks.rows import plain
 from compress.compute.numerics import flush_denormals
 from compress.data import DataConfig, index_dataset, load_data
 from compress.data.class_names import class_conflict
+from compress.evaluate import NmsSettings, evaluate
 from compress.inputs import validation_of
 from compress.models import load_model
-from compress.validate import NmsSettings, validate
 from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 ANNOTATIONS = Path("annotations", "instances.json")
-"""Beside the images of a data set that was made from COCO: knows crowd regions, which text labels cannot say."""
+"""COCO JSON beside the images of a data set that was made from COCO: it has crowd regions, which text labels lack."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FileAccuracy:
             )
         if self.speed_ms:
             spans = "  ".join(f"{name} {ms:.1f}" for name, ms in self.speed_ms.items())
-            lines.append(f"speed   {spans}  ms an image")
+            lines.append(f"speed   {spans}  ms per image")
         return "\n".join(lines)
 
 
@@ -81,7 +81,7 @@ def validate_file(
     truth = annotations or _annotations_of(config)
     samples = index_dataset(config, [split]).splits[split].samples
     nms = NmsSettings(conf, iou, max_det, not single_label)
-    found = validate(
+    found = evaluate(
         model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device, half=half, annotations=truth
     )
     assert found.coco is not None

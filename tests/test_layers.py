@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom, and what the device half may load."""
+"""Which package may import which, and what the runtime may load."""
 
 from __future__ import annotations
 

@@ -1,0 +1,276 @@
+"""Start a student from slices of a larger network: weight inheritance.
+
+In: a source network, and a student of the same layout that is nowhere wider. Out: the student, each of whose layers has
+those channels of the source's layer whose BatchNorm has the largest |gamma|, with all weights between kept channels.
+A slice changes what every channel sees, so `recalibrate` then measures the BatchNorm statistics afresh, and `fit_head`
+finds the head's 1x1 convolutions by ridge regression on the source's outputs.
+
+Sources: Xu et al., "Initializing models with larger ones", ICLR 2024 (slices as a start); Liu et al., "Network
+slimming", ICCV 2017 (|gamma| as a channel's importance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from compress.models.architecture import Architecture
+from compress.models.blocks import C3, SPP, SPPF, BottleneckCSP, Concat, Conv, Detect, Focus, Upsample
+from compress.models.network import YOLOv5
+from runtime.errors import UsageError
+
+RIDGE = 1e-3
+"""Penalty, as a share of the mean diagonal of the features' second moments."""
+BOX_COLUMNS = 5
+"""tx, ty, tw, th, objectness: they come before the classes."""
+Block = Any
+"""A module of `compress.models.blocks`: torch types the attributes of modules too loosely to name it."""
+
+
+class Kept(NamedTuple):
+    """Which channels of one of the source's maps the student has."""
+
+    indices: Tensor
+    """(k,) int64, in the student's order."""
+    width: int
+    """Channels of the source's map."""
+
+
+class Inheritance(NamedTuple):
+    """The part of a student that it took over."""
+
+    parameters: int
+    """Parameters of the student whose values are the source's."""
+    total: int
+    classes: tuple[str, ...]
+    """Classes that both networks know, whose outputs were copied."""
+    fresh: tuple[str, ...]
+    """Blocks that the source does not have; with a residual they start as the identity."""
+
+
+# ---- whether it can be done -----------------------------------------------------------------------------------------
+
+
+def why_not(student: Architecture, source: Architecture) -> str:
+    """Why the student cannot be a slice of the source; empty where it can."""
+    if student.layout != source.layout:
+        return f"the student's layout is {student.layout}, the larger network's {source.layout}"
+    if student.width > source.width:
+        return f"the student is wider ({student.width:g}) than the larger network ({source.width:g})"
+    if student.na != source.na:
+        return f"the student has {student.na} anchors a level, the larger network {source.na}"
+    return ""
+
+
+@torch.no_grad()
+def inherit(student: YOLOv5, source: YOLOv5) -> Inheritance:
+    """Copy slices of `source` into `student`, in place. Equal widths and depths copy everything.
+
+    Classes are matched by name; the outputs of others stay as they are. Bottlenecks are matched by position; those that
+    the source lacks start as the identity. Raises UsageError when the student is not a slice of the source.
+    """
+    if reason := why_not(student.arch, source.arch):
+        raise UsageError(reason, "Choose a student of the same layout that is not wider, or --init scratch")
+    kept: list[Kept] = []
+    fresh: list[str] = []
+    for index, (own, theirs, layer) in enumerate(zip(student.model, source.model, student.arch.layers, strict=True)):
+        inputs = [kept[i] for i in layer.source] if kept else [_all(3)]
+        if isinstance(theirs, Detect):
+            _detect(own, theirs, inputs, _class_columns(student.arch, source.arch))
+            break
+        kept.append(_LAYERS[type(theirs)](own, theirs, inputs))
+        fresh += [f"model.{index}.m.{i}" for i in range(_bottlenecks(theirs), _bottlenecks(own))]
+    return _summary(student, source, fresh)
+
+
+def _summary(student: YOLOv5, source: YOLOv5, fresh: Sequence[str]) -> Inheritance:
+    classes = tuple(name for name in student.arch.names if name in source.arch.names)
+    total = sum(parameter.numel() for parameter in student.parameters())
+    unknown = student.arch.nc - len(classes)
+    rows = sum(unknown * student.arch.na * (channels + 1) for channels in student.feature_channels)
+    new = sum(p.numel() for name in fresh for p in student.get_submodule(name).parameters())
+    return Inheritance(total - rows - new, total, classes, tuple(fresh))
+
+
+# ---- one block at a time: (student's, source's, kept inputs) -> kept outputs --------------------------------------
+
+
+def _all(width: int) -> Kept:
+    return Kept(torch.arange(width), width)
+
+
+def _joined(parts: Sequence[Kept]) -> Kept:
+    """Maps that stand beside each other in one."""
+    starts = [0, *accumulate(part.width for part in parts)]
+    indices = [part.indices + start for part, start in zip(parts, starts, strict=False)]
+    return Kept(torch.cat(indices), starts[-1])
+
+
+def _strongest(gammas: Sequence[Tensor], count: int) -> Kept:
+    """The `count` channels with the largest |gamma|, ascending. Several BatchNorms that share one set weigh alike."""
+    score = torch.stack([g.abs() / g.abs().mean().clamp_min(1e-12) for g in gammas]).sum(0)
+    return Kept(score.topk(count).indices.sort().values, len(score))
+
+
+def _copy(own: Block, theirs: Block, inputs: Kept, outputs: Kept) -> None:
+    own.weight.copy_(theirs.weight[outputs.indices][:, inputs.indices])
+
+
+def _copy_norm(own: Block, theirs: Block, outputs: Kept) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(own, name).copy_(getattr(theirs, name)[outputs.indices])
+
+
+def _conv(own: Block, theirs: Block, inputs: Kept, outputs: Kept | None = None) -> Kept:
+    outputs = outputs or _strongest([theirs.bn.weight], own.conv.out_channels)
+    _copy(own.conv, theirs.conv, inputs, outputs)
+    _copy_norm(own.bn, theirs.bn, outputs)
+    return outputs
+
+
+def _chain(own: Block, theirs: Block, inputs: Kept) -> Kept:
+    """`cv1` and the bottlenecks behind it. A residual adds maps, so all that it adds share one set of channels."""
+    pairs = list(zip(own.m, theirs.m, strict=False))
+    residual = [block.cv2.bn.weight for _, block in pairs if block.add]
+    stream = _strongest([theirs.cv1.bn.weight, *residual], own.cv1.conv.out_channels)
+    _conv(own.cv1, theirs.cv1, inputs, stream)
+    for block, source in pairs:
+        middle = _conv(block.cv1, source.cv1, stream)
+        stream = _conv(block.cv2, source.cv2, middle, stream if source.add else None)
+    for block in own.m[len(pairs) :]:
+        _pass_through(block)
+    return stream
+
+
+def _pass_through(block: Block) -> None:
+    """Make a bottleneck that has no counterpart the identity where it has a residual, and near it elsewhere."""
+    if block.add:
+        block.cv2.bn.weight.zero_()
+        block.cv2.bn.bias.zero_()
+    else:
+        nn.init.dirac_(block.cv1.conv.weight)
+        nn.init.dirac_(block.cv2.conv.weight)
+
+
+def _c3(own: Block, theirs: Block, inputs: Sequence[Kept]) -> Kept:
+    chain, bypass = _chain(own, theirs, inputs[0]), _conv(own.cv2, theirs.cv2, inputs[0])
+    return _conv(own.cv3, theirs.cv3, _joined([chain, bypass]))
+
+
+def _csp(own: Block, theirs: Block, inputs: Sequence[Kept]) -> Kept:
+    half = own.cv2.out_channels
+    chain, bypass = (_strongest([gamma], half) for gamma in theirs.bn.weight.chunk(2))
+    _copy(own.cv3, theirs.cv3, _chain(own, theirs, inputs[0]), chain)
+    _copy(own.cv2, theirs.cv2, inputs[0], bypass)
+    both = _joined([chain, bypass])
+    _copy_norm(own.bn, theirs.bn, both)
+    return _conv(own.cv4, theirs.cv4, both)
+
+
+def _pooled(maps: int) -> Callable[[Block, Block, Sequence[Kept]], Kept]:
+    """A map and its pooled forms stand beside each other, `maps` in all."""
+
+    def copy(own: Block, theirs: Block, inputs: Sequence[Kept]) -> Kept:
+        return _conv(own.cv2, theirs.cv2, _joined([_conv(own.cv1, theirs.cv1, inputs[0])] * maps))
+
+    return copy
+
+
+_LAYERS: dict[type[nn.Module], Callable[..., Kept]] = {
+    Conv: lambda own, theirs, inputs: _conv(own, theirs, inputs[0]),
+    Focus: lambda own, theirs, inputs: _conv(own.conv, theirs.conv, _joined([inputs[0]] * 4)),
+    C3: _c3,
+    BottleneckCSP: _csp,
+    SPP: _pooled(4),
+    SPPF: _pooled(4),
+    Concat: lambda _, __, inputs: _joined(inputs),
+    Upsample: lambda _, __, inputs: inputs[0],
+}
+
+
+def _bottlenecks(block: Block) -> int:
+    return len(block.m) if isinstance(block, (C3, BottleneckCSP)) else 0
+
+
+def _class_columns(student: Architecture, source: Architecture) -> tuple[list[int], list[int]]:
+    """Columns of an anchor's outputs that mean the same: in the student's head, and in the source's."""
+    shared = [name for name in student.names if name in source.names]
+    box = list(range(BOX_COLUMNS))
+    own, theirs = ([*box, *(BOX_COLUMNS + a.names.index(name) for name in shared)] for a in (student, source))
+    return own, theirs
+
+
+def _detect(own: Block, theirs: Block, inputs: Sequence[Kept], columns: tuple[list[int], list[int]]) -> None:
+    for conv, source, kept in zip(own.m, theirs.m, inputs, strict=True):
+        weight, bias = source.weight[:, kept.indices], source.bias
+        _columns(conv.weight, own)[:, columns[0]] = _columns(weight, theirs)[:, columns[1]]
+        _columns(conv.bias, own)[:, columns[0]] = _columns(bias, theirs)[:, columns[1]]
+
+
+def _columns(tensor: Tensor, head: Block) -> Tensor:
+    """(na * no, ...) -> (na, no, ...)."""
+    return tensor.view(head.na, head.no, *tensor.shape[1:])
+
+
+# ---- what a slice needs before its first step ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recalibrate(model: YOLOv5, batches: Iterable[Tensor]) -> None:
+    """BatchNorm statistics measured afresh: means over `batches`, float images (B, 3, H, W). Weights do not change."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta, was_training = [norm.momentum for norm in norms], model.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+    model.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+@torch.no_grad()
+def fit_head(
+    model: YOLOv5, source: Architecture, outputs: Callable[[Tensor], Sequence[Tensor]], batches: Iterable[Tensor]
+) -> None:
+    """Set the head's 1x1 convolutions to the ridge regression of the source's raw maps on the model's features.
+
+    In float64, level by level, over all cells of `batches`. Columns of classes that `source` lacks stay as they are.
+
+    Args:
+        outputs: float images (B, 3, H, W) -> the source's raw maps, per level (B, na, H, W, 5 + nc) logits.
+    """
+    own, theirs = _class_columns(model.arch, source)
+    sums: list[list[Tensor]] = []
+    was_training = model.training
+    model.eval()
+    for images in batches:
+        _, features = model.forward_features(images)
+        moments = [_moments(x, y[..., theirs]) for x, y in zip(features, outputs(images), strict=True)]
+        sums = [list(map(torch.add, *pair)) for pair in zip(sums, moments, strict=True)] if sums else moments
+    model.train(was_training)
+    head: Block = model.detect
+    for conv, (xx, xy) in zip(head.m, sums, strict=True):
+        solution = _ridge(xx, xy).view(len(xx), model.arch.na, len(own)).permute(1, 2, 0).to(conv.weight.dtype)
+        _columns(conv.weight, head)[:, own] = solution[..., :-1, None, None]
+        _columns(conv.bias, head)[:, own] = solution[..., -1]
+
+
+def _moments(features: Tensor, raw: Tensor) -> list[Tensor]:
+    """X'X and X'Y in float64 over cells: X (cells, C + 1) with a column of ones, Y (cells, na * columns)."""
+    x = features.permute(0, 2, 3, 1).flatten(0, 2).double()
+    x = torch.cat((x, x.new_ones(len(x), 1)), 1)
+    y = raw.permute(0, 2, 3, 1, 4).flatten(0, 2).flatten(1).double()
+    return [x.T @ x, x.T @ y]
+
+
+def _ridge(xx: Tensor, xy: Tensor) -> Tensor:
+    penalty = torch.full((len(xx),), RIDGE * float(xx.diagonal().mean()), dtype=xx.dtype, device=xx.device)
+    penalty[-1] = 0  # the bias is free
+    return torch.linalg.solve(xx + penalty.diag(), xy)

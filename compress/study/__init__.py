@@ -1,0 +1,155 @@
+"""A study: which of several ways to train the student is better, over paired seeds, on images that chose nothing.
+
+In: a recipe whose `study.arms` name the ways, each as settings of `student` and `distill`. Out, in one folder: `data/`
+and `teacher/`, made once; `runs/<arm>-<seed>/`, each made by a process of its own; `study.json`, `study.md`,
+`study.png`.
+
+Every arm trains with the same seeds, and with one seed all arms see the same images in the same order, so the
+difference of two arms is taken seed by seed. The weights that are measured are the average of the last epoch (EMA):
+a best epoch is chosen on the val split, which favours the arm that varies most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from compress.config import Recipe, Settings
+from compress.data import index_dataset, load_data
+from compress.log import Log
+from compress.pipeline import run_recipe
+from compress.recipe import parse
+from compress.study.figures import Run, summary
+from compress.study.render import draw, to_markdown
+from runtime.errors import EdgestillError, UsageError
+from runtime.files import atomic_write, write_json
+
+ARM_KEYS = ("student", "distill")
+"""Parts of the recipe that an arm may change: data and teacher are the same for all."""
+STUDY, JOB, RESULT, PROTOCOL = "study.json", "job.json", "result.json", "log.txt"
+SHOWN_LINES = 3
+"""Last lines of a failed run that its error shows."""
+
+
+def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = print) -> Path:
+    """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
+
+    A run that is done is not repeated; one that was killed goes on. A run that fails costs the others nothing: the
+    study is written without it. Raises UsageError when arms or split are unknown, EdgestillError when a run failed.
+    """
+    chosen = chosen_arms(recipe, arms)
+    plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
+    _index_split(recipe, out)
+    run_recipe(recipe, out, until="teacher", log=log)
+    ends = _in_processes(plan, recipe.study.jobs, out, log)
+    failed = {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True) if isinstance(end, str)}
+    document = summary(
+        {arm: recipe.study.arms[arm] for arm in chosen},
+        [end for end in ends if isinstance(end, Run)],
+        seeds=recipe.study.seeds,
+        failed=failed,
+        epochs=recipe.distill.epochs,
+        imgsz=recipe.distill.imgsz,
+        student=recipe.student.scale,
+        split=recipe.study.split,
+    )
+    write(document, out)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise EdgestillError(f"{len(failed)} of {len(plan)} runs failed; {name}: {reason}", "Run the study again")
+    return out / STUDY
+
+
+def write(document: Mapping[str, Any], out: Path) -> None:
+    """study.md, study.png and, last, study.json."""
+    with atomic_write(out / "study.md") as temporary:
+        temporary.write_text(to_markdown(document), encoding="utf-8")
+    draw(document, out / "study.png")
+    write_json(out / STUDY, document)
+
+
+# ---- arms -----------------------------------------------------------------------------------------------------------
+
+
+def chosen_arms(recipe: Recipe, wanted: Sequence[str]) -> list[str]:
+    """The arms to run, all where none is named. Raises UsageError when there is none, or a name is unknown."""
+    known = list(recipe.study.arms)
+    if not known:
+        raise UsageError("the recipe has no arms", "Add study: {arms: {NAME: {student: ..., distill: ...}}}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise UsageError(f"unknown arm {unknown[0]!r}", f"The recipe has {', '.join(known)}")
+    return [name for name in known if name in wanted] or known
+
+
+def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
+    """The recipe of one run: the arm's settings laid over the recipe's, its training seeded by `seed`.
+
+    Raises UsageError when the arm changes what all arms share, or a setting that does not exist.
+    """
+    changes = recipe.study.arms[arm]
+    if foreign := [key for key in changes if key not in ARM_KEYS]:
+        raise UsageError(f"study.arms.{arm} changes {foreign[0]!r}", f"An arm may change {' and '.join(ARM_KEYS)}")
+    raw = _laid_over(Recipe, recipe.model_dump(exclude_unset=True), changes)
+    raw["distill"] = {**raw.get("distill", {}), "seed": seed}
+    made: Recipe = parse(Recipe, raw, f"study.arms.{arm}")
+    return made
+
+
+def _laid_over(group: type[Settings], raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with `changes`: groups of settings are merged, any other value is replaced."""
+    made = dict(raw)
+    for key, value in changes.items():
+        inner = group.model_fields[key].annotation if key in group.model_fields else None
+        if isinstance(inner, type) and issubclass(inner, Settings) and isinstance(value, Mapping):
+            made[key] = _laid_over(inner, made.get(key, {}), value)
+        else:
+            made[key] = value
+    return made
+
+
+def split_index(out: Path, split: str) -> Path:
+    """Where the index of the judged split lies."""
+    return out / f"{split}.json"
+
+
+def _index_split(recipe: Recipe, out: Path) -> None:
+    data, split = load_data(recipe.data), recipe.study.split
+    if split not in data.splits:
+        raise UsageError(f"{recipe.data}: no {split} split to judge the arms on", "Add one, or set study.split=val")
+    index_dataset(data, [split]).save(split_index(out, split))
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def _in_processes(plan: Sequence[tuple[str, int, Recipe]], jobs: int, out: Path, log: Log) -> list[Run | str]:
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        return list(pool.map(lambda job: _run_apart(*job, out=out, log=log), plan))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted study starts no further run
+
+
+def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, log: Log) -> Run | str:
+    """One run in a process of its own: what it reached, or the last lines that it printed."""
+    folder = out / "runs" / f"{arm}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    job = {"arm": arm, "seed": seed, "recipe": recipe.model_dump(mode="json", exclude_unset=True)}
+    write_json(folder / JOB, job)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with (folder / PROTOCOL).open("a", encoding="utf-8") as lines:
+        command = [sys.executable, "-m", "compress.study", str(folder), str(out)]
+        ended = subprocess.run(command, stdout=lines, stderr=lines, env=environment, check=False)  # noqa: S603
+    if ended.returncode:
+        printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
+        log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")
+        return " / ".join(printed) or f"ended with {ended.returncode}"
+    run = Run(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    log(f"{arm} seed {seed}: mAP50-95 {run.map50_95:.4f}, {1e3 * run.seconds_per_step:.0f} ms a step")
+    return run

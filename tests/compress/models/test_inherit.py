@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compress.models import LAYOUTS, Architecture, YOLOv5
+from compress.models.blocks import C3, BottleneckCSP, Conv
+from compress.models.inherit import fit_head, inherit, recalibrate
+from runtime.errors import UsageError
+
+NAMES = ("bolt", "nut")
+
+
+def network(scale: str, layout: str = "v6", names: tuple[str, ...] = NAMES, seed: int = 0) -> YOLOv5:
+    torch.manual_seed(seed)
+    model = YOLOv5(Architecture.of_scale(scale, names, layout=layout))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def silence_half(model: YOLOv5) -> None:
+    """Half of all channels become exactly 0, the same ones wherever a residual adds them."""
+    for module in list(model.modules()):
+        if isinstance(module, (C3, BottleneckCSP)):
+            stream = torch.randperm(len(module.cv1.bn.weight))
+            norms = [module.cv1.bn, *(block.cv2.bn for block in module.m if block.add)]
+            for norm in norms:
+                silence(norm, stream)
+    for module in model.modules():
+        if isinstance(module, Conv) and bool((module.bn.weight != 0).all()):
+            silence(module.bn, torch.randperm(len(module.bn.weight)))
+        if isinstance(module, BottleneckCSP):
+            half = len(module.bn.weight) // 2
+            silence(
+                module.bn, torch.cat((torch.randperm(half)[: half // 2], half + torch.randperm(half)[: half // 2])), 1
+            )
+
+
+def silence(norm: nn.Module, order: torch.Tensor, share: float = 0.5) -> None:
+    dead = order[: int(len(order) * share)]
+    norm.weight[dead] = 0
+    norm.bias[dead] = 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_slice_without_the_silent_channels_computes_the_same(layout: str) -> None:
+    source, student = network("n", layout), network("p", layout, seed=1)
+    silence_half(source)
+    found = inherit(student, source)
+    images = torch.rand(1, 3, 128, 128)
+    assert (found.parameters, found.fresh) == (found.total, ())
+    for own, theirs in zip(student(images), source(images), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_student_of_the_same_size_is_a_copy(layout: str) -> None:
+    source, student = network("p", layout), network("p", layout, seed=1)
+    inherit(student, source)
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.state_dict().values(), source.state_dict().values(), strict=True)
+    )
+
+
+def test_classes_are_matched_by_name_and_new_ones_start_afresh() -> None:
+    source, student = network("n"), network("p", names=("washer", "nut"), seed=1)
+    before = [conv.weight.clone().view(3, 7, -1) for conv in student.detect.m]
+    found = inherit(student, source)
+    assert found.classes == ("nut",)
+    assert found.parameters < found.total
+    for conv, fresh, theirs in zip(student.detect.m, before, source.detect.m, strict=True):
+        now = conv.weight.view(3, 7, -1)
+        assert torch.equal(now[:, 5], fresh[:, 5])
+        assert not torch.equal(now[:, 6], fresh[:, 6])
+        assert torch.equal(conv.bias.view(3, 7)[:, 6], theirs.bias.view(3, 7)[:, 6])
+
+
+def test_bottlenecks_that_the_source_lacks_start_as_the_identity() -> None:
+    source = network("n")
+    arch = Architecture(depth=0.67, width=0.25, names=NAMES)
+    student = YOLOv5(arch).eval()
+    found = inherit(student, source)
+    assert found.fresh
+    block = student.get_submodule(found.fresh[0])
+    x = torch.rand(1, block.cv1.conv.in_channels, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_a_shallower_student_takes_the_first_bottlenecks() -> None:
+    torch.manual_seed(0)
+    source = YOLOv5(Architecture(depth=0.67, width=0.25, names=NAMES))
+    student = network("n")
+    inherit(student, source)
+    assert torch.equal(student.model[4].m[0].cv1.conv.weight, source.model[4].m[0].cv1.conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("student", "source", "named"),
+    [(("s", "v6"), ("n", "v6"), "wider"), (("p", "v4"), ("n", "v6"), "layout")],
+)
+def test_what_is_no_slice_is_refused(student: tuple[str, str], source: tuple[str, str], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        inherit(network(*student), network(*source))
+
+
+def test_recalibration_measures_the_mean_over_the_batches_and_keeps_the_rest() -> None:
+    model = network("p")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    batches = [torch.rand(2, 3, 64, 64) for _ in range(3)]
+    recalibrate(model, batches)
+    seen = torch.stack([model.model[0].conv(images).mean((0, 2, 3)) for images in batches]).mean(0)
+    torch.testing.assert_close(model.model[0].bn.running_mean, seen, rtol=1e-4, atol=1e-5)
+    assert model.model[0].bn.momentum == 0.03
+    assert not model.training
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_the_fitted_head_finds_a_linear_map_of_the_features() -> None:
+    model = network("p")
+    batches = [torch.rand(2, 3, 64, 64) for _ in range(4)]
+    truth = [conv.weight.clone() for conv in model.detect.m]
+    expected = [[level.clone() for level in model(images)] for images in batches]
+    by_image = {id(images): raw for images, raw in zip(batches, expected, strict=True)}
+    with torch.no_grad():
+        for conv in model.detect.m:
+            conv.weight.zero_()
+            conv.bias.zero_()
+    fit_head(model, model.arch, lambda images: by_image[id(images)], batches)
+    error = (model(batches[0])[0] - expected[0][0]).abs().mean() / expected[0][0].abs().mean()
+    assert error < 0.05
+    assert model.detect.m[0].weight.shape == truth[0].shape
+
+
+def test_columns_of_unknown_classes_are_not_fitted() -> None:
+    model = network("p", names=("washer", "nut"))
+    before = [conv.bias.clone().view(3, 7)[:, 5] for conv in model.detect.m]
+    source = network("n")
+    fit_head(model, source.arch, source, [torch.rand(2, 3, 64, 64)])
+    assert all(torch.equal(conv.bias.view(3, 7)[:, 5], was) for conv, was in zip(model.detect.m, before, strict=True))

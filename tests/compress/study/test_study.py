@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from compress.config import Recipe
+from compress.data import Dataset
+from compress.study import arm_recipe, chosen_arms, run_study
+from runtime.errors import EdgestillError, UsageError
+
+ARMS = {
+    "scratch": {"student": {"init": "scratch"}, "distill": {"losses": {}}},
+    "soft": {"distill": {"optimizer": {"lr0": 0.001}}},
+}
+
+
+def recipe(data: Path, **changes: object) -> Recipe:
+    short = {"epochs": 1, "batch": 4, "val_interval": 1, "workers": 0, "tensorboard": False}
+    base = {
+        "data": data, "imgsz": 64, "seed": 3, "device": "cpu", "study": {"arms": ARMS, "seeds": 2, "jobs": 2},
+        "teacher": short, "distill": {**short, "optimizer": {"lrf": 0.5}},
+    }  # fmt: skip
+    return Recipe.model_validate(base | changes)
+
+
+def test_an_arm_replaces_values_and_merges_groups() -> None:
+    made = arm_recipe(recipe(Path("data.yaml")), "soft", 7)
+    assert (made.distill.optimizer.lr0, made.distill.optimizer.lrf) == (0.001, 0.5)
+    assert (made.distill.seed, made.teacher.seed) == (7, 3)
+    assert list(made.distill.losses) == ["soft"]
+    assert arm_recipe(recipe(Path("data.yaml")), "scratch", 7).distill.losses == {}
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ({"teacher": {"epochs": 3}}, "changes 'teacher'"),
+        ({"distill": {"epoch": 3}}, "unknown key 'distill.epoch'. Did you mean 'epochs'"),
+    ],
+)
+def test_an_arm_that_changes_what_all_share_or_nothing_known_is_refused(arm: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        arm_recipe(recipe(Path("data.yaml"), study={"arms": {"odd": arm}}), "odd", 0)
+
+
+def test_arms_are_chosen_in_the_recipes_order() -> None:
+    made = recipe(Path("data.yaml"))
+    assert chosen_arms(made, []) == ["scratch", "soft"]
+    assert chosen_arms(made, ["soft"]) == ["soft"]
+    with pytest.raises(UsageError, match=r"unknown arm 'sof'\. The recipe has scratch, soft"):
+        chosen_arms(made, ["sof"])
+    with pytest.raises(UsageError, match="no arms"):
+        chosen_arms(recipe(Path("data.yaml"), study={}), [])
+
+
+@pytest.fixture
+def three_splits(tiny_data: Dataset, tmp_path: Path) -> Path:
+    """The tiny data set with its val images as test images too."""
+    root = shutil.copytree(tiny_data.root, tmp_path / "data")
+    with (root / "data.yaml").open("a") as file:
+        file.write("test: images/val\n")
+    return root / "data.yaml"
+
+
+def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no test split"):
+        run_study(recipe(tiny_data.path), tmp_path / "out")
+    assert not (tmp_path / "out/teacher").exists()
+
+
+@pytest.mark.slow
+def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_splits: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", []
+    document = json.loads(run_study(recipe(three_splits), out, log=lines.append).read_text())
+    assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
+        ("scratch", 0), ("soft", 0), ("scratch", 1), ("soft", 1),
+    ]  # fmt: skip
+    assert [(d["arm"], d["against"], d["pairs"]) for d in document["differences"]] == [("soft", "scratch", 2)]
+    assert {path.name for path in out.iterdir()} >= {"study.json", "study.md", "study.png", "data", "teacher", "runs"}
+    assert (out / "runs/soft-0/distill/inheritance.json").is_file()
+    assert not (out / "runs/scratch-0/distill/inheritance.json").exists()
+
+    weights = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/distill/last.safetensors")}
+    shutil.rmtree(out / "runs/soft-1")  # as if it had been killed
+    again = json.loads(run_study(recipe(three_splits), out, log=lines.append).read_text())
+    same = [path for path, at in weights.items() if path.exists() and path.stat().st_mtime_ns == at]
+    assert len(same) == 3
+    assert [run["map50_95"] for run in again["runs"]] == [run["map50_95"] for run in document["runs"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_costs_the_others_nothing(three_splits: Path, tmp_path: Path) -> None:
+    arms = {**ARMS, "wild": {"distill": {"optimizer": {"name": "sgd", "lr0": 1e30, "clip_norm": 1e30}}}}
+    made = recipe(three_splits, study={"arms": arms, "seeds": 1})
+    with pytest.raises(EdgestillError, match="1 of 3 runs failed; wild-0: ") as caught:
+        run_study(made, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    document = json.loads((tmp_path / "out/study.json").read_text())
+    assert [run["arm"] for run in document["runs"]] == ["scratch", "soft"]
+    assert list(document["failed"]) == ["wild-0"]

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.training.ratio import LossWeights, gradient_norms, is_due, limited
+
+
+def test_the_first_measurement_sets_the_weights_to_the_shares() -> None:
+    ratio = LossWeights([None, None], [1.0, 0.3])
+    ratio.update(torch.tensor(2.0), torch.tensor([4.0, 0.01]))
+    torch.testing.assert_close(ratio.weights, torch.tensor([0.5, 60.0]))
+    torch.testing.assert_close(ratio.measured, torch.tensor([1.0, 0.3]))
+
+
+def test_later_measurements_are_followed_slowly_and_never_by_more_than_a_factor() -> None:
+    ratio = LossWeights([None], [1.0])
+    ratio.update(torch.tensor(1.0), torch.tensor([1.0]))
+    ratio.update(torch.tensor(1e6), torch.tensor([1.0]))
+    assert float(ratio.weights) == pytest.approx(2.0)  # half of the way to 4, in logarithms
+
+
+def test_weights_arrive_where_the_gradient_has_its_share() -> None:
+    ratio = LossWeights([None], [0.3])
+    for _ in range(60):
+        ratio.update(torch.tensor(5.0), torch.tensor([0.02]))
+    torch.testing.assert_close(ratio.weights * 0.02 / 5.0, torch.tensor([0.3]))
+
+
+@pytest.mark.parametrize("norms", [[float("nan"), 1.0], [0.0, 1.0], [float("inf"), 1.0]])
+def test_a_measurement_that_is_not_finite_moves_only_the_other_weights(norms: list[float]) -> None:
+    ratio = LossWeights([None, None], [0.5, 0.5])
+    ratio.update(torch.tensor(3.0), torch.tensor(norms))
+    assert ratio.weights.tolist() == [1.0, 1.5]
+
+
+def test_shares_that_would_outweigh_the_labels_are_scaled_down_together() -> None:
+    assert limited([1.0, 0.3]) == [1.0, 0.3]
+    assert limited([2.0, 1.0]) == [1.0, 0.5]
+
+
+def test_norms_are_those_of_autograd_and_no_gradient_is_left() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    maps = [weight * 2, weight * 3]
+    losses = [(maps[0] ** 2).sum(), maps[1].sum()]
+    norms = gradient_norms(losses, maps)
+    torch.testing.assert_close(norms, torch.tensor([48.0, 3.0]).sqrt())
+    assert weight.grad is None
+    sum(losses).backward()  # the graph is still there
+
+
+def test_weights_survive_in_the_state_dict() -> None:
+    ratio = LossWeights([None, None], [1.0, 0.3])
+    ratio.update(torch.tensor(2.0), torch.tensor([4.0, 0.01]))
+    other = LossWeights([None, None], [1.0, 0.3])
+    other.load_state_dict(ratio.state_dict())
+    for module in (ratio, other):
+        module.update(torch.tensor(1.0), torch.tensor([3.0, 0.2]))
+    assert torch.equal(ratio.weights, other.weights)
+
+
+def test_measurements_are_dense_at_the_start_and_rare_later() -> None:
+    assert [i for i in range(160) if is_due(i)] == [0, 1, 2, 4, 8, 16, 32, 50, 100, 150]
+
+
+def test_a_fixed_weight_stays_and_its_share_is_measured() -> None:
+    weights = LossWeights([0.2, None], [1.0, 0.3])
+    weights.update(torch.tensor(2.0), torch.tensor([5.0, 0.1]))
+    torch.testing.assert_close(weights.weights, torch.tensor([0.2, 6.0]))
+    torch.testing.assert_close(weights.measured, torch.tensor([0.5, 0.3]))
