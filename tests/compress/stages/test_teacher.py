@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.compute import threads
 from compress.config import AugmentConfig, OptimizerConfig, TrainConfig
 from compress.data import Dataset
 from compress.models.checkpoint import load, load_model
@@ -73,8 +74,9 @@ def test_a_resumed_training_goes_on_with_the_threads_that_it_had(
     tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
-    fresh = iter([2, 2, 1])  # of the straight, the stopped and the resumed training, had it asked
-    monkeypatch.setattr(loop.ThreadChoice, "best", lambda _, prepare, current: current or next(fresh))
+    measured = iter([2, 2, 1])  # for the straight training, the stopped one, and the next that asks
+    monkeypatch.setattr(threads, "choose", lambda rounds, current: next(measured))
+    monkeypatch.setattr(threads, "SHARE", 1e-9)  # no second time
     train(config(), data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
     with pytest.raises(Stop):
         train(config(), data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
