@@ -108,7 +108,7 @@ class Objective(nn.Module):
         upstream = None if upstream is None else upstream * batch
         losses: list[Any] = [
             self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight)
-            if factor else terms.new_zeros(())
+            if factor else self._left_out(name, terms)
             for name, weight, factor in zip(self.losses, weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
@@ -122,6 +122,11 @@ class Objective(nn.Module):
     ) -> Tensor:
         """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
         return self.losses[name](student, teacher, Context(targets, upstream))
+
+    def _left_out(self, name: str, terms: Tensor) -> Tensor:
+        """0, with a gradient of 0 for the loss's own parameters: several processes wait for each of them."""
+        sums = [parameter.sum() for parameter in self.losses[name].parameters()]
+        return 0 * torch.stack([terms.new_zeros(()), *sums]).sum()
 
     def _measure(self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs) -> None:
         """Let the weights follow the gradients at the neck of this batch."""
