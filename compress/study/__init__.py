@@ -150,6 +150,6 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, log: Log) -> R
         printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")
         return " / ".join(printed) or f"ended with {ended.returncode}"
-    run = Run(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    run = Run(**json.loads((folder / RESULT).read_text(encoding="utf-8"))["run"])
     log(f"{arm} seed {seed}: mAP50-95 {run.map50_95:.4f}, {1e3 * run.seconds_per_step:.0f} ms a step")
     return run

@@ -90,6 +90,17 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
     assert len(same) == 3
     assert [run["map50_95"] for run in again["runs"]] == [run["map50_95"] for run in document["runs"]]
 
+    results = [json.loads(file.read_text()) for file in sorted(out.glob("runs/*/result.json"))]
+    judged_by_val = recipe(three_splits, study={"arms": ARMS, "seeds": 2, "split": "val"})
+    run_study(judged_by_val, out, log=lines.append)  # trains nothing
+    assert {path.stat().st_mtime_ns for path in out.glob("runs/*/distill/last.safetensors")} >= {
+        weights[path] for path in same
+    }
+    others = [json.loads(file.read_text()) for file in sorted(out.glob("runs/*/result.json"))]
+    for one, other in zip(results, others, strict=True):
+        assert one["of"]["training"] == other["of"]["training"]
+        assert one["of"]["judges"] != other["of"]["judges"]
+
 
 @pytest.mark.slow
 def test_a_run_that_fails_costs_the_others_nothing(three_splits: Path, tmp_path: Path) -> None:
