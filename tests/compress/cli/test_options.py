@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -39,6 +40,20 @@ def test_set_reaches_the_other_settings_that_a_stage_reads() -> None:
 def test_set_wins_over_a_flag() -> None:
     found = quantize_settings("method=entropy", quantize__method="percentile", quantize__calibration_images="9")
     assert (found.quantize.method, found.quantize.calibration_images) == ("entropy", 9)
+
+
+def test_set_wins_over_a_flag_of_a_study_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def run_study(recipe: Any, *_: object) -> None:
+        found.append((recipe.study.seeds, recipe.study.jobs))
+        raise UsageError("seen")
+
+    monkeypatch.setattr("compress.study.run_study", run_study)
+    (tmp_path / "recipe.yaml").write_text("data: data.yaml")
+    with pytest.raises(SystemExit):
+        main(["study", str(tmp_path / "recipe.yaml"), "--seeds", "9", "--jobs", "2", "--set", "study.seeds=3"])
+    assert found == [(3, 2)]
 
 
 @pytest.mark.parametrize(
