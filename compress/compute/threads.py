@@ -51,15 +51,20 @@ class ThreadChoice:
     """Measures now and then how many threads are the fastest. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._due = clock, 0.0
+        self._clock = clock
+        self._due: float | None = None
 
     def best(self, prepare: Callable[[], Callable[[], object]], current: int = 0) -> int:
         """`current`, unless a measurement is due and shows another number to be clearly faster; 0 is none yet.
 
+        A training that is resumed begins with the number it had: where there is one, the first call measures nothing.
         `prepare` returns the work that is measured. A measurement leaves torch with any of the numbers that it tried.
         """
         started = self._clock()
-        if current and started < self._due:
+        if self._due is None and current in candidates(compute_threads()):
+            self._due = started
+            return current
+        if current and self._due is not None and started < self._due:
             return current
         chosen = choose(self._seconds(prepare()), current)
         ended = self._clock()

@@ -89,6 +89,15 @@ def test_measurements_take_a_hundredth_of_the_time_and_follow_the_load() -> None
     assert choice.best(machine.prepare, 4) == 2
 
 
+def test_a_resumed_training_begins_with_its_number_where_the_machine_has_it() -> None:
+    machine = Machine({1: 0.1, 2: 0.01, 4: 0.1})
+    choice = ThreadChoice(machine.clock)
+    assert choice.best(machine.prepare, 4) == 4
+    assert machine.works == 0
+    assert choice.best(machine.prepare, 4) == 2  # the next epoch's
+    assert ThreadChoice(machine.clock).best(machine.prepare, 16) == 2
+
+
 def test_long_steps_are_measured_once_each() -> None:
     machine = Machine({1: ENOUGH_S, 2: 2.0, 4: 1.0})
     assert ThreadChoice(machine.clock).best(machine.prepare) == 4
