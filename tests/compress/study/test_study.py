@@ -34,6 +34,16 @@ def test_an_arm_replaces_values_and_merges_groups() -> None:
     assert arm_recipe(recipe(Path("data.yaml")), "scratch", 7).distill.losses == {}
 
 
+def test_an_arms_preset_takes_the_place_of_the_recipes_and_leaves_what_was_set_beside_it() -> None:
+    optimizer = {"lr0": 0.02, "momentum": 0.5}
+    arms = {"low": {}, "med": {"distill": {"preset": "yolov5-med"}}, "fine": {"distill": {"preset": "finetune"}}}
+    made = recipe(Path("data.yaml"), distill={"preset": "yolov5-low", "optimizer": optimizer}, study={"arms": arms})
+    low, med, fine = (arm_recipe(made, arm, 0).distill for arm in arms)
+    assert [one.optimizer.name for one in (low, med, fine)] == ["sgd", "sgd", "adamw"]
+    assert [one.augment.scale for one in (low, med, fine)] == [0.5, 0.9, 0.5]
+    assert all((one.optimizer.lr0, one.optimizer.momentum) == (0.02, 0.5) for one in (low, med, fine))
+
+
 @pytest.mark.parametrize(
     ("arm", "says"),
     [
