@@ -71,6 +71,14 @@ def test_a_set_that_the_stage_does_not_know_is_one_line(change: str, expected: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", ["scale=s", "teacher.weights=a.pt", "finetune=never"])
+def test_a_set_that_would_do_nothing_is_refused(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--data", "data.yaml", "--scale", "n", "--set", change])
+    assert ended.value.code == 2
+    assert "has no effect on `edgestill train`" in capsys.readouterr().err
+
+
 def contexts(group: click.Group, parent: click.Context) -> Iterator[click.Context]:
     for name in group.list_commands(parent):
         command = group.get_command(parent, name)
