@@ -102,7 +102,7 @@ def study(file: Path, arms: str, out: Path | None, as_json: bool) -> None:
     from compress.study.render import to_markdown
     from runtime.files import read_json
 
-    recipe = load_recipe(file, (*given_changes(), *given_settings()))
+    recipe = load_recipe(file, (*given_settings(), *given_changes()))
     names = [name.strip() for name in arms.split(",") if name.strip()]
     folder = out or Path("runs") / f"{recipe.name}-study"
     document = read_json(run_study(recipe, folder, names, say))

@@ -15,6 +15,7 @@ from compress.cli.options import (
     changes,
     data,
     device,
+    given_changes,
     imgsz,
     indexed,
     is_given,
@@ -27,6 +28,7 @@ from compress.cli.options import (
     show,
 )
 from compress.processes import is_first_process
+from runtime.errors import UsageError
 
 
 def training_options(stage: str, project: str) -> Callable[[Any], Any]:
@@ -108,6 +110,7 @@ def train(
     from compress.stages.teacher import Config
     from compress.stages.teacher import train as run
 
+    _refuse_without_effect(given_changes())
     out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     config, file = settings(Config, "teacher", {"teacher": begun.config}).teacher, begun.file("data", data)
@@ -116,6 +119,13 @@ def train(
         resume=resume is not None, log=say,
     )  # fmt: skip
     _print_best(out)
+
+
+def _refuse_without_effect(changes: Sequence[str]) -> None:
+    """Raises UsageError for a setting of a run's teacher that this command has an option for, or no use."""
+    for key in (change.partition("=")[0].removeprefix("teacher.") for change in changes):
+        if key in ("weights", "scale", "finetune"):
+            raise UsageError(f"--set {key} has no effect on `edgestill train`", "Give --weights or --scale")
 
 
 @click.command()

@@ -206,7 +206,8 @@ def _class_columns(student: Architecture, source: Architecture) -> tuple[list[in
 
 def _detect(own: Block, theirs: Block, inputs: Sequence[Kept], columns: tuple[list[int], list[int]]) -> None:
     for conv, source, kept in zip(own.m, theirs.m, inputs, strict=True):
-        weight, bias = source.weight[:, kept.indices], source.bias
+        # an assignment by index, unlike copy_, does not move values to another device
+        weight, bias = source.weight[:, kept.indices].to(conv.weight.device), source.bias.to(conv.bias.device)
         _columns(conv.weight, own)[:, columns[0]] = _columns(weight, theirs)[:, columns[1]]
         _columns(conv.bias, own)[:, columns[0]] = _columns(bias, theirs)[:, columns[1]]
 

@@ -78,14 +78,15 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
 
 
 def new_student(config: Config, teacher: YOLOv5, log: Log) -> YOLOv5:
-    """A fresh student, or one with weights of its own. It has the teacher's layout, so that it can be a slice of it."""
+    """A fresh student, which has the teacher's layout so that it can be a slice of it, or one with its own weights."""
     student = config.student
+    is_slice = student.init == "inherit" or (student.init == "auto" and not student.weights)
     return new_model(
         teacher.arch.names,
         scale=student.scale,
         weights=student.weights,
         anchors=teacher.arch.anchors,
-        layout=None if student.init == "scratch" else teacher.arch.layout,
+        layout=teacher.arch.layout if is_slice else None,
         seed=config.distill.seed,
         log=log,
     )

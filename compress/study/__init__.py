@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from compress.config import Recipe, Settings
+from compress.config import PRESETS, Recipe, Settings, TrainConfig
 from compress.data import index_dataset, load_data
 from compress.log import Log
 from compress.pipeline import run_recipe
@@ -95,10 +95,21 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
     changes = recipe.study.arms[arm]
     if foreign := [key for key in changes if key not in ARM_KEYS]:
         raise UsageError(f"study.arms.{arm} changes {foreign[0]!r}", f"An arm may change {' and '.join(ARM_KEYS)}")
-    raw = _laid_over(Recipe, recipe.model_dump(exclude_unset=True), changes)
+    raw = recipe.model_dump(exclude_unset=True)
+    if "preset" in changes.get("distill", {}):
+        raw["distill"] = _without_preset(raw.get("distill", {}))
+    raw = _laid_over(Recipe, raw, changes)
     raw["distill"] = {**raw.get("distill", {}), "seed": seed}
     made: Recipe = parse(Recipe, raw, f"study.arms.{arm}")
     return made
+
+
+def _without_preset(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training without the values that its preset gave, so that another one can give its own."""
+    own = dict(training)
+    for group, table in PRESETS[own.get("preset", TrainConfig().preset)].items():
+        own[group] = {key: value for key, value in own.get(group, {}).items() if table.get(key, ...) != value}
+    return own
 
 
 def _laid_over(group: type[Settings], raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,6 +161,6 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, log: Log) -> R
         printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")
         return " / ".join(printed) or f"ended with {ended.returncode}"
-    run = Run(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    run = Run(**json.loads((folder / RESULT).read_text(encoding="utf-8"))["run"])
     log(f"{arm} seed {seed}: mAP50-95 {run.map50_95:.4f}, {1e3 * run.seconds_per_step:.0f} ms a step")
     return run

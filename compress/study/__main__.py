@@ -9,13 +9,14 @@ import fcntl
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compress.config import Recipe
 from compress.data import Dataset, load_data
+from compress.data.dataset import Sample
 from compress.evaluate import evaluate
 from compress.inputs import dataset_of
 from compress.models import load_model
@@ -32,8 +33,16 @@ def main(folder: Path, study: Path) -> None:
     recipe = Recipe.model_validate(job["recipe"])
     with _alone_in(folder):
         trained = execute(stage("distill").task(recipe, study), folder, log=lambda line: print(line, flush=True))
-        if not trained.skipped or not (folder / RESULT).is_file():
-            write_json(folder / RESULT, measured(job, recipe, trained, study)._asdict())
+        judges = Dataset.load(split_index(study, recipe.study.split), load_data(recipe.data).root)
+        of = {"training": trained.fingerprint, "judges": judges.sha256}
+        if not _is_of(folder / RESULT, of):
+            run = measured(job, recipe, trained, judges.splits[recipe.study.split].samples, study)
+            write_json(folder / RESULT, {"of": of, "run": run._asdict()})
+
+
+def _is_of(result: Path, of: Mapping[str, str]) -> bool:
+    """Whether the file is there and tells of this training and these images."""
+    return result.is_file() and json.loads(result.read_text(encoding="utf-8")).get("of") == of
 
 
 @contextmanager
@@ -44,14 +53,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, study: Path) -> Run:
-    """The accuracy of the last epoch's averaged weights on the split that judges."""
-    config, split = recipe.distill, recipe.study.split
-    judges = Dataset.load(split_index(study, split), load_data(recipe.data).root).splits[split].samples
+def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Sequence[Sample], study: Path) -> Run:
+    """The accuracy of the last epoch's averaged weights on the images that judge."""
+    config = recipe.distill
     model = load_model(trained.folder / "last.safetensors")
     found = evaluate(model, judges, imgsz=config.imgsz, device=recipe.device, coco=False).yolo
     images = len(dataset_of(recipe, {"data": study / "data"}).splits["train"].samples)
-    steps = config.epochs * math.ceil(images / config.batch)
+    steps = trained.figures["epochs"] * math.ceil(images / config.batch)
     return Run(job["arm"], job["seed"], found.map50_95, found.map50, trained.seconds / steps)
 
 

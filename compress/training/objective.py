@@ -108,11 +108,11 @@ class Objective(nn.Module):
         upstream = None if upstream is None else upstream * batch
         losses: list[Any] = [
             self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight)
-            if factor else terms.new_zeros(())
+            if factor else self._left_out(name, terms)
             for name, weight, factor in zip(self.losses, weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
-            self._measure(total / batch, losses, student)
+            self._measure(total / batch, losses, student, upstream)
             weights = [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
         distilled = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
         return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
@@ -123,7 +123,19 @@ class Objective(nn.Module):
         """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
         return self.losses[name](student, teacher, Context(targets, upstream))
 
-    def _measure(self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs) -> None:
-        """Let the weights follow the gradients at the neck of this batch."""
-        label, *others = gradient_norms([label_loss, *losses], student.features)
+    def _left_out(self, name: str, terms: Tensor) -> Tensor:
+        """0, with a gradient of 0 for the loss's own parameters: several processes wait for each of them."""
+        sums = [parameter.sum() for parameter in self.losses[name].parameters()]
+        return 0 * torch.stack([terms.new_zeros(()), *sums]).sum()
+
+    def _measure(self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs, upstream: Tensor | None) -> None:
+        """Let the weights follow the gradients at the neck of this batch.
+
+        They are measured times `upstream` and the weights, as large as they are trained: in float16 the gradients of
+        some losses are 0 without it.
+        """
+        own = self.weights.weights
+        scales = torch.cat([own.new_ones(1), own]) * upstream if upstream is not None else own.new_ones(len(own) + 1)
+        scaled = [scale * loss for scale, loss in zip(scales, [label_loss, *losses], strict=True)]
+        label, *others = gradient_norms(scaled, student.features) / scales
         self.weights.update(label, torch.stack(others))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -41,6 +42,20 @@ def test_set_wins_over_a_flag() -> None:
     assert (found.quantize.method, found.quantize.calibration_images) == ("entropy", 9)
 
 
+def test_set_wins_over_a_flag_of_a_study_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def run_study(recipe: Any, *_: object) -> None:
+        found.append((recipe.study.seeds, recipe.study.jobs))
+        raise UsageError("seen")
+
+    monkeypatch.setattr("compress.study.run_study", run_study)
+    (tmp_path / "recipe.yaml").write_text("data: data.yaml")
+    with pytest.raises(SystemExit):
+        main(["study", str(tmp_path / "recipe.yaml"), "--seeds", "9", "--jobs", "2", "--set", "study.seeds=3"])
+    assert found == [(3, 2)]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -54,6 +69,14 @@ def test_a_set_that_the_stage_does_not_know_is_one_line(change: str, expected: s
         quantize_settings(change)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["scale=s", "teacher.weights=a.pt", "finetune=never"])
+def test_a_set_that_would_do_nothing_is_refused(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--data", "data.yaml", "--scale", "n", "--set", change])
+    assert ended.value.code == 2
+    assert "has no effect on `edgestill train`" in capsys.readouterr().err
 
 
 def contexts(group: click.Group, parent: click.Context) -> Iterator[click.Context]:

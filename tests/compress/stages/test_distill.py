@@ -11,8 +11,9 @@ from compress.data import Dataset
 from compress.data.loader import train_batches
 from compress.log import Log
 from compress.losses import distill as losses
-from compress.models.checkpoint import load, load_model
-from compress.stages.distill import Config, Inputs, run
+from compress.models import Architecture, YOLOv5
+from compress.models.checkpoint import load, load_model, save_model
+from compress.stages.distill import Config, Inputs, new_student, run
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
@@ -42,6 +43,20 @@ def distill(
     """The stage, for a student of scale p on the CPU."""
     whole = Config(distill=settings, student=StudentConfig(scale="p"), device="cpu")
     run(whole, Inputs(data, teacher, resume), out, log)
+
+
+@pytest.mark.parametrize(
+    ("init", "own_weights", "layout"),
+    [("auto", False, "v4"), ("inherit", False, "v4"), ("scratch", False, "v6"), ("auto", True, "v6")],
+)
+def test_only_a_student_that_is_to_be_a_slice_has_the_teachers_layout(
+    init: str, own_weights: bool, layout: str, tmp_path: Path
+) -> None:
+    teacher = YOLOv5(Architecture.of_scale("n", ("bolt",), layout="v4"))
+    file = tmp_path / "own.safetensors"
+    save_model(YOLOv5(Architecture.of_scale("p", ("bolt",))), file)
+    student = StudentConfig.model_validate({"init": init, "weights": file if own_weights else None})
+    assert new_student(Config(student=student), teacher, quiet).arch.layout == layout
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,16 @@ def test_an_arm_replaces_values_and_merges_groups() -> None:
     assert arm_recipe(recipe(Path("data.yaml")), "scratch", 7).distill.losses == {}
 
 
+def test_an_arms_preset_takes_the_place_of_the_recipes_and_leaves_what_was_set_beside_it() -> None:
+    optimizer = {"lr0": 0.02, "momentum": 0.5}
+    arms = {"low": {}, "med": {"distill": {"preset": "yolov5-med"}}, "fine": {"distill": {"preset": "finetune"}}}
+    made = recipe(Path("data.yaml"), distill={"preset": "yolov5-low", "optimizer": optimizer}, study={"arms": arms})
+    low, med, fine = (arm_recipe(made, arm, 0).distill for arm in arms)
+    assert [one.optimizer.name for one in (low, med, fine)] == ["sgd", "sgd", "adamw"]
+    assert [one.augment.scale for one in (low, med, fine)] == [0.5, 0.9, 0.5]
+    assert all((one.optimizer.lr0, one.optimizer.momentum) == (0.02, 0.5) for one in (low, med, fine))
+
+
 @pytest.mark.parametrize(
     ("arm", "says"),
     [
@@ -89,6 +99,17 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
     same = [path for path, at in weights.items() if path.exists() and path.stat().st_mtime_ns == at]
     assert len(same) == 3
     assert [run["map50_95"] for run in again["runs"]] == [run["map50_95"] for run in document["runs"]]
+
+    results = [json.loads(file.read_text()) for file in sorted(out.glob("runs/*/result.json"))]
+    judged_by_val = recipe(three_splits, study={"arms": ARMS, "seeds": 2, "split": "val"})
+    run_study(judged_by_val, out, log=lines.append)  # trains nothing
+    assert {path.stat().st_mtime_ns for path in out.glob("runs/*/distill/last.safetensors")} >= {
+        weights[path] for path in same
+    }
+    others = [json.loads(file.read_text()) for file in sorted(out.glob("runs/*/result.json"))]
+    for one, other in zip(results, others, strict=True):
+        assert one["of"]["training"] == other["of"]["training"]
+        assert one["of"]["judges"] != other["of"]["judges"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.losses.distill import Outputs
+from compress.training.objective import Objective
 from compress.training.ratio import LossWeights, gradient_norms, is_due, limited
+from compress.training.teacher import build_losses
+
+from . import toys
 
 
 def test_the_first_measurement_sets_the_weights_to_the_shares() -> None:
@@ -47,6 +52,18 @@ def test_norms_are_those_of_autograd_and_no_gradient_is_left() -> None:
     torch.testing.assert_close(norms, torch.tensor([48.0, 3.0]).sqrt())
     assert weight.grad is None
     sum(losses).backward()  # the graph is still there
+
+
+@pytest.mark.parametrize("upstream", [None, 2.0**16])
+def test_small_gradients_in_float16_are_measured_as_large_as_they_are_trained(upstream: float | None) -> None:
+    settings = toys.config(losses={"pkd": "auto"})
+    made = Objective(toys.network(), torch.nn.Identity(), build_losses(toys.network(), toys.network("n"), settings))
+    features = [torch.ones(1, 1, 100, 100, dtype=torch.float16, requires_grad=True)]
+    label, loss = (factor * features[0].float().mean() for factor in (1.0, 1e-5))
+    scale = None if upstream is None else torch.tensor(upstream)
+    made._measure(label, [loss], Outputs([], features), scale)
+    expected = 1.0 if upstream is None else 0.3e5  # without it the gradient of 1e-9 is 0, and nothing moves
+    torch.testing.assert_close(made.weights.weights, torch.tensor([expected]), rtol=0.02, atol=0)
 
 
 def test_weights_survive_in_the_state_dict() -> None:

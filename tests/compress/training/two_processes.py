@@ -24,21 +24,24 @@ def train(out: Path) -> dict[str, Any]:
     """Losses of the epochs, weights, averaged weights and pending gradients at the end.
 
     A step takes two batches and an epoch has three, so gradients are pending when the first and the last one end.
-    BatchNorm's statistics stay fixed: each process sees other images, so its statistics of a batch would be others.
+    The distillation loss has faded out in the last epoch. BatchNorm's statistics stay fixed: each process sees other
+    images, so its statistics of a batch would be others.
     """
-    trainer = toys.trainer(toys.config(optimizer={"nominal_batch": 8}), out, images=12, distils=True)
+    losses = {"feat_mse": {"weight": 0.1, "until": 0.5}}
+    settings = toys.config(optimizer={"nominal_batch": 8}, losses=losses)
+    trainer = toys.trainer(settings, out, images=12, distils=True)
     for norm in (module for module in trainer.objective.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.eval()
         norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]
-    losses = []
+    terms = []
     for _ in range(EPOCHS):
         record = trainer.train_epoch(Progress())
-        losses.append([value for key, value in record.items() if key.startswith("train/")])
+        terms.append([value for key, value in record.items() if key.startswith("train/")])
         trainer.state.epoch += 1
     return {
         "processes": trainer.processes,
         "steps": trainer.ema.updates,
-        "losses": torch.tensor(losses),
+        "losses": torch.tensor(terms),
         "weights": {name: value.detach().clone() for name, value in trainer.objective.named_parameters()},
         "ema": trainer.ema.module.state_dict(),
         "gradients": [parameter.grad for parameter in trainer.objective.parameters()],
