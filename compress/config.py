@@ -351,11 +351,17 @@ class TeacherConfig(TrainConfig):
 
 class StudentConfig(Settings):
     init: Literal["auto", "inherit", "scratch"] = "auto"
-    """inherit starts from slices of the teacher, or of larger `weights`; auto does so where it can."""
+    """inherit starts from slices of the teacher; auto does so if the student is no wider and has no weights."""
     scale: ScaleName | None = "p"
     """None takes the size of `weights`."""
     weights: Path | None = None
     """Start from these where shapes agree."""
+
+    @model_validator(mode="after")
+    def _start_in_one_way(self) -> StudentConfig:
+        if self.init == "inherit" and self.weights:
+            raise PydanticCustomError("two_starts", "slices of the teacher would replace the weights: give one of both")
+        return self
 
 
 class StudyConfig(Settings):

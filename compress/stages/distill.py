@@ -17,7 +17,7 @@ from compress.data import Dataset
 from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
 from compress.losses.distill import check_losses
-from compress.models import YOLOv5
+from compress.models import Architecture, YOLOv5
 from compress.models.inherit import why_not
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
@@ -62,9 +62,12 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     state = read_resume(out, settings, origin) if resume else None
     teacher = load_teacher(inputs.teacher, data.names)
     splits = open_splits(data, settings, log)
-    student = model_from_state(state, data.names) if state else new_student(config, teacher, log)
+    is_slice = not state and inherits(config.student, teacher.arch, log)
+    student = (
+        model_from_state(state, data.names) if state else new_student(config, teacher.arch, is_slice=is_slice, log=log)
+    )
     objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher, settings))
-    if not state and inherits(config.student, student, teacher, log):
+    if is_slice:
         _publish(out / "inheritance.json", inherit_from(teacher, objective, splits.train, settings, config.device, log))
     frozen = Teacher(teacher, config.device, half=settings.amp) if len(objective.losses) else None
     if not state and frozen:
@@ -77,30 +80,30 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     return result.figures
 
 
-def new_student(config: Config, teacher: YOLOv5, log: Log) -> YOLOv5:
-    """A fresh student, which has the teacher's layout so that it can be a slice of it, or one with its own weights."""
+def inherits(config: StudentConfig, teacher: Architecture, log: Log) -> bool:
+    """Whether the student starts from slices of the teacher: asked for, or possible where it has no own weights."""
+    if config.init == "scratch" or config.weights or not config.scale:
+        return False
+    student = Architecture.of_scale(config.scale, teacher.names, teacher.anchors, teacher.layout)
+    reason = why_not(student, teacher)
+    if reason and config.init == "auto":
+        log(f"the student starts from scratch: {reason}")
+        return False
+    return True
+
+
+def new_student(config: Config, teacher: Architecture, *, is_slice: bool, log: Log) -> YOLOv5:
+    """A fresh student; one that becomes a slice of the teacher has its layout."""
     student = config.student
-    is_slice = student.init == "inherit" or (student.init == "auto" and not student.weights)
     return new_model(
-        teacher.arch.names,
+        teacher.names,
         scale=student.scale,
         weights=student.weights,
-        anchors=teacher.arch.anchors,
-        layout=teacher.arch.layout if is_slice else None,
+        anchors=teacher.anchors,
+        layout=teacher.layout if is_slice else None,
         seed=config.distill.seed,
         log=log,
     )
-
-
-def inherits(config: StudentConfig, student: YOLOv5, teacher: YOLOv5, log: Log) -> bool:
-    """Whether the student starts from slices of the teacher: asked for, or possible where it has no weights."""
-    if config.init != "auto":
-        return config.init == "inherit"
-    if config.weights:
-        return False
-    if reason := why_not(student.arch, teacher.arch):
-        log(f"the student starts from scratch: {reason}")
-    return not reason
 
 
 def _publish(file: Path, document: Any) -> None:

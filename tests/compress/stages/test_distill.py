@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from compress.config import DistillConfig, StudentConfig, TrainConfig
 from compress.data import Dataset
@@ -13,7 +14,7 @@ from compress.log import Log
 from compress.losses import distill as losses
 from compress.models import Architecture, YOLOv5
 from compress.models.checkpoint import load, load_model, save_model
-from compress.stages.distill import Config, Inputs, new_student, run
+from compress.stages.distill import Config, Inputs, inherits, new_student, run
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
@@ -46,17 +47,30 @@ def distill(
 
 
 @pytest.mark.parametrize(
-    ("init", "own_weights", "layout"),
-    [("auto", False, "v4"), ("inherit", False, "v4"), ("scratch", False, "v6"), ("auto", True, "v6")],
+    ("init", "scale", "own_weights", "layout"),
+    [
+        ("auto", "p", False, "v4"),
+        ("inherit", "p", False, "v4"),
+        ("scratch", "p", False, "v6"),
+        ("auto", "p", True, "v6"),
+        ("auto", "s", False, "v6"),  # wider than the teacher
+    ],
 )
 def test_only_a_student_that_is_to_be_a_slice_has_the_teachers_layout(
-    init: str, own_weights: bool, layout: str, tmp_path: Path
+    init: str, scale: str, own_weights: bool, layout: str, tmp_path: Path
 ) -> None:
-    teacher = YOLOv5(Architecture.of_scale("n", ("bolt",), layout="v4"))
+    teacher = Architecture.of_scale("n", ("bolt",), layout="v4")
     file = tmp_path / "own.safetensors"
     save_model(YOLOv5(Architecture.of_scale("p", ("bolt",))), file)
-    student = StudentConfig.model_validate({"init": init, "weights": file if own_weights else None})
-    assert new_student(Config(student=student), teacher, quiet).arch.layout == layout
+    weights = file if own_weights else None
+    config = Config(student=StudentConfig.model_validate({"init": init, "scale": scale, "weights": weights}))
+    is_slice = inherits(config.student, teacher, quiet)
+    assert new_student(config, teacher, is_slice=is_slice, log=quiet).arch.layout == layout
+
+
+def test_slices_of_the_teacher_and_weights_of_its_own_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="give one of both"):
+        StudentConfig(init="inherit", weights=tmp_path / "own.safetensors")
 
 
 @pytest.fixture(scope="module")
