@@ -165,8 +165,12 @@ def _cluster_nms(b: GraphBuilder, suppresses: str, step: Round, iterations: int,
     if step.length > step.block:
         lengths = b.ints(f"{at}.lengths", [step.block, step.length - step.block])
         own, rest = b.ops("Split", suppresses, lengths, names=(f"{at}.own", f"{at}.others"), axis=1)
-    later = b.floats(f"nms.later_{step.block}", np.triu(np.ones((step.block, step.block)), 1))
-    own = b.op("Mul", own, later, name=f"{at}.later")
+    rank = np.arange(step.block)  # compared in the graph, since every library folds it and the file stays small
+    ranks = (
+        b.floats(f"{at}.rank_{way}", rank.reshape(shape)) for way, shape in (("mine", (-1, 1)), ("other", (1, -1)))
+    )
+    later = b.op("Cast", b.op("Less", *ranks, name=f"{at}.behind"), name=f"{at}.later", to=FLOAT)
+    own = b.op("Mul", own, later, name=f"{at}.own_later")
     keep = ones = b.floats(f"nms.all_{step.block}", np.ones((1, step.block)))
     for turn in range(iterations):
         keep = _unsuppressed(b, keep, own, ones, f"{at}.{turn}")
