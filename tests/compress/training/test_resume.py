@@ -9,7 +9,7 @@ import pytest
 
 from compress.config import TrainConfig
 from compress.data import Dataset
-from compress.data.dataset import Index
+from compress.data.dataset import SplitIndex
 from compress.training.resume import Origin, origin_of, read_resume
 from compress.training.state import STATE, save_state
 from runtime.errors import InputError, UsageError
@@ -47,7 +47,7 @@ def refusal(out: Path, origin: Origin, config: TrainConfig = CONFIG) -> str:
     return text
 
 
-def with_train(data: Dataset, index: Index) -> Dataset:
+def with_train(data: Dataset, index: SplitIndex) -> Dataset:
     return replace(data, splits={**data.splits, "train": index})
 
 
@@ -68,7 +68,7 @@ def test_a_teacher_is_its_content_and_not_its_name(tiny_data: Dataset, teacher: 
 
 def test_fewer_images_are_counted(tiny_data: Dataset, tmp_path: Path) -> None:
     out, train = begun(tmp_path / "run", origin_of(CONFIG, tiny_data)), tiny_data.splits["train"]
-    fewer = with_train(tiny_data, Index(train.samples[:3], ()))
+    fewer = with_train(tiny_data, SplitIndex(train.samples[:3], ()))
     assert "training images = 10, not 3" in refusal(out, origin_of(CONFIG, fewer))
 
 
@@ -77,7 +77,7 @@ def test_fewer_images_are_counted(tiny_data: Dataset, tmp_path: Path) -> None:
 )
 def test_as_many_images_that_are_others_are_told(tiny_data: Dataset, tmp_path: Path, change: dict[str, Any]) -> None:
     out, train = begun(tmp_path / "run", origin_of(CONFIG, tiny_data)), tiny_data.splits["train"]
-    other = with_train(tiny_data, Index((*train.samples[:-1], replace(train.samples[-1], **change)), ()))
+    other = with_train(tiny_data, SplitIndex((*train.samples[:-1], replace(train.samples[-1], **change)), ()))
     assert "training data = sha256 " in refusal(out, origin_of(CONFIG, other))
 
 
