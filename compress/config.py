@@ -34,6 +34,8 @@ CountOrZero = Annotated[Int, Field(ge=0, le=MAX_COUNT)]
 Workers = Annotated[Int, Field(ge=0, le=256)]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 """A seed that the random generators of NumPy and of torch both take."""
+Device = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""auto, cpu, or a GPU number, which YAML reads as a number."""
 Side = Annotated[Int, Field(ge=1, le=8192)]
 """Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
@@ -384,7 +386,7 @@ class Recipe(Settings):
     data: Path
     imgsz: Side = IMGSZ
     seed: Seed = 0
-    device: str = "auto"
+    device: Device = "auto"
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()

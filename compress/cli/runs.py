@@ -106,6 +106,7 @@ def study(file: Path, arms: str, out: Path | None, as_json: bool) -> None:
     names = [name.strip() for name in arms.split(",") if name.strip()]
     folder = out or Path("runs") / f"{recipe.name}-study"
     document = read_json(run_study(recipe, folder, names, say))
+    say(f"study  {folder / 'study.md'}, {folder / 'study.png'}")
     show(document, to_markdown(document), as_json)
 
 

@@ -107,9 +107,9 @@ def _same_meaning(student: Any, teacher: Any, heads: Sequence[str]) -> list[Chec
     return [_agreement(name, *fact, needed=name == "strides" or bool(heads)) for name, fact in facts.items()]
 
 
-def _rounded(anchors: Any) -> tuple[float, ...]:
-    """Anchors in pixels to 1/10: float16 files move them by less."""
-    return tuple(round(float(side), 1) for side in torch.as_tensor(anchors).flatten())
+def _rounded(anchors: Any) -> tuple[tuple[float, float], ...]:
+    """(width, height) of each anchor in pixels to 1/10: float16 files move them by less."""
+    return tuple((round(w, 1), round(h, 1)) for w, h in torch.as_tensor(anchors).reshape(-1, 2).tolist())
 
 
 def _agreement(name: str, student: tuple[Any, ...], teacher: tuple[Any, ...], remedy: str, *, needed: bool) -> Check:
@@ -192,7 +192,7 @@ def _shares(
             times = weighted[name] / max(labels, 1e-12)
             hint = "" if times <= LARGEST_SHARE else f"; at most {LARGEST_SHARE:g} is sound: write {name}: auto"
             yield Check(f"{name} leaves room for the labels", not hint, f"{times:.2g} times their gradient{hint}")
-    yield Check("share of the gradient at the neck", ok, told)
+    yield Check("parts of the whole gradient at the neck", ok, told)
 
 
 def _weighted(norm: float, loss: DistillLoss | None, labels: float) -> float:

@@ -277,7 +277,8 @@ def _require_agreement(config: ExportConfig, name: str, found: Agreement, log: L
     )
     for difference, value, limit, unit, setting in limits:
         if not value <= limit:
-            hint = f"Nothing was written; the limit is the setting {setting}" if setting else "Nothing was written"
+            hint = f"Nothing was written. Rounding shows in a network of few epochs: train longer, or set {setting}"
+            hint = hint if setting else "Nothing was written"
             raise EdgestillError(f"{name} against torch: {difference} {value:.4g}{unit}, the limit is {limit:g}", hint)
 
 

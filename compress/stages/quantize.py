@@ -41,7 +41,11 @@ SANITY_SHARE = 0.1
 """A flavour has failed if on every sanity image its best score is below this share of FP32's."""
 GATE_SAMPLES = 200
 """Timed calls of each file, ten in each of twenty rounds."""
-SPEED = {"faster": "below the limit", "slower": "above the limit", "inconclusive": "inconclusive against the limit"}
+SPEED = {
+    "faster": "below the limit",
+    "slower": "above the limit",
+    "inconclusive": "inconclusive as the rounds disagree; the limit is",
+}
 
 
 class Config(Settings):
@@ -253,7 +257,7 @@ def _accuracy_verdict(found: float, reference: float, max_drop: float) -> tuple[
     if max_drop < 1 and found == 0:
         return False, "its mAP50-95 is 0"
     within = drop <= max_drop  # False for NaN
-    return within, f"loses {drop:.4f} mAP50-95, {'within' if within else 'more than'} {max_drop:g}"
+    return within, f"loses {max(drop, 0.0):.4f} mAP50-95, {'within' if within else 'more than'} {max_drop:g}"
 
 
 STAGE = Stage(

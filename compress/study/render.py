@@ -15,7 +15,7 @@ NOTHING = "–"
 
 def points(fraction: float | None, *, sign: bool = False) -> str:
     """An mAP, or a difference of two, in points of 100."""
-    return NOTHING if fraction is None else f"{100 * fraction:{'+' if sign else ''}.1f}"
+    return NOTHING if fraction is None else f"{round(100 * fraction, 1) + 0.0:{'+' if sign else ''}.1f}"
 
 
 def interval(difference: Mapping[str, Any]) -> str:
@@ -35,7 +35,7 @@ def to_markdown(study: Document) -> str:
         "",
         *_table(("Arm", *(f"seed {seed}" for seed in range(study["seeds"])), "mean", "ms a step"), _arms(study)),
         "",
-        "Differences, with the 95 % interval of the mean by Student's t:",
+        "Differences; in brackets the 95 % interval of the mean by Student's t, which needs two seeds:",
         "",
         *_table(("Arm", "against", "difference", "better in"), _differences(study)),
     ]
@@ -81,7 +81,7 @@ def draw(study: Document, file: Path) -> None:
                 gaps.plot([100 * end for end in ends], [row, row], color="tab:blue")
     runs.set_yticks(range(len(arms)), arms)
     runs.set_ylim(len(arms) - 0.5, -0.5)
-    runs.set_xlabel(f"mAP50-95 on {study['split']}, one point a seed")
+    runs.set_xlabel(f"mAP50-95 in points of 100 on {study['split']}, one dot per seed")
     gaps.axvline(0, color="grey", linewidth=0.8)
     gaps.set_xlabel(f"points against {arms[0]}, 95 % interval")
     for axes in (runs, gaps):

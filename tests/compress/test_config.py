@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from compress.config import DistillConfig, Recipe, TeacherConfig, TrainConfig, result_settings
 
@@ -25,3 +26,9 @@ def test_every_other_setting_of_a_training_is_one() -> None:
         "workers", "threads", "tensorboard", "checkpoint_interval",
     }  # fmt: skip
     assert all(dumped[key] == value for key, value in result_settings(TrainConfig()).items())
+
+
+def test_a_gpu_number_may_be_written_as_yaml_reads_it() -> None:
+    assert Recipe.model_validate({"data": "data.yaml", "device": 0}).device == "0"
+    with pytest.raises(ValidationError):
+        Recipe.model_validate({"data": "data.yaml", "device": True})

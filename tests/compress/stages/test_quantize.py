@@ -125,7 +125,7 @@ def test_latency_on_this_cpu_counts_only_for_flavours_that_run_on_it(flavours):
     [
         (SLOWER, False, "1.200 (95 % interval 1.200 to 1.200, n = 20 rounds), above the limit 1"),
         (FASTER, True, "n = 20 rounds), below the limit 1"),
-        (SCATTERED, True, "n = 20 rounds), inconclusive against the limit 1"),
+        (SCATTERED, True, "n = 20 rounds), inconclusive as the rounds disagree; the limit is 1"),
     ],
     ids=["slower", "faster", "inconclusive"],
 )
