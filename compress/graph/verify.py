@@ -135,6 +135,7 @@ def _expected(found: Found, nms: NmsShape, letterbox: FrameLetterbox | None) -> 
     """Rows (n,6) that the graph must return for its own candidates, and the best score that NMS leaves out."""
     _, boxes, scores, classes = found
     keep, cutoff = nms_in_rounds(boxes, scores, classes, iou=nms.iou, iterations=nms.iterations, max_det=nms.max_det)
+    keep = keep[scores[keep] > 0]  # a score that underflowed is no detection: in the graph such a row is empty
     placed = boxes[keep] if letterbox is None else to_frame(boxes[keep], letterbox)
     return np.concatenate([placed, scores[keep, None], classes[keep, None]], axis=1), cutoff
 

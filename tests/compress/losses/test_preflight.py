@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import LOSSES, Context, DistillLoss, Outputs, Shape
-from compress.losses.preflight import neck_gradients, preflight
+from compress.losses.preflight import DROWNS, neck_gradients, preflight
 
 from .conftest import ANCHORS_PX, STRIDES
 
@@ -173,12 +173,13 @@ def test_a_fixed_weight_that_drowns_the_labels_is_told_with_the_remedy(batch):
     student, teacher = _pair()
     losses = _losses(student, teacher, ("obj_kd",))
     task = DetectionLoss(_shape(student).anchors, STRIDES, 3)
-    losses["obj_kd"].weight = 1e6
-    drowned = [check for check in preflight(student, teacher, losses, batch, task=task) if not check.ok]
-    assert [check.name for check in drowned] == ["obj_kd leaves room for the labels"]
-    assert "write obj_kd: auto" in drowned[0].detail
-    losses["obj_kd"].weight = None
-    assert all(check.ok for check in preflight(student, teacher, losses, batch, task=task))
+    told = {}
+    for weight in (1e6, 1e-6, None):
+        losses["obj_kd"].weight = weight
+        checks = preflight(student, teacher, losses, batch, task=task)
+        told[weight] = [check.detail for check in checks if check.name == f"obj_kd {DROWNS}"]
+    assert "times their gradient; obj_kd: auto avoids it" in told[1e6][0]
+    assert told[1e-6] == told[None] == []
 
 
 def test_the_gradient_at_the_neck_is_that_of_autograd():
