@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.render import markdown_table
 from compress.study.figures import means
 from runtime.files import atomic_write
 
@@ -27,25 +28,21 @@ def interval(difference: Mapping[str, Any]) -> str:
 
 def to_markdown(study: Document) -> str:
     """Every run, and every two arms compared."""
+    titles = ("Arm", *(f"seed {seed}" for seed in range(study["seeds"])), "mean", "ms a step")
     lines = [
         f"# Study: student {study['student']}, {study['epochs']} epochs, {study['imgsz']} pixels",
         "",
         f"mAP50-95 in points on the {study['split']} split, averaged weights (EMA) of the last epoch; "
         f"{study['seeds']} paired seeds.",
         "",
-        *_table(("Arm", *(f"seed {seed}" for seed in range(study["seeds"])), "mean", "ms a step"), _arms(study)),
+        *markdown_table(titles, list(_arms(study))),
         "",
         "Differences; in brackets the 95 % interval of the mean by Student's t, which needs two seeds:",
         "",
-        *_table(("Arm", "against", "difference", "better in"), _differences(study)),
+        *markdown_table(("Arm", "against", "difference", "better in"), list(_differences(study))),
     ]
     lines += ["", *(f"- {name} failed: {reason}" for name, reason in study["failed"].items())]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(titles: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    body = [titles, ["---"] * len(titles), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
 
 
 def _arms(study: Document) -> Iterator[Sequence[str]]:

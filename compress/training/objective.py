@@ -104,7 +104,7 @@ class Objective(nn.Module):
             raise ValueError("a distillation needs the teacher's outputs")
         batch = student.raw[0].shape[0]
         factors = factors or [1.0] * len(self.losses)
-        weights = [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
+        weights = self._weights(factors)
         upstream = None if upstream is None else upstream * batch
         losses: list[Any] = [
             self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight)
@@ -113,9 +113,13 @@ class Objective(nn.Module):
         ]  # fmt: skip
         if measure:
             self._measure(total / batch, losses, student, upstream)
-            weights = [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
+            weights = self._weights(factors)
         distilled = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
         return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
+
+    def _weights(self, factors: Sequence[float]) -> list[Tensor]:
+        """The weight () of each distillation loss as it is now, times its factor."""
+        return [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
 
     def _compare(
         self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, upstream: Tensor | None
