@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -36,9 +37,9 @@ class FakeDetector:
         self.time, self.slow, self.nms_ms = time, slow, nms_ms
         self.seen: list[int] = []
 
-    def preprocess(self, frame: np.ndarray) -> int:
+    def preprocess(self, frames: Sequence[np.ndarray]) -> int:
         self.time.spend(1)
-        self.seen.append(int(frame[0, 0, 0]))
+        self.seen += [int(frame[0, 0, 0]) for frame in frames]
         return len(self.seen)
 
     def infer(self, prepared: int) -> str:

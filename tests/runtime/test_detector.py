@@ -39,10 +39,11 @@ def test_boxes_come_back_in_frame_pixels(detector, white_frame):
 
 
 def test_a_call_is_its_three_steps(detector, white_frame):
-    prepared = detector.preprocess(white_frame)
+    prepared = detector.preprocess([white_frame])
     raw = detector.infer(prepared)
     assert (prepared.array.shape, prepared.array.dtype, raw.array.shape) == ((1, 64, 64, 3), np.uint8, (1, 4, 6))
-    assert detector.postprocess(raw, prepared).to_list() == detector(white_frame).to_list()
+    (found,) = detector.postprocess(raw, prepared)
+    assert found.to_list() == detector(white_frame).to_list()
 
 
 @pytest.mark.parametrize(
@@ -73,9 +74,9 @@ def test_conf_is_strict_and_may_be_set_for_one_call(toys, tmp_path, white_frame)
     assert len(Detector.load(path, conf=0.5)(white_frame)) == 1
     detector = Detector.load(path, conf=0.05)
     assert len(detector(white_frame)) == 3
-    prepared = detector.preprocess(white_frame)
-    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.8)) == 1
-    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.0)) == 3  # empty rows stay out
+    prepared = detector.preprocess([white_frame])
+    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.8)[0]) == 1
+    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.0)[0]) == 3  # empty rows stay out
     for conf in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match="conf"):
             Detector.load(path, conf=conf)
@@ -83,16 +84,16 @@ def test_conf_is_strict_and_may_be_set_for_one_call(toys, tmp_path, white_frame)
 
 def test_prepared_frames_stay_what_they_are(detector, white_frame):
     """A queue of prepared frames is common; a shared canvas would give every one the last frame's pixels."""
-    first = detector.preprocess(white_frame)
-    second = detector.preprocess(np.zeros((100, 30, 3), np.uint8))
-    assert len(detector.postprocess(detector.infer(first), first)) == 2
-    assert len(detector.postprocess(detector.infer(second), second)) == 0
+    first = detector.preprocess([white_frame])
+    second = detector.preprocess([np.zeros((100, 30, 3), np.uint8)])
+    assert len(detector.postprocess(detector.infer(first), first)[0]) == 2
+    assert len(detector.postprocess(detector.infer(second), second)[0]) == 0
 
 
 def test_a_model_with_the_letterbox_inside_takes_the_frame_as_it_is(toys, tmp_path, white_frame):
     card = toys.card(input="frame", frame_hw=(480, 640))
     detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx", card))
-    prepared = detector.preprocess(white_frame)
+    prepared = detector.preprocess([white_frame])
     assert np.shares_memory(prepared.array, white_frame)
     assert detector(white_frame).xyxy[0].tolist() == [8, 16, 24, 32]
     with pytest.raises(InputError, match=r"\(240, 320\).*\(480, 640\)"):
@@ -170,7 +171,7 @@ def test_a_conventional_export_runs_with_suppression_on_the_host(toys, tmp_path,
 
 def test_a_half_precision_export_gets_half_precision_input(toys, tmp_path, white_frame):
     detector = Detector.load(toys.rows_model(tmp_path / "h.onnx", ROWS, dtype=TensorProto.FLOAT16))
-    assert detector.preprocess(white_frame).array.dtype == np.float16
+    assert detector.preprocess([white_frame]).array.dtype == np.float16
     assert detector.card.precision == "fp16"
     assert detector(white_frame).class_id.tolist() == [1, 0]
 
@@ -178,7 +179,7 @@ def test_a_half_precision_export_gets_half_precision_input(toys, tmp_path, white
 def test_open_dimensions_mean_one_image_of_640(toys, tmp_path, white_frame):
     path = toys.rows_model(tmp_path / "d.onnx", ROWS, input_shape=["batch", 3, "height", "width"])
     detector = Detector.load(path)
-    assert detector.preprocess(white_frame).array.shape == (1, 3, 640, 640)
+    assert detector.preprocess([white_frame]).array.shape == (1, 3, 640, 640)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +214,9 @@ def test_a_stride_that_is_no_size_is_refused(toys, tmp_path, stride):
         Detector.load(path)
 
 
-def test_later_yolos_and_batches_are_refused_by_their_shapes(toys, tmp_path):
+def test_later_yolos_are_refused_by_their_shapes(toys, tmp_path):
     with pytest.raises(InputError, match="YOLOv5"):
         Detector.load(toys.rows_model(tmp_path / "v8.onnx", np.zeros((6, 84), np.float32), grid=False))
-    with pytest.raises(InputError, match="batch"):
-        Detector.load(toys.rows_model(tmp_path / "b.onnx", ROWS, input_shape=[4, 3, 64, 64]))
 
 
 FINISHED = np.array([[4, 4, 40, 40, 0.92, 0], [10, 20, 30, 60, 0.81, 0]], np.float32)
