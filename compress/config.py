@@ -45,9 +45,10 @@ IMGSZ = 640
 def _sides(value: Any) -> Any:
     """640, [384, 640], "384x640" and "384 640" as two sides; the field judges them."""
     sides = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
-    if isinstance(sides, int):
-        return sides, sides
-    return sides * 2 if isinstance(sides, list) and len(sides) == 1 else sides
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if len(sides) > 2:
+        raise PydanticCustomError("too_many_sides", "expected one side, or height and width")
+    return (sides[0], sides[-1]) if sides else sides
 
 
 Shape = Annotated[tuple[Side, Side], BeforeValidator(_sides)]

@@ -55,6 +55,15 @@ def measured(detector: FakeDetector, time: FakeTime, **options: Any) -> Any:
     return measure(detector, FRAMES, clock=time.clock, sleep=time.sleep, **options)
 
 
+def test_a_call_takes_a_batch_of_frames_in_turn() -> None:
+    time = FakeTime()
+    detector = FakeDetector(time)
+    found = measured(detector, time, samples=20, batch=3)
+    assert detector.seen[:9] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert len(detector.seen) == 3 * (20 + found.warmup.calls)
+    assert found.end_to_end.p50 == 8, "one call, however many frames"
+
+
 def test_end_to_end_contains_the_three_spans() -> None:
     time = FakeTime()
     found = measured(FakeDetector(time), time, samples=20)

@@ -12,7 +12,7 @@ import pytest
 
 import runtime
 from runtime.__main__ import main
-from runtime.card import Artifact
+from runtime.card import Artifact, Batches
 from runtime.files import sha256
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -220,6 +220,17 @@ def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, caps
     told = json.loads(capsys.readouterr().out)
     assert told["card"]["artifacts"][0]["file"] == "toy.plan"
     assert "toy.plan" in told["runs_here"]
+
+
+def test_build_gives_a_plan_of_an_open_batch_its_profile(toys, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    model = toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(1, None)))
+    assert main(["build", str(model), "--targets", "sm86", "--batches", "2,2,4"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "toy.plan")]) == 0
+    assert json.loads(capsys.readouterr().out)["card"]["artifacts"][0]["batches"] == [2, 4]
+    assert main(["build", str(model), "--batches", "4,2,1"]) == 2
+    assert "such as 1,4,8" in capsys.readouterr().err
 
 
 def test_info_tells_of_the_machine_and_of_foreign_models(toys, tmp_path, capsys):
