@@ -138,6 +138,15 @@ def test_a_call_is_timed_on_the_batch_of_its_file(
     assert compare_files(file, file, plan, rounds=10).rounds == 10
 
 
+def test_a_report_tells_height_width_and_batch(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    card = replace(toys.card(), size_hw=(32, 64), batches=Batches(2, 2))
+    model = toys.canvas_model(tmp_path / "toy.onnx", card)
+    assert bench(folder, tmp_path / "out", "--model", str(model)) == 0
+    told = capsys.readouterr().out
+    assert "imgsz 32x64, batch 2" in told
+    assert "milliseconds from 2 decoded frames" in told
+
+
 def test_each_row_has_its_own_settings_backend_and_device(folder: Path) -> None:
     """Three files of one network, whose cards differ."""
     cards = [replace(CARD, iou=0.45), replace(CARD, max_det=1000, conf=0.1)]

@@ -40,6 +40,18 @@ def test_detect_prints_a_line_an_image_in_order(model, images, capsys):
     assert all("1 bolt, 1 nut" in line for line in lines)
 
 
+def test_detect_fills_the_batch_of_a_file_and_reports_images_of_another_size(toys, images, tmp_path, capsys):
+    for name, height in (("c.png", 240), ("d.png", 480), ("e.png", 480)):
+        cv2.imwrite(str(images / name), np.full((height, 640, 3), 255, np.uint8))
+    card = toys.card(batches=Batches(2, 2), input="frame", frame_hw=(480, 640))
+    model = str(toys.canvas_model(tmp_path / "toy.onnx", card))
+    assert main(["detect", str(images), "--model", model]) == 1
+    told = capsys.readouterr()
+    assert [Path(line.split(" ")[0]).name for line in told.out.splitlines()] == ["a.png", "b.jpg", "d.png", "e.png"]
+    assert all("1 bolt, 1 nut" in line for line in told.out.splitlines())
+    assert "c.png: frame has (height, width) (240, 640)" in told.err
+
+
 def test_detect_says_where_boxes_may_be_missing(toys, images, tmp_path, capsys):
     model = str(toys.canvas_model(tmp_path / "toy.onnx", cutoff=0.5))
     assert main(["detect", str(images / "*.png"), "--model", model]) == 0
