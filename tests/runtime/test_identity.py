@@ -38,7 +38,7 @@ def test_weights_and_every_setting_change_the_identity():
 
 def test_every_field_of_the_card_is_decided_on():
     """A new setting that changes what a model finds belongs to its identity."""
-    outside = {"name", "conf", "precision", "provenance", "artifacts"}
+    outside = {"name", "conf", "precision", "batches", "provenance", "artifacts"}
     assert {field.name for field in fields(ModelCard)} == {"weights", *SETTINGS} | outside
 
 
