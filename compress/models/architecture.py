@@ -151,7 +151,14 @@ class Architecture:
         object.__setattr__(self, "anchors", _anchors(self.anchors, len(self.strides)))
 
     @classmethod
-    def of_scale(cls, scale: str, names: Sequence[str], anchors: Any = None, layout: str | None = None) -> Architecture:
+    def of_scale(
+        cls,
+        scale: str,
+        names: Sequence[str],
+        anchors: Any = None,
+        layout: str | None = None,
+        activation: str = "SiLU",
+    ) -> Architecture:
         """The network of a scale of `SCALES` for the classes `names`.
 
         Without a `layout`, four levels of anchors make the one with a fourth level; without anchors the layout's
@@ -163,7 +170,7 @@ class Architecture:
         layout = layout or ("v6-p6" if anchors is not None and len(anchors) == 4 else "v6")
         if anchors is None:
             anchors = DEFAULT_ANCHORS_P6 if layout.endswith("p6") else DEFAULT_ANCHORS
-        return cls(depth, width, tuple(names), anchors, layout)
+        return cls(depth, width, tuple(names), anchors, layout, activation)
 
     @property
     def nc(self) -> int:
