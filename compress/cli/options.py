@@ -101,6 +101,7 @@ class NameIn(click.ParamType):
 
 
 SCALE = NameIn("compress.config:SCALES")
+ACTIVATION = NameIn("compress.config:STUDENT_ACTIVATIONS")
 
 
 def setting(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:

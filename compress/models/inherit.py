@@ -71,7 +71,8 @@ def inherit(student: YOLOv5, source: YOLOv5) -> Inheritance:
     """Copy slices of `source` into `student`, in place. Equal widths and depths copy everything.
 
     Classes are matched by name; the outputs of others stay as they are. Bottlenecks are matched by position; those that
-    the source lacks start as the identity, those that the student lacks are left out. Raises UsageError when the student is not a slice of the source.
+    the source lacks start as the identity, those that the student lacks are left out. Raises UsageError when the
+    student is not a slice of the source.
     """
     if reason := why_not(student.arch, source.arch):
         raise UsageError(reason, "Choose a student of the same layout that is not wider, or --init scratch")

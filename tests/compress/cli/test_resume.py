@@ -74,6 +74,8 @@ def test_the_newest_run_goes_on_with_the_settings_and_data_that_it_began_with(cu
         (["--batch", 4], "batch = 5, not 4"),
         (["--scale", "n"], "scale = p, not n"),
         (["--epochs", 9], "epochs = 3, not 9"),
+        (["--init", "scratch"], "init = auto, not scratch"),
+        (["--activation", "relu"], "activation = SiLU, not ReLU"),
     ],
 )
 def test_what_is_said_otherwise_is_refused_with_the_way_on(
