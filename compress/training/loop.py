@@ -71,12 +71,14 @@ class TrainResult:
     """Row of results.csv of the best epoch."""
     epochs: int
     """Epochs that were trained, fewer than asked after an early stop."""
+    seconds: float
+    """Time of these epochs with their validation; of one that was killed and resumed, of all its parts."""
 
     @property
     def figures(self) -> dict[str, float]:
-        """The best epoch's figures, as the manifest of a stage keeps them."""
+        """The best epoch's figures and the time, as the manifest of a stage keeps them."""
         map50, map50_95 = (self.metrics[f"metrics/mAP_{name}"] for name in ("0.5", "0.5:0.95"))
-        return {"epochs": self.epochs, "map50": map50, "map50_95": map50_95}
+        return {"epochs": self.epochs, "map50": map50, "map50_95": map50_95, "seconds": round(self.seconds, 3)}
 
 
 @dataclass
@@ -93,6 +95,8 @@ class TrainState:
     history: list[Record] = field(default_factory=list)
     threads: int = 0
     """Compute threads of the next epoch on a CPU; 0 until they are chosen."""
+    seconds: float = 0.0
+    """Time of the epochs that are done; what a killed run had begun of the next is not in it."""
 
 
 def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, log: Log = print) -> TrainResult:
@@ -130,6 +134,7 @@ class Trainer:
         optimizer = build_optimizer(self.objective, self.config.optimizer, self.schedule.weight_decay)
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self._counted_until = time.perf_counter()
 
     @property
     def finished(self) -> bool:
@@ -143,6 +148,7 @@ class Trainer:
             self.job.out / "tensorboard", on=self.config.tensorboard and self.is_main, start=self.state.epoch
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
+        self._counted_until = time.perf_counter()
         with scalars, progress, threads_restored():
             self.choose_threads()
             while not self.finished:
@@ -278,8 +284,14 @@ class Trainer:
         self.state.epoch += 1
         if not self.finished:
             self.choose_threads()
+        self._count_seconds()
         self._write_files()
         return self.state
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self._counted_until
+        self._counted_until = now
 
     def _validation_is_due(self) -> bool:
         done = self.state.epoch + 1
@@ -319,7 +331,7 @@ class Trainer:
     def _result(self) -> TrainResult:
         best, last = (self.job.out / name for name in ("best.safetensors", LAST))
         self.log(f"best epoch {self.state.best_epoch + 1}, fitness {self.state.best_fitness:.4f}: {best}")
-        return TrainResult(best, last, self.state.history[self.state.best_epoch], self.state.epoch)
+        return TrainResult(best, last, self.state.history[self.state.best_epoch], self.state.epoch, self.state.seconds)
 
     # -- kill and resume --------------------------------------------------------------------------
 
