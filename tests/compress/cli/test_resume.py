@@ -94,7 +94,7 @@ def test_the_way_on_works(cut: Path, tiny_data: Dataset) -> None:
 
 
 def test_a_path_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--resume", tmp_path / "none") == 2
+    assert train("--resume", tmp_path / "none") == 1
     assert train("--resume", tmp_path) == 1
     assert [line.partition(": ")[2][:8] for line in capsys.readouterr().err.splitlines()] == ["--resume", "nothing "]
 
