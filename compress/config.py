@@ -392,6 +392,12 @@ class StudyConfig(Settings):
     """Trainings at a time, each with one CPU thread."""
 
 
+class ReportConfig(Settings):
+    study: Annotated[Path | None, NO_RESULT] = None
+    """The study.json, or its folder, that says what the distillation gained; None looks for the folder
+    `<name>-study` beside that of the run. Its content counts, not its place."""
+
+
 class Recipe(Settings):
     """The whole pipeline in one file. `imgsz`, `seed` and `device` hold for every stage."""
 
@@ -407,6 +413,7 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
     study: StudyConfig = StudyConfig()
 
     def part(self, group: type[G]) -> G:

@@ -121,6 +121,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             "data": absolute(recipe.data),
             "teacher": recipe.teacher.model_copy(update={"weights": absolute(recipe.teacher.weights)}),
             "student": recipe.student.model_copy(update={"weights": absolute(recipe.student.weights)}),
+            "report": recipe.report.model_copy(update={"study": absolute(recipe.report.study)}),
         }
     )
 

@@ -32,6 +32,8 @@ class Splits(NamedTuple):
 def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     """The samples of both splits; rows and images that were left out are logged."""
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
+    if shared := data.splits["val"].count_in(data.splits["train"]):
+        log(f"val: {shared} of {len(val)} images are training images too, so its mAP says little about new images")
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
 
 
