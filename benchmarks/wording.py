@@ -147,8 +147,9 @@ def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
 def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
     for engine in engines:
         if not engine["ran"]:
+            built = f"built for {', '.join(engine['targets'])} and not run on this machine"
             note = engine.get("note") or "it does not match"
-            yield f"{engine['file']} was built for {', '.join(engine['targets'])} and not run on this machine: {note}."
+            yield f"{engine['file']} was {built if engine['targets'] else 'not built'}: {note}."
 
 
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:

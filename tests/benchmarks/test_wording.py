@@ -32,6 +32,12 @@ def test_engines_that_did_not_run_say_why(sample: Report) -> None:
     assert "model.fp16.plan was built for sm86, sm89, sm120 and not run on this machine: no GPU." in to_html(sample)
 
 
+def test_an_engine_without_a_target_was_not_built(sample: Report) -> None:
+    engine = sample.data["engines"][0] | {"targets": [], "note": "the backend is none"}
+    sentences = wording.findings({**sample.data, "engines": [engine]})
+    assert "model.fp32.plan was not built: the backend is none." in sentences
+
+
 def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:
     latency = sample.data["models"][1]["latency"] | {"steady": False}
     sentences = wording.findings(with_models(sample, fp16={"latency": latency}).data)
