@@ -100,7 +100,7 @@ def train(
     else:
         model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, log=log)
         if config.autoanchor:
-            model = adapt_anchors(model, splits.train.samples, config, log)
+            model = adapt_anchors(model, data.splits["train"].samples, config, log)
     objective = Objective(model, detection_loss(model, config))
     job = Job(config, objective, splits.train, splits.val, out, origin=origin)
     return run_job(job, device=device, resume=state, log=log)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from compress.config import Recipe
 from compress.data import Dataset, load_data
 from compress.data.dataset import Sample
 from compress.evaluate import evaluate
-from compress.inputs import dataset_of
 from compress.models import load_model
 from compress.pipeline import stage
 from compress.store import Outcome, execute
@@ -36,7 +34,7 @@ def main(folder: Path, study: Path) -> None:
         judges = Dataset.load(split_index(study, recipe.study.split), load_data(recipe.data).root)
         of = {"training": trained.fingerprint, "judges": judges.sha256}
         if not _is_of(folder / RESULT, of):
-            run = measured(job, recipe, trained, judges.splits[recipe.study.split].samples, study)
+            run = measured(job, recipe, trained, judges.splits[recipe.study.split].samples)
             write_json(folder / RESULT, {"of": of, "run": run._asdict()})
 
 
@@ -53,14 +51,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Sequence[Sample], study: Path) -> Run:
+def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Sequence[Sample]) -> Run:
     """The accuracy of the last epoch's averaged weights on the images that judge."""
     config = recipe.distill
     model = load_model(trained.folder / "last.safetensors")
     found = evaluate(model, judges, imgsz=config.imgsz, device=recipe.device, coco=False).yolo
-    images = len(dataset_of(recipe, {"data": study / "data"}).splits["train"].samples)
-    steps = trained.figures["epochs"] * math.ceil(images / config.batch)
-    return Run(job["arm"], job["seed"], found.map50_95, found.map50, trained.seconds / steps)
+    return Run(job["arm"], job["seed"], found.map50_95, found.map50, trained.seconds / trained.figures["steps"])
 
 
 if __name__ == "__main__":

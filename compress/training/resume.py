@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import TrainConfig, result_settings
-from compress.data import Dataset
+from compress.data import Dataset, SplitIndex
 from compress.data.loader import batch_count
 from compress.models import Architecture
 from compress.processes import process_count
@@ -32,6 +32,8 @@ class Origin:
     teacher: str | None
     scale: str | None
     device: str
+    unlabelled: str | None
+    """The folder or video of the unlabelled images."""
     facts: dict[str, Any]
     """Facts that must be equal, by the name that a message gives them; None if nothing was said."""
 
@@ -44,8 +46,13 @@ def origin_of(
     teacher: Path | None = None,
     scale: str | None = None,
     device: str = "auto",
+    unlabelled: Path | None = None,
+    unlabelled_images: SplitIndex | None = None,
 ) -> Origin:
-    """The origin of a training of `config`. Reads the checkpoints for their digests."""
+    """The origin of a training of `config`. Reads the checkpoints for their digests.
+
+    `unlabelled_images` are those that the folder or video `unlabelled` gave.
+    """
     train, val = data.splits["train"], data.splits["val"]
     facts = {
         "training images": len(train.samples),
@@ -53,12 +60,15 @@ def origin_of(
         "batches an epoch": batch_count(len(train.samples), config.batch),
         "training data": _shown(train.sha256),
         "validation data": _shown(val.sha256),
+        "unlabelled images": _shown(unlabelled_images.sha256) if unlabelled_images else None,
         "teacher": _digest(teacher),
         "start weights": _digest(weights),
         "scale": scale,
         "processes": process_count(),
     }
-    return Origin(str(data.path), _absolute(weights), _absolute(teacher), scale, device, facts)
+    return Origin(
+        str(data.path), _absolute(weights), _absolute(teacher), scale, device, _absolute(unlabelled), facts
+    )  # fmt: skip
 
 
 def _absolute(file: Path | None) -> str | None:
