@@ -60,7 +60,7 @@ def network(scale: str = "p", seed: int = 0) -> YOLOv5:
 
 
 def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: bool = False, seed: int = 0) -> Trainer:
-    """A training of `images` images that is about to take its first batch; its settings may let the teacher train too."""
+    """A training of `images` images that is about to take its first batch, joint where the settings say so."""
     student, teacher_model = network(seed=seed), network("n", seed=1) if distils else None
     losses = build_losses(student, teacher_model, settings) if teacher_model else {}
     objective = Objective(student, detection_loss(student, settings), losses)
