@@ -90,7 +90,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         shutil.copyfile(result.best, out / STUDENT)
         if objective.teacher:
             shutil.copyfile(result.best.with_name(of_teacher(result.best.name)), out / TEACHER)
-    return result.figures
+    return dict(result.figures) | ({"unlabelled_images": len(unlabelled.samples)} if unlabelled else {})
 
 
 def inherits(config: StudentConfig, teacher: Architecture, log: Log) -> bool:
