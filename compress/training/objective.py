@@ -130,7 +130,7 @@ class Objective(nn.Module):
         """The sum of all losses of the model; see `forward`."""
         total, terms = self.label_loss(student.raw, targets, labelled)
         if not self.losses:
-            return Loss(total, terms)
+            return Loss(self.label_weight * total, self.label_weight * terms)
         if teacher is None:
             raise ValueError("a distillation needs the teacher's outputs")
         batch = student.raw[0].shape[0]

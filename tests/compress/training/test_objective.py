@@ -80,6 +80,9 @@ def test_a_fraction_of_the_labels_is_that_fraction_of_their_loss() -> None:
     x, targets, teacher = images(), batch(0).targets, outputs(images())
     whole, half = (made(label_weight=weight)(x, targets, teacher).terms for weight in (1.0, 0.5))
     torch.testing.assert_close(half, torch.cat([0.5 * whole[:3], whole[3:]]))
+    alone = [made(label_weight=weight, losses={})(x, targets) for weight in (1.0, 0.5)]
+    assert torch.equal(alone[1].total, 0.5 * alone[0].total)
+    assert torch.equal(alone[1].terms, 0.5 * alone[0].terms)
 
 
 def test_the_terms_of_a_half_labelled_batch_add_up() -> None:
