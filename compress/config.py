@@ -51,6 +51,10 @@ SCALES: dict[str, tuple[float, float]] = {
 """Name -> (depth multiple, width multiple) of a network. All but `p`, half the width of `n`, are YOLOv5's."""
 ScaleName: TypeAlias = Literal[tuple(SCALES)]  # type: ignore[valid-type]
 """One of `SCALES`."""
+STUDENT_ACTIVATIONS = {"silu": "SiLU", "relu": "ReLU"}
+"""Name in a recipe -> the activation of an architecture; checkpoints may have others."""
+ActivationName: TypeAlias = Literal[tuple(STUDENT_ACTIVATIONS)]  # type: ignore[valid-type]
+"""One of `STUDENT_ACTIVATIONS`."""
 
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
@@ -411,17 +415,26 @@ class TeacherConfig(TrainConfig):
 
 class StudentConfig(Settings):
     init: Literal["auto", "inherit", "scratch"] = "auto"
-    """inherit starts from slices of the teacher; auto does so if the student is no wider and has no weights."""
+    """inherit starts from slices of `weights`, else of the teacher; auto does so where the student is no wider.
+
+    With auto, weights of the student's own size are copied as they are."""
     scale: ScaleName | None = "p"
     """None takes the size of `weights`."""
     weights: Path | None = None
-    """Start from these where shapes agree."""
+    """Checkpoint to start from, of this size or a larger one."""
+    activation: ActivationName | None = None
+    """relu is free inside an INT8 convolution and on many NPUs; None takes that of the network that the student starts
+    from, else silu."""
 
     @model_validator(mode="after")
     def _start_in_one_way(self) -> StudentConfig:
-        if self.init == "inherit" and self.weights:
-            raise PydanticCustomError("two_starts", "slices of the teacher would replace the weights: give one of both")
+        if self.init == "scratch" and self.weights:
+            raise PydanticCustomError("two_starts", "scratch would leave the weights unused: give one of both")
         return self
+
+
+NO_START = StudentConfig(scale=None)
+"""Says nothing: for a training that is resumed, whose state has its network."""
 
 
 class StudyConfig(Settings):
@@ -435,6 +448,12 @@ class StudyConfig(Settings):
     """Trainings of each arm; more make the intervals narrower."""
     jobs: Annotated[Count, NO_RESULT] = 1
     """Trainings at a time, each with one CPU thread."""
+
+
+class ReportConfig(Settings):
+    study: Annotated[Path | None, NO_RESULT] = None
+    """The study.json, or its folder, that says what the distillation gained; None looks for the folder
+    `<name>-study` beside that of the run. Its content counts, not its place."""
 
 
 class Recipe(Settings):
@@ -452,6 +471,7 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
     study: StudyConfig = StudyConfig()
 
     def part(self, group: type[G]) -> G:

@@ -17,7 +17,13 @@ from runtime.errors import InputError, UsageError, one_line
 MAX_YAML_BYTES = 1 << 20
 ANY, A_PATH = "*", dict[str, Any]()
 ARM_PATHS = {"student": {"weights": A_PATH}, "distill": {"unlabelled": A_PATH}}
-PATHS = {"data": A_PATH, "teacher": {"weights": A_PATH}, **ARM_PATHS, "study": {"arms": {ANY: ARM_PATHS}}}
+PATHS = {
+    "data": A_PATH,
+    "teacher": {"weights": A_PATH},
+    **ARM_PATHS,
+    "study": {"arms": {ANY: ARM_PATHS}},
+    "report": {"study": A_PATH},
+}
 """The keys of a recipe whose values are paths."""
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """Raised for wrong syntax; for bytes that are no UTF-8, a 13th month or a number of 5000 digits; for deep nesting."""
@@ -147,6 +153,7 @@ teacher:                # used as it is if its classes are the data's, fine-tune
 student:
   scale: {student}             # p (smallest), n, s, m, l, x
   # init: scratch       # default: slices of the teacher's weights, where the student is no wider
+  # activation: relu    # faster in INT8 and on many NPUs than the default, silu
 
 distill:
   epochs: 80
@@ -175,10 +182,12 @@ bench:
   latency_samples: 700  # 662 are the fewest that support a p99
 
 study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
-  arms:
-    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # labels alone
-    inherit: {{distill: {{losses: {{}}}}}} # slices of the teacher, labels alone
-    soft: {{}}            # as above
+  seeds: 5              # trainings of each arm; more make the intervals narrower
+  arms:                 # name: what it changes of `student` and `distill` above
+    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # the baseline: labels alone
+    inherit: {{distill: {{losses: {{}}}}}} # labels alone, from slices of the teacher
+    scratch_soft: {{student: {{init: scratch}}}} # the losses above, from scratch
+    soft: {{}}            # as above: slices and losses
 """
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import click
 
 from compress.processes import is_first_process
-from runtime.errors import UsageError
+from runtime.errors import InputError
 
 FILE = click.Path(path_type=Path)
 GIVEN = "edgestill.settings"
@@ -101,6 +101,7 @@ class NameIn(click.ParamType):
 
 
 SCALE = NameIn("compress.config:SCALES")
+ACTIVATION = NameIn("compress.config:STUDENT_ACTIVATIONS")
 
 
 def setting(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -175,7 +176,7 @@ def indexed(data: Path, *splits: str, labelled: Collection[str] | None = None) -
 def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False) -> Path:
     """`project/name`, or the first free of name2, name3, ...; on resume the newest that exists.
 
-    Raises UsageError when there is nothing to resume.
+    Raises InputError when there is nothing to resume.
     """
     folders = numbered(project / name)
     if exist_ok:
@@ -184,7 +185,7 @@ def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False
     if not resume:
         return folders[free]
     if free == 0:
-        raise UsageError(f"nothing to resume: {folders[0]} does not exist", "Start without --resume")
+        raise InputError(f"nothing to resume: {folders[0]} does not exist", "Start without --resume")
     return folders[free - 1]
 
 
@@ -194,12 +195,12 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def resumed_folder(path: Path) -> Path:
-    """The folder of a run, from itself or one of its files. Raises UsageError when there is no such path."""
+    """The folder of a run, from itself or one of its files. Raises InputError when there is no such path."""
     if path.is_dir():
         return path
     if path.is_file():
         return path.parent
-    raise UsageError(f"--resume {path}: no such run", "Give the folder of a run, its state.pt or its last.safetensors")
+    raise InputError(f"--resume {path}: no such run", "Give the folder of a run, its state.pt or its last.safetensors")
 
 
 def say(line: str) -> None:

@@ -71,6 +71,11 @@ class SplitIndex:
             digest.update(sample.labels.astype("<f4").tobytes())
         return digest.hexdigest()
 
+    def count_in(self, other: SplitIndex) -> int:
+        """The number of images whose bytes are those of an image of `other`."""
+        others = {sample.sha256 for sample in other.samples}
+        return sum(sample.sha256 in others for sample in self.samples)
+
     @property
     def background(self) -> int:
         """The number of images without labels."""

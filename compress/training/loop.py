@@ -78,12 +78,15 @@ class TrainResult:
     """Epochs that were trained, fewer than asked after an early stop."""
     steps: int
     """Batches of these epochs."""
+    seconds: float
+    """Time of these epochs with their validation; of one that was killed and resumed, of all its parts."""
 
     @property
     def figures(self) -> dict[str, float]:
-        """The best epoch's figures, as the manifest of a stage keeps them."""
+        """The best epoch's figures and the time, as the manifest of a stage keeps them."""
         map50, map50_95 = (self.metrics[f"metrics/mAP_{name}"] for name in ("0.5", "0.5:0.95"))
-        return {"epochs": self.epochs, "steps": self.steps, "map50": map50, "map50_95": map50_95}
+        figures = {"epochs": self.epochs, "steps": self.steps, "map50": map50, "map50_95": map50_95}
+        return figures | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass
@@ -100,6 +103,8 @@ class TrainState:
     history: list[Record] = field(default_factory=list)
     threads: int = 0
     """Compute threads of the next epoch on a CPU; 0 until they are chosen."""
+    seconds: float = 0.0
+    """Time of the epochs that are done; what a killed run had begun of the next is not in it."""
 
 
 def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, log: Log = print) -> TrainResult:
@@ -140,6 +145,7 @@ class Trainer:
         )
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self._counted_until = time.perf_counter()
 
     @property
     def ema(self) -> Ema[YOLOv5]:
@@ -158,6 +164,7 @@ class Trainer:
             self.job.out / "tensorboard", on=self.config.tensorboard and self.is_main, start=self.state.epoch
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
+        self._counted_until = time.perf_counter()
         with scalars, progress, threads_restored():
             self.choose_threads()
             while not self.finished:
@@ -297,8 +304,14 @@ class Trainer:
         self.state.epoch += 1
         if not self.finished:
             self.choose_threads()
+        self._count_seconds()
         self._write_files()
         return self.state
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self._counted_until
+        self._counted_until = now
 
     def _validation_is_due(self) -> bool:
         done = self.state.epoch + 1
@@ -341,8 +354,8 @@ class Trainer:
     def _result(self) -> TrainResult:
         best, last = (self.job.out / name for name in ("best.safetensors", LAST))
         self.log(f"best epoch {self.state.best_epoch + 1}, fitness {self.state.best_fitness:.4f}: {best}")
-        done = self.state.epoch
-        return TrainResult(best, last, self.state.history[self.state.best_epoch], done, done * self.batches)
+        done, record = self.state.epoch, self.state.history[self.state.best_epoch]
+        return TrainResult(best, last, record, done, done * self.batches, self.state.seconds)
 
     # -- kill and resume --------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from compress.config import DistillConfig, Recipe, StudentConfig, TrainConfig
 from compress.data import Dataset, index_dataset, load_data
@@ -17,9 +16,8 @@ from compress.data.index import JUDGES
 from compress.data.loader import train_batches
 from compress.log import Log
 from compress.losses import distill as losses
-from compress.models import Architecture, YOLOv5
-from compress.models.checkpoint import load, load_model, save_model
-from compress.stages.distill import STAGE, Config, Inputs, inherits, new_student, run
+from compress.models.checkpoint import load, load_model
+from compress.stages.distill import STAGE, Config, Inputs, run
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
@@ -51,38 +49,11 @@ def distill(
     run(whole, Inputs(data, teacher, resume), out, log)
 
 
-@pytest.mark.parametrize(
-    ("init", "scale", "own_weights", "layout"),
-    [
-        ("auto", "p", False, "v4"),
-        ("inherit", "p", False, "v4"),
-        ("scratch", "p", False, "v6"),
-        ("auto", "p", True, "v6"),
-        ("auto", "s", False, "v6"),  # wider than the teacher
-    ],
-)
-def test_only_a_student_that_is_to_be_a_slice_has_the_teachers_layout(
-    init: str, scale: str, own_weights: bool, layout: str, tmp_path: Path
-) -> None:
-    teacher = Architecture.of_scale("n", ("bolt",), layout="v4")
-    file = tmp_path / "own.safetensors"
-    save_model(YOLOv5(Architecture.of_scale("p", ("bolt",))), file)
-    weights = file if own_weights else None
-    config = Config(student=StudentConfig.model_validate({"init": init, "scale": scale, "weights": weights}))
-    is_slice = inherits(config.student, teacher, quiet)
-    assert new_student(config, teacher, is_slice=is_slice, log=quiet).arch.layout == layout
-
-
-def test_slices_of_the_teacher_and_weights_of_its_own_contradict_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="give one of both"):
-        StudentConfig(init="inherit", weights=tmp_path / "own.safetensors")
-
-
 @pytest.fixture(scope="module")
 def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher")
     settings = TrainConfig(epochs=3, batch=4, imgsz=64, val_interval=3, workers=0, tensorboard=False, seed=7)
-    return train(settings, data=tiny_data, out=out, scale="n", device="cpu", log=quiet).best
+    return train(settings, data=tiny_data, out=out, start=StudentConfig(scale="n"), device="cpu", log=quiet).best
 
 
 @pytest.fixture

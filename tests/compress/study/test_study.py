@@ -8,6 +8,7 @@ import pytest
 
 from compress.config import Recipe
 from compress.data import Dataset
+from compress.gain import training_of
 from compress.study import arm_recipe, chosen_arms, run_study
 from runtime.errors import EdgestillError, UsageError
 
@@ -91,12 +92,15 @@ def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tm
 
 @pytest.mark.slow
 def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_splits: Path, tmp_path: Path) -> None:
-    out, lines = tmp_path / "out", []
+    out, lines, arm = tmp_path / "out", [], arm_recipe(recipe(three_splits), "soft", 5)
     document = json.loads(run_study(recipe(three_splits), out, log=lines.append).read_text())
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
         ("scratch", 0), ("soft", 0), ("scratch", 1), ("soft", 1),
     ]  # fmt: skip
     assert [(d["arm"], d["against"], d["pairs"]) for d in document["differences"]] == [("soft", "scratch", 2)]
+    assert document["trainings"]["soft"] == training_of(arm.student, arm.distill)
+    assert document["teacher"].keys() == {"fingerprint", "map50_95", "map50"}
+    assert all(run["seconds_per_step"] > 0 for run in document["runs"])
     assert {path.name for path in out.iterdir()} >= {"study.json", "study.md", "study.png", "data", "teacher", "runs"}
     assert (out / "runs/soft-0/distill/inheritance.json").is_file()
     assert not (out / "runs/scratch-0/distill/inheritance.json").exists()
