@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -162,12 +162,15 @@ def run_alone(stage: Any, inputs: Callable[[], Any], out: Path, more: Mapping[st
     stage.run(config, inputs(), out, say)
 
 
-def indexed(data: Path, *splits: str) -> Any:
-    """The data set of data.yaml, its `splits` indexed (train and val, where none is named)."""
+def indexed(data: Path, *splits: str, labelled: Collection[str] | None = None) -> Any:
+    """The data set of data.yaml, its `splits` indexed (train and val, where none is named).
+
+    Raises InputError when a split of `labelled` (all, where None) has no label.
+    """
     from compress.data import index_dataset, load_data
     from compress.data.index import USED
 
-    return index_dataset(load_data(data), splits or USED)
+    return index_dataset(load_data(data), splits or USED, labelled=labelled)
 
 
 def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False) -> Path:

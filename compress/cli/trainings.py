@@ -145,6 +145,8 @@ def _refuse_without_effect(changes: Sequence[str]) -> None:
 @click.command()
 @training_options("distill", "runs/distill")
 @click.option("--teacher", type=FILE, help="Checkpoint of the teacher; needed unless a run is resumed.")
+@setting("--strategy", key="distill.strategy", help="Who learns from what; the README has a line for each.")
+@click.option("--unlabelled", type=FILE, help="Folder of images or video to learn from without labels.")
 @click.option(
     "--loss",
     "losses",
@@ -159,20 +161,23 @@ def distill(
     device: str,
     resume: str | None,
     teacher: Path | None,
+    unlabelled: Path | None,
     losses: tuple[str, ...],
     **folder: Any,
 ) -> None:
-    """Train a student against a frozen teacher."""
+    """Train a student with a teacher."""
+    from compress.data.index import JUDGES
     from compress.stages.distill import STAGE, Inputs
 
     out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     more: dict[str, Any] = {"distill": begun.config, "device": begun.device(device)}
     more |= {"student.scale": scale, "student.weights": weights} | begun.student
+    more["distill.unlabelled"] = unlabelled or begun.origin.get("unlabelled")
     if losses:
         more["distill.losses"] = loss_choices(losses)
     files = begun.file("data", data), begun.file("teacher", teacher)
-    run_alone(STAGE, lambda: Inputs(indexed(files[0]), files[1], resume is not None), out, more)
+    run_alone(STAGE, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1], resume is not None), out, more)
     _print_best(out)
 
 

@@ -175,6 +175,11 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
             if choice.is_used
         ],
         "inheritance": _inheritance(folder),
+        "strategy": {
+            "name": config.strategy,
+            "label_weight": config.label_weight,
+            "unlabelled_images": read_json(folder / MANIFEST)["figures"].get("unlabelled_images", 0),
+        },
     }
 
 

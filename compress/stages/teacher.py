@@ -107,7 +107,7 @@ def train(
     else:
         model = new_student(start, data.names, source=source, seed=config.seed, log=log)
         if config.autoanchor:
-            model = adapt_anchors(model, splits.train.samples, config, log)
+            model = adapt_anchors(model, data.splits["train"].samples, config, log)
     objective = Objective(model, detection_loss(model, config))
     if source:
         inherit_from(source, objective, splits.train, config, device, out, log)

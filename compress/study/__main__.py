@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fcntl
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from typing import Any
 
 from compress.config import Recipe
 from compress.data import Dataset
-from compress.inputs import dataset_of
 from compress.pipeline import stage
 from compress.store import Outcome, execute
 from compress.study import JOB, RESULT
@@ -33,7 +31,7 @@ def main(folder: Path, study: Path) -> None:
         trained = execute(stage("distill").task(recipe, study), folder, log=lambda line: print(line, flush=True))
         judges = judges_of(recipe, study)
         of = {"training": trained.fingerprint, "judges": judges.sha256}
-        measured_once(folder / RESULT, of, lambda: measured(job, recipe, trained, judges, study)._asdict())
+        measured_once(folder / RESULT, of, lambda: measured(job, recipe, trained, judges)._asdict())
 
 
 @contextmanager
@@ -44,12 +42,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Dataset, study: Path) -> Run:
+def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Dataset) -> Run:
     """The accuracy of the last epoch's averaged weights on the images that judge."""
     accuracy = accuracy_of(trained.folder / LAST, recipe, judges)
-    images = len(dataset_of(recipe, {"data": study / "data"}).splits["train"].samples)
-    steps = trained.figures["epochs"] * math.ceil(images / recipe.distill.batch)
-    return Run(job["arm"], job["seed"], **accuracy, seconds_per_step=trained.figures["seconds"] / steps)
+    return Run(
+        job["arm"], job["seed"], **accuracy, seconds_per_step=trained.figures["seconds"] / trained.figures["steps"]
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from compress.compute.device import to_device
 from compress.config import STUDENT_ACTIVATIONS, StudentConfig, TrainConfig
 from compress.data.loader import train_batches
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.models import Architecture, YOLOv5, load, load_model
@@ -95,27 +95,29 @@ def new_student(
 
 
 def inherit_from(
-    source: YOLOv5, objective: Objective, train: TrainDataset, config: TrainConfig, device: str, out: Path, log: Log
+    source: YOLOv5, objective: Objective, train: TrainItems, config: TrainConfig, device: str, out: Path, log: Log
 ) -> None:
     """Copy slices of `source` into the objective's model, measure its BatchNorm statistics and fit its head. In place.
 
     Writes `inheritance.json` into `out`: how many parameters were copied, which classes, which blocks start afresh, and
-    the parts of the label loss (box, obj, cls) from scratch and before the first step. Raises UsageError when the model
-    is not a slice of the source.
+    the parts of the label loss (box, obj, cls) from scratch and before the first step, 0 where no label is known.
+    Raises UsageError when the model is not a slice of the source.
     """
     larger, student = Teacher(source, device), objective.model
     to_device(objective, larger.device)
     batches = list(islice(train_batches(train, batch=config.batch, epoch=0), BATCHES))
     images = [as_network_input(one.images, larger.device) for one in batches]
     targets = [one.targets.to(larger.device) for one in batches]
-    scratch = _label_loss(objective, images, targets)
+    labelled = [one.labelled for one in batches]
+    scratch = _label_loss(objective, images, targets, labelled)
     found = inherit(student, source)
     recalibrate(student, images)
     fit_head(student, source.arch, lambda x: larger(x).raw, images)
-    start = _label_loss(objective, images, targets)
+    start = _label_loss(objective, images, targets, labelled)
+    told = f"{sum(start.values()):.3f}, from scratch {sum(scratch.values()):.3f}" if train.labelled else "not known"
     log(
-        f"inherited {found.parameters / found.total:.0%} of {found.total} parameters; label loss before the first step "
-        f"{sum(start.values()):.3f}, from scratch {sum(scratch.values()):.3f}"
+        f"inherited {found.parameters / found.total:.0%} of {found.total} parameters; "
+        f"label loss before the first step {told}"
     )
     if is_first_process():
         losses = {"loss_from_scratch": scratch, "loss_before_first_step": start}
@@ -123,11 +125,13 @@ def inherit_from(
 
 
 @torch.no_grad()
-def _label_loss(objective: Objective, images: list[torch.Tensor], targets: list[torch.Tensor]) -> dict[str, float]:
+def _label_loss(
+    objective: Objective, images: list[torch.Tensor], targets: list[torch.Tensor], labelled: list[int | None]
+) -> dict[str, float]:
     """Mean box, objectness and class loss in evaluation mode, which changes no statistics."""
     model = objective.model
     was_training = model.training
     model.eval()
-    parts = [objective.detection(model(x), y)[1] for x, y in zip(images, targets, strict=True)]
+    parts = [objective.label_loss(model(x), y, n)[1] for x, y, n in zip(images, targets, labelled, strict=True)]
     model.train(was_training)
     return dict(zip(DETECTION_TERMS, torch.stack(parts).mean(0).tolist(), strict=True))

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from compress.config import Recipe, TrainConfig
+from compress.config import DistillConfig, Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
-from compress.data.train_dataset import TrainDataset
+from compress.data.image_store import fits_in_memory
+from compress.data.index import require_labels
+from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
@@ -25,16 +27,38 @@ SHOWN_PROBLEMS = 5
 
 
 class Splits(NamedTuple):
-    train: TrainDataset
+    train: TrainItems
     val: Sequence[Sample]
 
 
 def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
-    """The samples of both splits; rows and images that were left out are logged."""
+    """The samples of both splits; rows and images that were left out are logged.
+
+    Raises InputError when no training image has a label.
+    """
+    require_labels("train", data.splits["train"], data.path, data.root)
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
     if shared := data.splits["val"].count_in(data.splits["train"]):
         log(f"val: {shared} of {len(val)} images are training images too, so its mAP says little about new images")
     return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
+
+
+def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: DistillConfig, log: Log) -> Splits:
+    """The images of a distillation: those of the train split, the unlabelled ones, or as many of both in every batch.
+
+    Raises InputError when labels are trained on and there are none.
+    """
+    if config.label_weight or config.rules.trains_teacher:
+        require_labels("train", data.splits["train"], data.path, data.root)
+    val = _samples("val", data.splits["val"], log)
+    train = _samples("train", data.splits["train"], log) if config.uses_train_split else ()
+    more = unlabelled.samples if unlabelled else ()
+    fits = fits_in_memory([*train, *more], config.imgsz)
+    own, other = (
+        TrainDataset(samples, config.imgsz, config.augment, config.seed, cache=fits, has_labels=has_labels)
+        for samples, has_labels in ((train, data.splits["train"].boxes > 0), (more, False))
+    )
+    return Splits(MixedDataset(own, other) if train and more else own if train else other, val)
 
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:

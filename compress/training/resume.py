@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import NO_START, STUDENT_ACTIVATIONS, StudentConfig, TrainConfig, result_settings
-from compress.data import Dataset
+from compress.data import Dataset, SplitIndex
 from compress.data.loader import batch_count
 from compress.models import Architecture
 from compress.processes import process_count
@@ -32,6 +32,8 @@ class Origin:
     teacher: str | None
     scale: str | None
     device: str
+    unlabelled: str | None
+    """The folder or video of the unlabelled images."""
     facts: dict[str, Any]
     """Facts that must be equal, by the name that a message gives them; None if nothing was said."""
 
@@ -43,8 +45,13 @@ def origin_of(
     start: StudentConfig = NO_START,
     teacher: Path | None = None,
     device: str = "auto",
+    unlabelled: Path | None = None,
+    unlabelled_images: SplitIndex | None = None,
 ) -> Origin:
-    """The origin of a training of `config` whose network begins as `start` says. Digests the checkpoints."""
+    """The origin of a training of `config` whose network begins as `start` says. Digests the checkpoints.
+
+    `unlabelled_images` are those that the folder or video `unlabelled` gave.
+    """
     train, val = data.splits["train"], data.splits["val"]
     facts = {
         "training images": len(train.samples),
@@ -52,6 +59,7 @@ def origin_of(
         "batches an epoch": batch_count(len(train.samples), config.batch),
         "training data": _shown(train.sha256),
         "validation data": _shown(val.sha256),
+        "unlabelled images": _shown(unlabelled_images.sha256) if unlabelled_images else None,
         "teacher": _digest(teacher),
         "start weights": _digest(start.weights),
         "scale": start.scale,
@@ -59,7 +67,8 @@ def origin_of(
         "init": start.init,
         "processes": process_count(),
     }
-    return Origin(str(data.path), _absolute(start.weights), _absolute(teacher), start.scale, device, facts)
+    weights, scale = _absolute(start.weights), start.scale
+    return Origin(str(data.path), weights, _absolute(teacher), scale, device, _absolute(unlabelled), facts)
 
 
 def _absolute(file: Path | None) -> str | None:

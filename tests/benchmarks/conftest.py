@@ -134,6 +134,7 @@ def build_sample() -> Report:
         distillation={
             "losses": [{"name": "soft", "weight": None, "share": 0.97, "checks": checks}],
             "inheritance": {"parameters": 452_000, "total": 466_000},
+            "strategy": {"name": "label_free", "label_weight": 0.0, "unlabelled_images": 205},
         },
         gain={
             **{"study": "conveyor-study", "split": "test", "arm": "soft", "missing": ""},

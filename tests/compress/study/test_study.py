@@ -45,6 +45,14 @@ def test_an_arms_preset_takes_the_place_of_the_recipes_and_leaves_what_was_set_b
     assert all((one.optimizer.lr0, one.optimizer.momentum) == (0.02, 0.5) for one in (low, med, fine))
 
 
+def test_an_arms_strategy_brings_its_own_losses_and_label_weight() -> None:
+    arms = {"base": {}, "joint": {"distill": {"strategy": "joint"}}, "features": {"distill": {"strategy": "features"}}}
+    made = recipe(Path("data.yaml"), distill={"strategy": "soft_labels"}, study={"arms": arms})
+    base, joint, features = (arm_recipe(made, arm, 0).distill for arm in arms)
+    assert [one.label_weight for one in (base, joint, features)] == [0, 1, 1]
+    assert ([*base.losses], [*joint.losses], [*features.losses]) == (["soft"], ["soft"], ["pkd"])
+
+
 @pytest.mark.parametrize(
     ("arm", "says"),
     [

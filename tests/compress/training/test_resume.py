@@ -66,6 +66,17 @@ def test_a_teacher_is_its_content_and_not_its_name(tiny_data: Dataset, teacher: 
     assert "trained with teacher = sha256 " in refusal(out, origin_of(CONFIG, tiny_data, teacher=moved))
 
 
+def test_other_unlabelled_images_are_told(tiny_data: Dataset, tmp_path: Path) -> None:
+    one, other = (tiny_data.splits[split] for split in ("train", "val"))
+    said: dict[str, Any] = {"unlabelled": tmp_path / "images", "unlabelled_images": one}
+    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, **said))
+    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, **said | {"unlabelled": tmp_path / "moved"}))
+    changed = origin_of(CONFIG, tiny_data, **said | {"unlabelled_images": other})
+    assert "trained with unlabelled images = sha256 " in refusal(out, changed)
+    out = begun(tmp_path / "plain", origin_of(CONFIG, tiny_data))
+    assert "unlabelled images = None, not sha256 " in refusal(out, origin_of(CONFIG, tiny_data, **said))
+
+
 def test_fewer_images_are_counted(tiny_data: Dataset, tmp_path: Path) -> None:
     out, train = begun(tmp_path / "run", origin_of(CONFIG, tiny_data)), tiny_data.splits["train"]
     fewer = with_train(tiny_data, SplitIndex(train.samples[:3], ()))
