@@ -5,20 +5,19 @@ In: a student, the network that it inherits from, training images. Out: the same
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from compress.compute.device import to_device
 from compress.config import TrainConfig
-from compress.data.loader import train_batches
 from compress.data.train_dataset import TrainDataset
-from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.models import YOLOv5
 from compress.models.inherit import fit_head, inherit, recalibrate
 from compress.training.objective import DETECTION_TERMS, Objective
+from compress.training.prepare import first_batches
 from compress.training.teacher import Teacher
 
 BATCHES = 4
@@ -38,9 +37,7 @@ def inherit_from(
     """
     teacher, student = Teacher(source, device), objective.model
     to_device(objective, teacher.device)
-    batches = list(islice(train_batches(train, batch=config.batch, epoch=0), BATCHES))
-    images = [as_network_input(one.images, teacher.device) for one in batches]
-    targets = [one.targets.to(teacher.device) for one in batches]
+    images, targets, _ = zip(*first_batches(train, config, teacher.device, BATCHES), strict=True)
     scratch = _label_loss(objective, images, targets)
     found = inherit(student, source)
     recalibrate(student, images)
@@ -54,7 +51,9 @@ def inherit_from(
 
 
 @torch.no_grad()
-def _label_loss(objective: Objective, images: list[torch.Tensor], targets: list[torch.Tensor]) -> dict[str, float]:
+def _label_loss(
+    objective: Objective, images: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+) -> dict[str, float]:
     """Mean box, objectness and class loss in evaluation mode, which changes no statistics."""
     model = objective.model
     was_training = model.training
