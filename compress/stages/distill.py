@@ -21,6 +21,7 @@ from compress.models import Architecture, YOLOv5
 from compress.models.inherit import why_not
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
+from compress.training.adapters import fit_adapters
 from compress.training.inheritance import inherit_from
 from compress.training.loop import Job, run_job
 from compress.training.objective import Objective, detection_loss
@@ -48,7 +49,8 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Distil the teacher into a student of `student.scale` (else of the size of `student.weights`), written into `out`.
 
     The student takes the teacher's anchors, and starts from slices of its weights where it can. Before the first epoch
-    both networks and every distillation loss are checked on one batch; without losses the labels alone train it.
+    the adapters of feature losses are fitted, and both networks and every distillation loss are checked on one batch;
+    without losses the labels alone train it.
     Raises EdgestillError when the distillation would silently do nothing. Other errors as for
     `compress.stages.teacher.train`.
     """
@@ -71,6 +73,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         _publish(out / "inheritance.json", inherit_from(teacher, objective, splits.train, settings, config.device, log))
     frozen = Teacher(teacher, config.device, half=settings.amp) if len(objective.losses) else None
     if not state and frozen:
+        fit_adapters(objective, frozen, splits.train, settings, log)
         checks = check_distillation(objective, frozen, splits.train, settings, log)
         _publish(out / "checks.json", [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks])
     job = Job(settings, objective, splits.train, splits.val, out, teacher=frozen, origin=origin)

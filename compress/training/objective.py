@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compress.compute.reduce import summed_over_processes
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import Context, DistillLoss, Outputs
+from compress.losses.gradients import squared_norms
 from compress.models import YOLOv5
-from compress.training.ratio import LossWeights, gradient_norms
+from compress.training.ratio import LossWeights
 
 DETECTION_TERMS = ("box", "obj", "cls")
 
@@ -58,7 +60,9 @@ class Objective(nn.Module):
         self.detection = detection
         self.losses = nn.ModuleDict(losses)  # makes their parameters this module's
         own = (losses or {}).values()
-        self.weights = LossWeights([loss.weight for loss in own], [loss.share for loss in own])
+        self.weights = LossWeights(
+            [loss.weight for loss in own], [loss.share for loss in own], [loss.parts for loss in own]
+        )
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -106,40 +110,54 @@ class Objective(nn.Module):
         factors = factors or [1.0] * len(self.losses)
         weights = self._weights(factors)
         upstream = None if upstream is None else upstream * batch
+        seen = own_views(student)
         losses: list[Any] = [
-            self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight)
+            self._compare(name, seen, teacher, targets, None if upstream is None else upstream * weight)
             if factor else self._left_out(name, terms)
             for name, weight, factor in zip(self.losses, weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
-            self._measure(total / batch, losses, student, upstream)
+            self._measure(total / batch, losses, student, seen, upstream)
             weights = self._weights(factors)
-        distilled = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+        distilled = torch.stack([(weight * loss).sum() for weight, loss in zip(weights, losses, strict=True)])
         return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
 
     def _weights(self, factors: Sequence[float]) -> list[Tensor]:
-        """The weight () of each distillation loss as it is now, times its factor."""
-        return [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
+        """The weights (parts,) of each distillation loss as they are now, times its factor."""
+        return [weights * factor for weights, factor in zip(self.weights.of_losses(), factors, strict=True)]
 
     def _compare(
         self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, upstream: Tensor | None
     ) -> Tensor:
         """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        return self.losses[name](student, teacher, Context(targets, upstream))
+        loss: Tensor = self.losses[name](student, teacher, Context(targets, upstream))
+        return loss
 
     def _left_out(self, name: str, terms: Tensor) -> Tensor:
-        """0, with a gradient of 0 for the loss's own parameters: several processes wait for each of them."""
-        sums = [parameter.sum() for parameter in self.losses[name].parameters()]
-        return 0 * torch.stack([terms.new_zeros(()), *sums]).sum()
+        """Zeros (parts,), with a gradient of 0 for the loss's parameters: several processes wait for each of them."""
+        loss: Any = self.losses[name]
+        sums = [parameter.sum() for parameter in loss.parameters()]
+        return (0 * torch.stack([terms.new_zeros(()), *sums]).sum()).expand(loss.parts)
 
-    def _measure(self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs, upstream: Tensor | None) -> None:
+    def _measure(
+        self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs, seen: Outputs, upstream: Tensor | None
+    ) -> None:
         """Let the weights follow the gradients at the neck of this batch.
 
         They are measured times `upstream` and the weights, as large as they are trained: in float16 the gradients of
-        some losses are 0 without it.
+        some losses are 0 without it. A loss with a weight a level is measured at the views that it alone `seen`: from a
+        coarse level its gradient goes on to the finer maps, where it would count for their levels.
         """
-        own = self.weights.weights
-        scales = torch.cat([own.new_ones(1), own]) * upstream if upstream is not None else own.new_ones(len(own) + 1)
-        scaled = [scale * loss for scale, loss in zip(scales, [label_loss, *losses], strict=True)]
-        label, *others = gradient_norms(scaled, student.features) / scales
-        self.weights.update(label, torch.stack(others))
+        scale = label_loss.new_ones(()) if upstream is None else upstream
+        found = [squared_norms(scale * label_loss, student.features) / scale.square()]
+        for weight, loss in zip(self.weights.of_losses(), losses, strict=True):
+            factor = torch.ones_like(weight) if upstream is None else upstream * weight
+            maps = (seen if len(weight) > 1 else student).features
+            found.append(squared_norms((factor * loss).sum(), maps) / factor.square())
+        label, *own = summed_over_processes(torch.stack(found))
+        self.weights.follow(label, torch.stack(own))
+
+
+def own_views(outputs: Outputs) -> Outputs:
+    """The same outputs with views of the features: a gradient at them is that of whoever reads them alone."""
+    return outputs._replace(features=[feature.view_as(feature) for feature in outputs.features])
