@@ -14,7 +14,7 @@ from __future__ import annotations
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape
 from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, FeatureLoss
-from compress.losses.distill.head import KD, HeadLoss, ObjKD, Soft
+from compress.losses.distill.head import KD, MSE, CrossEntropy, HeadLoss, ObjKD, Soft
 from compress.recipe import suggestion
 from runtime.errors import UsageError
 
@@ -43,6 +43,8 @@ LOSSES: dict[str, type[DistillLoss]] = {
         FGD,
         MGD,
         KD,
+        MSE,
+        CrossEntropy,
     )
 }
 """The distillation losses by the names that recipes use."""

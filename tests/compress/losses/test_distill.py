@@ -24,7 +24,7 @@ from compress.losses.distill import (
 )
 from compress.losses.distill.base import NO_CONTEXT
 from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, box_density, teacher_score
-from compress.losses.distill.head import KD, ObjKD
+from compress.losses.distill.head import KD, MSE, CrossEntropy, ObjKD
 from compress.losses.distill.standardise import by_channel, by_level
 from runtime.errors import UsageError
 
@@ -308,6 +308,33 @@ def test_kd_is_the_divergence_of_student_from_teacher_at_its_temperature(shape):
     value = KD(shape, shape, temperature=4.0)(student, teacher)
     assert value == pytest.approx(expected.item(), rel=1e-4)
     assert value != pytest.approx(reverse.item(), rel=1e-2)
+
+
+def test_mse_is_the_mean_squared_difference_of_all_logits(shape):
+    student, teacher = _outputs(shape), _outputs(shape, seed=1)
+    levels = zip(student.raw, teacher.raw, strict=True)
+    expected = sum(((s.double() - t.double()) ** 2).mean() for s, t in levels)
+    assert MSE(shape, shape)(student, teacher).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_cross_entropy_is_that_of_objectness_and_classes_less_the_teachers_own(shape):
+    student, teacher = _outputs(shape), _outputs(shape, seed=1)
+    expected = 0.0
+    for s, t in zip(student.raw, teacher.raw, strict=True):
+        p, q, z = (x[..., 4:].double().sigmoid() for x in (t, s, t))
+        entropies = [-(p * x.log() + (1 - p) * (1 - x).log()).mean() for x in (q, z)]
+        expected += (entropies[0] - entropies[1]).item()
+    assert CrossEntropy(shape, shape)(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradient_of_cross_entropy_is_that_without_the_teachers_entropy(shape):
+    student, teacher = _tracked(_outputs(shape)), _outputs(shape, seed=1)
+    CrossEntropy(shape, shape)(student, teacher).backward()
+    plain = [s.detach().clone().requires_grad_() for s in student.raw]
+    for s, t in zip(plain, teacher.raw, strict=True):
+        F.binary_cross_entropy_with_logits(s[..., 4:], t[..., 4:].sigmoid()).backward()
+    for s, other in zip(student.raw, plain, strict=True):
+        torch.testing.assert_close(s.grad, other.grad)
 
 
 def test_the_scale_of_obj_kd_can_be_kept_out_of_the_gradient(shape):
