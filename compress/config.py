@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
@@ -51,6 +51,10 @@ SCALES: dict[str, tuple[float, float]] = {
 """Name -> (depth multiple, width multiple) of a network. All but `p`, half the width of `n`, are YOLOv5's."""
 ScaleName: TypeAlias = Literal[tuple(SCALES)]  # type: ignore[valid-type]
 """One of `SCALES`."""
+STUDENT_ACTIVATIONS = {"silu": "SiLU", "relu": "ReLU"}
+"""Name in a recipe -> the activation of an architecture; checkpoints may have others."""
+ActivationName: TypeAlias = Literal[tuple(STUDENT_ACTIVATIONS)]  # type: ignore[valid-type]
+"""One of `STUDENT_ACTIVATIONS`."""
 
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
@@ -269,11 +273,69 @@ class LossChoice(BaseModel):
         return dict(self.model_extra or {})
 
 
-class DistillConfig(TrainConfig):
-    """Training against an offline teacher: which losses of the LOSSES table, their weights and settings."""
+class Strategy(NamedTuple):
+    """A way to distil: what it sets unless the recipe says otherwise, and what it needs."""
 
-    losses: dict[str, LossChoice] = {"soft": LossChoice()}
-    """None at all trains the student on the labels alone."""
+    losses: tuple[str, ...] = ("soft",)
+    """The distillation losses."""
+    label_weight: float = 1.0
+    takes: Literal["any", "head", "features"] = "any"
+    """The only kind of loss that it takes."""
+    trains_teacher: bool = False
+    """Whether the teacher learns from the labels too, beside the student."""
+    needs_unlabelled: bool = False
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "offline": Strategy(),
+    "joint": Strategy(trains_teacher=True),
+    "soft_labels": Strategy(label_weight=0.0, takes="head"),
+    "features": Strategy(losses=("pkd",), takes="features"),
+    "label_free": Strategy(label_weight=0.0, needs_unlabelled=True),
+}
+StrategyName: TypeAlias = Literal[tuple(STRATEGIES)]  # type: ignore[valid-type]
+"""One of `STRATEGIES`."""
+
+
+def _losses_of_strategy(settings: dict[str, Any]) -> dict[str, LossChoice]:
+    return {name: LossChoice() for name in STRATEGIES[settings["strategy"]].losses}
+
+
+class DistillConfig(TrainConfig):
+    """Training with a teacher: the strategy, which losses of the LOSSES table, their weights and settings."""
+
+    strategy: StrategyName = "offline"
+    losses: dict[str, LossChoice] = Field(default_factory=_losses_of_strategy)
+    """By default those of the strategy; none at all trains the student on the labels alone."""
+    label_weight: NonNegative = Field(default_factory=lambda settings: STRATEGIES[settings["strategy"]].label_weight)
+    """Weight of the label loss; by default that of the strategy. At 0 no label is trained on."""
+    unlabelled: Annotated[Path | None, NO_RESULT] = None
+    """A folder of images, or a video, for the student to learn from without labels: as many of them in a batch as
+    labelled images, or alone where the label loss has weight 0. Results depend on its content, not on its path."""
+    frame_stride: Count = 10
+    """Every this many frames of an unlabelled video are looked at."""
+    duplicate_threshold: NonNegative = 1.0
+    """Grey levels of 255 by which an unlabelled image must differ from the ones before it, or it is left out: mean
+    difference of thumbnails of 32x32 pixels without their mean brightness."""
+    unsure: Fraction = 0.1
+    """Least best objectness that the teacher must see in an unlabelled image to teach background there."""
+    teacher_rate: Fraction = 0.1
+    """Learning rate of a teacher that trains too, as a share of the student's."""
+
+    @property
+    def rules(self) -> Strategy:
+        """The strategy's row of the table."""
+        return STRATEGIES[self.strategy]
+
+    @property
+    def used_losses(self) -> list[str]:
+        """Names of the losses whose weight is not 0."""
+        return [name for name, choice in self.losses.items() if choice.is_used]
+
+    @property
+    def uses_train_split(self) -> bool:
+        """Whether the images of the train split take part; without, the unlabelled ones are alone."""
+        return self.unlabelled is None or self.label_weight > 0
 
 
 class ExportConfig(Settings):
@@ -353,17 +415,26 @@ class TeacherConfig(TrainConfig):
 
 class StudentConfig(Settings):
     init: Literal["auto", "inherit", "scratch"] = "auto"
-    """inherit starts from slices of the teacher; auto does so if the student is no wider and has no weights."""
+    """inherit starts from slices of `weights`, else of the teacher; auto does so where the student is no wider.
+
+    With auto, weights of the student's own size are copied as they are."""
     scale: ScaleName | None = "p"
     """None takes the size of `weights`."""
     weights: Path | None = None
-    """Start from these where shapes agree."""
+    """Checkpoint to start from, of this size or a larger one."""
+    activation: ActivationName | None = None
+    """relu is free inside an INT8 convolution and on many NPUs; None takes that of the network that the student starts
+    from, else silu."""
 
     @model_validator(mode="after")
     def _start_in_one_way(self) -> StudentConfig:
-        if self.init == "inherit" and self.weights:
-            raise PydanticCustomError("two_starts", "slices of the teacher would replace the weights: give one of both")
+        if self.init == "scratch" and self.weights:
+            raise PydanticCustomError("two_starts", "scratch would leave the weights unused: give one of both")
         return self
+
+
+NO_START = StudentConfig(scale=None)
+"""Says nothing: for a training that is resumed, whose state has its network."""
 
 
 class StudyConfig(Settings):
@@ -377,6 +448,12 @@ class StudyConfig(Settings):
     """Trainings of each arm; more make the intervals narrower."""
     jobs: Annotated[Count, NO_RESULT] = 1
     """Trainings at a time, each with one CPU thread."""
+
+
+class ReportConfig(Settings):
+    study: Annotated[Path | None, NO_RESULT] = None
+    """The study.json, or its folder, that says what the distillation gained; None looks for the folder
+    `<name>-study` beside that of the run. Its content counts, not its place."""
 
 
 class Recipe(Settings):
@@ -394,6 +471,7 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
     study: StudyConfig = StudyConfig()
 
     def part(self, group: type[G]) -> G:

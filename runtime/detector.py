@@ -6,7 +6,7 @@ model, `postprocess` filters the boxes and converts them to frame pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,19 +80,21 @@ class Detector:
         files = model_files(path, variant)
         if len(files) == 1:
             return cls._open(files[0], read_checked(files[0]), conf, options)
-        skipped: list[tuple[str, str]] = []
+        skipped: list[tuple[str, EdgestillError]] = []
         for file in files:
             contents = read_checked(file) if file.path.is_file() else {}  # a changed file is an error, not skipped
             try:
                 refuse_unsuited(file, device)
                 detector = cls._open(file, contents, conf, options)
             except EdgestillError as error:
-                skipped.append((file.path.name, str(error)))
+                skipped.append((file.path.name, error))
                 continue
-            detector.skipped = skipped
+            detector.skipped = [(name, str(error)) for name, error in skipped]
             return detector
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
-        raise UnavailableError(f"{path}: none of its {len(skipped)} files runs here on device {device}: {reasons}")
+        raise UnavailableError(
+            f"{path}: none of its {len(skipped)} files runs here on device {device}: {_reasons(skipped)}",
+            skipped[-1][1].hint,
+        )
 
     @classmethod
     def _open(
@@ -222,6 +224,16 @@ def check_specs(backend: Backend, card: ModelCard) -> None:
             f"{card.name}: input is {backend.input.dtype} {list(got)}, its card says {card.input} {list(wanted)}",
             "Card and file do not belong together, export again",
         )
+
+
+def _reasons(skipped: Sequence[tuple[str, EdgestillError]]) -> str:
+    """Each reason once, with the files that have it."""
+    files: dict[str, list[str]] = {}
+    for name, error in skipped:
+        files.setdefault(error.message.removeprefix(f"{name} "), []).append(name)
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}" for reason, names in files.items()
+    )
 
 
 def refuse_unsuited(file: ModelFile, device: str) -> None:

@@ -53,6 +53,7 @@ def preflight(
     batch: Batch,
     *,
     task: TaskLoss | None = None,
+    label_weight: float = 1.0,
 ) -> list[Check]:
     """Examine a distillation on one batch. Changes neither network, nor the losses, nor any gradient.
 
@@ -61,7 +62,8 @@ def preflight(
         teacher: another such network, on the same device.
         losses: by name, made for these two networks.
         batch: a few labelled training images.
-        task: the detection loss, to print its share of the gradient.
+        task: the detection loss, to print its share of the gradient; None where no label is known.
+        label_weight: the weight by which it is trained; shares of the other losses refer to it unweighted.
     """
     heads = [name for name, loss in losses.items() if loss.compares_heads]
     checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher)]
@@ -81,7 +83,7 @@ def preflight(
     if task is not None:
         total, _ = task(outputs.raw, targets)
         terms = {LABELS: total / len(images), **terms}
-    return [*checks, *_shares(terms, losses, outputs.features)]
+    return [*checks, *_shares(terms, losses, outputs.features, label_weight)]
 
 
 def _as_input(images: Tensor, network: nn.Module) -> Tensor:
@@ -169,7 +171,7 @@ def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: C
 
 
 def _shares(
-    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor]
+    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor], label_weight: float
 ) -> Iterator[Check]:
     """How the gradient at the neck is divided, whether a fixed weight drowns the labels, and whether shares are asked
     for that are too large together.
@@ -180,9 +182,8 @@ def _shares(
     shares = dict(zip(asked, limited([*asked.values()]), strict=True))
     labels = norms.get(LABELS, 1.0)
     fixed = {name: loss.weight for name, loss in losses.items() if loss.weight is not None}
-    weighted = {
-        name: shares[name] * labels if name in shares else fixed.get(name, 1.0) * norm for name, norm in norms.items()
-    }
+    weights = {LABELS: label_weight, **fixed}
+    weighted = {name: shares[name] * labels if name in shares else weights[name] * norm for name, norm in norms.items()}
     total = sum(weighted.values())
     ok = 0 < total < float("inf")
     told = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"

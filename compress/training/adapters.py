@@ -15,7 +15,7 @@ import torch
 
 from compress.compute.device import to_device
 from compress.config import DistillConfig
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from compress.log import Log
 from compress.losses.distill import Context, FeatureLoss, Outputs
 from compress.training.objective import Objective
@@ -30,7 +30,7 @@ Pairs = Sequence[tuple[Outputs, Outputs]]
 
 
 def fit_adapters(
-    objective: Objective, teacher: Teacher, train: TrainDataset, config: DistillConfig, log: Log
+    objective: Objective, teacher: Teacher, train: TrainItems, config: DistillConfig, log: Log
 ) -> dict[str, tuple[float, float]]:
     """Fit the adapters of each feature loss, in place. No weight, statistic or gradient of the student changes.
 
@@ -45,7 +45,7 @@ def fit_adapters(
     student = copy.deepcopy(objective.model).train()
     with torch.no_grad():
         pairs = [(Outputs(*student.forward_features(one.images)), teacher(one.images)) for one in batches]
-    contexts = [Context(one.targets) for one in batches]
+    contexts = [Context(one.targets, labelled=one.labelled) for one in batches]
     found = {}
     for name, loss in losses.items():
         before = _mean(loss, pairs, contexts)

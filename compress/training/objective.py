@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from compress.compute.reduce import summed_over_processes
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
-from compress.losses.distill import Context, DistillLoss, Outputs
+from compress.losses.distill import Context, DistillLoss, Outputs, detached
 from compress.losses.gradients import squared_norms
 from compress.models import YOLOv5
+from compress.training.curves import TEACHER_TERM
 from compress.training.ratio import LossWeights
 
 DETECTION_TERMS = ("box", "obj", "cls")
@@ -47,6 +48,10 @@ class Objective(nn.Module):
     A weight is fixed, or follows the gradients (see `compress.training.ratio`).
 
     Without `losses` it is a plain training, which takes no notice of a teacher.
+
+    Args:
+        label_weight: weight of the detection loss.
+        reference: the distillation loss whose gradient the weights follow; None takes the detection loss.
     """
 
     def __init__(
@@ -54,6 +59,9 @@ class Objective(nn.Module):
         model: YOLOv5,
         detection: DetectionLoss,
         losses: Mapping[str, DistillLoss] | None = None,
+        *,
+        label_weight: float = 1.0,
+        reference: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,13 +69,26 @@ class Objective(nn.Module):
         self.losses = nn.ModuleDict(losses)  # makes their parameters this module's
         own = (losses or {}).values()
         self.weights = LossWeights(
-            [loss.weight for loss in own], [loss.share for loss in own], [loss.parts for loss in own]
+            [loss.weight for loss in own], [loss.share for loss in own], [loss.components for loss in own]
         )
+        self.label_weight, self.reference = label_weight, reference
+        self.teacher: Objective | None = None
+        """A teacher that trains too, on the labels alone: no gradient of the student's losses reaches it."""
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of `Loss.terms`."""
-        return (*DETECTION_TERMS, *self.losses)
+        return (*DETECTION_TERMS, *self.losses, *([TEACHER_TERM] if self.teacher else []))
+
+    @property
+    def parts(self) -> list[Objective]:
+        """Itself, and the objective of a teacher that trains too."""
+        return [self, *([self.teacher] if self.teacher else [])]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """All parameters but those of a teacher that trains too."""
+        others = {id(parameter) for parameter in self.teacher.parameters()} if self.teacher else set()
+        return [parameter for parameter in self.parameters() if id(parameter) not in others]
 
     def forward(
         self,
@@ -77,6 +98,7 @@ class Objective(nn.Module):
         factors: Sequence[float] = (),
         upstream: Tensor | None = None,
         measure: bool = False,
+        labelled: int | None = None,
     ) -> Loss:
         """Loss of float images (B, 3, H, W) against targets (n, 6) and against the teacher's outputs for the images.
 
@@ -84,8 +106,16 @@ class Objective(nn.Module):
             factors: of each distillation loss, multiplied by its weight; 0 leaves it out. Without factors all are 1.
             upstream: () float32, the gradient that `total` will get, where the caller knows it.
             measure: measure the gradients first, and let the weights follow.
+            labelled: the number of images, the first ones, whose labels are known; None if those of all are.
         """
-        return self.loss(self.student_outputs(images), teacher_outputs, targets, factors, upstream, measure)
+        if self.teacher is None:
+            student = self.student_outputs(images)
+            return self.loss(student, teacher_outputs, targets, factors, upstream, measure, labelled)
+        teacher_outputs = self.teacher.student_outputs(images)
+        own, terms = self.teacher.label_loss(teacher_outputs.raw, targets, labelled)
+        student = self.student_outputs(images)
+        total, others = self.loss(student, detached(teacher_outputs), targets, factors, upstream, measure, labelled)
+        return Loss(total + own, torch.cat([others, terms.sum().view(1)]))
 
     def student_outputs(self, images: Tensor) -> Outputs:
         """The model's raw maps and features."""
@@ -99,11 +129,12 @@ class Objective(nn.Module):
         factors: Sequence[float],
         upstream: Tensor | None,
         measure: bool,
+        labelled: int | None = None,
     ) -> Loss:
-        """The sum of all losses; see `forward`."""
-        total, terms = self.detection(student.raw, targets)
+        """The sum of all losses of the model; see `forward`."""
+        total, terms = self.label_loss(student.raw, targets, labelled)
         if not self.losses:
-            return Loss(total, terms)
+            return Loss(self.label_weight * total, self.label_weight * terms)
         if teacher is None:
             raise ValueError("a distillation needs the teacher's outputs")
         batch = student.raw[0].shape[0]
@@ -112,35 +143,58 @@ class Objective(nn.Module):
         upstream = None if upstream is None else upstream * batch
         seen = own_views(student)
         losses: list[Any] = [
-            self._compare(name, seen, teacher, targets, None if upstream is None else upstream * weight)
+            self._compare(name, seen, teacher, targets, None if upstream is None else upstream * weight, labelled)
             if factor else self._left_out(name, terms)
             for name, weight, factor in zip(self.losses, weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
-            self._measure(total / batch, losses, student, seen, upstream)
+            of = dict(zip(self.losses, losses, strict=True))
+            self._measure(
+                of[self.reference].sum() if self.reference else total / batch, losses, student, seen, upstream
+            )
             weights = self._weights(factors)
         distilled = torch.stack([(weight * loss).sum() for weight, loss in zip(weights, losses, strict=True)])
-        return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
+        return Loss(
+            self.label_weight * total + distilled.sum() * batch,
+            torch.cat([self.label_weight * terms, distilled.detach()]),
+        )
+
+    def label_loss(self, raw: Sequence[Tensor], targets: Tensor, labelled: int | None = None) -> tuple[Tensor, Tensor]:
+        """The detection loss, unweighted, of the first `labelled` images (all, where None): the scalar times their
+        number, and its parts (3,) averaged over all images, detached.
+        """
+        if labelled is None:
+            return self.detection(raw, targets)
+        if labelled == 0:
+            return 0 * torch.stack([level.float().sum() for level in raw]).sum(), raw[0].new_zeros(3).float()
+        total, parts = self.detection([level[:labelled] for level in raw], targets)
+        return total, parts * (labelled / len(raw[0]))
 
     def _weights(self, factors: Sequence[float]) -> list[Tensor]:
-        """The weights (parts,) of each distillation loss as they are now, times its factor."""
+        """The weights (components,) of each distillation loss as they are now, times its factor."""
         return [weights * factor for weights, factor in zip(self.weights.of_losses(), factors, strict=True)]
 
     def _compare(
-        self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, upstream: Tensor | None
+        self,
+        name: str,
+        student: Outputs,
+        teacher: Outputs,
+        targets: Tensor,
+        upstream: Tensor | None,
+        labelled: int | None,
     ) -> Tensor:
         """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        loss: Tensor = self.losses[name](student, teacher, Context(targets, upstream))
+        loss: Tensor = self.losses[name](student, teacher, Context(targets, upstream, labelled))
         return loss
 
     def _left_out(self, name: str, terms: Tensor) -> Tensor:
-        """Zeros (parts,), with a gradient of 0 for the loss's parameters: several processes wait for each of them."""
+        """Zeros (components,), with a gradient of 0 for the loss's parameters: several processes wait for each."""
         loss: Any = self.losses[name]
         sums = [parameter.sum() for parameter in loss.parameters()]
-        return (0 * torch.stack([terms.new_zeros(()), *sums]).sum()).expand(loss.parts)
+        return (0 * torch.stack([terms.new_zeros(()), *sums]).sum()).expand(loss.components)
 
     def _measure(
-        self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs, seen: Outputs, upstream: Tensor | None
+        self, reference: Tensor, losses: Sequence[Tensor], student: Outputs, seen: Outputs, upstream: Tensor | None
     ) -> None:
         """Let the weights follow the gradients at the neck of this batch.
 
@@ -148,14 +202,14 @@ class Objective(nn.Module):
         some losses are 0 without it. A loss with a weight a level is measured at the views that it alone `seen`: from a
         coarse level its gradient goes on to the finer maps, where it would count for their levels.
         """
-        scale = label_loss.new_ones(()) if upstream is None else upstream
-        found = [squared_norms(scale * label_loss, student.features) / scale.square()]
+        scale = reference.new_ones(()) if upstream is None else upstream
+        found = [squared_norms(scale * reference, student.features) / scale.square()]
         for weight, loss in zip(self.weights.of_losses(), losses, strict=True):
             factor = torch.ones_like(weight) if upstream is None else upstream * weight
             maps = (seen if len(weight) > 1 else student).features
             found.append(squared_norms((factor * loss).sum(), maps) / factor.square())
-        label, *own = summed_over_processes(torch.stack(found))
-        self.weights.follow(label, torch.stack(own))
+        norms, *own = summed_over_processes(torch.stack(found))
+        self.weights.follow(norms, torch.stack(own))
 
 
 def own_views(outputs: Outputs) -> Outputs:

@@ -7,6 +7,10 @@ and of each distillation loss are measured at the maps that the head reads, at s
     target_k = share_k * |g_label| / |g_k|,  log w_k <- (1 - a) log w_k + a log clip(target_k, w_k / 4, 4 w_k)
 
 The first measurement sets the weights. Source: the gradient-ratio weighting of RT-DETRv4.
+
+g_label is that of the unweighted label loss: `distill.label_weight` says how much of it is trained, at 0 none, and
+moves no other weight. Where no label is known, the reference is the first loss that compares heads. Its gains give it
+the labels' scale, so its own weight becomes its share, for good, and the other losses' gradients follow its.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class LossWeights(nn.Module):
         fixed: of each loss, a weight that stays, or None.
         shares: of each loss without one, the wanted |gradient| as a share of the label loss's; scaled down where
             their sum is above LARGEST_SUM.
-        parts: the number of weights of each loss; without it each has one.
+        components: the number of weights of each loss; without it each has one.
     """
 
     shares: Tensor
@@ -54,22 +58,22 @@ class LossWeights(nn.Module):
     count: Tensor
     """(K,) int64: the measurements that each weight followed."""
 
-    def __init__(self, fixed: Sequence[float | None], shares: Sequence[float], parts: Sequence[int] = ()) -> None:
+    def __init__(self, fixed: Sequence[float | None], shares: Sequence[float], components: Sequence[int] = ()) -> None:
         super().__init__()
-        self.parts = tuple(parts) or (1,) * len(shares)
+        self.components = tuple(components) or (1,) * len(shares)
         wanted = limited([share if weight is None else 0.0 for weight, share in zip(fixed, shares, strict=True)])
         start = [1.0 if weight is None else weight for weight in fixed]
-        self.register_buffer("shares", self._for_each_part(wanted), persistent=False)
-        self.register_buffer("weights", self._for_each_part(start))
+        self.register_buffer("shares", self._for_each_component(wanted), persistent=False)
+        self.register_buffer("weights", self._for_each_component(start))
         self.register_buffer("measured", torch.zeros(len(shares)))
-        self.register_buffer("count", torch.zeros(sum(self.parts), dtype=torch.int64))
+        self.register_buffer("count", torch.zeros(sum(self.components), dtype=torch.int64))
 
-    def _for_each_part(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor([value for value, parts in zip(values, self.parts, strict=True) for _ in range(parts)])
+    def _for_each_component(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor([value for value, n in zip(values, self.components, strict=True) for _ in range(n)])
 
     def of_losses(self) -> tuple[Tensor, ...]:
-        """The weights (parts,) of each loss, as they are now."""
-        return self.weights.split(self.parts)
+        """The weights (components,) of each loss, as they are now."""
+        return self.weights.split(self.components)
 
     @torch.no_grad()
     def follow(self, label: Tensor, own: Tensor) -> None:
@@ -78,10 +82,10 @@ class LossWeights(nn.Module):
 
         A loss with one weight is held to all maps together, one with a weight a level to each map.
         """
-        squares = zip(own, self.parts, strict=True)
-        norms = torch.cat([row.sqrt() if parts > 1 else row.sum().sqrt().view(1) for row, parts in squares])
+        squares = zip(own, self.components, strict=True)
+        norms = torch.cat([row.sqrt() if n > 1 else row.sum().sqrt().view(1) for row, n in squares])
         whole = label.sum().sqrt().view(1)
-        self.update(torch.cat([label.sqrt() if parts > 1 else whole for parts in self.parts]), norms)
+        self.update(torch.cat([label.sqrt() if n > 1 else whole for n in self.components]), norms)
 
     @torch.no_grad()
     def update(self, label_norms: Tensor, norms: Tensor) -> None:
@@ -104,4 +108,4 @@ class LossWeights(nn.Module):
 
     def _of_loss(self, norms: Tensor) -> Tensor:
         """(losses,): the norm over all maps, from norms (K,)."""
-        return torch.stack([part.square().sum() for part in norms.split(self.parts)]).sqrt()
+        return torch.stack([own.square().sum() for own in norms.split(self.components)]).sqrt()

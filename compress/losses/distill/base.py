@@ -39,8 +39,10 @@ class Context(NamedTuple):
     targets: Tensor | None = None
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""
     upstream: Tensor | None = None
-    """(parts,) float32, the gradient of the final loss by each part of this one, if it is known beforehand; it changes
-    no result."""
+    """(components,) float32, the gradient of the final loss by each number of this one, if it is known beforehand; it
+    changes no result."""
+    labelled: int | None = None
+    """The number of images, the first of the batch, whose labels are known; None if those of all are."""
 
 
 NO_CONTEXT = Context()
@@ -65,13 +67,15 @@ class DistillLoss(nn.Module):
     """The loss's name in recipes."""
     compares_heads = False
     """Whether cells, anchors and classes must mean the same in both networks."""
+    reads_labels = False
+    """Whether it reads the labels, so that an image without them would count as background."""
     weight: float | None = None
     """A fixed weight; None lets it follow the gradients, so that they have `share`."""
     share = 1.0
     """Norm of the loss's gradient at the neck as a share of the label loss's."""
     until = 1.0
     """Part of the epochs after which the loss has faded out; 1 keeps it to the end."""
-    parts = 1
+    components = 1
     """Numbers that the loss consists of, each with a weight of its own: 1, or one a level."""
 
     class Settings(LossSettings):
@@ -104,16 +108,16 @@ class DistillLoss(nn.Module):
         return settings
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
-        """The loss of one batch, (parts,) float32. No gradient reaches the teacher.
+        """The loss of one batch, (components,) float32. No gradient reaches the teacher.
 
         Raises UsageError when the maps belong to different images or image sizes.
         """
-        return self.compare(student, detached(teacher), context).view(self.parts)
+        return self.compare(student, detached(teacher), context).view(self.components)
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         """The loss of outputs in equal channels, exactly 0 for equal ones; the teacher has no gradient.
 
-        (parts,) float32, or () if there is only one part.
+        (components,) float32, or () if there is only one.
         """
         raise NotImplementedError
 

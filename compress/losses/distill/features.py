@@ -77,7 +77,7 @@ def levels_of(student: Outputs, teacher: Outputs, context: Context) -> list[Leve
 
 
 class FeatureLoss(DistillLoss):
-    """A loss of the features, with one part a level. A subclass has `level`.
+    """A loss of the features, with one component a level. A subclass has `level`.
 
     The teacher's maps are standardised where the formula depends on their scale, and a 1x1 convolution a level, the
     adapter, gives the student's maps the teacher's channels in these units. `fit` finds the adapters before the first
@@ -93,7 +93,7 @@ class FeatureLoss(DistillLoss):
         super().__init__(student, teacher, config, **settings)
         pairs = zip(student.channels, teacher.channels, strict=True)
         self.adapters = nn.ModuleList(AdapterConv(*pair, bias=self.depends_on_offset) for pair in pairs)
-        self.parts = len(teacher.channels)
+        self.components = len(teacher.channels)
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
         """See `DistillLoss.forward`; (levels,)."""
@@ -308,6 +308,7 @@ class FGD(FeatureLoss):
     """
 
     name = "fgd"
+    reads_labels = True
 
     class Settings(LossSettings):
         alpha: NonNegative = 1.0

@@ -18,6 +18,7 @@ from compress.graph.metadata import read_card
 from compress.graph.verify import best_class, nchw, unit_rgb
 from compress.inputs import CONVENTIONAL, SHIPPED
 from compress.models import Architecture, YOLOv5, describe, save_model
+from compress.models.blocks import Conv
 from compress.stages.export import export, rows_of
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.errors import EdgestillError, UsageError
@@ -34,10 +35,10 @@ class Student:
     data: Validation
 
 
-def make_network() -> YOLOv5:
+def make_network(activation: str = "SiLU") -> YOLOv5:
     """Seeded, with statistics and a head that spread the scores, so that some boxes are certain."""
     torch.manual_seed(0)
-    network = YOLOv5(Architecture.of_scale("p", NAMES))
+    network = YOLOv5(Architecture.of_scale("p", NAMES, activation=activation))
     with torch.no_grad():
         for _ in range(20):
             network(torch.rand(4, 3, 5, 5).repeat_interleave(32, 2).repeat_interleave(32, 3))
@@ -100,6 +101,16 @@ def test_both_files_agree_with_torch_and_the_report_says_so(exported):
         assert agreement.nms_differences == 0
     assert sum("against torch" in line for line in lines) == 2
     assert set(result.to_json()["agreement"]) == {SHIPPED, CONVENTIONAL}
+
+
+@pytest.mark.parametrize(("activation", "operator"), [("ReLU", "Relu"), ("LeakyReLU", "LeakyRelu")])
+def test_another_activation_is_exported_as_it_is(tmp_path, activation, operator):
+    save_model(make_network(activation), tmp_path / "student.safetensors", {})
+    model = tmp_path / "student.safetensors"
+    result = export(ExportConfig(), model=model, out=tmp_path / "out", imgsz=SIZE, log=lambda _: None)
+    assert result.boxes.max_box_error_px < 0.05
+    body = [node.op_type for node in onnx.load(result.yolov5_onnx).graph.node]
+    assert body.count(operator) == sum(isinstance(block, Conv) for block in make_network().modules())
 
 
 def test_the_shipped_graph_is_canvas_to_boxes(exported):

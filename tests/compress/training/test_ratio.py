@@ -123,7 +123,7 @@ def test_measurements_are_dense_at_the_start_and_rare_later() -> None:
 def test_one_training_step_gives_every_level_its_share(tmp_path: Path) -> None:
     made = toys.trainer(toys.config(losses={"soft": "auto", "feat_mse": "auto"}), tmp_path, distils=True)
     made.wrapped.train()
-    images, targets, _ = toys.batch(0)
+    images, targets, *_ = toys.batch(0)
     student = made.objective.student_outputs(images.float() / 255)
     with torch.no_grad():
         teacher = made.teacher_outputs(images.float() / 255)
