@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,13 +64,15 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
 
 def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
     flavour = FLAVOURS.get(file.precision or "")
+    is_elsewhere = flavour is not None and not flavour.for_this_cpu
     row = measure_file(
         file.path,
-        plan,
+        replace(plan, as_written=is_elsewhere and plan.device == "cpu"),
         role=file.role,
         precision=file.precision,
         kept=file.kept,
         reason=file.reason,
+        loss=file.loss,
         note=flavour.note if flavour and plan.device == "cpu" else "",
     )
     latency = row["latency"]["end_to_end"]
@@ -119,4 +122,5 @@ STAGE = Stage(
     run=run,
     after=("data", "teacher", "distill", "export", "quantize"),
     facts={"machine": cpu_and_runtime},
+    version=2,
 )

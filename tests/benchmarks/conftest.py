@@ -80,7 +80,7 @@ def build_sample() -> Report:
         make_row("teacher.onnx", "fp32", 7_534_201, 0.6113, (0.9, 29.4, 0.11), role="teacher", parameters=1_770_000),
         make_row("model.onnx", "fp32", 2_105_388, 0.5502, (0.9, 11.2, 0.10), **kept("reference")),
         make_row("model.fp16.onnx", "fp16", 1_084_120, 0.5500, (0.9, 12.9, 0.10), **kept("0.55000 of 0.55020")),
-        make_row("model.int8-cpu.onnx", "int8-cpu", 674_331, 0.5448, (0.9, 8.1, 0.10), **kept()),
+        make_row("model.int8-ort.onnx", "int8-ort", 674_331, 0.5448, (0.9, 8.1, 0.10), **kept()),
         make_row(
             "model.int8-trt.onnx",
             "int8-trt",
