@@ -290,7 +290,7 @@ def layers(bars: Sequence[Bar]) -> str:
     """Bars from the worst layer to the best; those in float are hollow."""
     drawn, rest = list(bars[:NAMED_LAYERS]), bars[NAMED_LAYERS:]
     if rest:
-        drawn.append(Bar(f"{len(rest)} others", sum(bar.share for bar in rest)))
+        drawn.append(Bar("others", sum(bar.share for bar in rest)))
     ticker = optional("matplotlib.ticker", "matplotlib")
     with _drawing():
         figure, axes = _axes(LAYERS_WH, LAYERS)

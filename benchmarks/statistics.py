@@ -77,7 +77,7 @@ def bootstrap_distribution(
 
 
 def standard_error(samples: ArrayLike) -> float | None:
-    """Of the mean of independent samples; None of fewer than two."""
+    """Standard error of the mean of independent samples; None of fewer than two."""
     values = np.asarray(samples, np.float64)
     return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
 

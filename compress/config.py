@@ -315,8 +315,8 @@ class QuantizeConfig(Settings):
     method: Literal["minmax", "mse"] = "minmax"
     """Ranges of activations: all values, or those of the smallest mean squared error."""
     weight_bits: Literal[7, 8] = 8
-    """7 is for x86 CPUs without VNNI, where fast kernels cut sums of 8-bit products off: with 8 the runtime takes slower,
-    exact kernels of ONNX Runtime there, and OpenVINO has none."""
+    """7 is for x86 CPUs without VNNI, where fast kernels cut sums of 8-bit products off. With 8 the runtime takes
+    slower, exact kernels of ONNX Runtime there; OpenVINO has none."""
     draws: Count = 4
     """Files, alike but for the rounding, over which the loss of an INT8 flavour is averaged."""
     float_layers: FloatLayers = "auto"

@@ -62,7 +62,7 @@ class MeasuredFile(NamedTuple):
     kept: bool | None = None
     reason: str = ""
     loss: Mapping[str, float | None] | None = None
-    """What the gate measured: drop, standard_error, image_error, draws."""
+    """The gate's figures: drop, standard_error, image_error, draws."""
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:

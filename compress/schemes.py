@@ -32,7 +32,7 @@ class Scheme:
     float_stem: bool = False
     """The first convolution stays in float."""
     half_body: bool = False
-    """What is not INT8 between the stem and the detect convolutions is FP16."""
+    """All that is not INT8 between the stem and the detect convolutions is FP16."""
     space_to_depth: bool = False
     """The stem reads blocks of 2x2 pixels as 12 channels; see `compress.graph.stem`."""
 

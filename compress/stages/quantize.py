@@ -269,7 +269,7 @@ class Canvases:
 
 @dataclass(frozen=True)
 class Origin:
-    """What every flavour of one model is made from and judged by; `reference` are the `Gate.maps` of FP32."""
+    """The origin of every flavour of one model, and its judge; `reference` are the `Gate.maps` of FP32."""
 
     config: QuantizeConfig
     model: Path

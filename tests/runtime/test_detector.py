@@ -323,6 +323,19 @@ def test_threads_wait_actively_only_where_asked_for(toys, tmp_path, spin):
         assert session.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
 
 
+@pytest.mark.parametrize("as_written", [True, False])
+def test_quantised_layers_are_computed_in_float_only_where_asked_for(toys, tmp_path, as_written):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), as_written=as_written) as detector:
+        session = detector._backend._session.get_session_options()
+        assert session.get_session_config_entry("session.disable_quant_qdq") == str(int(as_written))
+
+
+def test_weights_of_8_bits_are_exact_on_every_cpu(toys, tmp_path):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as detector:
+        session = detector._backend._session.get_session_options()
+        assert session.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_a_closed_detector_is_one_line(toys, tmp_path, white_frame):
     with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as detector:
         pass
