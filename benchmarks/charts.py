@@ -306,7 +306,7 @@ def layers(bars: Sequence[Bar]) -> str:
         for place, bar in enumerate(drawn):
             text = {"rotation": 60, "ha": "right", "va": "top", "rotation_mode": "anchor", "parse_math": False}
             figure.text(
-                (LAYERS.left + (place + 0.75) / len(drawn) * LAYERS.width) / LAYERS_WH[0],
+                (LAYERS.left + (place + 0.7) / (len(drawn) + 0.2) * LAYERS.width) / LAYERS_WH[0],
                 (LAYERS.bottom - 6) / LAYERS_WH[1],
                 bar.name,
                 color=colour("soft"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,16 +36,20 @@ def rank_layers(
     model: onnx.ModelProto, ranges: Ranges, scheme: Scheme, canvases: Sequence[np.ndarray]
 ) -> tuple[LayerError, ...]:
     """The layers of a scheme, worst first. `canvases` are uint8 (1,S,S,3), a few are enough."""
-    body = body_model(model)
-    number_form = replace(scheme, half_body=False, space_to_depth=False)
+    body, form = body_model(model), number_form(scheme)
     reference = open_session(body)
     exact = [_maps(reference, canvas) for canvas in canvases]
     found = []
-    for name in layers(GraphParts(body.graph), scheme):
-        session = open_session(quantised(body, ranges, number_form, only=name), as_written=True)
+    for name in layers(GraphParts(body.graph), form):
+        session = open_session(quantised(body, ranges, form, only=name), as_written=True)
         squares = [squared_error(maps, _maps(session, canvas)) for maps, canvas in zip(exact, canvases, strict=True)]
         found.append(LayerError(name, math.sqrt(float(np.mean(squares)))))
     return tuple(sorted(found, key=lambda layer: -layer.error))
+
+
+def number_form(scheme: Scheme) -> Scheme:
+    """The part of a scheme on which the error of one layer depends: schemes with the same one have one ranking."""
+    return Scheme(unsigned=scheme.unsigned, weight_peak=scheme.weight_peak, float_stem=scheme.float_stem)
 
 
 def remaining_error(ranked: Iterable[LayerError], in_float: Collection[str]) -> float:

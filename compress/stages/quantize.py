@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ from compress.graph.metadata import read_card, write_card
 from compress.graph.parts import GraphParts
 from compress.graph.placement import layers
 from compress.graph.ranges import Ranges, calibrate
-from compress.graph.sensitivity import LayerError, rank_layers, remaining_error
+from compress.graph.sensitivity import LayerError, number_form, rank_layers, remaining_error
 from compress.graph.session import open_session
 from compress.graph.untrusted_onnx import read_model
 from compress.inputs import SHIPPED, dataset_of, plan_of, refuse_another_model
@@ -235,7 +236,9 @@ def quantize(
     canvases = Canvases(spread(images, config.calibration_images), card)
     has_int8 = any(FLAVOURS[name].scheme for name in config.flavours)
     ranges = calibrate(source, canvases, config.method) if has_int8 else {}
-    origin = Origin(config, model, source, card, canvases, ranges, gate, gate.maps(model, as_written=False))
+    rank = cache(lambda form: rank_layers(source, ranges, form, canvases.some(RANKING_IMAGES)))
+    reference = gate.maps(model, as_written=False)
+    origin = Origin(config, model, source, card, canvases, ranges, rank, gate, reference)
     log(f"{REFERENCE}: mAP50-95 {origin.reference[0]:.4f}")
     judged = [JudgedFile(REFERENCE, model, True, "the reference", float(origin.reference[0]))]
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
@@ -277,6 +280,8 @@ class Origin:
     card: ModelCard
     canvases: Canvases
     ranges: Ranges
+    rank: Callable[[Scheme], tuple[LayerError, ...]]
+    """Ranks the layers of a number form."""
     gate: Gate
     reference: Floats
 
@@ -299,8 +304,7 @@ def _judged(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> Judge
     """The flavour as the file `path`, with as many layers in float as it needs; `folder` is for files to throw away."""
     ranking: tuple[LayerError, ...] = ()
     if flavour.scheme and origin.config.float_layers != 0:
-        few = origin.canvases.some(RANKING_IMAGES)
-        ranking = rank_layers(origin.source, origin.ranges, flavour.scheme, few)
+        ranking = origin.rank(number_form(flavour.scheme))
     calibration = origin.calibration if flavour.scheme else {}
     steps: list[Step] = []
     for float_layers in _choices(origin.config, flavour, ranking):
