@@ -43,7 +43,7 @@ from compress.training.resume import LAST, Origin
 from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.teacher import Teacher
-from compress.training.together import decided_by_first, lost_processes_named
+from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
 from runtime.errors import EdgestillError
 
 
@@ -359,4 +359,5 @@ def _accelerator(device: torch.device, *, half: bool) -> Accelerator:
         torch.cuda.set_device(device)  # accelerate takes the current GPU
     # a second training in this process may differ in device or arithmetic, which accelerate's shared state forbids
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    close_group_at_exit()
     return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if half and device.type == "cuda" else "no")

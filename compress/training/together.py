@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +14,21 @@ from accelerate.utils import broadcast_object_list
 from runtime.errors import EdgestillError, one_line
 
 T = TypeVar("T")
+
+
+def close_group_at_exit() -> None:
+    """Close the connections of the processes before the interpreter ends; a further call changes nothing.
+
+    Gloo's threads may still hold tensors, and a thread that frees one in an interpreter that is ending aborts the
+    process. NCCL's threads hold none, and closing its group would wait for processes that are in a collective call.
+    """
+    atexit.unregister(_close_group)
+    atexit.register(_close_group)
+
+
+def _close_group() -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def decided_by_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -1,16 +1,20 @@
 """One of two processes of a training that ends before its last epoch: `python -m ...two_endings HOW FOLDER`.
 
-The process says how it ended in its last line, as the command line does.
+The process says how it ended in its last line, as the command line does; in a further line, that its connections are
+still open when the interpreter ends, which may abort it.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch.distributed
 
 from compress.training import loop
 from compress.training.loop import Trainer, run_job
@@ -44,6 +48,11 @@ ENDINGS: dict[str, Callable[[], None]] = {
 }
 
 
+def tell_open_connections() -> None:
+    if torch.distributed.is_initialized():
+        print("connections are open")
+
+
 def main(how: str, out: Path) -> str:
     ENDINGS[how]()
     made = toys.trainer(toys.config(epochs=9, val_interval=1, patience=2), out)
@@ -54,4 +63,5 @@ def main(how: str, out: Path) -> str:
 
 
 if __name__ == "__main__":
+    atexit.register(tell_open_connections)  # runs after what the training registers
     print(main(sys.argv[1], Path(sys.argv[2])))
