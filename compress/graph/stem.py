@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from compress.graph.assemble import CANVAS
 from compress.graph.parts import GraphParts, sort_topologically
@@ -63,10 +63,12 @@ def _fits(parts: GraphParts, quantise: onnx.NodeProto, stem: onnx.NodeProto) -> 
     """Whether the quantised bytes go into one quantised convolution of even size, stride 2 and even padding."""
     readers = parts.consumers[quantise.output[0]]
     after = [i for reader in readers for i in parts.after(reader)]
+    zero_point = next(tensor for tensor in parts.graph.initializer if tensor.name == quantise.input[2])
     settings = {attribute.name: list(attribute.ints) for attribute in stem.attribute if attribute.ints}
     height, width = _side(parts.graph, 1), _side(parts.graph, 2)
     return (
         after == [parts.convs[0]]
+        and zero_point.data_type == TensorProto.UINT8
         and stem.input[1] in parts.producer
         and settings["strides"] == [2, 2]
         and settings["dilations"] == [1, 1]
@@ -79,7 +81,7 @@ def _side(graph: onnx.GraphProto, axis: int) -> int:
 
 
 def _blocks(graph: onnx.GraphProto) -> str:
-    """Nodes from the uint8 canvas (B,H,W,3) to its blocks, uint8 (B,H/2,W/2,12)."""
+    """Nodes from the uint8 input (B,H,W,3) to its blocks, uint8 (B,H/2,W/2,12)."""
     height, width = _side(graph, 1) // 2, _side(graph, 2) // 2
     names = [f"{CANVAS}.{part}" for part in ("split", "grouped", "blocks_last")]
     shapes = {f"{names[0]}.shape": [0, height, 2, width, 2, 3], f"{names[2]}.shape": [0, height, width, 12]}
@@ -88,7 +90,7 @@ def _blocks(graph: onnx.GraphProto) -> str:
     )
     graph.node.extend(
         (
-            helper.make_node("Reshape", [CANVAS, f"{names[0]}.shape"], [names[0]], name=names[0]),
+            helper.make_node("Reshape", [graph.input[0].name, f"{names[0]}.shape"], [names[0]], name=names[0]),
             helper.make_node("Transpose", [names[0]], [names[1]], name=names[1], perm=[0, 1, 3, 2, 4, 5]),
             helper.make_node("Reshape", [names[1], f"{names[2]}.shape"], [names[2]], name=names[2]),
         )

@@ -32,3 +32,13 @@ def test_openvino_finds_the_same_best_box(case):
     read = openvino.Core().read_model(model.SerializeToString())
     found = openvino.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([canvas])[0]
     assert abs(found[0, 0, 4] - expected[0, 0, 4]) < 0.05
+
+
+def test_openvino_reads_the_graph_of_many_classes(make):
+    """It once refused a cast of one part of a Split."""
+    model = make(classes=20).boxes()
+    canvas = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
+    read = openvino.Core().read_model(model.SerializeToString())
+    found = openvino.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([canvas])[0]
+    expected = open_session(model).run(None, {"canvas": canvas})[0]
+    np.testing.assert_allclose(found[0, :20, 4], expected[0, :20, 4], atol=1e-3)

@@ -184,6 +184,21 @@ def test_a_stem_over_blocks_of_pixels_gives_the_same_bits(case, canvases, ranges
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_frame_that_needs_no_letterbox_goes_into_blocks_too(case, ranges, canvases):
+    whole, framed = (
+        quantised(model, ranges, SCHEMES["onnxruntime"]) for model in (case.boxes(), case.boxes(frame_hw=(160, 160)))
+    )
+    a = open_session(whole).run(None, {"canvas": canvases[0]})[0]
+    b = open_session(framed).run(None, {"frame": canvases[0]})[0]
+    np.testing.assert_array_equal(a[..., 4], b[..., 4])
+
+
+def test_a_stem_with_signed_bytes_stays_as_it_is(case, ranges):
+    signed = quantised(case.boxes(), ranges, replace(SCHEMES["onnxruntime"], unsigned=False))
+    parts = GraphParts(signed.graph)
+    assert parts.nodes[parts.convs[0]].input[0] == "canvas.nchw.dequantised"
+
+
 def test_a_stem_behind_a_letterbox_stays_as_it_is(case, ranges):
     model = case.boxes(frame_hw=(120, 200))
     found = calibrate(model, [np.zeros((1, 120, 200, 3), np.uint8)], "minmax")
