@@ -45,13 +45,12 @@ def layer_name(node: str) -> str:
 
 
 def place(parts: GraphParts, scheme: Scheme, float_layers: Collection[str] = (), only: str | None = None) -> Placement:
-    """The placement for a graph. `float_layers` stay in float with their activations; `only` quantises the input and
-    the weights of that one layer and nothing else.
+    """The placement for a graph. `float_layers` stay in float with their activations; `only` quantises exactly what
+    such a layer keeps in float.
     """
     known = layers(parts, scheme)
     if only is not None:
-        name = parts.nodes[known[only]].input[0]
-        return Placement({name: ((known[only], 0),)}, {name: _source(parts, name)}, (known[only],))
+        return _place_one(parts, scheme, known[only])
     in_float = {i for name in float_layers for i in _with_activation(parts, known[name])}
     convs = tuple(i for i in known.values() if i not in in_float)
     chosen = {*convs, *_operators(parts, scheme)} - in_float
@@ -62,6 +61,18 @@ def place(parts: GraphParts, scheme: Scheme, float_layers: Collection[str] = (),
         {name: _source(parts, name) for name in readers},
         convs,
     )
+
+
+def _place_one(parts: GraphParts, scheme: Scheme, conv: int) -> Placement:
+    """Input and weights of one convolution and, if outputs are quantised, the tensors between it and its activation."""
+    inside = _with_activation(parts, conv)
+    made = [name for i in sorted(inside) for name in parts.nodes[i].output] if scheme.outputs else []
+    between = [
+        name for name in made if inside.issuperset(parts.consumers.get(name, ())) and not _is_clipped(parts, name)
+    ]
+    source = parts.nodes[conv].input[0]
+    readers = {source: ((conv, 0),), **{name: _readers(parts, name, inside, set()) for name in between}}
+    return Placement(readers, {name: _source(parts, name) for name in readers}, (conv,))
 
 
 def _operators(parts: GraphParts, scheme: Scheme) -> set[int]:

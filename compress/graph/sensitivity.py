@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ Maps = list[NDArray[np.float32]]
 
 
 class LayerError(NamedTuple):
-    """A convolution, and the error in logits if its input and weights alone are INT8."""
+    """A convolution, and the error in logits if it alone is INT8."""
 
     name: str
     error: float
@@ -49,7 +50,7 @@ def rank_layers(
 
 def number_form(scheme: Scheme) -> Scheme:
     """The part of a scheme on which the error of one layer depends: schemes with the same one have one ranking."""
-    return Scheme(unsigned=scheme.unsigned, weight_peak=scheme.weight_peak, float_stem=scheme.float_stem)
+    return replace(scheme, half_body=False, integer_bias=False, space_to_depth=False)
 
 
 def remaining_error(ranked: Iterable[LayerError], in_float: Collection[str]) -> float:

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from compress.flavours import FLAVOURS
 from compress.graph.parts import GraphParts, op_counts
-from compress.graph.placement import ACTIVATIONS, layers, place
+from compress.graph.placement import ACTIVATIONS, Placement, layers, place
 from compress.graph.qdq import nudged, quantised
 from compress.graph.ranges import calibrate
 from compress.graph.session import open_session
@@ -241,3 +241,22 @@ def test_only_the_default_domain_is_imported_and_every_operator_is_allowed(flavo
 def test_the_same_ranges_give_the_same_bytes(case, ranges, flavours, name):
     again = FLAVOURS[name].make(case.boxes(), ranges)
     assert again.SerializeToString(deterministic=True) == flavours[name].SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_one_layer_alone_is_what_a_layer_in_float_leaves_out(case, name):
+    """Its own input, weights and inner tensors; its output is the input of the next."""
+    parts, scheme = GraphParts(case.boxes().graph), FLAVOURS[name].scheme
+    whole = place(parts, scheme)
+    for layer, conv in layers(parts, scheme).items():
+        alone, less = place(parts, scheme, only=layer), place(parts, scheme, [layer])
+        assert alone.convs == (conv,)
+        assert set(whole.convs) - set(less.convs) == {conv}
+        gone = pairs(whole) - pairs(less)
+        assert pairs(alone) <= gone
+        assert {reader for _, (reader, _) in gone - pairs(alone)} <= set(parts.detect_convs)
+
+
+def pairs(placement: Placement) -> set[tuple[str, tuple[int, int]]]:
+    """(Tensor, its reader) of everything that is read dequantised."""
+    return {(tensor, reader) for tensor, readers in placement.readers.items() for reader in readers}
