@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from runtime.machine import compute_threads
+from runtime.machine import compute_threads, exact_sums
 
 _ERRORS_ONLY = 3
 
@@ -21,7 +21,7 @@ def open_session(model: onnx.ModelProto, *, optimise: bool = True, as_written: b
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = compute_threads()  # see runtime.backends.onnx
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other work may have a core
-    options.add_session_config_entry("session.x64quantprecision", "1")  # see runtime.backends.onnx
+    options.add_session_config_entry("session.x64quantprecision", exact_sums())
     options.add_session_config_entry("session.disable_quant_qdq", str(int(as_written)))
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from runtime import Detector
+from runtime import Detector, machine
 from runtime.backends import onnx as onnx_backend
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError
 from runtime.machine import compute_threads
@@ -330,10 +330,14 @@ def test_quantised_layers_are_computed_in_float_only_where_asked_for(toys, tmp_p
         assert session.get_session_config_entry("session.disable_quant_qdq") == str(int(as_written))
 
 
-def test_weights_of_8_bits_are_exact_on_every_cpu(toys, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("sse avx512_vnni", "0"), ("sse avx_vnni", "0"), ("sse avx2", "1"), ("", "1")]
+)
+def test_weights_of_8_bits_are_exact_on_every_cpu(toys, tmp_path, monkeypatch, flags, expected):
+    monkeypatch.setattr(machine, "_read_text", lambda _: f"processor: 0\nflags\t\t: {flags}\n")
     with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as detector:
         session = detector._backend._session.get_session_options()
-        assert session.get_session_config_entry("session.x64quantprecision") == "1"
+        assert session.get_session_config_entry("session.x64quantprecision") == expected
 
 
 def test_a_closed_detector_is_one_line(toys, tmp_path, white_frame):
