@@ -334,7 +334,9 @@ def test_quantised_layers_are_computed_in_float_only_where_asked_for(toys, tmp_p
     ("flags", "expected"), [("sse avx512_vnni", "0"), ("sse avx_vnni", "0"), ("sse avx2", "1"), ("", "1")]
 )
 def test_weights_of_8_bits_are_exact_on_every_cpu(toys, tmp_path, monkeypatch, flags, expected):
-    monkeypatch.setattr(machine, "_read_text", lambda _: f"processor: 0\nflags\t\t: {flags}\n")
+    text = f"processor: 0\nflags\t\t: {flags}\n"
+    read = machine._read_text
+    monkeypatch.setattr(machine, "_read_text", lambda path: text if path == Path("/proc/cpuinfo") else read(path))
     with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as detector:
         session = detector._backend._session.get_session_options()
         assert session.get_session_config_entry("session.x64quantprecision") == expected
