@@ -5,6 +5,7 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -39,6 +40,33 @@ Device = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) 
 Side = Annotated[Int, Field(ge=1, le=8192)]
 """Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
+
+
+def _sides(value: Any) -> Any:
+    """640, [384, 640], "384x640" and "384 640" as two sides; the field judges them."""
+    sides = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if len(sides) > 2:
+        raise PydanticCustomError("too_many_sides", "expected one side, or height and width")
+    return (sides[0], sides[-1]) if sides else sides
+
+
+Shape = Annotated[tuple[Side, Side], BeforeValidator(_sides)]
+"""(height, width) in pixels; one number is both."""
+
+
+def _counts(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _ascending(counts: tuple[int, int, int]) -> tuple[int, int, int]:
+    if list(counts) != sorted(counts):
+        raise PydanticCustomError("not_ascending", "expected smallest, usual and largest, in this order")
+    return counts
+
+
+Profile = Annotated[tuple[Count, Count, Count], BeforeValidator(_counts), AfterValidator(_ascending)]
+"""Smallest, usual and largest batch."""
 
 SCALES: dict[str, tuple[float, float]] = {
     "p": (0.33, 0.125),
@@ -339,8 +367,16 @@ class DistillConfig(TrainConfig):
 
 
 class ExportConfig(Settings):
-    """Settings that are fixed inside the shipped graph."""
+    """Settings that are fixed inside the exported graphs."""
 
+    imgsz: Shape | None = None
+    """(height, width) of the files; None takes the recipe's `imgsz` for both. Training stays square."""
+    batch: Count = 1
+    """Images of one call."""
+    dynamic: bool = False
+    """Any number of images a call; the conventional file then takes images of any size, too."""
+    half: bool = False
+    """The conventional file in float16. The shipped graph has its FP16 from the stage quantize."""
     iou: Annotated[Float, Field(gt=0, lt=1)] = 0.6
     conf: Fraction = 0.25
     """Not inside the graph: the default threshold that the card carries."""
@@ -351,10 +387,17 @@ class ExportConfig(Settings):
     """Length of the longest suppression chain that is followed in one round; on COCO128 none is longer than 7."""
     frame: tuple[Side, Side] | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
-    opset: Annotated[Int, Field(ge=17, le=21)] = 19
+    opset: Annotated[Int, Field(ge=12, le=21)] = 19
+    """ONNX operator set of the conventional file; the shipped one has 17 or more."""
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
     max_score_error: Positive = 1e-3
+
+    @model_validator(mode="after")
+    def _take_one_batch(self) -> ExportConfig:
+        if self.dynamic and self.batch > 1:
+            raise PydanticCustomError("two_batches", "dynamic files take any batch: give batch or dynamic, not both")
+        return self
 
 
 class QuantizeConfig(Settings):
@@ -376,6 +419,8 @@ class BuildConfig(Settings):
     targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
     precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
+    batches: Profile = (1, 4, 8)
+    """Smallest, usual and largest batch of plans of dynamic files."""
     workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
 
 
@@ -386,6 +431,8 @@ class BenchConfig(Settings):
     """662 are the fewest that support a p99."""
     warmup_ms: NonNegative = 200.0
     accuracy_conf: Fraction = 0.001
+    batch: Count = 1
+    """Images of a timed call, of files that leave it open; others have their own."""
     max_images: CountOrZero = 0
     """Validation images to use; 0 takes all."""
 

@@ -168,6 +168,8 @@ distill:
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
   iou: 0.6              # IoU threshold of the NMS inside the graph
+  # imgsz: [384, 640]   # height and width of the exported files; training stays square
+  # batch: 4            # images of one call; or dynamic: true for any number
   # frame: [1080, 1920] # letterbox inside the graph: camera frame in, boxes in frame pixels out
 
 quantize:

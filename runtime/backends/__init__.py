@@ -113,10 +113,10 @@ CUTOFF = "cutoff"
 
 
 class RawOutput(NamedTuple):
-    """The outputs of a model: its rows or boxes, and its `cutoff`, 0 if it has none."""
+    """The outputs of a model: rows or boxes (B, ...), and the `cutoff` of each image (B,) if the model has it."""
 
     array: Array
-    cutoff: float = 0.0
+    cutoff: Array | None = None
 
 
 class Backend(Protocol):
