@@ -56,6 +56,7 @@ def preflight(
     batch: Batch,
     *,
     task: TaskLoss | None = None,
+    label_weight: float = 1.0,
 ) -> list[Check]:
     """Examine a distillation on one batch. Changes neither network, nor the losses, nor any gradient.
 
@@ -64,7 +65,8 @@ def preflight(
         teacher: another such network, on the same device.
         losses: by name, made for these two networks.
         batch: a few labelled training images.
-        task: the detection loss, to print its share of the gradient.
+        task: the detection loss, to print its share of the gradient; None where no label is known.
+        label_weight: the weight by which it is trained; shares of the other losses refer to it unweighted.
     """
     heads = [name for name, loss in losses.items() if loss.compares_heads]
     checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher)]
@@ -83,7 +85,7 @@ def preflight(
     if task is not None:
         total, _ = task(outputs.raw, targets)
         terms = {LABELS: total / len(images), **terms}
-    return [*checks, *_shares(terms, losses, outputs.features)]
+    return [*checks, *_shares(terms, losses, outputs.features, label_weight)]
 
 
 def _as_input(images: Tensor, network: nn.Module) -> Tensor:
@@ -176,7 +178,7 @@ def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: C
 
 
 def _shares(
-    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor]
+    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor], label_weight: float
 ) -> Iterator[Check]:
     """How the gradient at the neck is divided, and whether a fixed weight drowns the labels.
 
@@ -184,7 +186,9 @@ def _shares(
     """
     norms, of = neck_gradients(terms, features), dict(losses.items())
     labels = norms.get(LABELS, 1.0)
-    weighted = {name: _weighted(norm, of.get(name), labels) for name, norm in norms.items()}
+    weighted = {
+        name: _weighted(norm, of[name], labels) if name in of else label_weight * norm for name, norm in norms.items()
+    }
     total = sum(weighted.values())
     ok = 0 < total < float("inf")
     told = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"
@@ -196,7 +200,5 @@ def _shares(
     yield Check("parts of the whole gradient at the neck", ok, told)
 
 
-def _weighted(norm: float, loss: DistillLoss | None, labels: float) -> float:
-    if loss is None:
-        return norm
+def _weighted(norm: float, loss: DistillLoss, labels: float) -> float:
     return loss.share * labels if loss.weight is None else loss.weight * norm

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from benchmarks.statistics import jackknife_error, standard_error
 from compress.config import BenchConfig, QuantizeConfig, Settings
 from compress.data import Dataset
 from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
+from compress.graph.batches import filled_batches
 from compress.graph.builder import write_model
 from compress.graph.metadata import read_card, write_card
 from compress.graph.parts import GraphParts
@@ -257,17 +258,17 @@ def _flavour(config: QuantizeConfig, name: str) -> Flavour:
 
 @dataclass(frozen=True)
 class Canvases:
-    """Images as the graph's input takes them, uint8 (1,H,W,3), read anew each time: they need not fit in memory."""
+    """Images as the graph's input takes them, uint8 (B,H,W,3), read anew each time: they need not fit in memory."""
 
     paths: Sequence[Path]
     card: ModelCard
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (_input(path, self.card) for path in self.paths)
+        return _inputs(self.paths, self.card)
 
     def some(self, count: int) -> list[np.ndarray]:
         """At most `count` of them, in memory."""
-        return [_input(path, self.card) for path in spread(self.paths, count)]
+        return list(_inputs(spread(self.paths, count), self.card))
 
 
 @dataclass(frozen=True)
@@ -406,11 +407,11 @@ def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
     return card
 
 
-def _input(path: Path, card: ModelCard) -> np.ndarray:
-    """uint8 (1,H,W,3), exactly what the graph's input takes on the device."""
-    frame = read_image(path)
+def _inputs(paths: Iterable[Path], card: ModelCard) -> Iterator[np.ndarray]:
+    """uint8 (B,H,W,3), exactly what the graph's input takes on the device."""
     target = card.frame_hw if card.input == "frame" and card.frame_hw else card.size_hw
-    return letterbox(frame, target).image[None]
+    images = (letterbox(read_image(path), target).image[None] for path in paths)
+    return (batch for batch, _ in filled_batches(images, card.input_shape[0]))
 
 
 def _digest(chosen: Sequence[Path]) -> dict[str, Any]:

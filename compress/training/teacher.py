@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.class_names import class_conflict
 from compress.data.loader import Batch, train_batches
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.losses.distill import DistillLoss, Outputs, Shape, make_losses
 from compress.losses.preflight import DROWNS, Check, preflight
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
-from compress.training.objective import Objective
+from compress.training.objective import Objective, detection_loss
 from runtime.errors import EdgestillError, InputError
 
 PROBE_IMAGES = 4
@@ -66,8 +67,19 @@ def build_losses(student: YOLOv5, teacher: YOLOv5, config: DistillConfig) -> dic
     return make_losses(shape_of(student), shape_of(teacher), config)
 
 
+def distillation(student: YOLOv5, teacher: YOLOv5, config: DistillConfig, *, has_labels: bool = True) -> Objective:
+    """The objective of a distillation. Where the images have no labels, the weights of its losses follow the first one
+    that compares heads. Raises UsageError as `make_losses` does.
+    """
+    losses = build_losses(student, teacher, config)
+    reference = None if has_labels else next(name for name, loss in losses.items() if loss.compares_heads)
+    return Objective(
+        student, detection_loss(student, config), losses, label_weight=config.label_weight, reference=reference
+    )
+
+
 def check_distillation(
-    objective: Objective, teacher: Teacher, train: TrainDataset, config: DistillConfig, log: Log
+    objective: Objective, teacher: Teacher, train: TrainItems, config: DistillConfig, log: Log
 ) -> list[Check]:
     """Refuse a distillation that would silently do nothing, and log what the teacher costs.
 
@@ -76,9 +88,10 @@ def check_distillation(
     """
     batch = next(train_batches(train, batch=min(config.batch, PROBE_IMAGES), epoch=0))
     probe = to_device(copy.deepcopy(objective), teacher.device)
-    on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
+    on_device = batch._replace(images=batch.images.to(teacher.device), targets=batch.targets.to(teacher.device))
     losses: Any = probe.losses
-    checks = preflight(probe.model, teacher.model, losses, on_device, task=probe.detection)
+    label_loss = partial(probe.label_loss, labelled=batch.labelled) if train.labelled else None
+    checks = preflight(probe.model, teacher.model, losses, on_device, task=label_loss, label_weight=config.label_weight)
     for check in checks:
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")
