@@ -22,6 +22,7 @@ from compress.log import Log
 from compress.losses.distill import check_losses
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
+from compress.training.adapters import fit_adapters
 from compress.training.inheritance import check_start, inherit_from, new_student, source_of
 from compress.training.joint import join
 from compress.training.loop import Job, of_teacher, run_job
@@ -49,9 +50,10 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Distil the teacher into a student of `student.scale` (else of the size of `student.weights`), written into `out`.
 
     The student takes the teacher's anchors, and starts from slices of its own weights or the teacher's where it can.
-    Before the first epoch both networks and every distillation loss are checked on one batch; without losses the labels
-    alone train it. Raises EdgestillError when the distillation would silently do nothing, UsageError when the strategy
-    lacks something. Other errors as for `compress.stages.teacher.train`.
+    Before the first epoch the adapters of feature losses are fitted, and both networks and every distillation loss are
+    checked on one batch; without losses the labels alone train it. Raises EdgestillError when the distillation would
+    silently do nothing, UsageError when the strategy lacks something. Other errors as for
+    `compress.stages.teacher.train`.
     """
     flush_denormals(log)  # before anything makes torch start its threads
     settings, student, data = config.distill, config.student, inputs.data
@@ -82,6 +84,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         inherit_from(source, objective, splits.train, settings, config.device, out, log)
     frozen = Teacher(teacher, config.device, half=settings.amp) if len(objective.losses) else None
     if not state and frozen:
+        fit_adapters(objective, frozen, splits.train, settings, log)
         checks = check_distillation(objective, frozen, splits.train, settings, log)
         _publish(out / "checks.json", [{"name": name, "passed": ok, "detail": detail} for name, ok, detail in checks])
     if settings.rules.trains_teacher:

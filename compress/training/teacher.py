@@ -19,7 +19,7 @@ from compress.data.train_dataset import TrainItems
 from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.losses.distill import DistillLoss, Outputs, Shape, make_losses
-from compress.losses.preflight import DROWNS, Check, preflight
+from compress.losses.preflight import DROWNS, SCALED, Check, preflight
 from compress.models import YOLOv5
 from compress.models.checkpoint import load_model
 from compress.training.objective import Objective, detection_loss
@@ -96,7 +96,7 @@ def check_distillation(
         if not check.ok:
             raise EdgestillError(f"the distillation would not work: {check.name}: {check.detail}")
     for check in checks:
-        if check.name.endswith(DROWNS):
+        if check.name.endswith((DROWNS, SCALED)):
             log(f"{check.name}: {check.detail}")
     log(f"distillation: {len(checks)} checks passed; {checks[-1].name}: {checks[-1].detail}")
     log(cost_line(probe, teacher, on_device))
