@@ -44,7 +44,7 @@ def test_every_field_of_the_card_is_decided_on():
 
 def test_precision_and_what_may_be_chosen_later_do_not():
     file = Artifact("a.plan", "0" * 64, 1, "fp16", "tensorrt")
-    more = {"name": "x", "precision": "int8-cpu", "conf": 0.5, "provenance": {"a": 1}, "artifacts": (file,)}
+    more = {"name": "x", "precision": "int8-ort", "conf": 0.5, "provenance": {"a": 1}, "artifacts": (file,)}
     assert {replace(CARD, **{key: value}).identity for key, value in more.items()} == {CARD.identity}
 
 
