@@ -158,6 +158,7 @@ student:
 distill:
   epochs: 80
   batch: 16
+  # preset: student     # its learning rate is for small networks; finetune halves it
   # strategy: offline   # or joint, soft_labels, features, label_free: see the README
   # unlabelled: images  # a folder of images or a video of the camera, to learn from without labels
   losses:               # name: auto (the weight follows the gradients) or a fixed weight

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from compress.config import PRESETS, Recipe, Settings, TrainConfig
+from compress.config import PRESETS, DistillConfig, Recipe, Settings
 from compress.data import Dataset, index_dataset, load_data
 from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
@@ -141,7 +141,7 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
 def _without_preset(training: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a training without the values that its preset gave, so that another one can give its own."""
     own = dict(training)
-    for group, table in PRESETS[own.get("preset", TrainConfig().preset)].items():
+    for group, table in PRESETS[own.get("preset", DistillConfig().preset)].items():
         own[group] = {key: value for key, value in own.get(group, {}).items() if table.get(key, ...) != value}
     return own
 
