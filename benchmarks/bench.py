@@ -12,13 +12,21 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
+from benchmarks.accuracy import (
+    ACCURACY_CONF,
+    COCO_MAX_DET,
+    Accuracy,
+    Floats,
+    detect_all,
+    detector_accuracy,
+    jackknife_maps,
+    restrict,
+)
 from benchmarks.environment import device_name
-from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, measure
+from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, in_turn, measure
 from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
@@ -43,6 +51,8 @@ class Plan:
     """COCO ground truth with the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
     """Timed calls of each file."""
+    batch: int = 1
+    """Frames of a timed call, within what the file takes."""
     warmup_ms: float = 200.0
     interval_ms: float | None = None
     """Time between frames, as from a camera; None takes the next frame when the last one is done."""
@@ -50,9 +60,13 @@ class Plan:
     """Score threshold while accuracy is measured; latency is measured at the model's own."""
     device: str = "auto"
     threads: int | None = None
+    as_written: bool = False
+    """Whether the quantised layers of an ONNX file are computed in float, because other kernels will run it."""
 
     def detector(self, path: Path, variant: str | None = None, *, spin: bool = True) -> Detector:
-        return Detector.load(path, device=self.device, variant=variant, threads=self.threads, spin=spin)
+        return Detector.load(
+            path, device=self.device, variant=variant, threads=self.threads, spin=spin, as_written=self.as_written
+        )
 
     def read_frames(self) -> list[Frame]:
         return [read_image(path) for _, path in self.images[:FRAMES]]
@@ -76,8 +90,9 @@ def measure_file(
     with plan.detector(path, variant) as detector:
         file = _loaded(path, variant, detector)
         latency = measure(
-            detector, plan.read_frames(), samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms
-        )
+            detector, plan.read_frames(), batch=batch_of(detector, plan), samples=plan.samples,
+            warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
+        )  # fmt: skip
         return model_row(
             file.path,
             precision=precision or detector.card.precision,
@@ -97,10 +112,22 @@ def _loaded(path: Path, variant: str | None, detector: Detector) -> ModelFile:
     return next(file for file in model_files(path, variant) if file.artifact == detector.artifact)
 
 
+def batch_of(detector: Detector, plan: Plan) -> int:
+    """Frames of a timed call: those of the plan, as far as the file takes them."""
+    least, most = detector.card.batches
+    return max(least, min(plan.batch, most or plan.batch))
+
+
+def _size_text(size_hw: tuple[int, int]) -> int | str:
+    """320, or "192x320" for height and width that differ."""
+    height, width = size_hw
+    return height if height == width else f"{height}x{width}"
+
+
 def _settings(detector: Detector, plan: Plan) -> Row:
     return {
-        "imgsz": max(detector.card.size_hw),
-        "batch": 1,
+        "imgsz": _size_text(detector.card.size_hw),
+        "batch": batch_of(detector, plan),
         "conf": detector.conf,
         "iou": detector.card.iou,
         "max_det": detector.card.max_det,
@@ -120,13 +147,17 @@ def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     return detector_accuracy(detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf)
 
 
-def file_accuracy(path: Path, plan: Plan) -> Accuracy:
-    """The accuracy of one file, without its latency. Raises UsageError when there is no ground truth."""
-    with plan.detector(path, spin=False) as detector:  # no latency is measured, and other work may have a core
-        found = _accuracy(detector, plan)
-    if found is None:
+def file_maps(path: Path, plan: Plan) -> Floats:
+    """mAP50-95 of one file on all images, and with each group of images left out; see `jackknife_maps`.
+
+    Raises UsageError when there is no ground truth.
+    """
+    if plan.ground_truth is None:
         raise UsageError("The plan has no ground truth, so there is no accuracy", "Give COCO annotations")
-    return found
+    truth = restrict(plan.ground_truth, {image_id for image_id, _ in plan.images})
+    with plan.detector(path, spin=False) as detector:  # no latency is measured, and other work may have a core
+        found = list(detect_all(detector, plan.images, truth, conf=plan.accuracy_conf))
+    return jackknife_maps(truth, found)
 
 
 def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row], list[Row]]:
@@ -170,12 +201,12 @@ def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) ->
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
     with plan.detector(reference) as first, plan.detector(other) as second:
-        sides = _call_on(first, frames), _call_on(second, frames)
+        sides = _call_on(first, frames, plan), _call_on(second, frames, plan)
         return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 
 
-def _call_on(detector: Detector, frames: Sequence[Frame]) -> Callable[[], object]:
-    queue = cycle(frames)
+def _call_on(detector: Detector, frames: Sequence[Frame], plan: Plan) -> Callable[[], object]:
+    queue = in_turn(frames, batch_of(detector, plan))
     return lambda: detector(next(queue))
 
 

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> LatencyRatio:
     """`detector` on frames against `bare` on the inputs that the detector made of the same frames."""
-    whole, inputs = cycle(frames), cycle([detector.preprocess(frame).array for frame in frames])
+    whole, inputs = cycle(frames), cycle([detector.preprocess([frame]).array for frame in frames])
     return compare_in_turns(lambda: bare(next(inputs)), lambda: detector(next(whole)), rounds)
 
 

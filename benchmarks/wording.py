@@ -36,7 +36,9 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    return [*lines, "Latency is milliseconds from decoded frame to final boxes"]
+    alone = all(row["settings"]["batch"] == 1 for row in data["models"])
+    span = "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
+    return [*lines, f"Latency is milliseconds from {span}"]
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:
@@ -147,8 +149,9 @@ def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
 def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
     for engine in engines:
         if not engine["ran"]:
+            built = f"built for {', '.join(engine['targets'])} and not run on this machine"
             note = engine.get("note") or "it does not match"
-            yield f"{engine['file']} was built for {', '.join(engine['targets'])} and not run on this machine: {note}."
+            yield f"{engine['file']} was {built if engine['targets'] else 'not built'}: {note}."
 
 
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:

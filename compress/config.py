@@ -5,6 +5,7 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -39,6 +40,33 @@ Device = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) 
 Side = Annotated[Int, Field(ge=1, le=8192)]
 """Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
+
+
+def _sides(value: Any) -> Any:
+    """640, [384, 640], "384x640" and "384 640" as two sides; the field judges them."""
+    sides = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if len(sides) > 2:
+        raise PydanticCustomError("too_many_sides", "expected one side, or height and width")
+    return (sides[0], sides[-1]) if sides else sides
+
+
+Shape = Annotated[tuple[Side, Side], BeforeValidator(_sides)]
+"""(height, width) in pixels; one number is both."""
+
+
+def _counts(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _ascending(counts: tuple[int, int, int]) -> tuple[int, int, int]:
+    if list(counts) != sorted(counts):
+        raise PydanticCustomError("not_ascending", "expected smallest, usual and largest, in this order")
+    return counts
+
+
+Profile = Annotated[tuple[Count, Count, Count], BeforeValidator(_counts), AfterValidator(_ascending)]
+"""Smallest, usual and largest batch."""
 
 SCALES: dict[str, tuple[float, float]] = {
     "p": (0.33, 0.125),
@@ -339,8 +367,16 @@ class DistillConfig(TrainConfig):
 
 
 class ExportConfig(Settings):
-    """Settings that are fixed inside the shipped graph."""
+    """Settings that are fixed inside the exported graphs."""
 
+    imgsz: Shape | None = None
+    """(height, width) of the files; None takes the recipe's `imgsz` for both. Training stays square."""
+    batch: Count = 1
+    """Images of one call."""
+    dynamic: bool = False
+    """Any number of images a call; the conventional file then takes images of any size, too."""
+    half: bool = False
+    """The conventional file in float16. The shipped graph has its FP16 from the stage quantize."""
     iou: Annotated[Float, Field(gt=0, lt=1)] = 0.6
     conf: Fraction = 0.25
     """Not inside the graph: the default threshold that the card carries."""
@@ -351,10 +387,29 @@ class ExportConfig(Settings):
     """Length of the longest suppression chain that is followed in one round; on COCO128 none is longer than 7."""
     frame: tuple[Side, Side] | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
-    opset: Annotated[Int, Field(ge=17, le=21)] = 19
+    opset: Annotated[Int, Field(ge=12, le=21)] = 19
+    """ONNX operator set of the conventional file; the shipped one has 17 or more."""
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
     max_score_error: Positive = 1e-3
+
+    @model_validator(mode="after")
+    def _take_one_batch(self) -> ExportConfig:
+        if self.dynamic and self.batch > 1:
+            raise PydanticCustomError("two_batches", "dynamic files take any batch: give batch or dynamic, not both")
+        return self
+
+
+def _float_layers(value: Any) -> Any:
+    """Names that YAML reads as numbers, such as `1`, become text."""
+    if isinstance(value, (list, tuple)) and all(type(name) in (str, int) for name in value):
+        return tuple(map(str, value))
+    if value == AUTO or (type(value) is int and 0 <= value <= MAX_COUNT):
+        return value
+    raise PydanticCustomError("float_layers", "expected auto, a number of layers, or a list of their names")
+
+
+FloatLayers = Annotated[Literal["auto"] | int | tuple[str, ...], BeforeValidator(_float_layers)]
 
 
 class QuantizeConfig(Settings):
@@ -362,9 +417,18 @@ class QuantizeConfig(Settings):
 
     flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
     calibration_images: Count = 128
-    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    method: Literal["minmax", "mse"] = "minmax"
+    """Ranges of activations: all values, or those of the smallest mean squared error."""
+    weight_bits: Literal[7, 8] = 8
+    """7 is for x86 CPUs without VNNI, where fast kernels cut sums of 8-bit products off. With 8 the runtime takes
+    slower, exact kernels of ONNX Runtime there; OpenVINO has none."""
+    draws: Count = 4
+    """Files, alike but for the rounding, over which the loss of an INT8 flavour is averaged."""
+    float_layers: FloatLayers = "auto"
+    """Layers of an INT8 flavour that stay in float: auto takes the worst 2, then 4, 8 and 16 until `max_map_drop`
+    holds; a number takes that many of the worst, names take those, as `2.cv1`."""
     max_map_drop: NonNegative = 0.02
-    """mAP50-95 that a flavour may lose against FP32, measured on the file; from 1 on it keeps any accuracy."""
+    """mAP50-95 that a flavour may lose against FP32, the mean of its draws; from 1 on it keeps any accuracy."""
     max_latency_ratio: Positive = 1.0
     """Latency against FP32 that a flavour for this CPU may have; the others are made for other hardware."""
 
@@ -376,6 +440,8 @@ class BuildConfig(Settings):
     targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
     precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
+    batches: Profile = (1, 4, 8)
+    """Smallest, usual and largest batch of plans of dynamic files."""
     workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
 
 
@@ -386,6 +452,8 @@ class BenchConfig(Settings):
     """662 are the fewest that support a p99."""
     warmup_ms: NonNegative = 200.0
     accuracy_conf: Fraction = 0.001
+    batch: Count = 1
+    """Images of a timed call, of files that leave it open; others have their own."""
     max_images: CountOrZero = 0
     """Validation images to use; 0 takes all."""
 

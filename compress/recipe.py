@@ -168,12 +168,16 @@ distill:
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
   iou: 0.6              # IoU threshold of the NMS inside the graph
+  # imgsz: [384, 640]   # height and width of the exported files; training stays square
+  # batch: 4            # images of one call; or dynamic: true for any number
   # frame: [1080, 1920] # letterbox inside the graph: camera frame in, boxes in frame pixels out
 
 quantize:
   flavours: [{flavours}]
   calibration_images: 128
   max_map_drop: 0.02    # a flavour that loses more mAP50-95 stays out of the bundle
+  # float_layers: auto  # the worst 2 of INT8, then 4, 8, 16 until that holds; or a number, or names as [2.cv1]
+  # weight_bits: 7      # for x86 CPUs without VNNI
 
 build:
   targets: [sm86, sm89, sm120]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -108,6 +108,11 @@ def setting(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, cls=Setting, key=key, **attributes)
 
 
+def flag(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
+    """`setting` of a field that is on or off."""
+    return setting(*names, key=key, is_flag=True, type=click.BOOL, **attributes)
+
+
 data = click.option("--data", type=FILE, required=True, help="data.yaml: path, train, val, names.")
 device = click.option("--device", default="auto", help="auto, cpu, or a GPU number.")
 changes = click.option(
@@ -122,9 +127,32 @@ changes = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
+IMGSZ_OPTIONS = ("--imgsz", "--img", "--img-size")
+
+
+class SizedCommand(click.Command):
+    """A command whose `--imgsz` takes one number or two, as YOLOv5's does: `--imgsz 384 640`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, joined_sides(args))
+
+
+def joined_sides(args: Sequence[str]) -> list[str]:
+    """The arguments with the two numbers behind `--imgsz` as one, "384x640"."""
+    joined: list[str] = []
+    for arg in args:
+        option, equals, value = joined[-1].partition("=") if joined else ("", "", "")
+        option, value = (option, value) if equals else (joined[-2] if len(joined) > 1 else "", option)
+        if option in IMGSZ_OPTIONS and value.isdecimal() and arg.isdecimal():
+            joined[-1] += f"x{arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
 def imgsz(key: str = "imgsz", **attributes: Any) -> Callable[[Any], Any]:
     return setting(
-        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of the largest stride.",
+        *IMGSZ_OPTIONS, key=key, help="Image side in pixels, a multiple of the largest stride.",
         **attributes,
     )  # fmt: skip
 

@@ -190,14 +190,13 @@ class Architecture:
         """Pixels of a cell, finest level first."""
         return LAYOUTS[self.layout].strides
 
-    def require_image_size(self, imgsz: int) -> None:
-        """Raises UsageError when images of `imgsz` pixels do not divide into whole cells of the coarsest level."""
+    def require_image_size(self, *sides: int) -> None:
+        """Raises UsageError when images of these sides do not divide into whole cells of the coarsest level."""
         stride = max(self.strides)
-        if imgsz < stride or imgsz % stride:
-            raise UsageError(
-                f"image size {imgsz} is not a multiple of the network's stride {stride}",
-                f"Use {-(-imgsz // stride) * stride}",
-            )
+        fitting = [max(1, -(-side // stride)) * stride for side in sides]
+        if fitting != list(sides):
+            given, better = ("x".join(map(str, values)) for values in (sides, fitting))
+            raise UsageError(f"image size {given} is not a multiple of the network's stride {stride}", f"Use {better}")
 
     @property
     def layers(self) -> tuple[Layer, ...]:

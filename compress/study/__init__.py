@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import PRESETS, Recipe, Settings, TrainConfig
-from compress.data import index_dataset, load_data
+from compress.data import Dataset, index_dataset, load_data
 from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
@@ -47,11 +47,9 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     """
     chosen = chosen_arms(recipe, arms)
     plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
-    _index_split(recipe, out)
+    judges = _index_split(recipe, out)
     teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
-    accuracy = teacher_accuracy(recipe, teacher, out)
-    log(f"teacher: mAP50-95 {accuracy['map50_95']:.4f} on {recipe.study.split}")
-    data = dataset_of(recipe, {"data": out / "data"})
+    about = _about(recipe, plan, judges, teacher, out, log)
     ends = _in_processes(plan, recipe.study.jobs, out, log)
     failed = {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True) if isinstance(end, str)}
     document = summary(
@@ -59,13 +57,7 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
         [end for end in ends if isinstance(end, Run)],
         seeds=recipe.study.seeds,
         failed=failed,
-        epochs=recipe.distill.epochs,
-        imgsz=recipe.distill.imgsz,
-        student=recipe.student.scale,
-        split=recipe.study.split,
-        teacher={"fingerprint": teacher.fingerprint, **accuracy},
-        data=data.sha256,
-        trainings={arm: training_of(made.student, made.distill) for arm, _, made in plan},
+        **about,
     )
     write(document, out)
     if failed:
@@ -76,11 +68,33 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     return out / STUDY
 
 
-def teacher_accuracy(recipe: Recipe, teacher: Outcome, out: Path) -> Mapping[str, float]:
-    """`map50_95` and `map50` of the teacher on the images that judge the students, at their size."""
-    from compress.study.judge import accuracy_of, judges_of, measured_once
+def _about(
+    recipe: Recipe, plan: Sequence[tuple[str, int, Recipe]], judges: Dataset, teacher: Outcome, out: Path, log: Log
+) -> dict[str, Any]:
+    """The facts that all runs share, with the teacher's accuracy on the images that judge."""
+    data, judging = dataset_of(recipe, {"data": out / "data"}), judges.splits[recipe.study.split]
+    shared = judging.count_in(data.splits["train"])
+    if shared:
+        log(f"{recipe.study.split}: {shared} of {len(judging.samples)} images are training images too")
+    accuracy = _teacher_accuracy(recipe, teacher, judges, out)
+    log(f"teacher: mAP50-95 {accuracy['map50_95']:.4f} on {recipe.study.split}")
+    return {
+        "epochs": recipe.distill.epochs,
+        "imgsz": recipe.distill.imgsz,
+        "student": recipe.student.scale,
+        "split": recipe.study.split,
+        "images": len(judging.samples),
+        "shared_images": shared,
+        "data": data.sha256,
+        "teacher": {"fingerprint": teacher.fingerprint, **accuracy},
+        "trainings": {arm: training_of(made.student, made.distill) for arm, _, made in plan},
+    }
 
-    judges = judges_of(recipe, out)
+
+def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Path) -> Mapping[str, float]:
+    """`map50_95` and `map50` of the teacher at the students' image size."""
+    from compress.study.judge import accuracy_of, measured_once
+
     of = {"teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": str(recipe.distill.imgsz)}
     weights = teacher.folder / TEACHER
     return measured_once(out / "teacher.json", of, lambda: accuracy_of(weights, recipe, judges))
@@ -149,11 +163,14 @@ def split_index(out: Path, split: str) -> Path:
     return out / f"{split}.json"
 
 
-def _index_split(recipe: Recipe, out: Path) -> None:
+def _index_split(recipe: Recipe, out: Path) -> Dataset:
+    """The split that judges, indexed for all processes."""
     data, split = load_data(recipe.data), recipe.study.split
     if split not in data.splits:
         raise UsageError(f"{recipe.data}: no {split} split to judge the arms on", "Add one, or set study.split=val")
-    index_dataset(data, [split]).save(split_index(out, split))
+    judges = index_dataset(data, [split])
+    judges.save(split_index(out, split))
+    return judges
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ def to_markdown(study: Document) -> str:
     lines = [
         f"# Study: {', '.join(f'{name} {value}' for name, value in _shared_facts(study).items())}",
         "",
-        f"mAP50-95 in points of 100 on the {study['split']} split, averaged weights (EMA) of the last epoch; "
-        f"{seeds} paired {'seed' if seeds == 1 else 'seeds'}.",
+        f"mAP50-95 in points of 100 on the {study['images']} images of the {study['split']} split, averaged weights "
+        f"(EMA) of the last epoch; {seeds} paired {'seed' if seeds == 1 else 'seeds'}.",
+        *([f"{study['shared_images']} of these images are training images too."] if study["shared_images"] else []),
         "",
         *markdown_table(titles, [*_arms(study, own), _teacher(study, own)]),
         "",

@@ -156,6 +156,7 @@ def check_image_sizes(recipe: Recipe) -> None:
     for network, training in ((teacher, recipe.teacher), (student, recipe.distill)):
         network.require_image_size(recipe.imgsz)
         network.require_image_size(training.imgsz)
+        network.require_image_size(*(recipe.export.imgsz or ()))
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

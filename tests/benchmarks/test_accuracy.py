@@ -5,6 +5,7 @@ import copy
 import gzip
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ from benchmarks.accuracy import (
     coco_accuracy,
     coco_rows,
     detector_accuracy,
+    jackknife_maps,
     match,
 )
+from runtime.card import Batches
 from runtime.detections import Detections
 from runtime.errors import InputError
 
@@ -252,31 +255,33 @@ def test_names_are_given_in_the_order_of_the_categories() -> None:
 class KnowingDetector:
     """Returns the labels of the frame whose first pixel is the image's number."""
 
-    card = SimpleNamespace(names=("nut", "bolt"))
+    card = SimpleNamespace(names=("nut", "bolt"), batches=Batches(2, 2))
 
     def __init__(self, boxes: dict[int, list[list[float]]]) -> None:
-        self.boxes, self.confs = boxes, set()
+        self.boxes, self.confs, self.calls = boxes, set(), []
 
-    def preprocess(self, frame: np.ndarray) -> int:
-        return int(frame[0, 0, 0])
+    def preprocess(self, frames: Sequence[np.ndarray]) -> list[int]:
+        self.calls.append(len(frames))
+        return [int(frame[0, 0, 0]) for frame in frames]
 
-    def infer(self, prepared: int) -> np.ndarray:
-        return np.array(self.boxes[prepared], np.float32).reshape(-1, 6)
+    def infer(self, prepared: list[int]) -> list[np.ndarray]:
+        return [np.array(self.boxes[one], np.float32).reshape(-1, 6) for one in prepared]
 
-    def postprocess(self, raw: np.ndarray, prepared: int, conf: float | None = None) -> Detections:
+    def postprocess(self, raw: list[np.ndarray], prepared: list[int], conf: float | None = None) -> list[Detections]:
         self.confs.add(conf)
-        return Detections.from_rows(raw)
+        return [Detections.from_rows(rows) for rows in raw]
 
 
 def test_a_detector_that_knows_the_labels_is_perfect(tmp_path: Path) -> None:
-    for number in (1, 2):
+    for number in (1, 2, 3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((64, 64, 3), number, np.uint8))
     truth = truth_of([(1, 0, [1.0, 2.0, 30.0, 40.0], 0), (2, 1, [5.0, 5.0, 50.0, 50.0], 0)], images=3, classes=2)
     truth["categories"] = [{"id": 0, "name": "bolt"}, {"id": 1, "name": "nut"}]
-    detector = KnowingDetector({1: [[1, 2, 31, 42, 0.9, 1]], 2: [[5, 5, 55, 55, 0.9, 0]]})
-    found = detector_accuracy(detector, [(n, tmp_path / f"{n}.png") for n in (1, 2)], truth)
+    detector = KnowingDetector({1: [[1, 2, 31, 42, 0.9, 1]], 2: [[5, 5, 55, 55, 0.9, 0]], 3: []})
+    found = detector_accuracy(detector, [(n, tmp_path / f"{n}.png") for n in (1, 2, 3)], truth)
     assert found.map50_95 == pytest.approx(1.0)
-    assert found.images == 2
+    assert found.images == 3
+    assert detector.calls == [2, 1], "calls of the model's batch"
     assert detector.confs == {0.001}
 
 
@@ -288,3 +293,32 @@ def test_coco_rows_hold_left_top_width_height() -> None:
 def test_a_class_that_the_annotations_lack_is_named() -> None:
     with pytest.raises(InputError, match="washer"):
         category_ids(["bolt", "washer"], [{"id": 3, "name": "bolt"}])
+
+
+def one_object_an_image(
+    count: int, found: Sequence[int], empty: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ground truth of `count` images with an object, then `empty` without; detections in those of `found`."""
+    box = [10.0, 10.0, 40.0, 40.0]
+    truth = {
+        "images": [{"id": index} for index in range(count + empty)],
+        "categories": [{"id": 0, "name": "bolt"}],
+        "annotations": [
+            {"id": index + 1, "image_id": index, "category_id": 0, "bbox": box, "area": 1600.0}
+            for index in range(count)
+        ],
+    }
+    return truth, [{"image_id": index, "category_id": 0, "bbox": box, "score": 0.9} for index in found]
+
+
+def test_leaving_out_groups_gives_the_accuracy_of_the_others() -> None:
+    truth, detections = one_object_an_image(4, found=[0, 1, 2])
+    whole, *left_out = jackknife_maps(truth, detections, groups=4)
+    assert whole == pytest.approx(0.75, abs=0.01)
+    assert left_out == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1.0], abs=0.01)
+
+
+def test_no_group_leaves_images_without_objects_alone() -> None:
+    truth, detections = one_object_an_image(2, found=[0, 1], empty=9)
+    assert len(jackknife_maps(truth, detections)) == 3
+    assert len(jackknife_maps(*one_object_an_image(1, found=[0], empty=3))) == 1

@@ -51,6 +51,7 @@ def document(
 ) -> dict[str, object]:
     arms = {"scratch": {"student": {"init": "scratch"}}, "soft": {}}
     about = {"epochs": 3, "imgsz": 64, "split": "test", "student": "p", "teacher": {"map50_95": 0.625, "map50": 0.9}}
+    about |= {"images": 72, "shared_images": 3}
     trainings = {"scratch": training(), "soft": training(**soft)}
     return summary(arms, runs, seeds=seeds, failed=failed or {}, trainings=trainings, **about)
 
@@ -70,6 +71,8 @@ def test_the_page_shows_every_run_beside_the_teacher_and_what_failed() -> None:
     assert "| teacher |  |  | 62.5 | 100 % |  |" in page
     assert "| soft | scratch | +5.0 | 1 of 1 |" in page
     assert "soft-1 failed: full | disk" in page
+    assert "on the 72 images of the test split" in page
+    assert "3 of these images are training images too." in page
 
 
 def test_what_arms_do_not_share_is_a_column() -> None:
