@@ -163,7 +163,7 @@ distill:
   # unlabelled: images  # a folder of images or a video of the camera, to learn from without labels
   losses:               # name: auto (the weight follows the gradients) or a fixed weight
     soft: auto          # classes, boxes and objectness as the teacher sees them
-    # pkd: auto         # how each channel of the neck varies; or cwd, fgd, feat_mse, feat_sl2
+    # pkd: auto         # how each channel of the neck varies; or cwd, fgd, mgd, feat_mse, feat_sl2
     # kd: {{share: 0.5, temperature: 2}} # a loss with settings of its own
 
 export:

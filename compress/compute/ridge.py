@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """What a regression needs of its samples: X'X (C + 1, C + 1) and X'Y (C + 1, K) float64, X with a last column of
-    ones.
-    """
+    """The sums that a regression needs: X'X (C + 1, C + 1) and X'Y (C + 1, K) float64, X with a last column of ones."""
 
     xx: Tensor
     xy: Tensor

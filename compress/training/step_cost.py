@@ -46,7 +46,7 @@ BOXES = 8
 PLAIN, TEACHER, SOFT, MEASURED = "plain", "plain + teacher", "soft", "soft, measured"
 WARM_UP = 3
 Milliseconds = dict[str, list[float]]
-"""Of each way, one value a round: the median of its steps."""
+"""One value a round for each way: the median of its steps."""
 
 
 class Way(NamedTuple):
@@ -133,7 +133,7 @@ def measure(
 
 
 def document(found: Milliseconds, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured, as plain JSON values."""
+    """The measurement as plain JSON values."""
     rounds = {name: np.array(values) for name, values in found.items()}
     return {
         "measured": "python -m compress.training.step_cost",

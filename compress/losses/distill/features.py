@@ -67,6 +67,9 @@ class Level(NamedTuple):
     """(n, 6), see `Context`."""
     upstream: Tensor | None
     """() float32, see `Context`."""
+    adapter: tuple[Tensor, Tensor] | None = None
+    """The matrix (C_teacher, C_student) and the bias (C_teacher) that the comparison itself applies to the student's
+    map."""
 
 
 def levels_of(student: Outputs, teacher: Outputs, context: Context) -> list[Level]:
@@ -100,8 +103,10 @@ class FeatureLoss(DistillLoss):
         check_same_images(student.features, teacher.features, slice(2, None), "feature")
         teacher = detached(teacher)
         standard = teacher._replace(features=[self.standardise(maps) for maps in teacher.features])
-        levels = levels_of(student, standard, context)
-        return torch.stack([self.adapted(index, level) for index, level in enumerate(levels)])
+        found = []
+        for index, level in enumerate(levels_of(student, standard, context)):
+            found.append(self.level(self.adapt(index, level)))
+        return torch.stack(found)
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         return torch.stack([self.level(level) for level in levels_of(student, teacher, context)])
@@ -110,9 +115,9 @@ class FeatureLoss(DistillLoss):
         """The teacher's maps (B, C, H, W) of one level in the units in which they are compared."""
         return by_channel(maps)
 
-    def adapted(self, index: int, level: Level) -> Tensor:
-        """The loss () float32 of level `index`; the student's map is as the network gives it."""
-        return self.level(level._replace(student=self.adapters[index](level.student)))
+    def adapt(self, index: int, level: Level) -> Level:
+        """Level `index` with the student's map, which is as the network gives it, in the teacher's channels."""
+        return level._replace(student=self.adapters[index](level.student))
 
     def level(self, level: Level) -> Tensor:
         """The loss () float32 of one level with equal channels, exactly 0 for equal maps."""
@@ -121,14 +126,14 @@ class FeatureLoss(DistillLoss):
     # -- the start of the adapters --------------------------------------------------------------------
 
     def adapter_input(self, index: int, maps: Tensor) -> Tensor:
-        """What the adapter of level `index` reads, from the student's map (B, C, H, W)."""
+        """The map that the adapter of level `index` reads, from the student's map (B, C, H, W)."""
         return maps
 
     def fit(self, pairs: Sequence[tuple[Outputs, Outputs]]) -> None:
-        """Set the adapters to what fits the outputs of student and teacher for a few batches best. In place.
+        """Fit the adapters to the outputs of student and teacher for a few batches, in place.
 
-        The adapters by ridge regression on what they read; where there are more parameters than these, all of them
-        then take FIT_STEPS steps of Adam on this loss alone. Draws nothing at random that the loss does not.
+        They are the ridge regression of the teacher's standardised maps on the maps that they read. Where the loss has
+        more parameters, all of them then take FIT_STEPS steps of Adam on this loss alone. Equal starts give equal bits.
         """
         for index, adapter in enumerate(cast("list[AdapterConv]", list(self.adapters))):
             self._fit_adapter(index, adapter, pairs)
@@ -170,18 +175,22 @@ class FeatMSE(FeatureLoss):
 
     name = "feat_mse"
 
-    def adapted(self, index: int, level: Level) -> Tensor:
-        return self.by_kernel(index, level)
-
-    def by_kernel(self, index: int, level: Level, weights: Sequence[Tensor] = ()) -> Tensor:
-        """The loss of level `index` by adapter and comparison in one; `weights` (B, H, W), one or none."""
+    def adapt(self, index: int, level: Level) -> Level:
+        """The level with the adapter beside it: adapting and comparing are one kernel."""
         adapter = cast(AdapterConv, self.adapters[index])
-        matrix, bias = adapter.weight.flatten(1), cast(Tensor, adapter.bias)
-        student = self.adapter_input(index, level.student)
-        return adapter_mse([student], [level.teacher], [matrix], [bias], weights, scale=level.upstream)
+        parameters = adapter.weight.flatten(1), cast(Tensor, adapter.bias)
+        return level._replace(student=self.adapter_input(index, level.student), adapter=parameters)
+
+    def weights(self, level: Level) -> list[Tensor]:
+        """The weights (B, H, W) of the pixels; none, where all count alike."""
+        return []
 
     def level(self, level: Level) -> Tensor:
-        return weighted_mse([level.student], [level.teacher], scale=level.upstream)
+        maps, weights = ([level.student], [level.teacher]), self.weights(level)
+        if level.adapter is None:
+            return weighted_mse(*maps, weights, scale=level.upstream)
+        matrix, bias = level.adapter
+        return adapter_mse(*maps, [matrix], [bias], weights, scale=level.upstream)
 
 
 class FeatSL2(FeatMSE):
@@ -202,11 +211,8 @@ class FeatSL2(FeatMSE):
     def adapter_input(self, index: int, maps: Tensor) -> Tensor:
         return cast(Tensor, self.first[index](maps)).relu_()
 
-    def adapted(self, index: int, level: Level) -> Tensor:
-        return self.by_kernel(index, level, [teacher_score(level.raw)])
-
-    def level(self, level: Level) -> Tensor:
-        return weighted_mse([level.student], [level.teacher], [teacher_score(level.raw)], scale=level.upstream)
+    def weights(self, level: Level) -> list[Tensor]:
+        return [teacher_score(level.raw)]
 
 
 class MGD(FeatureLoss):
@@ -235,9 +241,9 @@ class MGD(FeatureLoss):
         )
         self.drawn = 0
 
-    def adapted(self, index: int, level: Level) -> Tensor:
+    def adapt(self, index: int, level: Level) -> Level:
         kept = self._mask(level.student) * self.adapters[index](level.student)
-        return self.level(level._replace(student=self.generators[index](kept)))
+        return level._replace(student=self.generators[index](kept))
 
     def level(self, level: Level) -> Tensor:
         return weighted_mse([level.student], [level.teacher], scale=level.upstream)

@@ -295,7 +295,7 @@ def test_only_what_learns_gets_a_gradient_on_the_cpu_too(name):
 # ---- the way down -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["feat_mse", "feat_sl2", "cwd", "pkd", "fgd"])
+@pytest.mark.parametrize("loss", ["feat_mse", "feat_sl2", "cwd", "pkd", "fgd", "mgd"])
 def test_a_launch_is_at_most_four_calls_below_the_forward_of_a_loss(shim_device, monkeypatch, loss):
     """Every function of the product on the stack counts, from what `forward` calls to `launch` itself."""
     shape = Shape((8,), 3, 3, torch.ones(1, 3, 2), (8,))

@@ -88,6 +88,13 @@ def test_the_processes_losses_average_to_those_of_one(together: list[dict[str, A
     torch.testing.assert_close(mean, alone["losses"], rtol=1e-4, atol=1e-6)
 
 
+def test_maps_are_standardised_by_the_statistics_of_all_processes(
+    together: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for rank, process in enumerate(together):
+        torch.testing.assert_close(process["standardised"], alone["standardised"][rank::WORLD])
+
+
 LOST = "another process of this training has ended, so this one ends too. Its own message says why"
 
 

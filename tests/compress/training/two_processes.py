@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.losses.distill.standardise import by_channel
 from compress.training.progress import Progress
 
 from . import toys
@@ -48,6 +49,9 @@ def train(strategy: str, out: Path) -> dict[str, Any]:
             for number, average in enumerate(trainer.averages)
             for name, value in average.module.state_dict().items()
         },
+        "standardised": by_channel(
+            torch.arange(96.0).view(4, 2, 3, 4)[trainer.accelerator.process_index :: trainer.processes]
+        ),
         "gradients": [parameter.grad for parameter in trainer.objective.parameters()],
     }
 
