@@ -116,9 +116,11 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else (folder / path.expanduser()).resolve()
 
+    teachers = tuple(map(absolute, recipe.distill.teachers))
     return recipe.model_copy(
         update={
             "data": absolute(recipe.data),
+            "distill": recipe.distill.model_copy(update={"teachers": teachers}),
             "teacher": recipe.teacher.model_copy(update={"weights": absolute(recipe.teacher.weights)}),
             "student": recipe.student.model_copy(update={"weights": absolute(recipe.student.weights)}),
         }
@@ -153,6 +155,10 @@ distill:
     soft: auto          # classes, boxes and objectness as the teacher sees them
     # pkd: auto         # how each channel of the neck varies; or cwd, fgd, feat_mse, feat_sl2
     # kd: {{share: 0.5, temperature: 2}} # a loss with settings of its own
+  # teachers: [other.pt] # further teachers: the student sees the mean of their logits
+  # teacher_flip: true  # and the mean of each image and its mirror image
+  # teacher_imgsz: 640  # the teachers see larger images, a multiple of imgsz
+  # class_map: {{car: vehicle, truck: vehicle}} # for teachers of other classes; of equal names need no entry
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none

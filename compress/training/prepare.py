@@ -32,7 +32,7 @@ class Splits(NamedTuple):
 def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     """The samples of both splits; rows and images that were left out are logged."""
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
-    return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
+    return Splits(TrainDataset(train, config.image_side, config.augment, config.seed), val)
 
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:

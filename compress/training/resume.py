@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def origin_of(
     data: Dataset,
     *,
     weights: Path | None = None,
-    teacher: Path | None = None,
+    teachers: Sequence[Path] = (),
     scale: str | None = None,
     device: str = "auto",
 ) -> Origin:
@@ -53,12 +53,13 @@ def origin_of(
         "batches an epoch": batch_count(len(train.samples), config.batch),
         "training data": _shown(train.sha256),
         "validation data": _shown(val.sha256),
-        "teacher": _digest(teacher),
+        "teacher": ", ".join(map(_digest_of, teachers)) or None,
         "start weights": _digest(weights),
         "scale": scale,
         "processes": process_count(),
     }
-    return Origin(str(data.path), _absolute(weights), _absolute(teacher), scale, device, facts)
+    first = next(iter(teachers), None)
+    return Origin(str(data.path), _absolute(weights), _absolute(first), scale, device, facts)
 
 
 def _absolute(file: Path | None) -> str | None:
@@ -66,7 +67,11 @@ def _absolute(file: Path | None) -> str | None:
 
 
 def _digest(file: Path | None) -> str | None:
-    return None if file is None else _shown(sha256(file))
+    return None if file is None else _digest_of(file)
+
+
+def _digest_of(file: Path) -> str:
+    return _shown(sha256(file))
 
 
 def _shown(digest: str) -> str:

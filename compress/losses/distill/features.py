@@ -187,6 +187,10 @@ class FGD(FeatureLoss):
         return self.settings.alpha * inside + self.settings.beta * outside / pixels
 
 
+UNTOLD = -1e4
+"""A logit whose probability is 0; float16 holds it."""
+
+
 def teacher_score(raw: Tensor) -> Tensor:
     """(B, H, W) float32: the best sigmoid(objectness) * sigmoid(class) over anchors and classes of each cell.
 
@@ -198,8 +202,8 @@ def teacher_score(raw: Tensor) -> Tensor:
 
 
 def teacher_scores(teacher: Outputs) -> list[Tensor]:
-    """`teacher_score` of every level, without a gradient."""
-    return [teacher_score(raw.detach()) for raw in teacher.raw]
+    """`teacher_score` of every level, without a gradient; what the teacher does not tell counts as 0."""
+    return [teacher_score(raw.detach().nan_to_num(UNTOLD)) for raw in teacher.raw]
 
 
 def box_density(feature: Tensor, targets: Tensor | None) -> Tensor:
