@@ -22,6 +22,7 @@ from compress.log import Log
 from compress.losses.distill import check_losses
 from compress.losses.preflight import Check
 from compress.models import Architecture, YOLOv5
+from compress.models.architecture import Anchors
 from compress.models.inherit import why_not
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
@@ -106,7 +107,8 @@ def _prepare(
     sources = load_sources(files, data.names, settings, config.device)
     splits = open_splits(data, settings, log)
     larger = None if state else inherited(config.student, sources, log)
-    student = model_from_state(state, data.names) if state else new_student(config, data, sources, larger, log)
+    anchors = student_anchors(sources, settings)
+    student = model_from_state(state, data.names) if state else new_student(config, data, anchors, larger, log)
     teacher = make_teacher(sources, student, settings, config.device, log)
     objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher, settings))
     if larger and larger.model:
@@ -164,12 +166,9 @@ def _why_no_slice(scale: str, teacher: Architecture) -> str:
     return why_not(Architecture.of_scale(scale, teacher.names, teacher.anchors, teacher.layout), teacher)
 
 
-def new_student(config: Config, data: Dataset, sources: Sequence[Source], larger: Source | None, log: Log) -> YOLOv5:
-    """A fresh student with the teachers' anchors, or where these give boxes with anchors for the data; one that becomes
-    a slice of `larger` has its layout.
-    """
+def new_student(config: Config, data: Dataset, anchors: Anchors | None, larger: Source | None, log: Log) -> YOLOv5:
+    """A fresh student with the given anchors, else with anchors for the data; a slice of `larger` has its layout."""
     settings, own = config.distill, config.student
-    anchors = student_anchors(sources, settings)
     model = new_model(
         data.names,
         scale=own.scale,

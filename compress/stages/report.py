@@ -124,7 +124,17 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
             if choice.is_used
         ],
         "inheritance": _inheritance(folder),
+        "teacher": _beside_teacher(folder),
     }
+
+
+def _beside_teacher(folder: Path) -> dict[str, float] | None:
+    """mAP50-95 of the teacher, as the student saw it, and of the student, both on val; None without a teacher."""
+    file = folder / "teacher.json"
+    if not file.is_file():
+        return None
+    student = read_json(folder / MANIFEST)["figures"]["map50_95"]
+    return {"map50_95": read_json(file)["map50_95"], "student_map50_95": student}
 
 
 def _inheritance(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What is checked of a distillation before its first epoch, every time: by itself with `edgestill distill --check`.
+"""Checks of a distillation before its first epoch, every time; by themselves with `edgestill distill --check`.
 
 In: teacher, student, losses, data. Out: a list of checks and an error for the first that failed. The teacher's accuracy
 is measured as the student will see it, so it is also what the student's is compared with at the end.
@@ -182,7 +182,7 @@ def student_accuracy(student: YOLOv5, val: Sequence[Sample], config: DistillConf
 def check_teacher(
     sources: Sequence[Source], teacher: Accuracy, start: Accuracy | None, config: DistillConfig, names: Sequence[str]
 ) -> list[Check]:
-    """What the files tell of themselves, and whether there is something to learn from them."""
+    """The facts that the files tell of themselves, and whether there is something to learn from them."""
     return [
         *(_trained_size(source, config) for source in sources if source.imgsz),
         *(_classes(source, names) for source in sources if not source.classes.is_identity),

@@ -1,4 +1,4 @@
-"""What a teacher's classes mean for the data: renamed, merged, left out, or unknown to the teacher."""
+"""The meaning of a teacher's classes for the data: renamed, merged, left out, or unknown to the teacher."""
 
 from __future__ import annotations
 

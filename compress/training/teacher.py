@@ -73,7 +73,7 @@ def shape_of(model: YOLOv5) -> Shape:
 
 
 class Terms(NamedTuple):
-    """What the maps of a network mean."""
+    """The meaning of a teacher's maps."""
 
     names: tuple[str, ...]
     anchors: Anchors

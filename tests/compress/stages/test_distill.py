@@ -14,14 +14,14 @@ from compress.log import Log
 from compress.losses import distill as losses
 from compress.models import Architecture, YOLOv5
 from compress.models.checkpoint import load, load_model, save_model
-from compress.stages.distill import Config, Inputs, inherits, new_student, run
+from compress.stages.distill import Config, Inputs, inherited, new_student, run
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
 from compress.training.ratio import LossWeights
 from compress.training.state import load_state
-from compress.training.teacher import Teacher, build_losses
+from compress.training.teacher import Teacher, build_losses, load_sources, student_anchors
 from runtime.errors import EdgestillError, InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,15 +57,17 @@ def distill(
     ],
 )
 def test_only_a_student_that_is_to_be_a_slice_has_the_teachers_layout(
-    init: str, scale: str, own_weights: bool, layout: str, tmp_path: Path
+    init: str, scale: str, own_weights: bool, layout: str, tiny_data: Dataset, tmp_path: Path
 ) -> None:
-    teacher = Architecture.of_scale("n", ("bolt",), layout="v4")
+    teacher = tmp_path / "teacher.safetensors"
+    save_model(YOLOv5(Architecture.of_scale("n", tiny_data.names, layout="v4")), teacher)
     file = tmp_path / "own.safetensors"
     save_model(YOLOv5(Architecture.of_scale("p", ("bolt",))), file)
     weights = file if own_weights else None
     config = Config(student=StudentConfig.model_validate({"init": init, "scale": scale, "weights": weights}))
-    is_slice = inherits(config.student, teacher, quiet)
-    assert new_student(config, teacher, is_slice=is_slice, log=quiet).arch.layout == layout
+    sources = load_sources([teacher], tiny_data.names, config.distill, "cpu")
+    larger, anchors = inherited(config.student, sources, quiet), student_anchors(sources, config.distill)
+    assert new_student(config, tiny_data, anchors, larger, quiet).arch.layout == layout
 
 
 def test_slices_of_the_teacher_and_weights_of_its_own_contradict_each_other(tmp_path: Path) -> None:
@@ -83,10 +85,10 @@ def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
     """A distillation that is about to train its first batch."""
-    settings, teacher_model = config(), load_model(teacher_file)
-    student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher_model.arch.anchors, log=quiet)
-    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher_model, settings))
-    splits, teacher = open_splits(tiny_data, settings, quiet), Teacher(teacher_model, "cpu")
+    settings, teacher = config(), Teacher(load_model(teacher_file), "cpu")
+    student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher.arch.anchors, log=quiet)
+    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher, settings))
+    splits = open_splits(tiny_data, settings, quiet)
     return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, teacher), "cpu", quiet), teacher
 
 

@@ -6,7 +6,7 @@ import torch
 from compress.losses.distill import Outputs
 from compress.training.objective import Objective
 from compress.training.ratio import LossWeights, gradient_norms, is_due, limited
-from compress.training.teacher import build_losses
+from compress.training.teacher import Teacher, build_losses
 
 from . import toys
 
@@ -57,7 +57,8 @@ def test_norms_are_those_of_autograd_and_no_gradient_is_left() -> None:
 @pytest.mark.parametrize("upstream", [None, 2.0**16])
 def test_small_gradients_in_float16_are_measured_as_large_as_they_are_trained(upstream: float | None) -> None:
     settings = toys.config(losses={"pkd": "auto"})
-    made = Objective(toys.network(), torch.nn.Identity(), build_losses(toys.network(), toys.network("n"), settings))
+    losses = build_losses(toys.network(), Teacher(toys.network("n"), "cpu"), settings)
+    made = Objective(toys.network(), torch.nn.Identity(), losses)
     features = [torch.ones(1, 1, 100, 100, dtype=torch.float16, requires_grad=True)]
     label, loss = (factor * features[0].float().mean() for factor in (1.0, 1e-5))
     scale = None if upstream is None else torch.tensor(upstream)

@@ -52,18 +52,18 @@ def with_train(data: Dataset, index: SplitIndex) -> Dataset:
 
 
 def test_the_same_start_is_resumed(tiny_data: Dataset, teacher: Path, tmp_path: Path) -> None:
-    said: dict[str, Any] = {"teacher": teacher, "weights": teacher, "scale": "p"}
+    said: dict[str, Any] = {"teachers": [teacher], "weights": teacher, "scale": "p"}
     out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, **said))
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, **said))["config"]["epochs"] == 9
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data))
 
 
 def test_a_teacher_is_its_content_and_not_its_name(tiny_data: Dataset, teacher: Path, tmp_path: Path) -> None:
-    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, teacher=teacher))
+    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, teachers=[teacher]))
     moved = teacher.rename(tmp_path / "moved.safetensors")
-    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, teacher=moved))
+    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, teachers=[moved]))
     moved.write_bytes(b"another teacher")
-    assert "trained with teacher = sha256 " in refusal(out, origin_of(CONFIG, tiny_data, teacher=moved))
+    assert "trained with teacher = sha256 " in refusal(out, origin_of(CONFIG, tiny_data, teachers=[moved]))
 
 
 def test_fewer_images_are_counted(tiny_data: Dataset, tmp_path: Path) -> None:

@@ -56,10 +56,9 @@ def network(scale: str = "p", seed: int = 0) -> YOLOv5:
 
 def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: bool = False, seed: int = 0) -> Trainer:
     """A training of `images` images that is about to take its first batch."""
-    student, teacher_model = network(seed=seed), network("n", seed=1) if distils else None
-    losses = build_losses(student, teacher_model, settings) if teacher_model else {}
+    student, teacher = network(seed=seed), Teacher(network("n", seed=1), "cpu") if distils else None
+    losses = build_losses(student, teacher, settings) if teacher else {}
     objective = Objective(student, detection_loss(student, settings), losses)
-    teacher = Teacher(teacher_model, "cpu") if teacher_model else None
     job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher)
     return Trainer(job, "cpu", quiet)
 
