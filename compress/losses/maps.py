@@ -96,7 +96,7 @@ def maps_from_boxes(
     """Raw maps that say what boxes say: each is written to the cells and anchors that a label would be assigned to.
 
     Where several boxes meet, the one with the largest objectness is written. Cells without a box are background, and
-    tell nothing of classes and sides.
+    tell nothing of classes and sides. A GPU is waited for, as it is for an ONNX file's boxes.
 
     Args:
         boxes: (B, K, 5 + nc) centre and size as shares of the image, then logits of objectness and classes. A box of

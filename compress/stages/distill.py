@@ -1,8 +1,9 @@
 """Distill: a small student learns from labels and from the outputs of a frozen teacher for the same batch.
 
 In: settings, a data set, the teachers' files, the student's scale. Out: `student.safetensors`, the files of the
-training that led to it, `checks.json`, `teacher.json` (the teacher's accuracy as the student sees it), and
-`inheritance.json` where the student started from slices of a larger network. All of them hold the student alone.
+training that led to it, `checks.json`, `teacher.json` (the accuracy of the teacher, as the student sees it, and of the
+student), and `inheritance.json` where the student started from slices of a larger network. All of them hold the student
+alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
 from compress.losses.distill import check_losses
 from compress.losses.preflight import Check
-from compress.models import Architecture, YOLOv5
+from compress.models import Architecture, YOLOv5, load_model
 from compress.models.architecture import Anchors
 from compress.models.inherit import why_not
 from compress.processes import is_first_process
@@ -36,7 +37,7 @@ from compress.training.checks import (
 )
 from compress.training.curves import METRICS
 from compress.training.inheritance import inherit_from
-from compress.training.loop import Job, run_job
+from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
 from compress.training.resume import origin_of, read_resume
@@ -82,9 +83,20 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     result = run_job(job, device=config.device, resume=state, log=log)
     if is_first_process():
         shutil.copyfile(result.best, out / STUDENT)
-        if (out / ACCURACY).is_file():
-            log(compared(result.metrics[METRICS[-1]], read_json(out / ACCURACY)["map50_95"]))
+        if job.teacher and (out / ACCURACY).is_file():
+            _compare_with_teacher(job, job.teacher, result, log)
     return result.figures
+
+
+def _compare_with_teacher(job: Job, teacher: AnyTeacher, result: TrainResult, log: Log) -> None:
+    """Add the trained student's accuracy to teacher.json, measured as the teacher's was."""
+    assert isinstance(job.config, DistillConfig)
+    reached = result.metrics[METRICS[-1]]
+    if not teacher.takes_any_size:
+        reached = student_accuracy(load_model(result.best), teacher, job.val, job.config).map50_95
+    document = read_json(job.out / ACCURACY) | {"student_map50_95": reached}
+    write_json(job.out / ACCURACY, document)
+    log(compared(reached, document["map50_95"]))
 
 
 def check(config: Config, inputs: Inputs, log: Log) -> list[Check]:
@@ -131,7 +143,7 @@ def _checked(
     checks = check_distillation(job.objective, teacher, job.train, settings, log)
     if is_first_process():
         found = teacher_accuracy(teacher, job.val, settings)
-        start = student_accuracy(student, job.val, settings, teacher.device) if starts_trained else None
+        start = student_accuracy(student, teacher, job.val, settings) if starts_trained else None
         more = check_teacher(sources, found, start, settings, student.arch.names)
         log(f"{more[-1].name}: {more[-1].detail}")
         require_passed(more[:-1], log)

@@ -133,8 +133,8 @@ def _beside_teacher(folder: Path) -> dict[str, float] | None:
     file = folder / "teacher.json"
     if not file.is_file():
         return None
-    student = read_json(folder / MANIFEST)["figures"]["map50_95"]
-    return {"map50_95": read_json(file)["map50_95"], "student_map50_95": student}
+    measured = read_json(file)
+    return {name: measured[name] for name in ("map50_95", "student_map50_95")}
 
 
 def _inheritance(folder: Path) -> dict[str, Any] | None:

@@ -157,8 +157,14 @@ class Accuracy:
     images: int
 
 
-def teacher_accuracy(teacher: AnyTeacher, val: Sequence[Sample], config: DistillConfig) -> Accuracy:
-    """The accuracy of what the student will see. A class that the teacher does not know counts as never found."""
+def teacher_accuracy(
+    teacher: AnyTeacher, val: Sequence[Sample], config: DistillConfig, *, rect: bool | None = None
+) -> Accuracy:
+    """The accuracy of what the student will see.
+
+    On rectangular images if the teacher takes them, unless `rect` says which. A class that the teacher does not know
+    counts as never found.
+    """
     terms, factor = teacher.arch, config.image_side // config.imgsz
     grid = torch.tensor(terms.anchors, device=teacher.device) * factor
 
@@ -167,16 +173,18 @@ def teacher_accuracy(teacher: AnyTeacher, val: Sequence[Sample], config: Distill
         rows = [decode_level(level.float(), anchors, stride * factor) for level, anchors, stride in levels]
         return torch.cat(rows, 1).nan_to_num(0)
 
+    rect = teacher.takes_any_size if rect is None else rect
     found = evaluate_outputs(
         lambda images: teacher(images).raw, decode, val, imgsz=config.image_side, batch=2 * config.batch,
-        stride=max(terms.strides), rect=teacher.takes_any_size, device=teacher.device, workers=config.workers,
+        stride=max(terms.strides), rect=rect, device=teacher.device, workers=config.workers,
     )  # fmt: skip
     return Accuracy(found.yolo.map50_95, found.yolo.map50, found.images)
 
 
-def student_accuracy(student: YOLOv5, val: Sequence[Sample], config: DistillConfig, device: torch.device) -> Accuracy:
-    """The accuracy with which the student starts."""
-    return teacher_accuracy(Teacher(student, device), val, config.model_copy(update={"teacher_imgsz": None}))
+def student_accuracy(student: YOLOv5, teacher: AnyTeacher, val: Sequence[Sample], config: DistillConfig) -> Accuracy:
+    """The accuracy of a student, measured as its teacher's is."""
+    own = config.model_copy(update={"teacher_imgsz": None})
+    return teacher_accuracy(Teacher(student, teacher.device), val, own, rect=teacher.takes_any_size)
 
 
 def check_teacher(

@@ -134,6 +134,7 @@ def build_sample() -> Report:
         distillation={
             "losses": [{"name": "soft", "weight": None, "share": 0.97, "checks": checks}],
             "inheritance": {"parameters": 452_000, "total": 466_000},
+            "teacher": {"map50_95": 0.62, "student_map50_95": 0.5503},
         },
         export={
             **{"max_box_error_px": 0.0021, "max_score_error": 2.4e-6, "box_limit_px": 0.05, "score_limit": 0.001},

@@ -84,6 +84,7 @@ def test_a_resumed_distillation_with_everything_equals_a_straight_one_and_measur
         assert all(torch.equal(value, cut[part][key]) for key, value in straight[part].items())
     accuracy = read_json(tmp_path / "cut" / ACCURACY)
     assert accuracy == read_json(tmp_path / "straight" / ACCURACY)
+    assert accuracy.keys() == {"map50_95", "map50", "images", "student_map50_95"}
     assert [line for line in lines if line.startswith("the student reaches")]
     taken = read_json(tmp_path / "straight" / "inheritance.json")
     assert taken["classes"] == ["red", "green"]

@@ -84,7 +84,7 @@ def test_the_teacher_is_measured_as_a_network_is(tiny_data: Dataset, tmp_path: P
     found = teacher_accuracy(Teacher(model, "cpu"), val, asked)
     expected = evaluate(model, val, imgsz=asked.imgsz, batch=2 * asked.batch, device="cpu", coco=False).yolo
     assert (found.map50_95, found.map50) == pytest.approx((expected.map50_95, expected.map50))
-    assert found == student_accuracy(model, val, asked, torch.device("cpu"))
+    assert found == student_accuracy(model, Teacher(model, "cpu"), val, asked)
 
 
 def test_a_group_is_measured_in_its_own_pixels(tiny_data: Dataset, tmp_path: Path) -> None:
