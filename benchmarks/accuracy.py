@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,11 +141,11 @@ class Detecting(Protocol):
     @property
     def card(self) -> Any: ...
 
-    def preprocess(self, frame: NDArray[np.uint8]) -> Any: ...
+    def preprocess(self, frames: Sequence[NDArray[np.uint8]]) -> Any: ...
 
     def infer(self, prepared: Any) -> Any: ...
 
-    def postprocess(self, raw: Any, prepared: Any, conf: float | None = None) -> Detections: ...
+    def postprocess(self, raw: Any, prepared: Any, conf: float | None = None) -> Sequence[Detections]: ...
 
 
 def detector_accuracy(
@@ -167,11 +168,14 @@ def detector_accuracy(
 def detect_all(
     detector: Detecting, samples: Iterable[tuple[int, Path]], ground_truth: Mapping[str, Any], *, conf: float
 ) -> Iterator[dict[str, Any]]:
-    """COCO result entries of all boxes that the detector finds above `conf`."""
+    """COCO result entries of all boxes that the detector finds above `conf`, in calls of its least batch."""
     categories = category_ids(detector.card.names, ground_truth["categories"])
-    for image_id, path in samples:
-        prepared = detector.preprocess(read_image(path))
-        yield from coco_rows(image_id, detector.postprocess(detector.infer(prepared), prepared, conf), categories)
+    left = iter(samples)
+    while batch := list(islice(left, detector.card.batches.least)):
+        prepared = detector.preprocess([read_image(path) for _, path in batch])
+        found = detector.postprocess(detector.infer(prepared), prepared, conf)
+        for (image_id, _), detections in zip(batch, found, strict=True):
+            yield from coco_rows(image_id, detections, categories)
 
 
 def coco_rows(

@@ -12,13 +12,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
 from benchmarks.environment import device_name
-from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, measure
+from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, in_turn, measure
 from benchmarks.rows import Row, model_row
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
@@ -43,6 +42,8 @@ class Plan:
     """COCO ground truth with the ids of `images`; None leaves the accuracy out."""
     samples: int = 200
     """Timed calls of each file."""
+    batch: int = 1
+    """Frames of a timed call, within what the file takes."""
     warmup_ms: float = 200.0
     interval_ms: float | None = None
     """Time between frames, as from a camera; None takes the next frame when the last one is done."""
@@ -76,8 +77,9 @@ def measure_file(
     with plan.detector(path, variant) as detector:
         file = _loaded(path, variant, detector)
         latency = measure(
-            detector, plan.read_frames(), samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms
-        )
+            detector, plan.read_frames(), batch=batch_of(detector, plan), samples=plan.samples,
+            warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
+        )  # fmt: skip
         return model_row(
             file.path,
             precision=precision or detector.card.precision,
@@ -97,10 +99,22 @@ def _loaded(path: Path, variant: str | None, detector: Detector) -> ModelFile:
     return next(file for file in model_files(path, variant) if file.artifact == detector.artifact)
 
 
+def batch_of(detector: Detector, plan: Plan) -> int:
+    """Frames of a timed call: those of the plan, as far as the file takes them."""
+    least, most = detector.card.batches
+    return max(least, min(plan.batch, most or plan.batch))
+
+
+def _size_text(size_hw: tuple[int, int]) -> int | str:
+    """320, or "192x320" for height and width that differ."""
+    height, width = size_hw
+    return height if height == width else f"{height}x{width}"
+
+
 def _settings(detector: Detector, plan: Plan) -> Row:
     return {
-        "imgsz": max(detector.card.size_hw),
-        "batch": 1,
+        "imgsz": _size_text(detector.card.size_hw),
+        "batch": batch_of(detector, plan),
         "conf": detector.conf,
         "iou": detector.card.iou,
         "max_det": detector.card.max_det,
@@ -170,12 +184,12 @@ def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) ->
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
     with plan.detector(reference) as first, plan.detector(other) as second:
-        sides = _call_on(first, frames), _call_on(second, frames)
+        sides = _call_on(first, frames, plan), _call_on(second, frames, plan)
         return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 
 
-def _call_on(detector: Detector, frames: Sequence[Frame]) -> Callable[[], object]:
-    queue = cycle(frames)
+def _call_on(detector: Detector, frames: Sequence[Frame], plan: Plan) -> Callable[[], object]:
+    queue = in_turn(frames, batch_of(detector, plan))
     return lambda: detector(next(queue))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
@@ -45,6 +46,18 @@ def times(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """An mAP, or a difference of two, in points of 100."""
+    return NOTHING if value is None else f"{round(100 * value, 1) + 0.0:.1f}"
+
+
+def difference(entry: Mapping[str, Any]) -> str:
+    """A difference of mAP with its interval, as in +5.1 [3.9, 6.3]; without brackets for a single pair."""
+    mean = points(entry["mean"])
+    ends = [points(entry[end]) for end in ("low", "high")]
+    return ("" if mean.startswith("-") else "+") + mean + ("" if NOTHING in ends else f" [{', '.join(ends)}]")
 
 
 def count(value: float | None) -> str:

@@ -7,9 +7,9 @@ the network, suppression and postprocessing are inside; decoding the image is no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import count, cycle, islice
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -31,7 +31,7 @@ NS_PER_MS = 1e6
 class Timed(Protocol):
     """The three spans of a detector."""
 
-    def preprocess(self, frame: Frame) -> Any: ...
+    def preprocess(self, frames: Sequence[Frame]) -> Any: ...
 
     def infer(self, prepared: Any) -> Any: ...
 
@@ -98,18 +98,19 @@ def measure(
     detector: Timed,
     frames: Iterable[Frame],
     *,
+    batch: int = 1,
     samples: int = 200,
     warmup_ms: float = 200.0,
     interval_ms: float | None = None,
     clock: Clock = time.perf_counter_ns,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Latency:
-    """Time `samples` detections over `frames` (uint8 (H, W, 3) BGR, used in turn), after a warm-up.
+    """Time `samples` calls, each on `batch` of the `frames` (uint8 (H, W, 3) BGR, used in turn), after a warm-up.
 
     Without `interval_ms` a frame comes when the last one is done. With it, frames come at that interval as from a
     camera, and a latency counts from the moment its frame was due: a slow frame also delays those that wait behind it.
     """
-    queue = cycle(_at_least_one(frames))
+    queue = in_turn(frames, batch)
     warm = warm_up(lambda: _timestamps(detector, next(queue), clock), warmup_ms, clock)
     due = _due_times(clock(), interval_ms, samples)
     stamps = np.array([_timestamps(detector, next(queue), clock, at, sleep) for at in due], np.int64)
@@ -126,11 +127,13 @@ def measure(
     )
 
 
-def _at_least_one(frames: Iterable[Frame]) -> Sequence[Frame]:
+def in_turn(frames: Iterable[Frame], batch: int) -> Iterator[list[Frame]]:
+    """`batch` frames after `batch` frames, for ever. Raises UsageError when there is none."""
     held = list(frames)
     if not held:
         raise UsageError("There is no frame to measure on", "Give a folder with images")
-    return held
+    queue = cycle(held)
+    return (list(islice(queue, batch)) for _ in count())
 
 
 def _due_times(start_ns: int, interval_ms: float | None, samples: int) -> list[int | None]:
@@ -140,13 +143,17 @@ def _due_times(start_ns: int, interval_ms: float | None, samples: int) -> list[i
 
 
 def _timestamps(
-    detector: Timed, frame: Frame, clock: Clock, due: int | None = None, sleep: Callable[[float], None] = time.sleep
+    detector: Timed,
+    frames: Sequence[Frame],
+    clock: Clock,
+    due: int | None = None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[int, int, int, int, int]:
-    """Nanoseconds at which the frame was due, and at which it was started, prepared, inferred and done."""
+    """Nanoseconds at which the frames were due, and at which they were started, prepared, inferred and done."""
     if due is not None and clock() < due:
         sleep((due - clock()) / 1e9)
     begun = clock()
-    prepared = detector.preprocess(frame)
+    prepared = detector.preprocess(frames)
     ready = clock()
     raw = detector.infer(prepared)
     inferred = clock()

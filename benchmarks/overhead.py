@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
-from runtime.errors import UsageError
+from runtime.errors import InputError
 from runtime.numbers import whole
 from runtime.terminal import exit_code_of
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     if options.model.suffix.lower() != ".onnx":
-        raise UsageError(f"{options.model} is not an .onnx file", "A bare session exists for ONNX files only")
+        raise InputError(f"{options.model} is not an .onnx file", "A bare session exists for ONNX files only")
     plan = Plan(numbered_images(options.images), device="cpu", threads=options.threads)
     with plan.detector(options.model) as detector:
         bare = bare_session(options.model, options.threads)
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> LatencyRatio:
     """`detector` on frames against `bare` on the inputs that the detector made of the same frames."""
-    whole, inputs = cycle(frames), cycle([detector.preprocess(frame).array for frame in frames])
+    whole, inputs = cycle(frames), cycle([detector.preprocess([frame]).array for frame in frames])
     return compare_in_turns(lambda: bare(next(inputs)), lambda: detector(next(whole)), rounds)
 
 

@@ -22,6 +22,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "size": formats.size,
     "times": formats.times,
     "percent": formats.percent,
+    "points": formats.points,
     "count": formats.count,
     "number": formats.number,
     "duration": formats.duration,
@@ -36,7 +37,14 @@ CELL_CSS = {formats.TOO_FEW: "r small", "kept": "kept", "refused": "refused"}
 NOT_MEASURED = {"accuracy": "not measured", "latency": "not timed"}
 NOT_DRAWN = ("epoch", "lr", "seconds", "momentum")
 """Prefixes of those columns of the training curves that say nothing about the result."""
-CURVE_ORDER = ("map50_95", "map50")
+CURVES = {
+    "map50_95": "mAP50-95",
+    "map50": "mAP50",
+    "box": "box loss",
+    "obj": "objectness loss",
+    "cls": "class loss",
+}
+"""Columns of the curves -> titles, in the order of the page; any other is a loss of its name."""
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -71,6 +79,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "summary": wording.summary(data),
         "findings": wording.findings(data),
         "best": best,
+        "gains": [formats.difference(entry) for entry in (data["gain"] or {"over": ()})["over"]],
         "best_latency": latency_of(data, "file"),
         "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
         "teacher_latency": latency_of(data, "teacher_file"),
@@ -209,7 +218,7 @@ def class_bars(data: Mapping[str, Any], best: Row | None) -> list[Row]:
 def training_view(training: Row) -> Row:
     """One small chart for each column of the curves, mAP first."""
     known = sorted({key for epoch in training["curves"] for key in epoch if not key.startswith(NOT_DRAWN)})
-    columns = sorted(known, key=lambda key: (CURVE_ORDER.index(key) if key in CURVE_ORDER else len(CURVE_ORDER), key))
+    columns = [*(column for column in CURVES if column in known), *(column for column in known if column not in CURVES)]
     drawn = [(column, _points(training["curves"], column)) for column in columns]
     return dict(training, charts=[_chart(name, points, training["best_epoch"]) for name, points in drawn if points])
 
@@ -221,8 +230,9 @@ def _points(curves: Sequence[Row], column: str) -> list[tuple[float, float]]:
 def _chart(name: str, points: Sequence[tuple[float, float]], best_epoch: int | None) -> Row:
     is_map = name.startswith("map")
     values = [value for _, value in points]
-    svg = charts.curve(points, "good" if is_map else "inference", name, best_epoch if is_map else None)
-    return {"name": name, "svg": svg, "first": values[0], "last": values[-1], "best": max(values) if is_map else None}
+    title = CURVES.get(name, f"{name} loss")
+    svg = charts.curve(points, "good" if is_map else "inference", title, best_epoch if is_map else None)
+    return {"name": title, "svg": svg, "first": values[0], "last": values[-1], "best": max(values) if is_map else None}
 
 
 def pipeline_bars(stages: Sequence[Row]) -> list[Row]:

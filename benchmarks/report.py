@@ -24,7 +24,7 @@ SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 REPORT_FILE = "report.json"
 LISTS = ("argv", "torch", "training", "engines", "stages", "notes")
-OPTIONAL = ("distillation", "export", "calibration")
+OPTIONAL = ("distillation", "gain", "export", "calibration")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_report(
     created: datetime | None = None,
     **sections: Any,
 ) -> Report:
-    """A checked report. `models` are `model_row`s; `sections` are argv, torch, training, distillation, export,
+    """A checked report. `models` are `model_row`s; `sections` are argv, torch, training, distillation, gain, export,
     calibration, engines, stages and notes as the schema describes them. Raises InputError that names a wrong key.
     """
     moment = (created or datetime.now(timezone.utc)).astimezone(timezone.utc)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.formats import count, digest_start, milliseconds, moment, number
-from benchmarks.rows import Row, identities, is_kept, p50, shared_settings
+from benchmarks.formats import count, difference, digest_start, milliseconds, moment, number, short_accuracy
+from benchmarks.rows import Row, ap, identities, is_kept, p50, shared_settings
 
 FEW_IMAGES = 100
+USELESS = 0.01
+"""mAP50-95 below which a student is no detector."""
 SAME_TOLERANCE = 0.05
 """Medians that differ by less than this share are called equal."""
 MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
@@ -34,7 +36,9 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    return [*lines, "Latency is milliseconds from decoded frame to final boxes"]
+    batch = settings.get("batch", 1)
+    frames = "decoded frame to final boxes" if batch == 1 else f"{batch} decoded frames to the final boxes of all"
+    return [*lines, f"Latency is milliseconds from {frames}"]
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:
@@ -53,9 +57,32 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 def findings(data: Mapping[str, Any]) -> list[str]:
     """Conclusions from the figures; those against a file come first."""
     rows = data["models"]
-    parts = (_models, _settings, _refusals, _quantised, _slower_students, _unsteady)
+    parts = (weak_student, _models, _settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]
-    return [*sentences, *_idle_engines(data.get("engines", ())), *_few_images(data), *data.get("notes", ())]
+    sentences += [*_gain(data.get("gain")), *_idle_engines(data.get("engines", ())), *_few_images(data)]
+    return [*sentences, *data.get("notes", ())]
+
+
+def weak_student(rows: Sequence[Row]) -> Iterator[str]:
+    """A student that was hardly trained is small and fast, and its report would look like a success."""
+    best = max((row for row in rows if row["role"] == "student" and row["accuracy"]), key=ap, default=None)
+    if best and ap(best) < USELESS:
+        found = f"{best['file']} has an mAP50-95 of {short_accuracy(ap(best))}"
+        yield f"The student finds next to nothing: {found}. Train longer, and check the labels, before anything else."
+
+
+def _gain(gain: Row | None) -> Iterator[str]:
+    """The gain over the same student on labels alone, or why nobody knows it."""
+    if gain is None:
+        return
+    for entry in gain["over"]:
+        pairs = f"{entry['pairs']} paired seeds" if entry["pairs"] > 1 else "a single pair, which has no interval"
+        yield (
+            f"{difference(entry)} points of mAP50-95 over the same student trained on labels alone "
+            f"({entry['against']}; {pairs}, {gain['split']} split, study {gain['study']})."
+        )
+    if gain["missing"]:
+        yield f"Not measured: what the student gains over the same student trained on labels alone; {gain['missing']}."
 
 
 def _models(rows: Sequence[Row]) -> Iterator[str]:
@@ -122,8 +149,9 @@ def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
 def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
     for engine in engines:
         if not engine["ran"]:
+            built = f"built for {', '.join(engine['targets'])} and not run on this machine"
             note = engine.get("note") or "it does not match"
-            yield f"{engine['file']} was built for {', '.join(engine['targets'])} and not run on this machine: {note}."
+            yield f"{engine['file']} was {built if engine['targets'] else 'not built'}: {note}."
 
 
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:

@@ -5,9 +5,10 @@ All models are frozen and refuse unknown keys. Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, to_jsonable_python
@@ -40,6 +41,33 @@ Side = Annotated[Int, Field(ge=1, le=8192)]
 """Pixels. Which image sizes a network takes is a matter of its strides: `Architecture.require_image_size`."""
 IMGSZ = 640
 
+
+def _sides(value: Any) -> Any:
+    """640, [384, 640], "384x640" and "384 640" as two sides; the field judges them."""
+    sides = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
+    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+    if len(sides) > 2:
+        raise PydanticCustomError("too_many_sides", "expected one side, or height and width")
+    return (sides[0], sides[-1]) if sides else sides
+
+
+Shape = Annotated[tuple[Side, Side], BeforeValidator(_sides)]
+"""(height, width) in pixels; one number is both."""
+
+
+def _counts(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _ascending(counts: tuple[int, int, int]) -> tuple[int, int, int]:
+    if list(counts) != sorted(counts):
+        raise PydanticCustomError("not_ascending", "expected smallest, usual and largest, in this order")
+    return counts
+
+
+Profile = Annotated[tuple[Count, Count, Count], BeforeValidator(_counts), AfterValidator(_ascending)]
+"""Smallest, usual and largest batch."""
+
 SCALES: dict[str, tuple[float, float]] = {
     "p": (0.33, 0.125),
     "n": (0.33, 0.25),
@@ -51,6 +79,10 @@ SCALES: dict[str, tuple[float, float]] = {
 """Name -> (depth multiple, width multiple) of a network. All but `p`, half the width of `n`, are YOLOv5's."""
 ScaleName: TypeAlias = Literal[tuple(SCALES)]  # type: ignore[valid-type]
 """One of `SCALES`."""
+STUDENT_ACTIVATIONS = {"silu": "SiLU", "relu": "ReLU"}
+"""Name in a recipe -> the activation of an architecture; checkpoints may have others."""
+ActivationName: TypeAlias = Literal[tuple(STUDENT_ACTIVATIONS)]  # type: ignore[valid-type]
+"""One of `STUDENT_ACTIVATIONS`."""
 
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
@@ -274,11 +306,55 @@ class LossChoice(BaseModel):
         return dict(self.model_extra or {})
 
 
-class DistillConfig(TrainConfig):
-    """Training against an offline teacher: which losses of the LOSSES table, their weights and settings."""
+class Strategy(NamedTuple):
+    """A way to distil: what it sets unless the recipe says otherwise, and what it needs."""
 
-    losses: dict[str, LossChoice] = {"soft": LossChoice()}
-    """None at all trains the student on the labels alone."""
+    losses: tuple[str, ...] = ("soft",)
+    """The distillation losses."""
+    label_weight: float = 1.0
+    takes: Literal["any", "head", "features"] = "any"
+    """The only kind of loss that it takes."""
+    trains_teacher: bool = False
+    """Whether the teacher learns from the labels too, beside the student."""
+    needs_unlabelled: bool = False
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "offline": Strategy(),
+    "joint": Strategy(trains_teacher=True),
+    "soft_labels": Strategy(label_weight=0.0, takes="head"),
+    "features": Strategy(losses=("pkd",), takes="features"),
+    "label_free": Strategy(label_weight=0.0, needs_unlabelled=True),
+}
+StrategyName: TypeAlias = Literal[tuple(STRATEGIES)]  # type: ignore[valid-type]
+"""One of `STRATEGIES`."""
+
+
+def _losses_of_strategy(settings: dict[str, Any]) -> dict[str, LossChoice]:
+    return {name: LossChoice() for name in STRATEGIES[settings["strategy"]].losses}
+
+
+class DistillConfig(TrainConfig):
+    """Training with a teacher: the strategy, which losses of the LOSSES table, their weights and settings."""
+
+    strategy: StrategyName = "offline"
+    losses: dict[str, LossChoice] = Field(default_factory=_losses_of_strategy)
+    """By default those of the strategy; none at all trains the student on the labels alone."""
+    label_weight: NonNegative = Field(default_factory=lambda settings: STRATEGIES[settings["strategy"]].label_weight)
+    """Weight of the label loss; by default that of the strategy. At 0 no label is trained on."""
+    unlabelled: Annotated[Path | None, NO_RESULT] = None
+    """A folder of images, or a video, for the student to learn from without labels: as many of them in a batch as
+    labelled images, or alone where the label loss has weight 0. Results depend on its content, not on its path."""
+    frame_stride: Count = 10
+    """Every this many frames of an unlabelled video are looked at."""
+    duplicate_threshold: NonNegative = 1.0
+    """Grey levels of 255 by which an unlabelled image must differ from the ones before it, or it is left out: mean
+    difference of thumbnails of 32x32 pixels without their mean brightness."""
+    unsure: Fraction = 0.1
+    """Least best objectness that the teacher must see in an unlabelled image to teach background there."""
+    teacher_rate: Fraction = 0.1
+    """Learning rate of a teacher that trains too, as a share of the student's."""
+
     teachers: Annotated[tuple[Path, ...], NO_RESULT] = ()
     """Further teachers beside the first; the losses see the mean of their logits. The files' contents are compared in
     place of this list."""
@@ -289,6 +365,21 @@ class DistillConfig(TrainConfig):
     class_map: dict[str, str | None] | None = None
     """Teacher's class -> class of the data, or None to leave it out; classes of equal names need no entry. Without a
     map the classes must be the same."""
+
+    @property
+    def rules(self) -> Strategy:
+        """The strategy's row of the table."""
+        return STRATEGIES[self.strategy]
+
+    @property
+    def used_losses(self) -> list[str]:
+        """Names of the losses whose weight is not 0."""
+        return [name for name, choice in self.losses.items() if choice.is_used]
+
+    @property
+    def uses_train_split(self) -> bool:
+        """Whether the images of the train split take part; without, the unlabelled ones are alone."""
+        return self.unlabelled is None or self.label_weight > 0
 
     @property
     def image_side(self) -> int:
@@ -306,8 +397,16 @@ class DistillConfig(TrainConfig):
 
 
 class ExportConfig(Settings):
-    """Settings that are fixed inside the shipped graph."""
+    """Settings that are fixed inside the exported graphs."""
 
+    imgsz: Shape | None = None
+    """(height, width) of the files; None takes the recipe's `imgsz` for both. Training stays square."""
+    batch: Count = 1
+    """Images of one call."""
+    dynamic: bool = False
+    """Any number of images a call; the conventional file then takes images of any size, too."""
+    half: bool = False
+    """The conventional file in float16. The shipped graph has its FP16 from the stage quantize."""
     iou: Annotated[Float, Field(gt=0, lt=1)] = 0.6
     conf: Fraction = 0.25
     """Not inside the graph: the default threshold that the card carries."""
@@ -318,10 +417,17 @@ class ExportConfig(Settings):
     """Length of the longest suppression chain that is followed in one round; on COCO128 none is longer than 7."""
     frame: tuple[Side, Side] | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
-    opset: Annotated[Int, Field(ge=17, le=21)] = 19
+    opset: Annotated[Int, Field(ge=12, le=21)] = 19
+    """ONNX operator set of the conventional file; the shipped one has 17 or more."""
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
     max_score_error: Positive = 1e-3
+
+    @model_validator(mode="after")
+    def _take_one_batch(self) -> ExportConfig:
+        if self.dynamic and self.batch > 1:
+            raise PydanticCustomError("two_batches", "dynamic files take any batch: give batch or dynamic, not both")
+        return self
 
 
 class QuantizeConfig(Settings):
@@ -343,6 +449,8 @@ class BuildConfig(Settings):
     targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
     precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
+    batches: Profile = (1, 4, 8)
+    """Smallest, usual and largest batch of plans of dynamic files."""
     workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
 
 
@@ -353,6 +461,8 @@ class BenchConfig(Settings):
     """662 are the fewest that support a p99."""
     warmup_ms: NonNegative = 200.0
     accuracy_conf: Fraction = 0.001
+    batch: Count = 1
+    """Images of a timed call, of files that leave it open; others have their own."""
     max_images: CountOrZero = 0
     """Validation images to use; 0 takes all."""
 
@@ -382,17 +492,26 @@ class TeacherConfig(TrainConfig):
 
 class StudentConfig(Settings):
     init: Literal["auto", "inherit", "scratch"] = "auto"
-    """inherit starts from slices of the teacher; auto does so if the student is no wider and has no weights."""
+    """inherit starts from slices of `weights`, else of the teacher; auto does so where the student is no wider.
+
+    With auto, weights of the student's own size are copied as they are."""
     scale: ScaleName | None = "p"
     """None takes the size of `weights`."""
     weights: Path | None = None
-    """Start from these where shapes agree."""
+    """Checkpoint to start from, of this size or a larger one."""
+    activation: ActivationName | None = None
+    """relu is free inside an INT8 convolution and on many NPUs; None takes that of the network that the student starts
+    from, else silu."""
 
     @model_validator(mode="after")
     def _start_in_one_way(self) -> StudentConfig:
-        if self.init == "inherit" and self.weights:
-            raise PydanticCustomError("two_starts", "slices of the teacher would replace the weights: give one of both")
+        if self.init == "scratch" and self.weights:
+            raise PydanticCustomError("two_starts", "scratch would leave the weights unused: give one of both")
         return self
+
+
+NO_START = StudentConfig(scale=None)
+"""Says nothing: for a training that is resumed, whose state has its network."""
 
 
 class StudyConfig(Settings):
@@ -406,6 +525,12 @@ class StudyConfig(Settings):
     """Trainings of each arm; more make the intervals narrower."""
     jobs: Annotated[Count, NO_RESULT] = 1
     """Trainings at a time, each with one CPU thread."""
+
+
+class ReportConfig(Settings):
+    study: Annotated[Path | None, NO_RESULT] = None
+    """The study.json, or its folder, that says what the distillation gained; None looks for the folder
+    `<name>-study` beside that of the run. Its content counts, not its place."""
 
 
 class Recipe(Settings):
@@ -423,6 +548,7 @@ class Recipe(Settings):
     quantize: QuantizeConfig = QuantizeConfig()
     build: BuildConfig = BuildConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
     study: StudyConfig = StudyConfig()
 
     def part(self, group: type[G]) -> G:

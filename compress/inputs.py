@@ -44,6 +44,7 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
         data.images[: config.max_images or None],
         data.ground_truth,
         samples=config.latency_samples,
+        batch=config.batch,
         warmup_ms=config.warmup_ms,
         accuracy_conf=config.accuracy_conf,
         device=device,

@@ -12,7 +12,7 @@ from compress.log import Log
 from compress.processes import process_count
 from compress.recipe import suggestion
 from compress.stages import Stage
-from compress.store import Outcome, execute
+from compress.store import SECONDS, Outcome, execute
 from runtime.errors import UsageError
 
 ORDER = ("data", "teacher", "distill", "export", "quantize", "build", "bench", "report", "bundle")
@@ -64,7 +64,8 @@ def require_stage(name: str) -> None:
 def _line(outcome: Outcome) -> str:
     if outcome.skipped:
         return f"{outcome.stage:<9} unchanged"
-    shown = "  ".join(f"{key} {_short(value)}" for key, value in outcome.figures.items() if _is_plain(value))
+    figures = {key: value for key, value in outcome.figures.items() if key != SECONDS and _is_plain(value)}
+    shown = "  ".join(f"{key} {_short(value)}" for key, value in figures.items())
     return f"{outcome.stage:<9} {outcome.seconds:7.1f} s  {shown}"
 
 

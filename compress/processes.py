@@ -1,4 +1,4 @@
-"""The number of processes of one training, and whether this is the first of them, as torchrun sets them."""
+"""The number of processes of one training, and which of them this is, as torchrun sets them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_index() -> int:
+    """The number of this process, from 0; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that logs and writes files: the only one, or the first that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_index() == 0

@@ -15,6 +15,16 @@ from compress.config import QuantizeConfig, Recipe
 from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
+ANY, A_PATH = "*", dict[str, Any]()
+ARM_PATHS = {"student": {"weights": A_PATH}, "distill": {"unlabelled": A_PATH, "teachers": A_PATH}}
+PATHS = {
+    "data": A_PATH,
+    "teacher": {"weights": A_PATH},
+    **ARM_PATHS,
+    "study": {"arms": {ANY: ARM_PATHS}},
+    "report": {"study": A_PATH},
+}
+"""The keys of a recipe whose values are paths."""
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """Raised for wrong syntax; for bytes that are no UTF-8, a 13th month or a number of 5000 digits; for deep nesting."""
 
@@ -28,8 +38,8 @@ def load_recipe(path: Path, changes: Iterable[str] = ()) -> Recipe:
     raw = read_yaml(path)
     for change in changes:
         raw = with_change(raw, change)
-    recipe = parse(Recipe, raw, origin=path.name)
-    return _with_absolute_paths(recipe, path.resolve().parent)
+    recipe: Recipe = parse(Recipe, _with_absolute_paths(raw, path.resolve().parent), origin=path.name)
+    return recipe
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -112,19 +122,17 @@ def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
     return model
 
 
-def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    def absolute(path: Path | None) -> Path | None:
-        return None if path is None else (folder / path.expanduser()).resolve()
-
-    teachers = tuple(map(absolute, recipe.distill.teachers))
-    return recipe.model_copy(
-        update={
-            "data": absolute(recipe.data),
-            "distill": recipe.distill.model_copy(update={"teachers": teachers}),
-            "teacher": recipe.teacher.model_copy(update={"weights": absolute(recipe.teacher.weights)}),
-            "student": recipe.student.model_copy(update={"weights": absolute(recipe.student.weights)}),
+def _with_absolute_paths(raw: Any, folder: Path, paths: Mapping[str, Any] = PATHS) -> Any:
+    """`raw` with the texts at the keys of the tree `paths`, alone or in lists, as absolute paths from `folder`."""
+    if isinstance(raw, Mapping):
+        known = {key: paths.get(key, paths.get(ANY)) for key in raw}
+        return {
+            key: value if known[key] is None else _with_absolute_paths(value, folder, known[key])
+            for key, value in raw.items()
         }
-    )
+    if isinstance(raw, list):
+        return [_with_absolute_paths(one, folder, paths) for one in raw]
+    return str((folder / Path(raw).expanduser()).resolve()) if isinstance(raw, str) and paths is A_PATH else raw
 
 
 TEMPLATE = """\
@@ -147,10 +155,13 @@ teacher:                # used as it is if its classes are the data's, fine-tune
 student:
   scale: {student}             # p (smallest), n, s, m, l, x
   # init: scratch       # default: slices of the teacher's weights, where the student is no wider
+  # activation: relu    # faster in INT8 and on many NPUs than the default, silu
 
 distill:
   epochs: 80
   batch: 16
+  # strategy: offline   # or joint, soft_labels, features, label_free: see the README
+  # unlabelled: images  # a folder of images or a video of the camera, to learn from without labels
   losses:               # name: auto (the weight follows the gradients) or a fixed weight
     soft: auto          # classes, boxes and objectness as the teacher sees them
     # pkd: auto         # how each channel of the neck varies; or cwd, fgd, feat_mse, feat_sl2
@@ -163,6 +174,8 @@ distill:
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
   iou: 0.6              # IoU threshold of the NMS inside the graph
+  # imgsz: [384, 640]   # height and width of the exported files; training stays square
+  # batch: 4            # images of one call; or dynamic: true for any number
   # frame: [1080, 1920] # letterbox inside the graph: camera frame in, boxes in frame pixels out
 
 quantize:
@@ -177,10 +190,12 @@ bench:
   latency_samples: 700  # 662 are the fewest that support a p99
 
 study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
-  arms:
-    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # labels alone
-    inherit: {{distill: {{losses: {{}}}}}} # slices of the teacher, labels alone
-    soft: {{}}            # as above
+  seeds: 5              # trainings of each arm; more make the intervals narrower
+  arms:                 # name: what it changes of `student` and `distill` above
+    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # the baseline: labels alone
+    inherit: {{distill: {{losses: {{}}}}}} # labels alone, from slices of the teacher
+    scratch_soft: {{student: {{init: scratch}}}} # the losses above, from scratch
+    soft: {{}}            # as above: slices and losses
 """
 
 

@@ -21,6 +21,8 @@ from runtime.errors import EdgestillError, UsageError
 from runtime.files import sha256, write_json
 
 MANIFEST = "stage.json"
+SECONDS = "seconds"
+"""Figure of a stage that goes on after a kill: the time that its parts took together."""
 Folders = Mapping[str, Path]
 """Name of a stage -> the folder of its result."""
 
@@ -45,7 +47,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`skipped` is true if the result was there already; `seconds` is the time that the work took when it was done."""
+    """`skipped` is true if the result was there already; `seconds` is the time that the work took when it was done.
+
+    Of a stage that was killed and went on they are at least those that its figures count.
+    """
 
     stage: str
     folder: Path
@@ -114,7 +119,7 @@ def _run_task(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
         "fingerprint": mark,
         "version": task.version,
         "config": dict(task.config),
-        "seconds": round(time.monotonic() - start, 3),
+        SECONDS: round(max(time.monotonic() - start, figures.get(SECONDS, 0.0)), 3),
         "figures": figures,
         "files": {str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
     }

@@ -12,7 +12,7 @@ from runtime import __version__
 from runtime.detect import add_detect_options, detect
 from runtime.errors import EngineError, InputError, UsageError
 from runtime.identity import SHOWN
-from runtime.numbers import whole
+from runtime.numbers import batches, whole
 from runtime.terminal import exit_code_of, log, print_json, print_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     build_.add_argument("--backend", default="auto", help="auto, tensorrt or tensorrt_rtx (default: auto)")
     build_.add_argument("--targets", default="", metavar="SM,...", help="GPUs to build for (tensorrt_rtx): sm86,sm89")
     build_.add_argument(
+        "--batches",
+        type=batches,
+        default=(1, 4, 8),
+        metavar="MIN,OPT,MAX",
+        help="images of one call, where the ONNX file leaves their number open (default: 1,4,8)",
+    )
+    build_.add_argument(
         "--workspace", type=whole(1, 1 << 20), default=2048, metavar="MIB", help="builder's memory (default: 2048)"
     )
     build_.add_argument("--timing-cache", type=Path, metavar="FILE", help="speeds up later builds (plain TensorRT)")
@@ -68,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def build(options: argparse.Namespace) -> None:
     from runtime.bundle import card_of, folder_card, list_files
-    from runtime.engine import build_engine
+    from runtime.engine import build_engine, profile_of
 
     out = options.out or options.onnx.with_suffix(".plan")
     folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
@@ -78,6 +85,7 @@ def build(options: argparse.Namespace) -> None:
         backend=options.backend,
         targets=tuple(filter(None, options.targets.split(","))),
         workspace_mib=options.workspace,
+        shapes=profile_of(card_of(options.onnx), options.batches),
         timing_cache=options.timing_cache,
         dla_core=options.dla_core,
     )

@@ -67,7 +67,7 @@ def _bundle_files(folder: Path, variant: str | None) -> list[ModelFile]:
 
 
 def _listed_file(folder: Path, card: ModelCard, artifact: Artifact) -> ModelFile:
-    own = replace(card, precision=artifact.precision)
+    own = replace(card, precision=artifact.precision, batches=artifact.batches)
     return ModelFile(folder / artifact.file, BACKENDS[artifact.backend], own, artifact)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from runtime.backends import BACKENDS
 from runtime.errors import InputError
@@ -20,7 +20,22 @@ METADATA_KEY = "edgestill"
 MAX_CARD_BYTES = 4 << 20
 
 Input = Literal["canvas", "frame", "tensor"]
+INPUT_NAMES = {"canvas": "canvas", "frame": "frame", "tensor": "images"}
+"""Name of the graph's input in the files that edgestill exports."""
 Output = Literal["boxes", "rows"]
+
+
+class Batches(NamedTuple):
+    """Least and most images of one call of a file; `most` is None where it takes any number."""
+
+    least: int = 1
+    most: int | None = 1
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least} to {self.most or 'any'}"
+
+
+ONE_IMAGE = Batches()
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class FileDigest:
 class Artifact(FileDigest):
     """A model file of a bundle. `backend` is a name of the table of backends, `targets` are the GPUs it was built for
     ("sm86"), `versions` those of the libraries that built it, `parts` further files that it cannot be loaded without,
-    `identity` that of the model it was made from, where it is known.
+    `identity` that of the model it was made from, where it is known, `batches` the images that one call takes.
     """
 
     precision: str
@@ -51,10 +66,12 @@ class Artifact(FileDigest):
     versions: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[FileDigest, ...] = ()
     identity: str = ""
+    batches: Batches = ONE_IMAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.backend in BACKENDS, "artifacts.backend", self.backend, tuple(BACKENDS))
+        _require_batches("artifacts.batches", self.batches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `parts` and `identity` only where there are some, as older readers know neither."""
@@ -66,12 +83,12 @@ class Artifact(FileDigest):
 class ModelCard:
     """The model's input, output, defaults and origin.
 
-    `input`: "canvas" is uint8 BGR [1, S, S, 3] that the host letterboxes; "frame" is uint8 BGR [1, H, W, 3] of
-    `frame_hw`, letterboxed inside the graph; "tensor" is float32 RGB NCHW in 0..1 (YOLOv5's convention).
-    `output`: "boxes" is float32 [1, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
-    rows with score 0 are empty, and `cutoff` [1], the score up to which boxes may be missing; "rows" is float32
-    [B, N, 5 + C], and the host does the NMS. `weights` is the digest of the network, empty where it is not known.
-    `artifacts` are in order of preference. Raises InputError when a value is of the wrong kind.
+    `input`: "canvas" is uint8 BGR [B, H, W, 3] of `size_hw` that the host letterboxes; "frame" is uint8 BGR
+    [B, H, W, 3] of `frame_hw`, letterboxed inside the graph; "tensor" is float RGB NCHW in 0..1 (YOLOv5's convention).
+    `output`: "boxes" is float32 [B, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
+    rows with score 0 are empty, and `cutoff` [B], the score up to which boxes may be missing; "rows" is float32
+    [B, N, 5 + C], and the host does the NMS. B is within `batches`. `weights` is the digest of the network, empty where
+    it is not known. `artifacts` are in order of preference. Raises InputError when a value is of the wrong kind.
     """
 
     name: str
@@ -86,6 +103,7 @@ class ModelCard:
     candidates: int = 0
     nms_iterations: int = 0
     frame_hw: tuple[int, int] | None = None
+    batches: Batches = ONE_IMAGE
     precision: str = "fp32"
     weights: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +122,26 @@ class ModelCard:
         _require(known, "weights", self.weights, "64 lower-case hex digits")
         sized = self.frame_hw is not None and len(self.frame_hw) == 2 and min(self.frame_hw) > 0
         _require(sized or self.input != "frame", "frame_hw", self.frame_hw, 'two positive sizes for input "frame"')
+        _require_batches("batches", self.batches)
+
+    @property
+    def input_name(self) -> str:
+        return INPUT_NAMES[self.input]
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """Shape of the input; the first side is None where the batch is open."""
+        return (self.batches.least if self.batches.least == self.batches.most else None, *self.image_shape)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image of the input."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "canvas": (*self.size_hw, 3),
+            "frame": (*(self.frame_hw or ()), 3),
+            "tensor": (3, *self.size_hw),
+        }
+        return shapes[self.input]
 
     @property
     def identity(self) -> str:
@@ -173,6 +211,11 @@ def _require(condition: bool, key: str, value: object, expected: object) -> None
         raise InputError(f"{key} is {value!r}, expected {expected}")
 
 
+def _require_batches(key: str, batches: Batches) -> None:
+    least, most = batches
+    _require(1 <= least <= (least if most is None else most), key, list(batches), "[least, most], most null if any")
+
+
 def _require_identity(card: ModelCard, written: str) -> None:
     """Settings that were edited by hand do not change the graph, so the card would no longer describe it."""
     if written and written != card.identity:
@@ -210,6 +253,11 @@ def _sizes(value: object) -> tuple[int, ...]:
     return tuple(_whole(item) for item in value)
 
 
+def _batches(value: object) -> Batches:
+    least, most = value if isinstance(value, (list, tuple)) and len(value) == 2 else (None, None)
+    return Batches(_whole(least), None if most is None else _whole(most))
+
+
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError
@@ -244,6 +292,7 @@ READERS_BY_KIND = {
     "text": (_text, ("name", "input", "output", "precision", "file", "sha256", "backend", "weights", "identity")),
     "a list of texts": (_strings, ("names", "targets")),
     "a list of whole numbers": (_sizes, ("size_hw", "frame_hw")),
+    "a whole number, and another one or null": (_batches, ("batches",)),
     "a whole number": (_whole, ("stride", "max_det", "candidates", "nms_iterations", "bytes", "schema_version")),
     "a number": (_number, ("conf", "iou")),
     "an object": (_mapping, ("provenance", "versions")),

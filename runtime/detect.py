@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from runtime.terminal import log, print_json, print_line
 if TYPE_CHECKING:
     from runtime.detections import Detections
     from runtime.detector import Detector
-    from runtime.frames import FrameReader
+    from runtime.frames import Frame, FrameReader
     from runtime.results import ResultWriter
 
 SOURCES = "image, folder, pattern, video, camera number, /dev/video0, address (rtsp://, ...) or GStreamer pipeline"
@@ -86,36 +87,57 @@ def detect(options: argparse.Namespace) -> None:
         ResultWriter(options.save) if options.save else nullcontext() as writer,
     ):
         log_choice(detector)
-        detect_frames(detector, reader, writer, as_json=options.json)
+        batch = 1 if streams else detector.card.batches.least
+        detect_frames(detector, reader, writer, as_json=options.json, batch=batch)
     if reader.failures:
         more = f" (and {len(reader.failures) - 1} more)" if len(reader.failures) > 1 else ""
         raise EdgestillError(f"not all was read: {reader.failures[0]}{more}")
 
 
-def detect_frames(detector: Detector, reader: FrameReader, writer: ResultWriter | None, *, as_json: bool) -> None:
-    """Print a line for each frame, as text or JSON, and write it with its boxes if there is a writer."""
+def detect_frames(
+    detector: Detector, reader: FrameReader, writer: ResultWriter | None, *, as_json: bool, batch: int = 1
+) -> None:
+    """Print a line for each frame, as text or JSON, and write it with its boxes if there is a writer.
+
+    `batch` frames are detected in one call.
+    """
     from runtime.detections import draw, label_problem
 
     names = detector.card.names
     if writer and (problem := label_problem(names)):
         log(f"warning: {problem}")
-    for frame in reader:
-        started = time.perf_counter()
-        try:
-            found = detector(frame.image)
-        except InputError as error:  # an image of another size than a model with a fixed frame takes
-            if frame.fps is not None:
-                raise
-            reader.report_failure(f"{frame.source}: {error}")
-            continue
-        milliseconds = (time.perf_counter() - started) * 1e3
-        saved = writer.write(frame, draw(frame.image, found, names)) if writer else None
-        if as_json:
-            line = {"source": frame.source, "frame": frame.number, "detections": found.to_list(names)}
-            missing = {"cutoff": round(found.cutoff, 6)} if found.cutoff else {}
-            print_json(line | missing | ({"saved": str(saved)} if saved else {}))
+    frames = iter(reader)
+    while group := list(islice(frames, batch)):
+        for frame, found, milliseconds in detect_group(detector, group, reader):
+            saved = writer.write(frame, draw(frame.image, found, names)) if writer else None
+            if as_json:
+                line = {"source": frame.source, "frame": frame.number, "detections": found.to_list(names)}
+                missing = {"cutoff": round(found.cutoff, 6)} if found.cutoff else {}
+                print_json(line | missing | ({"saved": str(saved)} if saved else {}))
+            else:
+                print_line(f"{frame.source} [{frame.number}]: {summary(found, names)}, {milliseconds:.1f} ms")
+
+
+def detect_group(
+    detector: Detector, frames: Sequence[Frame], reader: FrameReader
+) -> Iterator[tuple[Frame, Detections, float]]:
+    """Each frame with its detections and its share of the milliseconds.
+
+    An image of another size than a model with a fixed frame takes is reported and left out.
+    """
+    started = time.perf_counter()
+    try:
+        found = detector([frame.image for frame in frames])
+    except InputError as error:
+        if len(frames) > 1:
+            yield from (one for frame in frames for one in detect_group(detector, [frame], reader))
+        elif frames[0].fps is not None:
+            raise
         else:
-            print_line(f"{frame.source} [{frame.number}]: {summary(found, names)}, {milliseconds:.1f} ms")
+            reader.report_failure(f"{frames[0].source}: {error}")
+        return
+    milliseconds = (time.perf_counter() - started) * 1e3 / len(frames)
+    yield from ((frame, one, milliseconds) for frame, one in zip(frames, found, strict=True))
 
 
 def log_choice(detector: Detector) -> None:

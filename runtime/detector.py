@@ -1,14 +1,14 @@
 """Load a model file or bundle, then turn frames into `Detections` in frame pixels.
 
-The three steps of a call are public, because benchmarks time each of them: `preprocess` letterboxes, `infer` runs the
-model, `postprocess` filters the boxes and converts them to frame pixels.
+The three steps of a call are public, because benchmarks time each of them: `preprocess` letterboxes the frames of one
+batch, `infer` runs the model, `postprocess` filters the boxes and converts them to frame pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +20,25 @@ from runtime.bundle import ModelFile, metadata_of, model_files, read_checked
 from runtime.card import Artifact, ModelCard
 from runtime.detections import Detections
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
-from runtime.image import Geometry, Image, fill_border, geometry, paste, to_tensor
+from runtime.image import LETTERBOX_FILL, Geometry, Image, fill_border, geometry, paste, to_tensor
 from runtime.yolov5_export import yolov5_card
 
 MISMATCH = "Build it again on this machine, or give the bundle's ONNX file"
 
 
-class Prepared(NamedTuple):
-    """`array` is the model's input; `(box - pad_wh) / gain` converts a box to frame pixels."""
+class Placement(NamedTuple):
+    """Where a frame lies in the model's input: `(box - pad_wh) / gain` converts a box to frame pixels."""
 
-    array: Array
     gain: float
     pad_wh: tuple[float, float]
     frame_hw: tuple[int, int]
+
+
+class Prepared(NamedTuple):
+    """`array` is the model's input: an image for each of `places`, and grey ones behind them up to the least batch."""
+
+    array: Array
+    places: tuple[Placement, ...]
 
 
 class Detector:
@@ -80,19 +86,21 @@ class Detector:
         files = model_files(path, variant)
         if len(files) == 1:
             return cls._open(files[0], read_checked(files[0]), conf, options)
-        skipped: list[tuple[str, str]] = []
+        skipped: list[tuple[str, EdgestillError]] = []
         for file in files:
             contents = read_checked(file) if file.path.is_file() else {}  # a changed file is an error, not skipped
             try:
                 refuse_unsuited(file, device)
                 detector = cls._open(file, contents, conf, options)
             except EdgestillError as error:
-                skipped.append((file.path.name, str(error)))
+                skipped.append((file.path.name, error))
                 continue
-            detector.skipped = skipped
+            detector.skipped = [(name, str(error)) for name, error in skipped]
             return detector
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
-        raise UnavailableError(f"{path}: none of its {len(skipped)} files runs here on device {device}: {reasons}")
+        raise UnavailableError(
+            f"{path}: none of its {len(skipped)} files runs here on device {device}: {_reasons(skipped)}",
+            skipped[-1][1].hint,
+        )
 
     @classmethod
     def _open(
@@ -112,50 +120,98 @@ class Detector:
     def providers(self) -> tuple[str, ...]:
         return self._backend.providers
 
-    def __call__(self, frame: Image) -> Detections:
-        """The boxes in one uint8 BGR frame (H, W, 3). Raises InputError when it is anything else."""
-        prepared = self.preprocess(frame)
+    @overload
+    def __call__(self, frames: Image) -> Detections: ...
+
+    @overload
+    def __call__(self, frames: Sequence[Image]) -> list[Detections]: ...
+
+    def __call__(self, frames: Image | Sequence[Image]) -> Detections | list[Detections]:
+        """The boxes in one uint8 BGR frame (H, W, 3), or those in each of a list, whose frames may differ in size.
+
+        A list runs in as few calls of the model as `card.batches` allows; where it takes more images than are left,
+        grey ones fill it. Raises InputError when a frame is anything else.
+        """
+        if not isinstance(frames, (list, tuple)):
+            return self._detect([frames])[0]
+        most = self.card.batches.most or max(len(frames), 1)
+        return [found for start in range(0, len(frames), most) for found in self._detect(frames[start : start + most])]
+
+    def _detect(self, frames: Sequence[Any]) -> list[Detections]:
+        prepared = self.preprocess(frames)
         return self.postprocess(self.infer(prepared), prepared)
 
-    def preprocess(self, frame: Image) -> Prepared:
-        """The model's input for this frame: the frame itself, a canvas, or a float tensor."""
-        height, width = checked_frame(frame)
+    def preprocess(self, frames: Sequence[Image]) -> Prepared:
+        """The model's input for these frames, not more than one call takes: frames, canvases, or a float tensor."""
+        if not 0 < len(frames) <= (self.card.batches.most or len(frames)):
+            raise UsageError(
+                f"{len(frames)} frames, {self.card.name} takes {self.card.batches} in one call",
+                "Call the detector itself with the list",
+            )
+        sizes_hw = [checked_frame(frame) for frame in frames]
         if self.card.input == "frame":
-            return self._whole_frame(frame, (height, width))
-        place = geometry((height, width), self.card.size_hw)
-        canvas = np.empty((1, *self.card.size_hw, 3), np.uint8)  # a reused one would change while frames are queued
-        fill_border(canvas[0], place)
-        paste(canvas[0], frame, place)
-        array: Array = canvas
+            return self._whole_frames(frames, sizes_hw)
+        places = [geometry(size_hw, self.card.size_hw) for size_hw in sizes_hw]
+        canvases = self._blank(len(frames), self.card.size_hw)
+        for canvas, frame, place in zip(canvases, frames, places, strict=False):
+            fill_border(canvas, place)
+            paste(canvas, frame, place)
+        array: Array = canvases
         if self.card.input == "tensor":
-            array = to_tensor(canvas).astype(self._backend.input.dtype, copy=False)
-        return Prepared(array, place.gain, centred_pad_wh(place, (height, width)), (height, width))
+            array = to_tensor(canvases).astype(self._backend.input.dtype, copy=False)
+        placed = (Placement(p.gain, centred_pad_wh(p, size), size) for p, size in zip(places, sizes_hw, strict=True))
+        return Prepared(array, tuple(placed))
 
-    def _whole_frame(self, frame: Image, frame_hw: tuple[int, int]) -> Prepared:
-        if frame_hw != self.card.frame_hw:
+    def _blank(self, count: int, size_hw: tuple[int, int]) -> Image:
+        """Memory for `count` images, grey behind them up to the least batch.
+
+        It is new for each call, as one that is used again would change while frames are queued.
+        """
+        images = np.empty((max(count, self.card.batches.least), *size_hw, 3), np.uint8)
+        images[count:] = LETTERBOX_FILL
+        return images
+
+    def _whole_frames(self, frames: Sequence[Image], sizes_hw: Sequence[tuple[int, int]]) -> Prepared:
+        wanted = self.card.frame_hw
+        if odd := [size_hw for size_hw in sizes_hw if size_hw != wanted]:
             raise InputError(
-                f"frame has (height, width) {frame_hw}, this model takes {self.card.frame_hw}",
+                f"frame has (height, width) {odd[0]}, this model takes {wanted}",
                 "Export without `frame` to take any size",
             )
-        return Prepared(np.ascontiguousarray(frame)[None], 1.0, (0.0, 0.0), frame_hw)
+        places = tuple(Placement(1.0, (0.0, 0.0), size_hw) for size_hw in sizes_hw)
+        if max(len(frames), self.card.batches.least) == 1:  # as it is, without a copy
+            return Prepared(np.ascontiguousarray(frames[0])[None], places)
+        images = self._blank(len(frames), sizes_hw[0])
+        for image, frame in zip(images, frames, strict=False):
+            image[...] = frame
+        return Prepared(images, places)
 
     def infer(self, prepared: Prepared) -> RawOutput:
-        """The model's raw output: finished boxes [1, K, 6] or rows [1, N, 5 + C], as the card says, and its cutoff.
+        """The model's raw output: finished boxes [B, K, 6] or rows [B, N, 5 + C], as the card says, and its cutoff.
 
         Raises UsageError when the detector is closed.
         """
         return self._backend.run(prepared.array)
 
-    def postprocess(self, raw: RawOutput, prepared: Prepared, conf: float | None = None) -> Detections:
-        """Boxes over `conf` (default: the detector's own) in frame pixels, best first, at most the card's `max_det`.
+    def postprocess(self, raw: RawOutput, prepared: Prepared, conf: float | None = None) -> list[Detections]:
+        """For each frame its boxes over `conf` (default: the detector's own) in its pixels, best first.
 
-        Their `cutoff` is set where a limit left boxes over `conf` out.
+        They are at most the card's `max_det`. Their `cutoff` is set where a limit left boxes over `conf` out.
 
         Raises EngineError when the output is not finite, or not boxes with scores in 0..1.
         """
         conf = self.conf if conf is None else conf
-        rows, cutoff = self._rows(raw, conf)
-        boxes = unletterbox(rows[:, :4], prepared.gain, prepared.pad_wh, prepared.frame_hw)
+        cutoffs = np.zeros(len(raw.array)) if raw.cutoff is None else raw.cutoff
+        if min(len(raw.array), len(cutoffs)) < len(prepared.places):
+            raise EngineError(f"{self.card.name}: {len(raw.array)} outputs for {len(prepared.places)} frames", MISMATCH)
+        return [
+            self._detections(array, float(cutoff), place, conf)
+            for array, cutoff, place in zip(raw.array, cutoffs, prepared.places, strict=False)
+        ]
+
+    def _detections(self, array: Array, cutoff: float, place: Placement, conf: float) -> Detections:
+        rows, cutoff = self._rows(array, cutoff, conf)
+        boxes = unletterbox(rows[:, :4], *place)
         try:
             return Detections(boxes, rows[:, 4], rows[:, 5].astype(np.int64), cutoff if cutoff > conf else 0.0)
         except ValueError as error:
@@ -164,16 +220,16 @@ class Detector:
                 "Export it again, or use the fp32 variant",
             ) from error
 
-    def _rows(self, raw: RawOutput, conf: float) -> tuple[NDArray[np.float32], float]:
-        """Boxes (n, 6) in the pixels of the model's input, and the best score that may be missing."""
-        array, limit = raw.array[0], self.card.max_det
+    def _rows(self, array: Array, cutoff: float, conf: float) -> tuple[NDArray[np.float32], float]:
+        """Boxes (n, 6) of one image in the pixels of the model's input, and the best score that may be missing."""
+        limit = self.card.max_det
         if not np.isfinite(array[:, 4]).all():
             raise EngineError(
                 f"{self.card.name} ({self.card.precision}): scores are not finite: a value overflowed inside the model",
                 "Use the fp32 variant",
             )
         if self.card.output == "boxes":
-            return array[array[:, 4] > np.float32(conf)][:limit].astype(np.float32, copy=False), raw.cutoff
+            return array[array[:, 4] > np.float32(conf)][:limit].astype(np.float32, copy=False), cutoff
         found = detections_from_rows(array, conf=conf, iou=self.card.iou, max_det=limit + 1)
         return found[:limit], float(found[limit:, 4].max(initial=0))
 
@@ -210,18 +266,23 @@ def centred_pad_wh(place: Geometry, frame_hw: tuple[int, int]) -> tuple[float, f
 
 def check_specs(backend: Backend, card: ModelCard) -> None:
     """Raises InputError when the file's input is not the one that its card describes."""
-    sizes = {
-        "canvas": (1, *card.size_hw, 3),
-        "frame": (1, *(card.frame_hw or ()), 3),
-        "tensor": (1, 3, *card.size_hw),
-    }
-    wanted, got = sizes[card.input], backend.input.shape
+    wanted, got = card.input_shape, backend.input.shape
     fits = len(got) == len(wanted) and all(a in (None, b) for a, b in zip(got, wanted, strict=True))
     if not fits or (backend.input.dtype == np.uint8) != (card.input != "tensor"):
         raise InputError(
             f"{card.name}: input is {backend.input.dtype} {list(got)}, its card says {card.input} {list(wanted)}",
             "Card and file do not belong together, export again",
         )
+
+
+def _reasons(skipped: Sequence[tuple[str, EdgestillError]]) -> str:
+    """Each reason once, with the files that have it."""
+    files: dict[str, list[str]] = {}
+    for name, error in skipped:
+        files.setdefault(error.message.removeprefix(f"{name} "), []).append(name)
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}" for reason, names in files.items()
+    )
 
 
 def refuse_unsuited(file: ModelFile, device: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from runtime import machine
 from runtime.backends.tensorrt import INSTALL, collecting_logger, errors_of, import_tensorrt
-from runtime.card import Artifact, ModelCard
+from runtime.card import Artifact, Batches, ModelCard
 from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
@@ -70,9 +70,11 @@ class BuildReport:
     sha256: str
     targets: tuple[str, ...]
     log: tuple[str, ...]
+    shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
 
     def artifact(self, file: str, card: ModelCard) -> Artifact:
         """The card's entry of the plan, which was built from the ONNX file with this card."""
+        profiles = [Batches(shape.smallest[0], shape.largest[0]) for shape in self.shapes.values()]
         return Artifact(
             file,
             self.sha256,
@@ -82,7 +84,15 @@ class BuildReport:
             self.targets,
             dict(self.versions),
             identity=card.identity,
+            batches=profiles[0] if profiles else card.batches,
         )
+
+
+def profile_of(card: ModelCard, batches: Sequence[int]) -> dict[str, ShapeRange]:
+    """The shapes of a file with an open batch, for (smallest, usual, largest) `batches`; empty where it is fixed."""
+    if card.batches.least == card.batches.most:
+        return {}
+    return {card.input_name: checked_shapes(card.input_name, [(count, *card.image_shape) for count in batches])}
 
 
 def build_engine(
@@ -181,6 +191,7 @@ def _report(request: BuildRequest, plan: Path, answer: Mapping[str, Any]) -> Bui
         sha256=hashlib.sha256(data).hexdigest(),
         targets=tuple(answer["targets"]),
         log=tuple(answer["log"]),
+        shapes=request.shapes,
     )
 
 

@@ -20,6 +20,14 @@ def real(least: float, most: float = MOST) -> Callable[[str], float]:
     return _number(float, least, most, "a number")
 
 
+def batches(text: str) -> tuple[int, ...]:
+    """Smallest, usual and largest batch: "1,4,8"."""
+    found = tuple(whole(1)(part) for part in text.split(","))
+    if len(found) != 3 or list(found) != sorted(found):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not SMALLEST,USUAL,LARGEST, such as 1,4,8")
+    return found
+
+
 def _number(kind: type[Number], least: Number, most: Number, what: str) -> Callable[[str], Number]:
     """A reader of `kind` that raises ArgumentTypeError in one line for anything else, NaN too."""
 

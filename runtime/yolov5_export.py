@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.backends import Backend, TensorSpec
-from runtime.card import ModelCard
+from runtime.card import Batches, ModelCard
 from runtime.errors import InputError
 
 DEFAULT_SIZE = 640
@@ -17,7 +17,7 @@ DEFAULT_SIZE = 640
 CONF, IOU, MAX_DET = 0.25, 0.45, 1000
 """Defaults of YOLOv5's detect."""
 MAX_NAMES_CHARS = 1 << 20
-WANTED = "expected YOLOv5's float [1, 3, H, W] -> [1, N, 5 + classes]"
+WANTED = "expected YOLOv5's float [B, 3, H, W] -> [B, N, 5 + classes]"
 STRIDES = (4, 8, 16, 32, 64, 128)
 """A detector has successive ones of these, with 16 among them; YOLOv5's own have 8 to 32, or 8 to 64."""
 ANCHORS = ((2, (3,)), (3, range(1, 10)))
@@ -32,10 +32,10 @@ def yolov5_card(path: Path, metadata: Mapping[str, str], backend: Backend) -> Mo
     [1, N, 6] too, but not one row for each anchor of its grids.
     """
     input_ = backend.input
-    size_hw = _size_hw(path, input_)
+    size_hw, batch = _size_hw(path, input_), input_.shape[0]
     output = backend.output
     if None in output.shape:
-        output = output._replace(shape=backend.run(np.zeros((1, 3, *size_hw), input_.dtype)).array.shape)
+        output = output._replace(shape=backend.run(np.zeros((batch or 1, 3, *size_hw), input_.dtype)).array.shape)
     count = _class_count(path, output)
     _require_grid(path, size_hw, output)
     names = _names(path, metadata.get("names"), count)
@@ -49,14 +49,15 @@ def yolov5_card(path: Path, metadata: Mapping[str, str], backend: Backend) -> Mo
         conf=CONF,
         iou=IOU,
         max_det=MAX_DET,
+        batches=Batches(batch, batch) if batch else Batches(1, None),
         precision="fp16" if input_.dtype.itemsize == 2 else "fp32",
     )
 
 
 def _size_hw(path: Path, spec: TensorSpec) -> tuple[int, int]:
     shape = spec.shape
-    if spec.dtype.kind != "f" or len(shape) != 4 or shape[0] not in (1, None) or shape[1] not in (3, None):
-        raise InputError(f"{path}: input is {spec.dtype} {list(shape)}, {WANTED}", "Export with batch size 1")
+    if spec.dtype.kind != "f" or len(shape) != 4 or shape[1] not in (3, None):
+        raise InputError(f"{path}: input is {spec.dtype} {list(shape)}, {WANTED}", "Give an export of a detector")
     return shape[2] or DEFAULT_SIZE, shape[3] or DEFAULT_SIZE
 
 

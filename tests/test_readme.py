@@ -19,6 +19,7 @@ SHORT = (
 )
 SMALLER = {
     r"--imgsz 320": "--imgsz 64",
+    r"--imgsz 384 640": "--imgsz 64 96",
     r"map50_95<0\.30": "map50_95<0",
     r"--epochs \d+": "--epochs 1",
     r"(edgestill run \S+)": rf"\1 {SHORT} --set quantize.max_map_drop=1",

@@ -10,15 +10,18 @@ import click
 
 from compress.cli.options import (
     FILE,
+    IMGSZ_OPTIONS,
+    SizedCommand,
     as_json,
     changes,
     data,
-    imgsz,
+    flag,
     indexed,
     numbered,
     run_alone,
     run_folder,
     say,
+    setting,
     show,
 )
 from runtime.errors import UsageError
@@ -26,10 +29,21 @@ from runtime.files import read_json
 from runtime.identity import OccupiedError
 
 
-@click.command()
+@click.command(cls=SizedCommand)
 @click.option("--weights", type=FILE, required=True, help="Checkpoint, .pt or .safetensors.")
 @click.option("--data", type=FILE, help="data.yaml; its val images measure how many boxes must enter NMS.")
-@imgsz()
+@setting(*IMGSZ_OPTIONS, key="export.imgsz", metavar="H [W]", help="Height and width in pixels; one number is both.")
+@setting("--batch-size", "--batch", key="export.batch", help="Images of one call.")
+@flag("--dynamic", key="export.dynamic", help="Any number of images a call; model.yolov5.onnx takes any size, too.")
+@flag("--half", key="export.half", help="model.yolov5.onnx in float16; `quantize` makes model.fp16.onnx.")
+@setting("--opset", key="export.opset", help="ONNX operator set of model.yolov5.onnx; model.onnx has 17 or more.")
+@click.option(
+    "--simplify",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda _, __, given: say("--simplify: the files are written without nodes to fold") if given else None,
+    help="For those who are used to it: the files are written without nodes to fold.",
+)
 @click.option(
     "--frame",
     metavar="HxW",
@@ -92,6 +106,7 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
 @click.command()
 @click.option("--model", "--weights", "models", type=FILE, multiple=True, required=True, help=".onnx file; repeatable.")
 @click.option("--target", default="", help="For example sm86,sm89,sm120; tensorrt_rtx builds for them ahead of time.")
+@setting("--batches", key="build.batches", metavar="MIN,OPT,MAX", help="Batch of the plans of dynamic files.")
 @click.option("--out", type=FILE, help="Folder to write into; default runs/build, or a new one beside other models.")
 @changes
 @as_json
@@ -109,6 +124,7 @@ def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool
     "--model", "--weights", "models", type=FILE, multiple=True, required=True, help="File or bundle; repeatable."
 )
 @data
+@setting("--batch-size", "--batch", key="bench.batch", help="Images of a timed call, of files that leave it open.")
 @click.option("--out", type=FILE, help="Folder to write into; default runs/bench, or a new one where that exists.")
 @changes
 @as_json

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import click
 
 from compress.processes import is_first_process
-from runtime.errors import UsageError
+from runtime.errors import InputError
 
 FILE = click.Path(path_type=Path)
 GIVEN = "edgestill.settings"
@@ -101,10 +101,16 @@ class NameIn(click.ParamType):
 
 
 SCALE = NameIn("compress.config:SCALES")
+ACTIVATION = NameIn("compress.config:STUDENT_ACTIVATIONS")
 
 
 def setting(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, cls=Setting, key=key, **attributes)
+
+
+def flag(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
+    """`setting` of a field that is on or off."""
+    return setting(*names, key=key, is_flag=True, type=click.BOOL, **attributes)
 
 
 data = click.option("--data", type=FILE, required=True, help="data.yaml: path, train, val, names.")
@@ -121,9 +127,32 @@ changes = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
+IMGSZ_OPTIONS = ("--imgsz", "--img", "--img-size")
+
+
+class SizedCommand(click.Command):
+    """A command whose `--imgsz` takes one number or two, as YOLOv5's does: `--imgsz 384 640`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, joined_sides(args))
+
+
+def joined_sides(args: Sequence[str]) -> list[str]:
+    """The arguments with the two numbers behind `--imgsz` as one, "384x640"."""
+    joined: list[str] = []
+    for arg in args:
+        option, equals, value = joined[-1].partition("=") if joined else ("", "", "")
+        option, value = (option, value) if equals else (joined[-2] if len(joined) > 1 else "", option)
+        if option in IMGSZ_OPTIONS and value.isdecimal() and arg.isdecimal():
+            joined[-1] += f"x{arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
 def imgsz(key: str = "imgsz", **attributes: Any) -> Callable[[Any], Any]:
     return setting(
-        "--imgsz", "--img", "--img-size", key=key, help="Image side in pixels, a multiple of the largest stride.",
+        *IMGSZ_OPTIONS, key=key, help="Image side in pixels, a multiple of the largest stride.",
         **attributes,
     )  # fmt: skip
 
@@ -161,18 +190,21 @@ def run_alone(stage: Any, inputs: Callable[[], Any], out: Path, more: Mapping[st
     stage.run(config, inputs(), out, say)
 
 
-def indexed(data: Path, *splits: str) -> Any:
-    """The data set of data.yaml, its `splits` indexed (train and val, where none is named)."""
+def indexed(data: Path, *splits: str, labelled: Collection[str] | None = None) -> Any:
+    """The data set of data.yaml, its `splits` indexed (train and val, where none is named).
+
+    Raises InputError when a split of `labelled` (all, where None) has no label.
+    """
     from compress.data import index_dataset, load_data
     from compress.data.index import USED
 
-    return index_dataset(load_data(data), splits or USED)
+    return index_dataset(load_data(data), splits or USED, labelled=labelled)
 
 
 def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False) -> Path:
     """`project/name`, or the first free of name2, name3, ...; on resume the newest that exists.
 
-    Raises UsageError when there is nothing to resume.
+    Raises InputError when there is nothing to resume.
     """
     folders = numbered(project / name)
     if exist_ok:
@@ -181,7 +213,7 @@ def run_folder(project: Path, name: str, *, exist_ok: bool, resume: bool = False
     if not resume:
         return folders[free]
     if free == 0:
-        raise UsageError(f"nothing to resume: {folders[0]} does not exist", "Start without --resume")
+        raise InputError(f"nothing to resume: {folders[0]} does not exist", "Start without --resume")
     return folders[free - 1]
 
 
@@ -191,12 +223,12 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def resumed_folder(path: Path) -> Path:
-    """The folder of a run, from itself or one of its files. Raises UsageError when there is no such path."""
+    """The folder of a run, from itself or one of its files. Raises InputError when there is no such path."""
     if path.is_dir():
         return path
     if path.is_file():
         return path.parent
-    raise UsageError(f"--resume {path}: no such run", "Give the folder of a run, its state.pt or its last.safetensors")
+    raise InputError(f"--resume {path}: no such run", "Give the folder of a run, its state.pt or its last.safetensors")
 
 
 def say(line: str) -> None:

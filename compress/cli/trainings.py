@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import click
 
 from compress.cli.options import (
+    ACTIVATION,
     FILE,
     SCALE,
     as_json,
@@ -35,8 +36,15 @@ def training_options(stage: str, project: str) -> Callable[[Any], Any]:
     """The options that `train` and `distill` have in common; `stage` is the part of the recipe that they change."""
     options = [
         click.option("--data", type=FILE, help="data.yaml: path, train, val, names; needed unless a run is resumed."),
-        click.option("--weights", type=FILE, help="Checkpoint to start from; tensors that fit are copied."),
+        click.option("--weights", type=FILE, help="Checkpoint to start from, of this size or a larger one."),
         click.option("--scale", "--cfg", type=SCALE, help="Size of the network; default that of --weights."),
+        setting("--init", key="student.init", help="Start from slices of a larger network, or from scratch."),
+        setting(
+            "--activation",
+            key="student.activation",
+            type=ACTIVATION,
+            help="Default that of --weights or of the teacher.",
+        ),
         setting("--epochs", key=f"{stage}.epochs", help="Passes over the training images."),
         setting("--batch", "--batch-size", key=f"{stage}.batch", help="Images a batch."),
         imgsz(f"{stage}.imgsz"),
@@ -86,6 +94,11 @@ class Begun(NamedTuple):
             raise click.MissingParameter(param_hint=f"'--{option}'", param_type="option")
         return Path(file)
 
+    @property
+    def student(self) -> dict[str, Any]:
+        """How the network of the run began, as settings; the state has the rest."""
+        return {"student.init": self.origin["facts"]["init"]} if self.origin else {}
+
     def device(self, given: str) -> str:
         """The `given` device where the command line says it, else the run's own."""
         said = is_given(click.get_current_context(), "device")
@@ -107,15 +120,16 @@ def train(
     data: Path | None, weights: Path | None, scale: str | None, device: str, resume: str | None, **folder: Any
 ) -> None:
     """Train without a teacher."""
-    from compress.stages.teacher import Config
+    from compress.stages.teacher import AloneConfig
     from compress.stages.teacher import train as run
 
     _refuse_without_effect(given_changes())
     out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
-    config, file = settings(Config, "teacher", {"teacher": begun.config}).teacher, begun.file("data", data)
+    start = {"student.scale": scale, "student.weights": weights} | begun.student
+    config, file = settings(AloneConfig, "teacher", {"teacher": begun.config} | start), begun.file("data", data)
     run(
-        config, data=indexed(file), out=out, weights=weights, scale=scale, device=begun.device(device),
+        config.teacher, data=indexed(file), out=out, start=config.student, device=begun.device(device),
         resume=resume is not None, log=say,
     )  # fmt: skip
     _print_best(out)
@@ -139,7 +153,8 @@ def _refuse_without_effect(changes: Sequence[str]) -> None:
 )
 @setting("--teacher-imgsz", key="distill.teacher_imgsz", type=click.INT, help="Pixels of the teachers' images.")
 @click.option("--check", is_flag=True, help="Make all checks, print them, and stop before the first epoch.")
-@setting("--init", key="student.init", help="Start from slices of the teacher, or from scratch.")
+@setting("--strategy", key="distill.strategy", help="Who learns from what; the README has a line for each.")
+@click.option("--unlabelled", type=FILE, help="Folder of images or video to learn from without labels.")
 @click.option(
     "--loss",
     "losses",
@@ -155,10 +170,12 @@ def distill(
     resume: str | None,
     teachers: tuple[Path, ...],
     check: bool,
+    unlabelled: Path | None,
     losses: tuple[str, ...],
     **folder: Any,
 ) -> None:
-    """Train a student against a frozen teacher."""
+    """Train a student with a teacher."""
+    from compress.data.index import JUDGES
     from compress.stages.distill import STAGE, Inputs
 
     if check and resume is not None:
@@ -166,23 +183,24 @@ def distill(
     out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     more: dict[str, Any] = {"distill": begun.config, "device": begun.device(device)}
-    more |= {"student.scale": scale, "student.weights": weights}
+    more |= {"student.scale": scale, "student.weights": weights} | begun.student
+    more["distill.unlabelled"] = unlabelled or begun.origin.get("unlabelled")
     if losses:
         more["distill.losses"] = loss_choices(losses)
     if teachers:
         more["distill.teachers"] = [str(file.resolve()) for file in teachers[1:]]
     files = begun.file("data", data), begun.file("teacher", teachers[0] if teachers else None)
     if check:
-        _print_checks(more, lambda: Inputs(indexed(files[0]), files[1]))
+        _print_checks(more, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1]))
         return
-    run_alone(STAGE, lambda: Inputs(indexed(files[0]), files[1], resume is not None), out, more)
+    run_alone(STAGE, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1], resume is not None), out, more)
     _print_best(out)
 
 
 def _print_checks(more: Mapping[str, Any], inputs: Callable[[], Any]) -> None:
-    from compress.stages.distill import STAGE, check
+    from compress.stages.distill import STAGE, all_checks
 
-    checks = check(settings(STAGE.settings, STAGE.name, more), inputs(), say)
+    checks = all_checks(settings(STAGE.settings, STAGE.name, more), inputs(), say)
     width = max(len(one.name) for one in checks)
     for one in checks:
         click.echo(f"{'warning' if one.warns else 'ok':<8}{one.name:<{width}}  {one.detail}")

@@ -79,8 +79,15 @@ class CheckReport:
         lines += _listed("image in several splits", [" = ".join(group) for group in self.leaks])
         lines += _listed("repeated image", [" = ".join(group) for group in self.duplicates])
         lines += _listed("unusual", self.unusual)
-        lines.append("nothing is wrong" if self.ok else "the rows and images named above are left out")
-        return "\n".join(lines)
+        return "\n".join([*lines, self._ending])
+
+    @property
+    def _ending(self) -> str:
+        if self.ok:
+            return "nothing is wrong"
+        if any(split.problems for split in self.splits.values()):
+            return "the images and rows that are named as problems are left out of a training"
+        return "nothing is left out of a training, but figures from these splits would mislead"
 
 
 def check(config: DataConfig) -> CheckReport:

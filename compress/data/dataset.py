@@ -71,6 +71,11 @@ class SplitIndex:
             digest.update(sample.labels.astype("<f4").tobytes())
         return digest.hexdigest()
 
+    def count_in(self, other: SplitIndex) -> int:
+        """The number of images whose bytes are those of an image of `other`."""
+        others = {sample.sha256 for sample in other.samples}
+        return sum(sample.sha256 in others for sample in self.samples)
+
     @property
     def background(self) -> int:
         """The number of images without labels."""
@@ -100,7 +105,7 @@ class Dataset:
         """
         head = {"schema_version": SCHEMA_VERSION, "path": key_of(self.path, self.root)}
         head |= {"names": self.names, "notices": self.notices}
-        splits = ",\n".join(f"{_compact(split)}: {_split_to_json(i, self.root)}" for split, i in self.splits.items())
+        splits = ",\n".join(f"{_compact(split)}: {split_to_json(i, self.root)}" for split, i in self.splits.items())
         with atomic_write(file) as temporary:
             temporary.write_text(f'{_compact(head)[:-1]},\n"splits": {{\n{splits}\n}}}}\n', encoding="ascii")
 
@@ -116,7 +121,7 @@ class Dataset:
         try:
             if raw["schema_version"] != SCHEMA_VERSION:
                 raise InputError(f"{file}: schema {raw['schema_version']}, expected {SCHEMA_VERSION}", hint)
-            splits = {split: _split_from_json(content, root) for split, content in raw["splits"].items()}
+            splits = {split: split_from_json(content, root) for split, content in raw["splits"].items()}
             return cls(path_of(raw["path"], root), root, tuple(raw["names"]), tuple(raw["notices"]), splits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: not an index of images ({error!r})", hint) from error
@@ -147,7 +152,8 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: a file name may be no valid UTF-8
 
 
-def _split_to_json(index: SplitIndex, root: Path) -> str:
+def split_to_json(index: SplitIndex, root: Path) -> str:
+    """The index as JSON text, one line an image, keys relative to the folder `root`."""
     images = ",\n".join(
         _compact([sample.key, sample.size_hw, sample.sha256, _rows(sample.labels)]) for sample in index.samples
     )
@@ -159,7 +165,8 @@ def _rows(labels: NDArray[np.float32]) -> list[list[float]]:
     return [[float(format(value, FLOAT32_DIGITS)) for value in row] for row in labels.tolist()]
 
 
-def _split_from_json(content: Mapping[str, Any], root: Path) -> SplitIndex:
+def split_from_json(content: Mapping[str, Any], root: Path) -> SplitIndex:
+    """The reverse of `split_to_json`. Raises KeyError, TypeError or ValueError when `content` is no index."""
     samples = tuple(_sample(root, *entry) for entry in content["images"])
     problems = tuple(Problem(path_of(key, root), int(line), str(what)) for key, line, what in content["problems"])
     return SplitIndex(samples, problems)

@@ -31,7 +31,7 @@ class ImageStore:
     def __init__(self, samples: Sequence[Sample], imgsz: int, *, cache: bool | None = None) -> None:
         self.samples = samples
         self.imgsz = imgsz
-        self.cached = cached_bytes(samples, imgsz) < CACHE_SHARE * free_bytes() if cache is None else cache
+        self.cached = fits_in_memory(samples, imgsz) if cache is None else cache
         self.problems: dict[int, Problem] = {}
         self._images: dict[int, Image] = {}
 
@@ -94,6 +94,11 @@ def resized_hw(size_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
     """The size that `resize_longest` gives an image of `size_hw`; sides are truncated."""
     ratio = imgsz / max(size_hw)
     return max(1, int(size_hw[0] * ratio)), max(1, int(size_hw[1] * ratio))
+
+
+def fits_in_memory(samples: Sequence[Sample], imgsz: int) -> bool:
+    """Whether all images, decoded and resized, may stay in memory."""
+    return cached_bytes(samples, imgsz) < CACHE_SHARE * free_bytes()
 
 
 def cached_bytes(samples: Sequence[Sample], imgsz: int) -> int:

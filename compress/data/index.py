@@ -7,7 +7,7 @@ It only reads: no cache file and no repaired image is ever written beside the us
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,8 @@ MIN_SIDE = 10
 NO_LABELS = "no image has a label"
 USED = ("train", "val")
 """The splits that a training reads."""
+JUDGES = ("val",)
+"""The split that needs labels in every training: some distillations do without those of the train split."""
 
 
 class ImageOutcome(NamedTuple):
@@ -32,11 +34,17 @@ class ImageOutcome(NamedTuple):
     problems: list[Problem]
 
 
-def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: int | None = None) -> Dataset:
+def index_dataset(
+    config: DataConfig,
+    splits: Iterable[str] = USED,
+    *,
+    labelled: Collection[str] | None = None,
+    workers: int | None = None,
+) -> Dataset:
     """Index `splits` with `workers` threads (as many as there are cores); an image in two splits is decoded once.
 
     Bad rows and bad images are left out and reported. Raises InputError when a split is absent, when none of its images
-    can be used, or when none of them has a label.
+    can be used, or when none of them has a label and the split is one of `labelled`; None means all.
     """
     splits = tuple(splits)
     absent = next((split for split in splits if split not in config.splits), None)
@@ -49,9 +57,15 @@ def index_dataset(config: DataConfig, splits: Iterable[str] = USED, *, workers: 
                 f"{config.path}: {split}: none of {len(config.splits[split])} images can be used; "
                 f"first: {index.problems[0]}"
             )
-        if not index.boxes:
-            raise InputError(f"{config.path}: {split}: {NO_LABELS}", where_labels_are(index, config.root))
+        if labelled is None or split in labelled:
+            require_labels(split, index, config.path, config.root)
     return Dataset(config.path, config.root, config.names, config.notices, indices)
+
+
+def require_labels(split: str, index: SplitIndex, path: Path, root: Path) -> None:
+    """Raises InputError when no image of the split has a label; `path` is data.yaml."""
+    if not index.boxes:
+        raise InputError(f"{path}: {split}: {NO_LABELS}", where_labels_are(index, root))
 
 
 def where_labels_are(index: SplitIndex, root: Path) -> str:
@@ -123,12 +137,12 @@ def quick_digest(config: DataConfig) -> str:
     digest = hashlib.sha256(repr((config.names, config.keypoint_values, config.notices)).encode())
     for split, images in sorted(config.splits.items()):
         for image in images:
-            digest.update(repr((split, key_of(image, config.root), *_state(image))).encode())
+            digest.update(repr((split, key_of(image, config.root), *file_state(image))).encode())
             digest.update(_bytes_of(label_path(image)))
     return digest.hexdigest()
 
 
-def _state(file: Path) -> tuple[int, int]:
+def file_state(file: Path) -> tuple[int, int]:
     """Size in bytes and time of change in nanoseconds; zeros if the file is absent."""
     try:
         status = file.stat()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from compress.data.augment import to_normalised, to_pixels
 from compress.data.dataset import Sample
 from compress.data.image_store import read_resized, to_chw_rgb
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from runtime.image import Image, letterbox
 
 RECT_PAD = 0.5
@@ -30,11 +30,15 @@ B = TypeVar("B")
 
 
 class Batch(NamedTuple):
-    """images uint8 (B, 3, S, S) RGB; targets float32 (nt, 6) [image in batch, class, cx, cy, w, h] normalised."""
+    """images uint8 (B, 3, S, S) RGB; targets float32 (nt, 6) [image in batch, class, cx, cy, w, h] normalised.
+
+    The first `labelled` images are those whose labels are known; None if all are.
+    """
 
     images: torch.Tensor
     targets: torch.Tensor
     indices: tuple[int, ...]
+    labelled: int | None = None
 
 
 class ValBatch(NamedTuple):
@@ -52,7 +56,7 @@ class ValBatch(NamedTuple):
 
 
 def train_batches(
-    dataset: TrainDataset,
+    dataset: TrainItems,
     *,
     batch: int,
     epoch: int,
@@ -65,20 +69,18 @@ def train_batches(
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
     global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
-    images than there are ranks, some of its images are repeated, so that every rank has work.
+    images than there are ranks, some of its images are repeated, so that every rank has work. In a batch, images whose
+    labels are not known come last.
     """
-    slices = rank_slices(epoch_order(dataset.seed, epoch, len(dataset)), batch=batch, rank=rank, world=world)
+    slices = rank_slices(dataset.order(epoch), batch=batch, rank=rank, world=world)
 
     def make(indices: NDArray[np.int64]) -> Batch:
-        items = [dataset.item(epoch, int(index), mosaic=augment_mosaic) for index in indices]
-        return Batch(*_stack(items), tuple(indices.tolist()))
+        known = indices < dataset.labelled
+        ordered = tuple(np.concatenate([indices[known], indices[~known]]).tolist())
+        items = [dataset.item(epoch, index, mosaic=augment_mosaic) for index in ordered]
+        return Batch(*_stack(items), ordered, None if known.all() else int(known.sum()))
 
     yield from map_ahead(make, slices, workers)
-
-
-def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of images in an epoch: a permutation that depends on (seed, epoch) alone."""
-    return np.random.default_rng([seed % 2**64, epoch]).permutation(count)
 
 
 def rank_slices(order: NDArray[np.int64], *, batch: int, rank: int, world: int) -> list[NDArray[np.int64]]:

@@ -1,8 +1,10 @@
-"""In: samples. Out: training items, each a pure function of (seed, epoch, index)."""
+"""In: samples. Out: training items, each a pure function of (seed, epoch, index), and their order in an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +15,37 @@ from compress.data.dataset import Sample
 from compress.data.image_store import ImageStore, to_chw_rgb
 from runtime.image import Image
 
+Item = tuple[Image, NDArray[np.float32]]
+"""Image uint8 (3, imgsz, imgsz) RGB and labels (n, 5) float32 [class, cx, cy, w, h] normalised."""
+
+
+class TrainItems(Protocol):
+    """The items of a training: those with an index below `labelled` have labels, of the others none are known."""
+
+    @property
+    def labelled(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Items of an epoch."""
+        ...
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The indices of the epoch's items in the order of the training."""
+        ...
+
+    def item(self, epoch: int, index: int, *, mosaic: bool = True) -> Item: ...
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of images in an epoch: a permutation, read-only, that depends on (seed, epoch) alone."""
+    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
+    order.setflags(write=False)
+    return order
+
 
 class TrainDataset:
-    """Augmented training items."""
+    """Augmented training items of `samples`. Where `has_labels` is false, no label of any of them is known."""
 
     def __init__(
         self,
@@ -25,8 +55,10 @@ class TrainDataset:
         seed: int = 0,
         *,
         cache: bool | None = None,
+        has_labels: bool = True,
     ) -> None:
         self.samples = samples
+        self.labelled = len(samples) if has_labels else 0
         self.imgsz = imgsz
         self.config = config
         self.seed = seed
@@ -35,8 +67,12 @@ class TrainDataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def item(self, epoch: int, index: int, *, mosaic: bool = True) -> tuple[Image, NDArray[np.float32]]:
-        """Image uint8 (3, imgsz, imgsz) RGB and labels (n, 5) float32 [class, cx, cy, w, h] normalised.
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Every image once."""
+        return epoch_order(self.seed, epoch, len(self))
+
+    def item(self, epoch: int, index: int, *, mosaic: bool = True) -> Item:
+        """One augmented image with its labels.
 
         `mosaic=False` switches mosaic and mixup off (the last epochs of a training).
         """
@@ -57,3 +93,31 @@ class TrainDataset:
         image, is_real = self.store.load(index)
         labels = self.samples[index].labels if is_real else np.zeros((0, 5), np.float32)
         return image, to_pixels(labels, image.shape[1], image.shape[0])
+
+
+class MixedDataset:
+    """Items that alternate between the images of two data sets, so that a batch holds as many of one as of the other.
+
+    An epoch has each labelled image once. Epoch by epoch it goes on through the unlabelled ones, each once in a pass,
+    and mosaics join images of the same data set only.
+    """
+
+    def __init__(self, labelled: TrainDataset, unlabelled: TrainDataset) -> None:
+        self._labelled, self._unlabelled = labelled, unlabelled
+        self.labelled = len(labelled)
+
+    def __len__(self) -> int:
+        return 2 * self.labelled
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Indices below `labelled` are those of the labelled images; from there on they count the unlabelled items."""
+        own = self._labelled.order(epoch)
+        return np.stack([own, np.arange(len(own)) + len(own)], 1).flatten()
+
+    def item(self, epoch: int, index: int, *, mosaic: bool = True) -> Item:
+        """One augmented image with its labels, if they are known."""
+        if index < self.labelled:
+            return self._labelled.item(epoch, index, mosaic=mosaic)
+        place = epoch * self.labelled + index - self.labelled
+        passed, place = divmod(place, len(self._unlabelled))
+        return self._unlabelled.item(passed, int(self._unlabelled.order(passed)[place]), mosaic=mosaic)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.opsets import for_opset
 from runtime.files import atomic_write
 
 FLOAT, UINT8, INT64, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT64, TensorProto.BOOL
@@ -18,7 +19,10 @@ Shape = Sequence[int | str]
 
 
 class GraphBuilder:
-    """Nodes and constants of one graph, in topological order because each node names existing tensors."""
+    """Nodes and constants of one graph, in topological order because each node names existing tensors.
+
+    Nodes are added in the forms of opset 18; `build` writes older ones where the opset is older.
+    """
 
     def __init__(self, opset: int = 19) -> None:
         self.opset = opset
@@ -60,12 +64,13 @@ class GraphBuilder:
         metadata: Mapping[str, str],
     ) -> onnx.ModelProto:
         """The finished model, checked with shape inference. Tensors are `{name: (TensorProto dtype, shape)}`."""
+        nodes, constants = for_opset(self.nodes, self.constants, self.opset)
         graph = helper.make_graph(
-            self.nodes,
+            nodes,
             "edgestill",
             [helper.make_tensor_value_info(name, *spec) for name, spec in inputs.items()],
             [helper.make_tensor_value_info(name, *spec) for name, spec in outputs.items()],
-            list(self.constants.values()),
+            list(constants.values()),
         )
         opsets = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(

@@ -41,8 +41,8 @@ class _OneImageReader:
 def calibrate(model: onnx.ModelProto, canvases: Iterable[np.ndarray], method: str) -> TensorsData:
     """The range of every activation of the body.
 
-    `canvases` are uint8 (1,S,S,3), what the graph's input takes; they are consumed one at a time, so memory does not
-    grow with their number. Raises `EdgestillError` when there are none.
+    `canvases` are what the graph's input takes, uint8 (B,H,W,3) for the shipped one; they are consumed one at a time,
+    so memory does not grow with their number. Raises `EdgestillError` when there are none.
     """
     kind, options = METHODS[method]
     source = model.graph.input[0].name

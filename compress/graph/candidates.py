@@ -9,24 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from compress.graph.batches import filled_batches
 from compress.graph.columns import TENSORRT_MOST
+from runtime.detector import Placement
 from runtime.image import letterbox, read_image
 
 ROWS_PER_CANDIDATE = 25
 """1024 candidates at 640 pixels; crowds of 50 to 110 objects had 440 to 800 rows over a confidence of 0.25 there."""
 FEWEST, STEP = 320, 64
-
-
-class Placement(NamedTuple):
-    """Where the letterboxed image lies on its canvas; `pad_wh` in canvas pixels."""
-
-    gain: float
-    pad_wh: tuple[float, float]
-    frame_hw: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Room:
 
 
 def canvas_of(path: Path, size_hw: tuple[int, int]) -> tuple[np.ndarray, Placement]:
-    """An image file -> uint8 BGR canvas (1,S,S,3) by the runtime's letterbox, and where the image lies on it."""
+    """An image file -> uint8 BGR canvas (1,H,W,3) by the runtime's letterbox, and where the image lies on it."""
     frame = read_image(path)
     image, gain, pad_wh = letterbox(frame, size_hw)
     height, width = frame.shape[:2]
@@ -64,7 +58,10 @@ def candidates_for(rows: int, wanted: int = 0) -> int:
     return min(wanted or min(usual, TENSORRT_MOST - 1), rows)
 
 
-def measure_room(cutoff_of: Callable[[np.ndarray], float], sources: Iterable[np.ndarray], conf: float) -> Room:
-    """How the limits of NMS fit these inputs of the graph; `cutoff_of` runs it."""
-    cutoffs = [cutoff_of(source) for source in sources]
+def measure_room(
+    cutoffs_of: Callable[[np.ndarray], np.ndarray], sources: Iterable[np.ndarray], batch: int | None, conf: float
+) -> Room:
+    """How the limits of NMS fit these inputs (1,...) of the graph; `cutoffs_of` runs it on `batch` of them."""
+    batches = filled_batches(sources, batch)
+    cutoffs = [float(value) for source, count in batches for value in cutoffs_of(source)[:count]]
     return Room(len(cutoffs), conf, sum(value > conf for value in cutoffs), max(cutoffs, default=0.0))

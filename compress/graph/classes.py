@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from compress.graph.builder import BOOL, INT64, GraphBuilder
-from compress.graph.columns import take
+from compress.graph.columns import look_up, take
 from compress.graph.head import HeadShape
 
 
@@ -20,25 +20,25 @@ def groups_of(nc: int) -> int:
 
 
 class FewClasses:
-    """Class maps (1, nc·na, H, W) of all levels, joined to (nc,N); `best` (1,N) is the best logit of each row."""
+    """Class maps (B, nc·na, H, W) of all levels, joined to (B,nc,N); `best` (B,1,N) is the best logit of each row."""
 
     def __init__(self, builder: GraphBuilder, maps: Sequence[str], head: HeadShape) -> None:
         self._b, self._nc = builder, head.nc
-        lines = builder.ints("class.lines", [head.nc, -1])
+        lines = builder.ints("class.lines", [0, head.nc, -1])
         levels = [builder.op("Reshape", name, lines, name=f"{name}.matrix") for name in maps]
-        self._logits = self.best = builder.op("Concat", *levels, name="head.classes", axis=1)
+        self._logits = self.best = builder.op("Concat", *levels, name="head.classes", axis=2)
         if head.nc > 1:
-            self.best = reduce(builder, "Max", self._logits, 0, "head.best")
+            self.best = reduce(builder, "Max", self._logits, 1, "head.best")
 
     def of_rows(self, row: str, kind: str, count: int) -> str:
-        """The lowest class that has the best logit, float32 (1,K), of rows (1,K) and their kinds, level and anchor."""
+        """The lowest class with the best logit, float32 (B,1,K), of rows (B,1,K) and their kinds, level and anchor."""
         logits = take(self._b, self._logits, row, self._nc, count, "class.logits")
         best = take(self._b, self.best, row, 1, count, "class.best")
         return first_equal(self._b, logits, best, np.arange(self._nc), "candidates.class")
 
 
 class ManyClasses:
-    """Class maps (1, na·nc, H, W) of all levels; `best` (1,N) is the best logit of each row.
+    """Class maps (B, na·nc, H, W) of all levels; `best` (B,1,N) is the best logit of each row.
 
     Classes are divided into groups: the candidates read the best of each group and the members of one group, about
     2·√nc logits instead of nc, which lie far apart in memory.
@@ -50,57 +50,55 @@ class ManyClasses:
         self._groups = groups_of(head.nc)
         self._group_maps = [self._reduced(name, head.nc, self._groups) for name in maps]
         best = [self._line(self._reduced(name, self._groups, 1)) for name in self._group_maps]
-        self.best = builder.op("Concat", *best, name="head.best", axis=1)
+        self.best = builder.op("Concat", *best, name="head.best", axis=2)
 
     def of_rows(self, row: str, kind: str, count: int) -> str:
         """As of `FewClasses`."""
         nc, size = self._head.nc, self._head.nc // self._groups
         best = take(self._b, self.best, row, 1, count, "class.best")
-        seen = self._read(self._group_maps, self._groups, self._groups, row, kind, "", count, "group")
+        seen = self._read(self._group_maps, self._groups, self._groups, row, kind, "", "group")
         group = first_equal(self._b, seen, best, np.arange(0, nc, size), "group.start")
         start = self._b.op("Cast", group, name="group.number", to=INT64)
-        logits = self._read(self._maps, nc, size, row, kind, start, count, "class")
+        logits = self._read(self._maps, nc, size, row, kind, start, "class")
         member = first_equal(self._b, logits, best, np.arange(size), "class.member")
         return self._b.op("Add", group, member, name="candidates.class")
 
     def _reduced(self, name: str, before: int, after: int) -> str:
-        """(1, na·before, H, W) -> (na·after, 1, H·W), the maxima of before/after neighbours."""
+        """(B, na·before, H, W) -> (B, na·after, 1, H·W), the maxima of before/after neighbours."""
         if before == after:
             return name
-        shape = self._b.ints(f"class.from_{before}", [self._head.na * after, before // after, -1])
+        shape = self._b.ints(f"class.from_{before}", [0, self._head.na * after, before // after, -1])
         lines = self._b.op("Reshape", name, shape, name=f"{name}.to_{after}")
-        return reduce(self._b, "Max", lines, 1, f"{name}.best_{after}")
+        return reduce(self._b, "Max", lines, 2, f"{name}.best_{after}")
 
     def _line(self, name: str) -> str:
         if name not in self._lines:
-            self._lines[name] = self._b.op("Reshape", name, self._b.ints("line", [1, -1]), name=f"{name}.line")
+            self._lines[name] = self._b.op("Reshape", name, self._b.ints("line", [0, 1, -1]), name=f"{name}.line")
         return self._lines[name]
 
-    def _read(
-        self, maps: Sequence[str], lines: int, taken: int, row: str, kind: str, start: str, count: int, at: str
-    ) -> str:
-        """(taken,K) of maps with `lines` channels an anchor, from channel `start` (1,K) on, or the first one.
+    def _read(self, maps: Sequence[str], lines: int, taken: int, row: str, kind: str, start: str, at: str) -> str:
+        """(B,taken,K) of maps with `lines` channels an anchor, from channel `start` (B,1,K) on, or the first one.
 
         Every level is read, where the row is of another level at its first place: cheaper than joining the maps.
         """
         b, nl = self._b, len(maps)
-        facts = take(b, b.ints(f"{at}.kinds", self._facts(lines)), kind, 3 * nl, count, f"{at}.facts")
+        facts = look_up(b, self._facts(lines), kind, f"{at}.facts")
         names = [f"{at}.{part}" for part in ("here", "shift", "cells")]
-        here, shift, cells = b.ops("Split", facts, b.ints(f"{at}.parts", [nl] * 3), names=names, axis=0)
+        here, shift, cells = b.ops("Split", facts, b.ints(f"{at}.parts", [nl] * 3), names=names, axis=1)
         first = b.op("Add", b.op("Mul", row, here, name=f"{at}.rows"), shift, name=f"{at}.first")
         if start:
             first = b.op("Add", first, b.op("Mul", cells, start, name=f"{at}.skipped"), name=f"{at}.from")
         ones, mask = b.ints("class.ones", [1] * nl), b.op("Cast", here, name=f"{at}.mask", to=BOOL)
         firsts, masks = (
-            b.ops("Split", values, ones, names=[f"{at}.{level}.{part}" for level in range(nl)], axis=0)
+            b.ops("Split", values, ones, names=[f"{at}.{level}.{part}" for level in range(nl)], axis=1)
             for part, values in (("first", first), ("here", mask))
         )
         merged = ""
         for level, (name, (height, width)) in enumerate(zip(maps, self._head.grids_hw, strict=True)):
             steps = b.ints(f"{at}.{level}.steps", np.arange(taken)[:, None] * height * width)
             index = self._line(b.op("Add", firsts[level], steps, name=f"{at}.{level}.index"))
-            found = b.op("GatherElements", self._line(name), index, name=f"{at}.{level}.found", axis=1)
-            logits = b.op("Reshape", found, b.ints(f"{at}.lines", [taken, -1]), name=f"{at}.{level}.logits")
+            found = b.op("GatherElements", self._line(name), index, name=f"{at}.{level}.found", axis=2)
+            logits = b.op("Reshape", found, b.ints(f"{at}.lines", [0, taken, -1]), name=f"{at}.{level}.logits")
             merged = b.op("Where", masks[level], logits, merged, name=f"{at}.{level}.merged") if level else logits
         return merged
 
@@ -121,10 +119,8 @@ def first_equal(b: GraphBuilder, logits: str, best: str, numbers: np.ndarray, na
     """The first of `numbers`, one for each line, whose line holds the best logit. ArgMax takes five times as long."""
     equal = b.op("Equal", logits, best, name=f"{name}.equal")
     values, none = b.floats(f"{name}.numbers", numbers[:, None]), b.floats(f"{name}.none", numbers[-1] + 1)
-    return reduce(b, "Min", b.op("Where", equal, values, none, name=f"{name}.found"), 0, name)
+    return reduce(b, "Min", b.op("Where", equal, values, none, name=f"{name}.found"), 1, name)
 
 
 def reduce(b: GraphBuilder, kind: str, values: str, axis: int, name: str) -> str:
-    if b.opset < 18:  # axes became an input
-        return b.op(f"Reduce{kind}", values, name=name, axes=[axis], keepdims=1)
     return b.op(f"Reduce{kind}", values, b.ints(f"axis_{axis}", [axis]), name=name, keepdims=1)

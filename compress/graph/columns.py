@@ -1,6 +1,8 @@
-"""Choose columns of a matrix in a graph: the best ones, and those of given numbers."""
+"""Choose columns of matrices in a graph, one matrix an image: the best ones, and those of given numbers."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from compress.graph.builder import GraphBuilder
 
@@ -9,20 +11,20 @@ TENSORRT_MOST = 3840
 
 
 def top_columns(b: GraphBuilder, scores: str, width: int, count: int, at: str) -> tuple[str, str, str]:
-    """The `count` best of `scores` (1,`width`), best first: value and index (1,count), and the next value (1,1).
+    """The `count` best of `scores` (B,1,`width`), best first: value and index (B,1,count), and the next value (B,1,1).
 
     Of equal ones the first comes first. The next value is 0 where there is none.
     """
-    taken = max(min(count + 1, width), _fewest(width))
+    if count == width:
+        scores = b.op("Pad", scores, b.ints("one_column", [0, 0, 0, 0, 0, 1]), name=f"{at}.and_none", mode="constant")
+        width += 1
+    taken = max(count + 1, _fewest(width))
     ends = ("", "_next", "_worse")
-    lengths = [length for length in (count, min(1, taken - count), taken - count - 1) if length > 0]
-    names = [f"{at}.score", f"{at}.row"] if taken == count else [f"{at}.sorted", f"{at}.sorted_row"]
-    found = b.ops("TopK", scores, b.ints(f"{at}.size", [taken]), names=names, axis=1)
-    if taken == count:
-        return found[0], found[1], b.floats("nothing", [[0.0]])
+    lengths = [length for length in (count, 1, taken - count - 1) if length > 0]
+    found = b.ops("TopK", scores, b.ints(f"{at}.size", [taken]), names=[f"{at}.sorted", f"{at}.sorted_row"], axis=2)
     parts = b.ints(f"{at}.parts", lengths)
     values, rows = (
-        b.ops("Split", source, parts, names=[f"{at}.{part}{end}" for end in ends[: len(lengths)]], axis=1)
+        b.ops("Split", source, parts, names=[f"{at}.{part}{end}" for end in ends[: len(lengths)]], axis=2)
         for source, part in zip(found, ("score", "row"), strict=True)
     )
     return values[0], rows[0], values[1]
@@ -38,7 +40,14 @@ def _fewest(width: int) -> int:
 
 
 def take(b: GraphBuilder, matrix: str, numbers: str, lines: int, count: int, name: str) -> str:
-    """Columns `numbers` (1,count) of `matrix` (lines,N). ONNX Runtime's Gather would copy value by value."""
+    """Columns `numbers` (B,1,count) of `matrix` (B,lines,N). ONNX Runtime's Gather would copy value by value."""
     if lines > 1:
-        numbers = b.op("Expand", numbers, b.ints(f"{name}.shape", [lines, count]), name=f"{name}.index")
-    return b.op("GatherElements", matrix, numbers, name=name, axis=1)
+        numbers = b.op("Expand", numbers, b.ints(f"{name}.shape", [1, lines, count]), name=f"{name}.index")
+    return b.op("GatherElements", matrix, numbers, name=name, axis=2)
+
+
+def look_up(b: GraphBuilder, table: np.ndarray, numbers: str, name: str) -> str:
+    """Columns `numbers` (B,1,count) of the constant `table` (lines,N), which all images share: (B,lines,count)."""
+    flat = b.op("Reshape", numbers, b.ints("image_rows", [0, -1]), name=f"{name}.numbers")
+    rows = b.op("Gather", b.constant(f"{name}.table", table.T), flat, name=f"{name}.rows", axis=0)
+    return b.op("Transpose", rows, name=name, perm=[0, 2, 1])

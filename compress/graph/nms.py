@@ -51,7 +51,7 @@ class Round(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Tensors of rows, best first: a matrix (6,L) of `LINES`, and scores (1,L), 0 for rows that were removed."""
+    """Tensors of rows, best first: matrices (B,6,L) of `LINES`, and scores (B,1,L), 0 for rows that were removed."""
 
     lines: str
     scores: str
@@ -82,7 +82,7 @@ def detections(
     nms: NmsShape,
     letterbox: FrameLetterbox | None = None,
 ) -> tuple[str, str]:
-    """`count` candidates -> `detections` (1, max_det, 6), x1 y1 x2 y2 score class, best first, and `cutoff` (1,).
+    """`count` candidates -> `detections` (B, max_det, 6), x1 y1 x2 y2 score class, best first, and `cutoff` (B,).
 
     Rows without a detection are all zero and come last. Pixels of the canvas, or of the frame with a `letterbox`.
     Detections with a score above `cutoff` are complete; it is 0 where no row was left out for lack of room.
@@ -107,15 +107,16 @@ def detections(
 
 
 def _lines(b: GraphBuilder, candidates: Candidates, count: int, iou: float) -> str:
-    """The matrix of all candidates. Classes are shifted apart in float32, which rounds as `runtime.boxes` does."""
+    """The matrices of all candidates. Classes are shifted apart in float32, which rounds as `runtime.boxes` does."""
     shift = b.op("Mul", candidates.classes, b.floats("nms.offset", CLASS_OFFSET_PX), name="nms.shift")
     low, high = (b.op("Add", end, shift, name=f"{end}_shifted") for end in (candidates.low, candidates.high))
     size = b.op("Sub", high, low, name="nms.size")
-    width, height = b.ops("Split", size, b.ints("one_one", [1, 1]), names=("nms.width", "nms.height"), axis=0)
+    width, height = b.ops("Split", size, b.ints("one_one", [1, 1]), names=("nms.width", "nms.height"), axis=1)
     area = b.op("Mul", width, height, name="nms.area")
     part = b.op("Mul", area, b.floats("nms.part", area_part(iou)), name="nms.area_part")
-    numbers = b.floats("nms.numbers", np.arange(count)[None])
-    return b.op("Concat", low, high, part, numbers, name="nms.lines", axis=0)
+    shape = b.op("Shape", candidates.scores, name="nms.shape")  # a constant, unless the batch is open
+    numbers = b.op("Expand", b.floats("nms.counted", np.arange(count)[None, None]), shape, name="nms.numbers")
+    return b.op("Concat", low, high, part, numbers, name="nms.lines", axis=1)
 
 
 def _split(b: GraphBuilder, rows: Rows, step: Round, at: str) -> tuple[Rows, Rows]:
@@ -124,24 +125,24 @@ def _split(b: GraphBuilder, rows: Rows, step: Round, at: str) -> tuple[Rows, Row
         return rows, rows
     lengths = b.ints(f"{at}.lengths", [step.block, step.length - step.block])
     lines, scores = (
-        b.ops("Split", source, lengths, names=[f"{at}.{part}_{kind}" for part in ("block", "rest")], axis=1)
+        b.ops("Split", source, lengths, names=[f"{at}.{part}_{kind}" for part in ("block", "rest")], axis=2)
         for kind, source in zip(Rows._fields, rows, strict=True)
     )
     return Rows(lines[0], scores[0]), Rows(lines[1], scores[1])
 
 
 def _suppressions(b: GraphBuilder, block: str, lines: str, at: str) -> str:
-    """float32 (B,L): 1 where the row of the block overlaps the other one, of its class, by more than iou.
+    """float32 (B,block,L): 1 where the row of the block overlaps the other one, of its class, by more than iou.
 
     intersection > iou · union is the same as intersection > iou / (1 + iou) · (area + area).
     """
     ones = b.ints("nms.ones", [1] * len(LINES))
-    turned = b.op("Transpose", block, name=f"{at}.turned", perm=[1, 0])
+    turned = b.op("Transpose", block, name=f"{at}.turned", perm=[0, 2, 1])
     mine, other = (
         dict(
             zip(LINES, b.ops("Split", source, ones, names=[f"{at}.{e}_{whose}" for e in LINES], axis=axis), strict=True)
         )
-        for whose, source, axis in (("mine", turned, 1), ("other", lines, 0))
+        for whose, source, axis in (("mine", turned, 2), ("other", lines, 1))
     )
     width, height = (
         b.op(
@@ -160,27 +161,28 @@ def _suppressions(b: GraphBuilder, block: str, lines: str, at: str) -> str:
 
 
 def _cluster_nms(b: GraphBuilder, suppresses: str, step: Round, iterations: int, at: str) -> tuple[str, str]:
-    """1 for rows of the block that are kept (1,B), and for rows behind it that none of them suppresses (1,L-B)."""
+    """1 for rows of the block that are kept (B,1,block), and for those behind it that none suppresses (B,1,L-block)."""
     own = rest = suppresses
     if step.length > step.block:
         lengths = b.ints(f"{at}.lengths", [step.block, step.length - step.block])
-        own, rest = b.ops("Split", suppresses, lengths, names=(f"{at}.own", f"{at}.others"), axis=1)
+        own, rest = b.ops("Split", suppresses, lengths, names=(f"{at}.own", f"{at}.others"), axis=2)
     rank = np.arange(step.block)  # compared in the graph, since every library folds it and the file stays small
     ranks = (
         b.floats(f"{at}.rank_{way}", rank.reshape(shape)) for way, shape in (("mine", (-1, 1)), ("other", (1, -1)))
     )
     later = b.op("Cast", b.op("Less", *ranks, name=f"{at}.behind"), name=f"{at}.later", to=FLOAT)
     own = b.op("Mul", own, later, name=f"{at}.own_later")
-    keep = ones = b.floats(f"nms.all_{step.block}", np.ones((1, step.block)))
+    keep = b.floats(f"nms.all_{step.block}", np.ones((1, 1, step.block)))
     for turn in range(iterations):
-        keep = _unsuppressed(b, keep, own, ones, f"{at}.{turn}")
-    free = _unsuppressed(b, keep, rest, b.floats("nms.one", [[1.0]]), f"{at}.free") if rest != suppresses else ""
+        keep = _unsuppressed(b, keep, own, f"{at}.{turn}")
+    free = _unsuppressed(b, keep, rest, f"{at}.free") if rest != suppresses else ""
     return keep, free
 
 
-def _unsuppressed(b: GraphBuilder, keep: str, suppresses: str, ones: str, at: str) -> str:
-    """1 where no kept row suppresses: 1 − the number of those that do, not below 0. ONNX Runtime makes it one node."""
-    return b.op("Relu", b.op("Gemm", keep, suppresses, ones, name=f"{at}.hits", alpha=-1.0), name=f"{at}.keep")
+def _unsuppressed(b: GraphBuilder, keep: str, suppresses: str, at: str) -> str:
+    """1 where no kept row suppresses: 1 − the number of those that do, within 0..1."""
+    hits = b.op("MatMul", keep, suppresses, name=f"{at}.hits")
+    return b.op("HardSigmoid", hits, name=f"{at}.keep", alpha=-1.0, beta=1.0)
 
 
 def _finish(
@@ -194,35 +196,33 @@ def _finish(
 ) -> tuple[str, str]:
     """Kept rows first, with zero rows behind them."""
     lines, scores = (
-        parts[0] if len(parts) == 1 else b.op("Concat", *parts, name=f"out.{kind}", axis=1)
+        parts[0] if len(parts) == 1 else b.op("Concat", *parts, name=f"out.{kind}", axis=2)
         for kind, parts in zip(Rows._fields, zip(*decided, strict=True), strict=True)
     )
     count = min(max_det, width)
     best, order, cutoff = top_columns(b, scores, width, count, "out")
     numbers = b.ops(
-        "Split", lines, b.ints("out.line_parts", [len(LINES) - 1, 1]), names=("out.used", "out.numbers"), axis=0
+        "Split", lines, b.ints("out.line_parts", [len(LINES) - 1, 1]), names=("out.used", "out.numbers"), axis=1
     )
     number = b.op("Cast", take(b, numbers[1], order, 1, count, "out.number"), name="out.candidate", to=INT64)
-    table = b.op("Concat", candidates.low, candidates.high, candidates.classes, name="out.candidates", axis=0)
+    table = b.op("Concat", candidates.low, candidates.high, candidates.classes, name="out.candidates", axis=1)
     chosen = take(b, table, number, 5, count, "out.chosen")
-    boxes, classes = b.ops("Split", chosen, b.ints("four_one", [4, 1]), names=("out.boxes", "out.class"), axis=0)
+    boxes, classes = b.ops("Split", chosen, b.ints("four_one", [4, 1]), names=("out.boxes", "out.class"), axis=1)
     if letterbox is not None:
         boxes = _to_frame(b, boxes, letterbox)
-    table = b.op("Concat", boxes, best, classes, name="out.table", axis=0)
+    table = b.op("Concat", boxes, best, classes, name="out.table", axis=1)
     some = b.op("Greater", best, b.floats("nought", 0.0), name="out.some")
     filled = b.op("Mul", table, b.op("Cast", some, name="out.filled", to=FLOAT), name="out.cleared")
-    result = b.op("Transpose", filled, name="out.turned", perm=[1, 0])
     if count < max_det:
-        result = b.op(
-            "Concat", result, b.floats("out.empty", np.zeros((max_det - count, 6))), name="out.padded", axis=0
-        )
-    highest = b.op("Max", *dict.fromkeys([*cutoffs, cutoff]), name="out.highest")
-    flat = b.op("Reshape", highest, b.ints("one", [1]), name=CUTOFF)
-    return b.op("Reshape", result, b.ints("out.shape", [1, max_det, 6]), name=DETECTIONS), flat
+        empty = b.ints("out.empty", [0, 0, 0, 0, 0, max_det - count])
+        filled = b.op("Pad", filled, empty, name="out.padded", mode="constant")
+    highest = b.op("Max", *cutoffs, cutoff, name="out.highest")
+    flat = b.op("Reshape", highest, b.ints("flat", [-1]), name=CUTOFF)
+    return b.op("Transpose", filled, name=DETECTIONS, perm=[0, 2, 1]), flat
 
 
 def _to_frame(b: GraphBuilder, boxes: str, letterbox: FrameLetterbox) -> str:
-    """Canvas pixels -> frame pixels, clipped to the frame: (4,M)."""
+    """Canvas pixels -> frame pixels, clipped to the frame: (B,4,M)."""
     height, width = letterbox.frame_hw
     shift = b.floats("frame.pad", np.tile(letterbox.geometry.pad_wh, 2)[:, None])
     moved = b.op("Sub", boxes, shift, name="frame.moved")

@@ -33,16 +33,16 @@ class FrameLetterbox:
 
 
 def canvas_pixels(builder: GraphBuilder, source: str) -> str:
-    """uint8 BGR (1,S,S,3) -> float32 BGR 0..255 (1,3,S,S)."""
+    """uint8 BGR (B,H,W,3) -> float32 BGR 0..255 (B,3,H,W)."""
     floats = builder.op("Cast", source, name="canvas.float", to=FLOAT)
     return builder.op("Transpose", floats, name="canvas.nchw", perm=[0, 3, 1, 2])
 
 
-def frame_pixels(builder: GraphBuilder, source: str, letterbox: FrameLetterbox) -> str:
-    """uint8 BGR (1,H,W,3) -> letterboxed float32 BGR 0..255 (1,3,S,S), within one level of cv2's bilinear letterbox."""
+def frame_pixels(builder: GraphBuilder, source: str, letterbox: FrameLetterbox, batch: int | None = 1) -> str:
+    """uint8 BGR frames -> letterboxed float32 BGR 0..255 (B,3,H,W), within one level of cv2's bilinear letterbox."""
     pixels = canvas_pixels(builder, source)
     if letterbox.geometry.resized_hw != letterbox.frame_hw:
-        sizes = builder.ints("letterbox.sizes", [1, 3, *letterbox.geometry.resized_hw])
+        sizes = _sizes(builder, pixels, (3, *letterbox.geometry.resized_hw), batch)
         pixels = builder.op(
             "Resize", pixels, "", "", sizes,
             name="letterbox.resized", mode="linear", coordinate_transformation_mode="half_pixel",
@@ -56,8 +56,16 @@ def frame_pixels(builder: GraphBuilder, source: str, letterbox: FrameLetterbox) 
     return pixels
 
 
+def _sizes(builder: GraphBuilder, pixels: str, sides: tuple[int, int, int], batch: int | None) -> str:
+    """The shape (B, *sides), where B is that of `pixels` if it is open."""
+    if batch is not None:
+        return builder.ints("letterbox.sizes", [batch, *sides])
+    images = builder.op("Shape", pixels, name="letterbox.images", end=1)
+    return builder.op("Concat", images, builder.ints("letterbox.sides", sides), name="letterbox.sizes", axis=0)
+
+
 def pixels_tensor(model: onnx.ModelProto) -> str:
-    """The tensor that holds the canvas as float32 BGR 0..255 (1,3,S,S), whichever preprocessing the graph has."""
+    """The tensor that holds the canvas as float32 BGR 0..255 (B,3,H,W), whichever preprocessing the graph has."""
     made = {name for node in model.graph.node for name in node.output}
     return next(name for name in ("letterbox.canvas", "letterbox.rounded", "canvas.nchw") if name in made)
 

@@ -16,13 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
+from compress.graph.batches import batch_of, whole_batches
 from compress.graph.nms import NmsShape, nms_in_rounds
 from compress.graph.preprocess import FrameLetterbox, pixels_tensor
 from compress.graph.session import exposing, open_session
 
 PROBES = ("candidates.row", "candidates.low", "candidates.high", "candidates.score", "candidates.class")
-"""Inner tensors of the boxes graph that are compared: (1,K), (2,K), (2,K), (1,K), (1,K)."""
+"""Inner tensors of the boxes graph that are compared: (B,1,K), (B,2,K), (B,2,K), (B,1,K), (B,1,K)."""
+FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
 class Found(NamedTuple):
@@ -52,23 +55,28 @@ class Agreement:
 
 
 def unit_rgb(pixels_bgr: np.ndarray) -> np.ndarray:
-    """Float BGR 0..255 (1,3,H,W) -> float32 RGB 0..1, as the network was trained."""
+    """Float BGR 0..255 (B,3,H,W) -> float32 RGB 0..1, as the network was trained."""
     return np.ascontiguousarray(pixels_bgr[:, ::-1], np.float32) / np.float32(255)
 
 
 def nchw(canvas: np.ndarray) -> np.ndarray:
-    """uint8 (1,S,S,3) -> float32 (1,3,S,S), values unchanged."""
+    """uint8 (B,H,W,3) -> float32 (B,3,H,W), values unchanged."""
     return canvas.transpose(0, 3, 1, 2).astype(np.float32)
 
 
 def check_rows(model: onnx.ModelProto, canvases: Sequence[np.ndarray], torch_rows: TorchRows) -> Agreement:
-    """Step 1, on uint8 BGR canvases (1,S,S,3)."""
-    session = open_session(model)
+    """Step 1, on uint8 BGR canvases (1,H,W,3), as many as fill whole batches; torch runs them one by one.
+
+    Those of an open graph may differ in size.
+    """
+    session, dtype = open_session(model), FLOATS[model.graph.input[0].type.tensor_type.elem_type]
     box, score = 0.0, 0.0
-    for canvas in canvases:
-        images = unit_rgb(nchw(canvas))
-        error = np.abs(session.run(None, {model.graph.input[0].name: images})[0][0] - torch_rows(images))
-        box, score = max(box, _largest(error[:, :4])), max(score, _largest(error[:, 4:]))
+    for batch in whole_batches(canvases, batch_of(model)):
+        images = unit_rgb(nchw(batch))
+        (found,) = session.run(None, {model.graph.input[0].name: images.astype(dtype)})
+        for image, rows in zip(images, found, strict=True):
+            error = np.abs(rows - torch_rows(image[None]))
+            box, score = max(box, _largest(error[:, :4])), max(score, _largest(error[:, 4:]))
     return Agreement(len(canvases), box, score)
 
 
@@ -79,30 +87,34 @@ def check_boxes(
     nms: NmsShape,
     letterbox: FrameLetterbox | None = None,
 ) -> Agreement:
-    """Steps 2 and 3, on the graph's own input: uint8 BGR canvases, or frames with a `letterbox`.
+    """Steps 2 and 3, on the graph's own input: uint8 BGR canvases, or frames with a `letterbox`, in whole batches.
 
-    Torch reads the same pixels as the graph's stem, so a frame's resampling is not counted here.
+    Torch reads the same pixels as the graph's stem, one image at a time, so a frame's resampling is not counted here.
+    The plain graph runs beside the one that is probed, with an open batch on each image alone.
     """
-    pixels = pixels_tensor(model)
-    probes = exposing(model, [pixels, *PROBES])
+    name, batch = model.graph.input[0].name, batch_of(model)
+    probes = exposing(model, [pixels_tensor(model), *PROBES])
     session, plain = open_session(probes), open_session(model)
     worst = Agreement(0, 0.0, 0.0)
-    for source in sources:
-        feed = {model.graph.input[0].name: source}
-        detections, cutoff, seen, row, low, high, scores, classes = session.run(None, feed)
-        found = Found(row[0], np.concatenate([low, high]).T, scores[0], classes[0])
-        decoded = torch_rows(unit_rgb(seen))
-        box, score = _candidate_errors(found, decoded)
-        expected, room = _expected(found, nms, letterbox)
-        alone, alone_cutoff = plain.run(None, feed)
-        limit = max(room, _best_left_out(found, decoded))
-        differences = _row_differences(detections[0], expected) + _row_differences(alone[0], expected)
-        worst = Agreement(
-            worst.images + 1,
-            max(worst.max_box_error_px, box),
-            max(worst.max_score_error, score, *(abs(float(value[0]) - limit) for value in (cutoff, alone_cutoff))),
-            worst.nms_differences + differences,
-        )
+    for source in whole_batches(sources, batch):
+        detections, cutoffs, pixels, *inner = session.run(None, {name: source})
+        parts = [plain.run(None, {name: part}) for part in np.split(source, 1 if batch else len(source))]
+        alone, alone_cutoffs = (np.concatenate(values) for values in zip(*parts, strict=True))
+        for index, seen in enumerate(pixels):
+            row, low, high, scores, classes = (values[index] for values in inner)
+            found = Found(row[0], np.concatenate([low, high]).T, scores[0], classes[0])
+            decoded = torch_rows(unit_rgb(seen[None]))
+            box, score = _candidate_errors(found, decoded)
+            expected, room = _expected(found, nms, letterbox)
+            limit = max(room, _best_left_out(found, decoded))
+            told = (abs(float(values[index]) - limit) for values in (cutoffs, alone_cutoffs))
+            differences = sum(_row_differences(values[index], expected) for values in (detections, alone))
+            worst = Agreement(
+                worst.images + 1,
+                max(worst.max_box_error_px, box),
+                max(worst.max_score_error, score, *told),
+                worst.nms_differences + differences,
+            )
     return worst
 
 

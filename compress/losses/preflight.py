@@ -71,6 +71,7 @@ def preflight(
     *,
     task: TaskLoss | None = None,
     imgsz: int | None = None,
+    label_weight: float = 1.0,
 ) -> list[Check]:
     """Examine a distillation on one batch. Changes neither network, nor the losses, nor any gradient.
 
@@ -79,7 +80,8 @@ def preflight(
         teacher: on the same device.
         losses: by name, made for these two networks.
         batch: a few labelled training images.
-        task: the detection loss, to print its share of the gradient.
+        task: the detection loss, to print its share of the gradient; None where no label is known.
+        label_weight: the weight by which it is trained; shares of the other losses refer to it unweighted.
         imgsz: pixels of the student's images, where the teacher's are larger.
     """
     heads = [name for name, loss in losses.items() if loss.compares_heads]
@@ -100,7 +102,7 @@ def preflight(
     if task is not None:
         total, _ = task(outputs.raw, targets)
         terms = {LABELS: total / len(images), **terms}
-    return [*checks, *_shares(terms, losses, outputs.features)]
+    return [*checks, *_shares(terms, losses, outputs.features, label_weight)]
 
 
 def _whole(student: Outputs, teacher: Outputs) -> Outputs:
@@ -199,7 +201,7 @@ def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: C
 
 
 def _shares(
-    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor]
+    terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor], label_weight: float
 ) -> Iterator[Check]:
     """How the gradient at the neck is divided, and whether a fixed weight drowns the labels.
 
@@ -207,7 +209,9 @@ def _shares(
     """
     norms, of = neck_gradients(terms, features), dict(losses.items())
     labels = norms.get(LABELS, 1.0)
-    weighted = {name: _weighted(norm, of.get(name), labels) for name, norm in norms.items()}
+    weighted = {
+        name: _weighted(norm, of[name], labels) if name in of else label_weight * norm for name, norm in norms.items()
+    }
     total = sum(weighted.values())
     ok = 0 < total < float("inf")
     parts = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"
@@ -218,7 +222,5 @@ def _shares(
     yield Check("parts of the whole gradient at the neck", ok, parts)
 
 
-def _weighted(norm: float, loss: DistillLoss | None, labels: float) -> float:
-    if loss is None:
-        return norm
+def _weighted(norm: float, loss: DistillLoss, labels: float) -> float:
     return loss.share * labels if loss.weight is None else loss.weight * norm

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from compress.config import SCALES
@@ -151,19 +151,29 @@ class Architecture:
         object.__setattr__(self, "anchors", _anchors(self.anchors, len(self.strides)))
 
     @classmethod
-    def of_scale(cls, scale: str, names: Sequence[str], anchors: Any = None, layout: str | None = None) -> Architecture:
+    def of_scale(
+        cls,
+        scale: str,
+        names: Sequence[str],
+        anchors: Any = None,
+        layout: str | None = None,
+        activation: str = "SiLU",
+    ) -> Architecture:
         """The network of a scale of `SCALES` for the classes `names`.
 
         Without a `layout`, four levels of anchors make the one with a fourth level; without anchors the layout's
         defaults are taken. Raises UsageError when the scale is unknown.
         """
-        if scale not in SCALES:
-            raise UsageError(f"scale {scale!r} is not known", f"Choose among {', '.join(SCALES)}")
-        depth, width = SCALES[scale]
+        depth, width = _multiples(scale)
         layout = layout or ("v6-p6" if anchors is not None and len(anchors) == 4 else "v6")
         if anchors is None:
             anchors = DEFAULT_ANCHORS_P6 if layout.endswith("p6") else DEFAULT_ANCHORS
-        return cls(depth, width, tuple(names), anchors, layout)
+        return cls(depth, width, tuple(names), anchors, layout, activation)
+
+    def resized(self, scale: str) -> Architecture:
+        """The same at the depth and width of `scale`. Raises UsageError when the scale is unknown."""
+        depth, width = _multiples(scale)
+        return replace(self, depth=depth, width=width)
 
     @property
     def nc(self) -> int:
@@ -180,14 +190,13 @@ class Architecture:
         """Pixels of a cell, finest level first."""
         return LAYOUTS[self.layout].strides
 
-    def require_image_size(self, imgsz: int) -> None:
-        """Raises UsageError when images of `imgsz` pixels do not divide into whole cells of the coarsest level."""
+    def require_image_size(self, *sides: int) -> None:
+        """Raises UsageError when images of these sides do not divide into whole cells of the coarsest level."""
         stride = max(self.strides)
-        if imgsz < stride or imgsz % stride:
-            raise UsageError(
-                f"image size {imgsz} is not a multiple of the network's stride {stride}",
-                f"Use {-(-imgsz // stride) * stride}",
-            )
+        fitting = [max(1, -(-side // stride)) * stride for side in sides]
+        if fitting != list(sides):
+            given, better = ("x".join(map(str, values)) for values in (sides, fitting))
+            raise UsageError(f"image size {given} is not a multiple of the network's stride {stride}", f"Use {better}")
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -240,6 +249,13 @@ class Architecture:
                 f"layout {made.layout} has strides {made.strides}, not {raw['strides']}", "Write the file anew"
             )
         return made
+
+
+def _multiples(scale: str) -> tuple[float, float]:
+    """Depth and width."""
+    if scale not in SCALES:
+        raise UsageError(f"scale {scale!r} is not known", f"Choose among {', '.join(SCALES)}")
+    return SCALES[scale]
 
 
 def _require(name: str, value: Any, holds: bool, expected: str) -> None:

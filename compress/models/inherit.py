@@ -56,7 +56,7 @@ class Inheritance(NamedTuple):
 
 
 def why_not(student: Architecture, source: Architecture) -> str:
-    """Why the student cannot be a slice of the source; empty where it can."""
+    """Why the student cannot be a slice of the source; empty where it can. Activations may differ."""
     if student.layout != source.layout:
         return f"the student's layout is {student.layout}, the larger network's {source.layout}"
     if student.width > source.width:
@@ -72,7 +72,8 @@ def inherit(student: YOLOv5, source: YOLOv5, classes: Sequence[int | None] | Non
 
     `classes` names for each class of the student the source's class that it is, or None; without it they are matched by
     name. The outputs of others stay as they are. Bottlenecks are matched by position; those that the source lacks start
-    as the identity. Raises UsageError when the student is not a slice of the source.
+    as the identity, those that the student lacks are left out. Raises UsageError when the student is not a slice of the
+    source.
     """
     if classes is None:
         classes = classes_by_name(student.arch, source.arch)
@@ -141,17 +142,23 @@ def _conv(own: Block, theirs: Block, inputs: Kept, outputs: Kept | None = None) 
 
 
 def _chain(own: Block, theirs: Block, inputs: Kept) -> Kept:
-    """`cv1` and the bottlenecks behind it. A residual adds maps, so all that it adds share one set of channels."""
+    """`cv1` and the bottlenecks behind it.
+
+    A residual adds maps, so all that it adds share one set of channels. A bottleneck that the student lacks counts as
+    the identity, so the maps before and behind it share one set as well.
+    """
     pairs = list(zip(own.m, theirs.m, strict=False))
-    residual = [block.cv2.bn.weight for _, block in pairs if block.add]
-    stream = _strongest([theirs.cv1.bn.weight, *residual], own.cv1.conv.out_channels)
-    _conv(own.cv1, theirs.cv1, inputs, stream)
-    for block, source in pairs:
-        middle = _conv(block.cv1, source.cv1, stream)
-        stream = _conv(block.cv2, source.cv2, middle, stream if source.add else None)
+    gammas = [conv.bn.weight for conv in (theirs.cv1, *(block.cv2 for block in theirs.m))]
+    linked = 0 if theirs.m[0].add else len(pairs)
+    width = own.cv1.conv.out_channels
+    streams = [_strongest([gamma], width) for gamma in gammas[:linked]]
+    streams += [_strongest(gammas[linked:], width)] * (len(pairs) + 1 - linked)
+    _conv(own.cv1, theirs.cv1, inputs, streams[0])
+    for (block, source), before, after in zip(pairs, streams, streams[1:], strict=False):
+        _conv(block.cv2, source.cv2, _conv(block.cv1, source.cv1, before), after)
     for block in own.m[len(pairs) :]:
         _pass_through(block)
-    return stream
+    return streams[-1]
 
 
 def _pass_through(block: Block) -> None:

@@ -37,6 +37,8 @@ class Stage(Generic[C, I]):
     """Earlier stages whose folders the stage reads."""
     digests: Mapping[str, Callable[[Recipe], str]] = field(default_factory=dict)
     """Digests of files of the user, by name."""
+    beside: Mapping[str, Callable[[Recipe, Path], Path | None]] = field(default_factory=dict)
+    """Files outside the run that the stage reads where they are there, by name; found by the run's folder."""
     facts: Mapping[str, Callable[[], str]] = field(default_factory=dict)
     """Facts of the machine that change the result, by name."""
     check: Callable[[C], None] = lambda _: None
@@ -52,7 +54,8 @@ class Stage(Generic[C, I]):
             lambda out, log: self.run(config, self.inputs(recipe, folders), out, log),
             result_settings(config),
             folders,
-            {name: digest(recipe) for name, digest in self.digests.items()},
+            {name: digest(recipe) for name, digest in self.digests.items()}
+            | {name: sha256(file) for name, find in self.beside.items() if (file := find(recipe, run_folder))},
             {name: fact() for name, fact in self.facts.items()},
             self.version,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from benchmarks.rows import Row, named_apart, plain
 from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
-from compress.data import Dataset
+from compress.data import Dataset, Sample, SplitIndex
 from compress.evaluate import evaluate
 from compress.flavours import FLAVOURS
 from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of
@@ -46,19 +47,30 @@ class Inputs(NamedTuple):
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Measure every file and write `bench.json` into `out`. Raises the errors of `measure_file`."""
     plan, data = plan_of(config.bench, inputs.data, inputs.device), inputs.data
+    measured = measured_images(config.bench, data)
     rows = named_apart([_row(file, plan, log) for file in inputs.files], [file.path for file in inputs.files])
-    torch = [torch_row(role, file, data, config.imgsz, log) for role, file in inputs.networks.items()]
-    dataset = {
-        "name": data.path.parent.name,
-        "split": "val",
-        "images": len(data.splits["val"].samples),
-        "instances": data.splits["val"].boxes,
-        "sha256": data.sha256,
-        "names": data.names,
-    }
-    document = {"models": rows, "torch": torch, "dataset": dataset, "machine": facts()}
+    torch = [torch_row(role, file, measured.samples, config.imgsz, log) for role, file in inputs.networks.items()]
+    document = {"models": rows, "torch": torch, "dataset": dataset_row(data, measured), "machine": facts()}
     write_json(out / "bench.json", document)
     return {"files": len(rows)}
+
+
+def measured_images(config: BenchConfig, data: Dataset) -> SplitIndex:
+    """The validation images that are used: all, or the first `max_images`."""
+    val = data.splits["val"]
+    return replace(val, samples=val.samples[: config.max_images or None])
+
+
+def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
+    """The report's data entry, with a digest of the images and labels that were measured."""
+    return {
+        "name": data.path.parent.name,
+        "split": "val",
+        "images": len(measured.samples),
+        "instances": measured.boxes,
+        "sha256": measured.sha256,
+        "names": data.names,
+    }
 
 
 def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
@@ -80,10 +92,10 @@ def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
     return row
 
 
-def torch_row(role: str, file: Path, data: Dataset, imgsz: int, log: Log) -> Row:
+def torch_row(role: str, file: Path, samples: Sequence[Sample], imgsz: int, log: Log) -> Row:
     """The network before export, by YOLOv5's way of validating: rectangular batches, several labels per box."""
     model = load_model(file)
-    found = evaluate(model, data.splits["val"].samples, imgsz=imgsz, batch=32, rect=True)
+    found = evaluate(model, samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None
     log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
     cost = complexity(model.arch, (imgsz, imgsz))

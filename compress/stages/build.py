@@ -20,8 +20,8 @@ from compress.log import Log
 from compress.stages import Figures, Stage, packages
 from runtime.backends import BACKENDS
 from runtime.bundle import card_of, folder_card, list_files
-from runtime.card import Artifact
-from runtime.engine import build_engine
+from runtime.card import ONE_IMAGE, Artifact
+from runtime.engine import build_engine, profile_of
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256, write_json
 from runtime.identity import require_same
@@ -82,6 +82,7 @@ class EnginePlan:
             "sha256": self.artifact.sha256 if self.artifact else None,
             "bytes": self.artifact.bytes if self.artifact else None,
             "targets": list(self.artifact.targets) if self.artifact else [],
+            "batches": list(self.artifact.batches) if self.artifact else [],
             "versions": dict(self.artifact.versions) if self.artifact else {},
             "seconds": self.seconds,
             "skipped": self.skipped,
@@ -128,11 +129,13 @@ def describe(plan: EnginePlan) -> str:
         return f"{plan.precision}: {plan.skipped}"
     made = plan.artifact
     targets = ", ".join(made.targets) or "this GPU"
-    return f"{plan.precision}: {made.file}, {made.bytes / 1e6:.1f} MB for {targets}, {plan.seconds:.1f} s"
+    batches = "" if made.batches == ONE_IMAGE else f", batch {made.batches}"
+    return f"{plan.precision}: {made.file}, {made.bytes / 1e6:.1f} MB for {targets}{batches}, {plan.seconds:.1f} s"
 
 
 def _plan(config: BuildConfig, precision: str, model: Path, target: Path) -> EnginePlan:
     target.parent.mkdir(parents=True, exist_ok=True)
+    card = card_of(model)
     try:
         built = build_engine(
             model,
@@ -140,12 +143,13 @@ def _plan(config: BuildConfig, precision: str, model: Path, target: Path) -> Eng
             backend=config.backend,
             targets=config.targets,
             workspace_mib=config.workspace_mib,
+            shapes=profile_of(card, config.batches),
         )
     except UnavailableError as error:
         if config.backend != "auto":
             raise
         return EnginePlan(precision, None, 0.0, f"skipped: {error}")
-    return EnginePlan(precision, built.artifact(target.name, card_of(model)), built.seconds)
+    return EnginePlan(precision, built.artifact(target.name, card), built.seconds)
 
 
 def _check(model: Path, precision: str, first: Path) -> None:

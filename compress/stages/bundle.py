@@ -51,7 +51,7 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     plans = ModelCard.load(folders["build"]).artifacts
     reference = card_of(models[REFERENCE])
     order = _by_latency(models, folders["bench"])
-    onnx = [_copied(precision, models[precision], out, reference.identity) for precision in order]
+    onnx = [_copied(precision, models[precision], out) for precision in order]
     for plan in plans:
         shutil.copyfile(folders["build"] / plan.file, out / plan.file)
     card = replace(reference, artifacts=(*plans, *onnx))
@@ -67,10 +67,13 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     return {"files": len(card.artifacts)}
 
 
-def _copied(precision: str, source: Path, out: Path, identity: str) -> Artifact:
-    target = out / source.name
+def _copied(precision: str, source: Path, out: Path) -> Artifact:
+    target, card = out / source.name, card_of(source)
     shutil.copyfile(source, target)
-    return Artifact(target.name, sha256(target), target.stat().st_size, precision, "onnx", identity=identity)
+    return Artifact(
+        target.name, sha256(target), target.stat().st_size, precision, "onnx",
+        identity=card.identity, batches=card.batches,
+    )  # fmt: skip
 
 
 def _by_latency(models: Mapping[str, Path], bench: Path) -> list[str]:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from compress.config import NoSettings
 from compress.data import INDEX, DataConfig, index_dataset, load_data
-from compress.data.index import quick_digest
+from compress.data.index import JUDGES, quick_digest
 from compress.log import Log
 from compress.stages import Figures, Stage
 
 
 def run(_: NoSettings, data: DataConfig, out: Path, log: Log) -> Figures:
-    """Index the train and val splits of `data`. Raises InputError when one of them has no usable image."""
-    dataset = index_dataset(data)
+    """Index the train and val splits of `data`.
+
+    Raises InputError when one of them has no usable image, or val no label; whoever trains on labels asks for them.
+    """
+    dataset = index_dataset(data, labelled=JUDGES)
     for split, index in dataset.splits.items():
         for problem in index.problems:
             log(f"{split}: skipped {problem}")

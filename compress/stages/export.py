@@ -1,10 +1,10 @@
 """Export: a student (.safetensors) becomes two ONNX files, both checked against torch before they are written.
 
 In: the checkpoint, the image size, and validation images, on which the limits of NMS are tried.
-Out: `model.onnx`, uint8 BGR canvas [1,S,S,3] (or camera frame) to finished boxes [1,max_det,6], without a confidence
-threshold, and `cutoff` [1], the score up to which boxes may be missing; `model.yolov5.onnx`, `images` float32
-[batch,3,S,S] to `output0` [batch,N,5+nc], as YOLOv5 writes it; `export.json`; and `teacher.onnx` if a teacher is
-given. The same checkpoint and settings give the same bytes.
+Out: `model.onnx`, uint8 BGR canvas [B,H,W,3] (or camera frame) to finished boxes [B,max_det,6], without a confidence
+threshold, and `cutoff` [B], the score up to which boxes may be missing; `model.yolov5.onnx`, `images` float32
+[B,3,H,W] to `output0` [B,N,5+nc], as YOLOv5 writes it; `export.json`; and `teacher.onnx` if a teacher is
+given. B is 1, another number, or open. The same checkpoint and settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from torch import nn
 
 from compress.config import IMGSZ, ExportConfig, Recipe, Settings, Side
 from compress.graph.assemble import boxes_graph, yolov5_graph
+from compress.graph.batches import batch_of, whole_batches
 from compress.graph.builder import write_model
 from compress.graph.candidates import Room, Validation, candidates_for, canvas_of, measure_room
+from compress.graph.fp16 import overflow, with_half_input
 from compress.graph.head import HeadShape
-from compress.graph.metadata import metadata_of
+from compress.graph.metadata import metadata_of, write_card
 from compress.graph.network import NetworkGraph, trace
 from compress.graph.nms import NmsShape
 from compress.graph.preprocess import FrameLetterbox
 from compress.graph.session import open_session
-from compress.graph.verify import Agreement, check_boxes, check_rows
+from compress.graph.verify import Agreement, check_boxes, check_rows, nchw, unit_rgb
 from compress.inputs import (
     CONVENTIONAL,
     SHIPPED,
@@ -47,12 +49,16 @@ from compress.models import YOLOv5, load_model, network_digest
 from compress.stages import Figures, Stage
 from compress.store import Folders
 from runtime.backends import CUTOFF
-from runtime.card import ModelCard
+from runtime.card import Batches, ModelCard
 from runtime.errors import EdgestillError, InputError
 from runtime.files import sha256, write_json
 from runtime.image import read_image
 
 CHECKED_IMAGES = 4
+OPEN_BATCH = 3
+"""Images at least on which a file with an open batch is checked."""
+SHIPPED_OPSET = 17
+"""The least one of `model.onnx`: its flavours are made for runtimes that know it."""
 
 
 class Config(Settings):
@@ -149,25 +155,22 @@ def export(
     data: Validation | None = None,
     log: Log = print,
 ) -> ExportResult:
-    """Write both graphs of the checkpoint `model` into the folder `out`, at `imgsz` x `imgsz` pixels.
+    """Write both graphs of the checkpoint `model` into the folder `out`, for canvases of `config.imgsz`.
 
-    Without `data` the check runs on noise. Raises `EdgestillError` and writes nothing when a graph differs from torch
-    by more than `max_box_error` pixels or `max_score_error`, `UsageError` when `imgsz` is not a multiple of the
-    network's stride, and `OccupiedError` when `out` holds another model.
+    Without it they are `imgsz` x `imgsz` pixels. Without `data` the check runs on noise. Raises `EdgestillError` and
+    writes nothing when a graph differs from torch by more than `max_box_error` pixels or `max_score_error`, or float16
+    overflows; `UsageError` when a side is not a multiple of the network's stride, and `OccupiedError` when `out` holds
+    another model.
     """
     network = load_model(model).eval()
-    network.arch.require_image_size(imgsz)
-    size_hw = imgsz, imgsz
+    size_hw = config.imgsz or (imgsz, imgsz)
+    network.arch.require_image_size(*size_hw)
     head = head_shape(network, size_hw)
     card = _card(config, model, network, head)
     refuse_another_model(out, card, (SHIPPED, CONVENTIONAL))
     traced, torch_rows = trace(RawMaps(network.fuse()), size_hw), rows_of(network)
-    rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
-    conventional = yolov5_graph(traced, head, opset=config.opset, metadata=metadata_of(rows_card))
-    canvases = _canvases(data, size_hw)
-    rows = check_rows(conventional, canvases, torch_rows)
-    _require_agreement(config, CONVENTIONAL, rows, log)
-
+    canvases = _canvases(data, size_hw, _images_of_a_check(card))
+    conventional, rows = _conventional(config, traced, head, card, canvases, torch_rows, log)
     shipped, boxes = _shipped(config, traced, head, card, data, canvases, torch_rows)
     _require_agreement(config, SHIPPED, boxes, log)
     room = _measure_room(config, shipped, data, size_hw, log) if data and data.images else None
@@ -206,21 +209,32 @@ def _card(config: ExportConfig, model: Path, network: YOLOv5, head: HeadShape) -
         candidates=candidates_for(head.rows, config.candidates),
         nms_iterations=config.nms_iterations,
         frame_hw=config.frame,
+        batches=Batches(1, None) if config.dynamic else Batches(config.batch, config.batch),
         precision="fp32",
         weights=network_digest(network.arch, network.state_dict()),
-        provenance={"checkpoint": model.name, "checkpoint_sha256": sha256(model), "opset": config.opset},
+        provenance={
+            "checkpoint": model.name,
+            "checkpoint_sha256": sha256(model),
+            "opset": max(config.opset, SHIPPED_OPSET),
+        },
         artifacts=(),
     )
 
 
-def _canvases(data: Validation | None, size_hw: tuple[int, int]) -> list[np.ndarray]:
-    """A few real canvases if there are images, and noise."""
+def _images_of_a_check(card: ModelCard) -> int:
+    """A check runs on a whole number of these."""
+    return card.input_shape[0] or OPEN_BATCH
+
+
+def _canvases(data: Validation | None, size_hw: tuple[int, int], batch: int) -> list[np.ndarray]:
+    """A few real canvases if there are images, and noise up to a whole number of batches."""
     real = [canvas_of(path, size_hw)[0] for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
-    return [*real, _noise((1, *size_hw, 3))]
+    return [*real, *_noise(size_hw, batch - len(real) % batch)]
 
 
-def _noise(shape: Sequence[int]) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, tuple(shape), dtype=np.uint8)
+def _noise(size_hw: tuple[int, int], count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (1, *size_hw, 3), dtype=np.uint8) for _ in range(count)]
 
 
 def _measure_room(
@@ -230,12 +244,53 @@ def _measure_room(
     session, source = open_session(model), model.graph.input[0].name
     paths = [path for _, path in data.images]
     sources = (_frame(path, config.frame) if config.frame else canvas_of(path, size_hw)[0] for path in paths)
-    room = measure_room(lambda image: float(session.run([CUTOFF], {source: image})[0][0]), sources, config.conf)
+    room = measure_room(
+        lambda images: session.run([CUTOFF], {source: images})[0], sources, batch_of(model), config.conf
+    )
     reached = (
         f"reached on {room.reached} of {room.images} images" if room.reached else f"not reached on {room.images} images"
     )
     log(f"limits of NMS: {reached} at conf {config.conf:g}; boxes are complete above {room.highest_cutoff:.3f}")
     return room
+
+
+def _conventional(
+    config: ExportConfig,
+    traced: NetworkGraph,
+    head: HeadShape,
+    card: ModelCard,
+    canvases: Sequence[np.ndarray],
+    torch_rows: Callable[[np.ndarray], np.ndarray],
+    log: Log,
+) -> tuple[onnx.ModelProto, Agreement]:
+    """The graph, and its agreement with torch before its body becomes float16; that of the float16 graph is logged."""
+    rows_card = replace(card, input="tensor", output="rows", frame_hw=None, candidates=0, nms_iterations=0)
+    rows_card = replace(rows_card, provenance={**card.provenance, "opset": config.opset})
+    metadata, batch = metadata_of(rows_card), card.input_shape[0]
+    graph = yolov5_graph(traced, head, opset=config.opset, metadata=metadata, batch=batch)
+    if config.dynamic:  # of another size, and higher than wide where the others are not
+        height, width = head.size_hw
+        canvases = [*canvases, *_noise((width + max(head.strides), height), OPEN_BATCH)]
+    found = check_rows(graph, canvases, torch_rows)
+    _require_agreement(config, CONVENTIONAL, found, log)
+    return (_in_half(graph, rows_card, canvases, torch_rows, log) if config.half else graph), found
+
+
+def _in_half(
+    graph: onnx.ModelProto,
+    card: ModelCard,
+    canvases: Sequence[np.ndarray],
+    torch_rows: Callable[[np.ndarray], np.ndarray],
+    log: Log,
+) -> onnx.ModelProto:
+    """The graph in float16. Raises EdgestillError when an activation of these canvases is too large for it."""
+    images = (unit_rgb(nchw(batch)) for batch in whole_batches(canvases, batch_of(graph)))
+    if fault := overflow(graph, images):
+        raise EdgestillError(f"{CONVENTIONAL} in float16: {fault}", "Nothing was written. Leave --half out")
+    half = with_half_input(graph)
+    write_card(half, replace(card, precision="fp16"))
+    _log_agreement(f"{CONVENTIONAL} in float16", check_rows(half, canvases, torch_rows), log)
+    return half
 
 
 def _shipped(
@@ -248,28 +303,35 @@ def _shipped(
     torch_rows: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[onnx.ModelProto, Agreement]:
     nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
-    graph = boxes_graph(traced, head, nms, opset=config.opset, metadata=metadata_of(card), frame_hw=config.frame)
+    graph = boxes_graph(
+        traced, head, nms,
+        opset=max(config.opset, SHIPPED_OPSET), metadata=metadata_of(card),
+        frame_hw=config.frame, batch=card.input_shape[0],
+    )  # fmt: skip
     letterbox = FrameLetterbox(config.frame, head.size_hw) if config.frame else None
-    sources = _frames(data, config.frame) if config.frame else canvases
+    sources = _frames(data, config.frame, _images_of_a_check(card)) if config.frame else canvases
     return graph, check_boxes(graph, sources, torch_rows, nms, letterbox)
 
 
-def _frames(data: Validation | None, frame_hw: tuple[int, int]) -> list[np.ndarray]:
-    """Frames of the camera's size: the images resized to it, and noise."""
+def _frames(data: Validation | None, frame_hw: tuple[int, int], batch: int) -> list[np.ndarray]:
+    """Frames of the camera's size: the images resized to it, and noise up to a whole number of batches."""
     paths = [path for _, path in (data.images[:CHECKED_IMAGES] if data else ())]
-    return [*(_frame(path, frame_hw) for path in paths), _noise((1, *frame_hw, 3))]
+    return [*(_frame(path, frame_hw) for path in paths), *_noise(frame_hw, batch - len(paths) % batch)]
 
 
 def _frame(path: Path, frame_hw: tuple[int, int]) -> np.ndarray:
-
     return cv2.resize(read_image(path), frame_hw[::-1])[None]
 
 
-def _require_agreement(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
+def _log_agreement(name: str, found: Agreement, log: Log) -> None:
     log(
         f"{name} against torch on {found.images} images: boxes within {found.max_box_error_px:.5f} px, "
         f"scores within {found.max_score_error:.2e}"
     )
+
+
+def _require_agreement(config: ExportConfig, name: str, found: Agreement, log: Log) -> None:
+    _log_agreement(name, found, log)
     limits = (
         ("boxes differ by", found.max_box_error_px, config.max_box_error, " px", "export.max_box_error"),
         ("scores differ by", found.max_score_error, config.max_score_error, "", "export.max_score_error"),

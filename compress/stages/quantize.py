@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from benchmarks.latency import LatencyRatio
 from compress.config import BenchConfig, QuantizeConfig, Settings
 from compress.data import Dataset
 from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
+from compress.graph.batches import filled_batches
 from compress.graph.builder import write_model
 from compress.graph.calibration import calibrate
 from compress.graph.metadata import read_card, write_card
@@ -150,7 +151,7 @@ def quantize(
     refuse_another_model(out, card, [FILES[name] for name in config.flavours])
     chosen = spread(images, config.calibration_images)
     calibration = {**_digest(chosen), "method": config.method}
-    ranges = cache(lambda: calibrate(source, (_input(path, card) for path in chosen), config.method))
+    ranges = cache(lambda: calibrate(source, _inputs(chosen, card), config.method))
     reference = gate.accuracy(model)
     log(f"{REFERENCE}: mAP50-95 {reference:.4f}")
     judged = [JudgedFile(REFERENCE, model, True, "the reference", reference, 0.0)]
@@ -165,7 +166,7 @@ def quantize(
         else:
             write_card(made, replace(card, precision=flavour.name))
             write_model(made, path)
-            fault = _fault(flavour, source, path, [_input(image, card) for image in spread(chosen, SANITY_IMAGES)])
+            fault = _fault(flavour, source, path, list(_inputs(spread(chosen, SANITY_IMAGES), card)))
             found = _judge(config, flavour, path, fault, gate, (model, reference))
             judged.append(replace(found, calibration=calibration if flavour.calibrated else {}))
         log(describe(judged[-1]))
@@ -196,11 +197,11 @@ def _boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
     return card
 
 
-def _input(path: Path, card: ModelCard) -> np.ndarray:
-    """uint8 (1,H,W,3), exactly what the graph's input takes on the device."""
-    frame = read_image(path)
+def _inputs(paths: Iterable[Path], card: ModelCard) -> Iterator[np.ndarray]:
+    """uint8 (B,H,W,3), exactly what the graph's input takes on the device."""
     target = card.frame_hw if card.input == "frame" and card.frame_hw else card.size_hw
-    return letterbox(frame, target).image[None]
+    images = (letterbox(read_image(path), target).image[None] for path in paths)
+    return (batch for batch, _ in filled_batches(images, card.input_shape[0]))
 
 
 def _digest(chosen: Sequence[Path]) -> dict[str, Any]:

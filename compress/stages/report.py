@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks import wording
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
-from benchmarks.rows import Row
-from compress.config import DistillConfig, ExportConfig, LossChoice, Settings
+from benchmarks.rows import Row, ratio
+from compress.config import DistillConfig, ExportConfig, LossChoice, Recipe, Settings, StudentConfig
+from compress.data import Dataset
 from compress.evaluate import fitness
-from compress.inputs import SHIPPED
+from compress.gain import gain_of, study_of, training_of
+from compress.inputs import SHIPPED, dataset_of
 from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
@@ -27,6 +30,7 @@ from runtime.errors import InputError
 from runtime.files import read_json
 from runtime.identity import SHOWN
 
+RESULTS = "results.csv"
 ROLES = {"teacher": "teacher", "student": "distill"}
 
 CURVES = {
@@ -42,19 +46,30 @@ CURVES = {
 class Config(Settings):
     name: str = "run"
     export: ExportConfig = ExportConfig()
+    student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
 
 
-def run(config: Config, folders: Folders, out: Path, log: Log) -> Figures:
+class Inputs(NamedTuple):
+    folders: Folders
+    data: Dataset
+    study: Path | None
+    """study.json, where there is one."""
+
+
+def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Write the report into `out`."""
-    report = assemble(config, folders)
+    report = assemble(config, inputs)
     write(report, out)
+    for sentence in (*wording.weak_student(report.data["models"]), *report.data["notes"]):
+        log(f"report: {sentence}")
     headline = report.data["headline"] or {}
     return {key: headline[key] for key in ("file", "map50_95", "p50_ms", "speedup") if headline.get(key) is not None}
 
 
-def assemble(config: Config, folders: Folders) -> Report:
+def assemble(config: Config, inputs: Inputs) -> Report:
     """A checked report from the folders of the stages. Raises InputError when they are of several models."""
+    folders = inputs.folders
     bench, exported = read_json(folders["bench"] / "bench.json"), read_json(folders["export"] / "export.json")
     require_one_model(bench["models"], ModelCard.load(folders["build"]))
     return make_report(
@@ -63,11 +78,42 @@ def assemble(config: Config, folders: Folders) -> Report:
         **bench,
         training=[row for role, stage in ROLES.items() if (row := _training(role, folders[stage]))],
         distillation=_distillation(config.distill, folders["distill"]),
+        gain=_gain(config, inputs),
         export=_export(config.export, exported),
         calibration=_calibration(folders["quantize"]),
         engines=[_engine(plan) for plan in read_json(folders["build"] / "build.json")],
         stages=[_stage(name, folder) for name, folder in folders.items()],
+        notes=[*not_made(folders["quantize"]), *shared_images(inputs.data)],
     )
+
+
+def _gain(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """The gain over the same student on labels alone that the study measured, or why it is not known."""
+    if inputs.study is None:
+        missing = "`edgestill study` with this recipe measures it"
+        return {"study": None, "split": None, "arm": None, "over": [], "missing": missing}
+    study = read_json(inputs.study)
+    training = training_of(config.student, config.distill)
+    teacher = read_json(inputs.folders["teacher"] / MANIFEST)["fingerprint"]
+    found = gain_of(study, training, teacher=teacher, data=inputs.data.sha256)
+    return {"study": inputs.study.parent.name, "split": study["split"], **found}
+
+
+def not_made(folder: Path) -> Iterator[str]:
+    """One sentence for each flavour that has no file, and therefore no row."""
+    for entry in read_json(folder / "quantize.json"):
+        if entry["file"] is None:
+            yield f"{entry['name']} was not made: {entry['reason']}."
+
+
+def shared_images(data: Dataset) -> Iterator[str]:
+    """A sentence where accuracy is measured on images of the training."""
+    train, val = data.splits["train"], data.splits["val"]
+    if shared := val.count_in(train):
+        yield (
+            f"{shared} of the {len(val.samples)} images that accuracy is measured on are training images too, "
+            "so it says little about new images."
+        )
 
 
 def require_one_model(rows: Sequence[Row], card: ModelCard) -> None:
@@ -82,11 +128,9 @@ def require_one_model(rows: Sequence[Row], card: ModelCard) -> None:
 
 def _training(role: str, folder: Path) -> dict[str, Any] | None:
     """The curves of a training; None if the teacher was used as it is."""
-    table = folder / "results.csv"
-    if not table.is_file():
+    if not (folder / RESULTS).is_file():
         return None
-    with table.open(newline="") as file:
-        curves = [_point(row) for row in csv.DictReader(file)]
+    curves = [_point(row) for row in _epochs(folder)]
     measured = [point for point in curves if point.get("map50_95") is not None]
     best = max(measured, key=lambda point: fitness(point["map50"], point["map50_95"]), default=None)
     return {
@@ -98,6 +142,12 @@ def _training(role: str, folder: Path) -> dict[str, Any] | None:
     }
 
 
+def _epochs(folder: Path) -> list[dict[str, str]]:
+    """The rows of a training's table."""
+    with (folder / RESULTS).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _point(row: Mapping[str, str]) -> dict[str, Any]:
     """One epoch, counted from 1 as in the log (the table counts from 0); a cell is empty if it was not validated."""
     values = {name: float(row[column]) for column, name in CURVES.items() if row.get(column)}
@@ -106,6 +156,7 @@ def _point(row: Mapping[str, str]) -> dict[str, Any]:
 
 def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
     checks = read_json(folder / "checks.json") if config.losses else []
+    epochs = _epochs(folder)
 
     def about(name: str) -> list[dict[str, Any]]:
         others = [f"{other} " for other in config.losses if other != name]
@@ -116,7 +167,7 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "weight": choice.weight,
-                "share": _share(name, folder),
+                "share": _share(epochs, name),
                 "settings": _loss_settings(name, choice),
                 "checks": about(name),
             }
@@ -125,16 +176,22 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
         ],
         "inheritance": _inheritance(folder),
         "teacher": _beside_teacher(folder),
+        "strategy": {
+            "name": config.strategy,
+            "label_weight": config.label_weight,
+            "unlabelled_images": read_json(folder / MANIFEST)["figures"].get("unlabelled_images", 0),
+        },
     }
 
 
-def _beside_teacher(folder: Path) -> dict[str, float] | None:
+def _beside_teacher(folder: Path) -> dict[str, float | None] | None:
     """mAP50-95 of the teacher, as the student saw it, and of the student, both on val; None without a teacher."""
     file = folder / "teacher.json"
     if not file.is_file():
         return None
     measured = read_json(file)
-    return {name: measured[name] for name in ("map50_95", "student_map50_95")}
+    teacher, student = measured["map50_95"], measured["student_map50_95"]
+    return {"map50_95": teacher, "student_map50_95": student, "retained": ratio(student, teacher)}
 
 
 def _inheritance(folder: Path) -> dict[str, Any] | None:
@@ -143,10 +200,9 @@ def _inheritance(folder: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _share(name: str, folder: Path) -> float | None:
+def _share(epochs: Sequence[Mapping[str, str]], name: str) -> float | None:
     """The loss's gradient as a share of the label loss's, in the last epoch that has it above 0."""
-    with (folder / "results.csv").open(newline="") as file:
-        shares = [float(row[share_column(name)] or 0) for row in csv.DictReader(file)]
+    shares = [float(row[share_column(name)] or 0) for row in epochs]
     return next((share for share in reversed(shares) if share > 0), None)
 
 
@@ -192,10 +248,15 @@ def _stage(name: str, folder: Path) -> dict[str, Any]:
     return {"name": name, "seconds": read_json(folder / MANIFEST)["seconds"], "skipped": False}
 
 
+def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
+    return Inputs(folders, dataset_of(recipe, folders), study_of(recipe, folders["data"].parent))
+
+
 STAGE = Stage(
     "report",
     settings=Config,
-    inputs=lambda _, folders: folders,
+    inputs=inputs_of,
     run=run,
     after=("data", "teacher", "distill", "export", "quantize", "build", "bench"),
+    beside={"study": study_of},
 )

@@ -2,7 +2,8 @@
 
 In: settings, a data set, a checkpoint or a scale. Out: `teacher.safetensors`, and the files of a training if one was
 needed: `best.safetensors`, `last.safetensors`, `state.pt`, `results.csv`, `curves.png`, `tensorboard/`.
-`edgestill train` is the training alone, of a teacher or of a student without one.
+`edgestill train` is the training alone, of a teacher or of a student without one; `inheritance.json` is there if it
+started from slices of a larger network.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress.compute.numerics import flush_denormals
-from compress.config import Settings, TeacherConfig, TrainConfig
+from compress.config import NO_START, Settings, StudentConfig, TeacherConfig, TrainConfig
 from compress.data import Dataset
 from compress.data.class_names import class_conflict
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
-from compress.models import YOLOv5, checkpoint
+from compress.models import checkpoint
 from compress.stages import Figures, Stage, weights_digest
+from compress.training.inheritance import inherit_from, new_student, source_of
 from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits
+from compress.training.prepare import adapt_anchors, model_from_state, open_splits
 from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from runtime.errors import UsageError
@@ -30,6 +32,13 @@ from runtime.errors import UsageError
 class Config(Settings):
     teacher: TeacherConfig = TeacherConfig()
     device: str = "auto"
+
+
+class AloneConfig(Settings):
+    """Settings of `edgestill train`: a training, and how its network starts."""
+
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = NO_START
 
 
 class Inputs(NamedTuple):
@@ -53,8 +62,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         teacher,
         data=inputs.data,
         out=out,
-        weights=weights,
-        scale=None if weights else teacher.scale,
+        start=StudentConfig(weights=weights, scale=None if weights else teacher.scale),
         device=config.device,
         resume=(out / STATE).is_file(),
         log=log,
@@ -79,31 +87,32 @@ def train(
     *,
     data: Dataset,
     out: Path,
-    weights: Path | None = None,
-    scale: str | None = None,
+    start: StudentConfig = NO_START,
     device: str = "auto",
     resume: bool = False,
     log: Log = print,
 ) -> TrainResult:
-    """Train a model of `scale` (else of the checkpoint's size) for the classes of `data`.
+    """Train a model for the classes of `data`, of the size and from the weights that `start` names.
 
-    `weights` are copied if name and shape agree, so a checkpoint of other classes starts everything but the head.
-    `resume` continues from `out/state.pt`, bit for bit on a CPU; finished trainings just return. Raises InputError when
-    a file cannot be used, UsageError when requests contradict each other or what is resumed, EdgestillError when a loss
-    is not finite.
+    Weights of its own size are copied if name and shape agree, so a checkpoint of other classes starts everything but
+    the head; of a larger network it takes slices, as a student does of its teacher. `resume` continues from
+    `out/state.pt`, bit for bit on a CPU; finished trainings just return. Raises InputError when a file cannot be used,
+    UsageError when requests contradict each other or what is resumed, EdgestillError when a loss is not finite.
     """
     flush_denormals(log)  # before anything makes torch start its threads
-    origin = origin_of(config, data, weights=weights, scale=scale, device=device)
+    origin = origin_of(config, data, start=start, device=device)
     state = read_resume(out, config, origin) if resume else None
     splits = open_splits(data, config, log)
-    model: YOLOv5
+    source = None if state else source_of(start, None, log)
     if state:
         model = model_from_state(state, data.names)
     else:
-        model = new_model(data.names, scale=scale, weights=weights, seed=config.seed, log=log)
+        model = new_student(start, data.names, source=source, seed=config.seed, log=log)
         if config.autoanchor:
-            model = adapt_anchors(model, splits.train.samples, config, log)
+            model = adapt_anchors(model, data.splits["train"].samples, config, log)
     objective = Objective(model, detection_loss(model, config))
+    if source:
+        inherit_from(source, objective, splits.train, config, device, out, log)
     job = Job(config, objective, splits.train, splits.val, out, origin=origin)
     return run_job(job, device=device, resume=state, log=log)
 

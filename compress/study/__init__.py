@@ -11,7 +11,6 @@ a best epoch is chosen on the val split, which favours the arm that varies most.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,18 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from compress.config import PRESETS, Recipe, Settings, TrainConfig
-from compress.data import index_dataset, load_data
+from compress.data import Dataset, index_dataset, load_data
+from compress.gain import STUDY, training_of
+from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.pipeline import run_recipe
 from compress.recipe import parse
+from compress.store import Outcome
 from compress.study.figures import Run, summary
 from compress.study.render import draw, to_markdown
 from runtime.errors import EdgestillError, UsageError
-from runtime.files import atomic_write, write_json
+from runtime.files import atomic_write, read_json, write_json
 
 ARM_KEYS = ("student", "distill")
 """Parts of the recipe that an arm may change: data and teacher are the same for all."""
-STUDY, JOB, RESULT, PROTOCOL = "study.json", "job.json", "result.json", "log.txt"
+JOB, RESULT, PROTOCOL = "job.json", "result.json", "log.txt"
 SHOWN_LINES = 3
 """Last lines of a failed run that its error shows."""
 
@@ -45,8 +47,9 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     """
     chosen = chosen_arms(recipe, arms)
     plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
-    _index_split(recipe, out)
-    run_recipe(recipe, out, until="teacher", log=log)
+    judges = _index_split(recipe, out)
+    teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
+    about = _about(recipe, plan, judges, teacher, out, log)
     ends = _in_processes(plan, recipe.study.jobs, out, log)
     failed = {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True) if isinstance(end, str)}
     document = summary(
@@ -54,16 +57,47 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
         [end for end in ends if isinstance(end, Run)],
         seeds=recipe.study.seeds,
         failed=failed,
-        epochs=recipe.distill.epochs,
-        imgsz=recipe.distill.imgsz,
-        student=recipe.student.scale,
-        split=recipe.study.split,
+        **about,
     )
     write(document, out)
     if failed:
         name, reason = next(iter(failed.items()))
-        raise EdgestillError(f"{len(failed)} of {len(plan)} runs failed; {name}: {reason}", "Run the study again")
+        raise EdgestillError(
+            f"{len(failed)} of {len(plan)} runs failed; {name}: {reason}", "Run the study again: the others are kept"
+        )
     return out / STUDY
+
+
+def _about(
+    recipe: Recipe, plan: Sequence[tuple[str, int, Recipe]], judges: Dataset, teacher: Outcome, out: Path, log: Log
+) -> dict[str, Any]:
+    """The facts that all runs share, with the teacher's accuracy on the images that judge."""
+    data, judging = dataset_of(recipe, {"data": out / "data"}), judges.splits[recipe.study.split]
+    shared = judging.count_in(data.splits["train"])
+    if shared:
+        log(f"{recipe.study.split}: {shared} of {len(judging.samples)} images are training images too")
+    accuracy = _teacher_accuracy(recipe, teacher, judges, out)
+    log(f"teacher: mAP50-95 {accuracy['map50_95']:.4f} on {recipe.study.split}")
+    return {
+        "epochs": recipe.distill.epochs,
+        "imgsz": recipe.distill.imgsz,
+        "student": recipe.student.scale,
+        "split": recipe.study.split,
+        "images": len(judging.samples),
+        "shared_images": shared,
+        "data": data.sha256,
+        "teacher": {"fingerprint": teacher.fingerprint, **accuracy},
+        "trainings": {arm: training_of(made.student, made.distill) for arm, _, made in plan},
+    }
+
+
+def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Path) -> Mapping[str, float]:
+    """`map50_95` and `map50` of the teacher at the students' image size."""
+    from compress.study.judge import accuracy_of, measured_once
+
+    of = {"teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": str(recipe.distill.imgsz)}
+    weights = teacher.folder / TEACHER
+    return measured_once(out / "teacher.json", of, lambda: accuracy_of(weights, recipe, judges))
 
 
 def write(document: Mapping[str, Any], out: Path) -> None:
@@ -129,11 +163,14 @@ def split_index(out: Path, split: str) -> Path:
     return out / f"{split}.json"
 
 
-def _index_split(recipe: Recipe, out: Path) -> None:
+def _index_split(recipe: Recipe, out: Path) -> Dataset:
+    """The split that judges, indexed for all processes."""
     data, split = load_data(recipe.data), recipe.study.split
     if split not in data.splits:
         raise UsageError(f"{recipe.data}: no {split} split to judge the arms on", "Add one, or set study.split=val")
-    index_dataset(data, [split]).save(split_index(out, split))
+    judges = index_dataset(data, [split])
+    judges.save(split_index(out, split))
+    return judges
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -161,6 +198,6 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, log: Log) -> R
         printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")
         return " / ".join(printed) or f"ended with {ended.returncode}"
-    run = Run(**json.loads((folder / RESULT).read_text(encoding="utf-8"))["run"])
+    run = Run(**read_json(folder / RESULT)["found"])
     log(f"{arm} seed {seed}: mAP50-95 {run.map50_95:.4f}, {1e3 * run.seconds_per_step:.0f} ms a step")
     return run

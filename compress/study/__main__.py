@@ -6,43 +6,32 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compress.config import Recipe
-from compress.data import Dataset, load_data
-from compress.data.dataset import Sample
-from compress.evaluate import evaluate
-from compress.inputs import dataset_of
-from compress.models import load_model
+from compress.data import Dataset
 from compress.pipeline import stage
 from compress.store import Outcome, execute
-from compress.study import JOB, RESULT, split_index
+from compress.study import JOB, RESULT
 from compress.study.figures import Run
+from compress.study.judge import accuracy_of, judges_of, measured_once
+from compress.training.resume import LAST
 from runtime.errors import EdgestillError
-from runtime.files import write_json
+from runtime.files import read_json
 
 
 def main(folder: Path, study: Path) -> None:
-    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    job = read_json(folder / JOB)
     recipe = Recipe.model_validate(job["recipe"])
     with _alone_in(folder):
         trained = execute(stage("distill").task(recipe, study), folder, log=lambda line: print(line, flush=True))
-        judges = Dataset.load(split_index(study, recipe.study.split), load_data(recipe.data).root)
+        judges = judges_of(recipe, study)
         of = {"training": trained.fingerprint, "judges": judges.sha256}
-        if not _is_of(folder / RESULT, of):
-            run = measured(job, recipe, trained, judges.splits[recipe.study.split].samples, study)
-            write_json(folder / RESULT, {"of": of, "run": run._asdict()})
-
-
-def _is_of(result: Path, of: Mapping[str, str]) -> bool:
-    """Whether the file is there and tells of this training and these images."""
-    return result.is_file() and json.loads(result.read_text(encoding="utf-8")).get("of") == of
+        measured_once(folder / RESULT, of, lambda: measured(job, recipe, trained, judges)._asdict())
 
 
 @contextmanager
@@ -53,14 +42,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Sequence[Sample], study: Path) -> Run:
+def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Dataset) -> Run:
     """The accuracy of the last epoch's averaged weights on the images that judge."""
-    config = recipe.distill
-    model = load_model(trained.folder / "last.safetensors")
-    found = evaluate(model, judges, imgsz=config.imgsz, device=recipe.device, coco=False).yolo
-    images = len(dataset_of(recipe, {"data": study / "data"}).splits["train"].samples)
-    steps = trained.figures["epochs"] * math.ceil(images / config.batch)
-    return Run(job["arm"], job["seed"], found.map50_95, found.map50, trained.seconds / steps)
+    accuracy = accuracy_of(trained.folder / LAST, recipe, judges)
+    return Run(
+        job["arm"], job["seed"], **accuracy, seconds_per_step=trained.figures["seconds"] / trained.figures["steps"]
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Run(NamedTuple):
     map50_95: float
     map50: float
     seconds_per_step: float
-    """Wall-clock time of the training, validation included, by its optimiser steps."""
+    """Time of the training, validation included, by its batches; of a killed one that went on, of all its parts."""
 
 
 class Difference(NamedTuple):
@@ -65,7 +65,8 @@ def summary(
     Args:
         arms: name -> settings, in the order of the recipe.
         failed: "<arm>-<seed>" -> the last lines that the run printed.
-        about: what else a reader must know: epochs, split, image size, student.
+        about: what else a reader must know: epochs, split, image size, student, the teacher with its accuracy, digest
+            of the data, and how each arm trains.
     """
     names = list(arms)
     pairs = [(arm, against) for i, arm in enumerate(names) for against in names[:i]]

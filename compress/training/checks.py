@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from compress.evaluate import as_network_input, evaluate_outputs
 from compress.log import Log
 from compress.losses.preflight import Check, preflight
@@ -49,7 +50,7 @@ def require_passed(checks: Sequence[Check], log: Log) -> None:
 
 
 def check_distillation(
-    objective: Objective, teacher: AnyTeacher, train: TrainDataset, config: DistillConfig, log: Log
+    objective: Objective, teacher: AnyTeacher, train: TrainItems, config: DistillConfig, log: Log
 ) -> list[Check]:
     """Refuse a distillation that would silently do nothing, and log what it costs.
 
@@ -58,9 +59,12 @@ def check_distillation(
     """
     batch = next(train_batches(train, batch=min(config.batch, PROBE_IMAGES), epoch=0))
     probe = to_device(copy.deepcopy(objective), teacher.device)
-    on_device = Batch(batch.images.to(teacher.device), batch.targets.to(teacher.device), batch.indices)
+    on_device = batch._replace(images=batch.images.to(teacher.device), targets=batch.targets.to(teacher.device))
     losses: Any = probe.losses
-    checks = preflight(probe.model, teacher, losses, on_device, task=probe.detection, imgsz=config.imgsz)
+    label_loss = partial(probe.label_loss, labelled=batch.labelled) if train.labelled else None
+    checks = preflight(
+        probe.model, teacher, losses, on_device, task=label_loss, label_weight=config.label_weight, imgsz=config.imgsz
+    )
     require_passed(checks, log)
     log(f"distillation: {len(checks)} checks passed; {checks[-1].name}: {checks[-1].detail}")
     cost = measured_cost(probe, teacher, on_device, config)
@@ -155,6 +159,8 @@ class Accuracy:
     map50_95: float
     map50: float
     images: int
+    rect: bool
+    """Whether the images were rectangular, as those of a training's validation are; a student is measured likewise."""
 
 
 def teacher_accuracy(
@@ -178,13 +184,15 @@ def teacher_accuracy(
         lambda images: teacher(images).raw, decode, val, imgsz=config.image_side, batch=2 * config.batch,
         stride=max(terms.strides), rect=rect, device=teacher.device, workers=config.workers,
     )  # fmt: skip
-    return Accuracy(found.yolo.map50_95, found.yolo.map50, found.images)
+    return Accuracy(found.yolo.map50_95, found.yolo.map50, found.images, rect)
 
 
-def student_accuracy(student: YOLOv5, teacher: AnyTeacher, val: Sequence[Sample], config: DistillConfig) -> Accuracy:
-    """The accuracy of a student, measured as its teacher's is."""
+def student_accuracy(
+    student: YOLOv5, val: Sequence[Sample], config: DistillConfig, device: str | torch.device, *, rect: bool
+) -> Accuracy:
+    """The accuracy of a student."""
     own = config.model_copy(update={"teacher_imgsz": None})
-    return teacher_accuracy(Teacher(student, teacher.device), val, own, rect=teacher.takes_any_size)
+    return teacher_accuracy(Teacher(student, device), val, own, rect=rect)
 
 
 def check_teacher(

@@ -69,6 +69,11 @@ class ClassMap:
         return (log_p - torch.log(-torch.expm1(log_p)))[..., None]
 
 
+def class_map_of(sources: Sequence[int | None]) -> ClassMap:
+    """The map by which each class is one of the network's, or unknown to it; none of the network's is left out."""
+    return ClassMap(tuple(() if source is None else (source,) for source in sources), ())
+
+
 def map_classes(
     who: str, names: Sequence[str], data_names: Sequence[str], changes: Mapping[str, str | None]
 ) -> ClassMap:

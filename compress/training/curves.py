@@ -15,13 +15,20 @@ Record = dict[str, float]
 
 METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95")
 VAL = ("val/box_loss", "val/obj_loss", "val/cls_loss")
+TEACHER_TERM = "teacher"
+"""The label loss of a teacher that trains too, among the terms of a distillation."""
 RATES = ("x/lr0", "x/lr1", "x/lr2")
 
 
 def columns(terms: Sequence[str]) -> tuple[str, ...]:
-    """Column names in YOLOv5's order; at the end the losses and shares of terms beyond its three (distillation)."""
+    """Column names in YOLOv5's order; at the end the losses beyond its three (distillation) and their shares."""
     train = tuple(f"train/{term}_loss" for term in terms)
-    return ("epoch", *train[:3], *METRICS, *VAL, *RATES, *train[3:], *map(share_column, terms[3:]))
+    return ("epoch", *train[:3], *METRICS, *VAL, *RATES, *train[3:], *map(share_column, _distilled(terms)))
+
+
+def _distilled(terms: Sequence[str]) -> list[str]:
+    """The terms that are distillation losses."""
+    return [term for term in terms[3:] if term != TEACHER_TERM]
 
 
 def share_column(term: str) -> str:
@@ -65,7 +72,7 @@ def draw_curves(history: Sequence[Mapping[str, float]], terms: Sequence[str], pa
 def _charts(terms: Sequence[str]) -> dict[str, dict[str, str]]:
     """`{title: {legend: column}}`."""
     losses = {f"{term} loss": {"train": f"train/{term}_loss", "val": f"val/{term}_loss"} for term in terms}
-    shares = {term: share_column(term) for term in terms[3:]}
+    shares = {term: share_column(term) for term in _distilled(terms)}
     return (
         losses
         | ({"share of the labels' gradient": shares} if shares else {})

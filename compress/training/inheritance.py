@@ -1,77 +1,161 @@
 """Start a student from a larger network: slices of its weights, then what a few training batches tell.
 
-In: a student, the network that it inherits from, training images. Out: the same student, and what it took over.
+In: how a student starts, the network that it inherits from, training images. Out: the student, and what it took over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from compress.compute.device import to_device
 from compress.compute.resize import reduced
-from compress.config import TrainConfig
+from compress.config import STUDENT_ACTIVATIONS, StudentConfig, TrainConfig
 from compress.data.loader import train_batches
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from compress.evaluate import as_network_input
 from compress.log import Log
-from compress.models import YOLOv5
-from compress.models.inherit import fit_head, inherit, recalibrate
+from compress.models import Architecture, YOLOv5, load, load_model
+from compress.models.architecture import Anchors
+from compress.models.inherit import classes_by_name, fit_head, inherit, recalibrate, why_not
+from compress.processes import is_first_process
+from compress.training.class_map import class_map_of
 from compress.training.objective import DETECTION_TERMS, Objective
-from compress.training.teacher import AnyTeacher
+from compress.training.prepare import new_model
+from compress.training.teacher import AnyTeacher, Teacher
+from runtime.errors import UsageError
+from runtime.files import write_json
 
 BATCHES = 4
 """Training batches that BatchNorm statistics and the head are fitted to."""
 
-Document = dict[str, Any]
+INHERITANCE = "inheritance.json"
+"""The file beside a training's others that says what its network took over."""
+
+
+def source_of(config: StudentConfig, teacher: YOLOv5 | None, log: Log) -> YOLOv5 | None:
+    """The larger network whose slices the student starts from: that of its own weights, else the teacher.
+
+    None where it starts from scratch or from a copy of its weights. Raises UsageError when slices are asked for, or
+    weights are given, and the student is no slice of them.
+    """
+    source = load_model(config.weights) if config.weights and config.scale else teacher
+    if source is None and config.init == "inherit" and not config.weights:
+        raise UsageError("there is no network to inherit from", "Give --weights of a larger one, or --init auto")
+    return source if source is not None and inherits(config, source.arch, log) else None
+
+
+def check_start(config: StudentConfig) -> None:
+    """Raises UsageError when the student's own weights are no start for it, InputError when they cannot be read."""
+    if config.weights:
+        inherits(config, load(config.weights).architecture, print)
+
+
+def inherits(config: StudentConfig, source: Architecture, log: Log) -> bool:
+    """Whether the student starts from slices of `source`, the network of its own weights or else the teacher's.
+
+    Raises UsageError as `source_of` does.
+    """
+    if config.init == "scratch" or not config.scale:
+        return False
+    student = source.resized(config.scale)
+    is_copy = (student.depth, student.width) == (source.depth, source.width)
+    if config.weights and is_copy and config.init == "auto":
+        return False
+    reason = why_not(student, source)
+    if reason and config.init == "auto" and not config.weights:
+        log(f"the student starts from scratch: {reason}")
+        return False
+    if reason:
+        raise UsageError(reason, "Choose a student that is not wider, or let it start from scratch, without weights")
+    return True
+
+
+def new_student(
+    config: StudentConfig,
+    names: Sequence[str],
+    *,
+    source: YOLOv5 | None = None,
+    anchors: Anchors | None = None,
+    seed: int = 0,
+    log: Log = print,
+) -> YOLOv5:
+    """A fresh student for the classes `names`, like `source` if it will inherit from it. Raises as `new_model`."""
+    return new_model(
+        names,
+        scale=config.scale,
+        weights=None if source else config.weights,
+        anchors=anchors,
+        like=source.arch if source else None,
+        activation=config.activation and STUDENT_ACTIVATIONS[config.activation],
+        seed=seed,
+        log=log,
+    )
+
+
+class HeadTeacher(NamedTuple):
+    """The teacher to whose outputs the head is fitted, if it is not the source alone."""
+
+    teacher: AnyTeacher
+    classes: Sequence[int | None]
+    """For each class of the student the source's class that it is, or None."""
 
 
 def inherit_from(
     source: YOLOv5,
     objective: Objective,
-    train: TrainDataset,
+    train: TrainItems,
     config: TrainConfig,
-    teacher: AnyTeacher,
+    device: str,
+    out: Path,
     log: Log,
-    classes: Sequence[int | None] | None = None,
-) -> Document:
+    by: HeadTeacher | None = None,
+) -> None:
     """Copy slices of `source` into the objective's model, measure its BatchNorm statistics and fit its head. In place.
 
-    The head is fitted to the outputs of `teacher`, on whose device all is computed; `classes` are as for `inherit`.
-    Returns a JSON object: how many parameters were copied, which classes, which blocks start afresh, and the parts of
-    the label loss (box, obj, cls) from scratch and before the first step. Raises UsageError when the model is not a
-    slice of the source.
+    The head is fitted to the outputs of `by`, else of the source, whose classes are then matched by name.
+    Writes `inheritance.json` into `out`: how many parameters were copied, which classes, which blocks start afresh, and
+    the parts of the label loss (box, obj, cls) from scratch and before the first step, 0 where no label is known.
+    Raises UsageError when the model is not a slice of the source.
     """
     student = objective.model
-    to_device(objective, teacher.device)
+    larger = by.teacher if by else Teacher(source, device)
+    classes = by.classes if by else classes_by_name(student.arch, source.arch)
+    to_device(objective, larger.device)
     batches = list(islice(train_batches(train, batch=config.batch, epoch=0), BATCHES))
-    seen = [as_network_input(one.images, teacher.device) for one in batches]
-    images = [reduced(one, config.imgsz) for one in seen]
-    targets = [one.targets.to(teacher.device) for one in batches]
-    scratch = _label_loss(objective, images, targets)
+    loaded = [as_network_input(one.images, larger.device) for one in batches]
+    images = [reduced(one, config.imgsz) for one in loaded]
+    targets = [one.targets.to(larger.device) for one in batches]
+    labelled = [one.labelled for one in batches]
+    scratch = _label_loss(objective, images, targets, labelled)
     found = inherit(student, source, classes)
     recalibrate(student, images)
-    told = ((own, teacher(whole).raw) for own, whole in zip(images, seen, strict=True))
-    fit_head(
-        student, told, unknown=[index for index, name in enumerate(student.arch.names) if name not in found.classes]
-    )
-    start = _label_loss(objective, images, targets)
+    named = class_map_of(classes)
+    wanted = (larger(x).raw for x in loaded) if by else ([named(level) for level in larger(x).raw] for x in images)
+    fit_head(student, zip(images, wanted, strict=True), named.unknown)
+    start = _label_loss(objective, images, targets, labelled)
+    told = f"{sum(start.values()):.3f}, from scratch {sum(scratch.values()):.3f}" if train.labelled else "not known"
     log(
-        f"inherited {found.parameters / found.total:.0%} of {found.total} parameters; label loss before the first step "
-        f"{sum(start.values()):.3f}, from scratch {sum(scratch.values()):.3f}"
+        f"inherited {found.parameters / found.total:.0%} of {found.total} parameters; "
+        f"label loss before the first step {told}"
     )
-    return found._asdict() | {"loss_from_scratch": scratch, "loss_before_first_step": start}
+    if is_first_process():
+        losses = {"loss_from_scratch": scratch, "loss_before_first_step": start}
+        write_json(out / INHERITANCE, found._asdict() | losses)
 
 
 @torch.no_grad()
-def _label_loss(objective: Objective, images: list[torch.Tensor], targets: list[torch.Tensor]) -> dict[str, float]:
+def _label_loss(
+    objective: Objective, images: list[torch.Tensor], targets: list[torch.Tensor], labelled: list[int | None]
+) -> dict[str, float]:
     """Mean box, objectness and class loss in evaluation mode, which changes no statistics."""
     model = objective.model
     was_training = model.training
     model.eval()
-    parts = [objective.detection(model(x), y)[1] for x, y in zip(images, targets, strict=True)]
+    parts = [objective.label_loss(model(x), y, n)[1] for x, y, n in zip(images, targets, labelled, strict=True)]
     model.train(was_training)
     return dict(zip(DETECTION_TERMS, torch.stack(parts).mean(0).tolist(), strict=True))

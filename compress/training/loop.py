@@ -1,4 +1,4 @@
-"""The training loop, for plain training and for distillation.
+"""The training loop, for plain training and for distillation, by a frozen teacher or one that trains too.
 
 In: an objective (model and losses), samples, settings, a teacher or none. Out, in the run's folder: `best.safetensors`
 and `last.safetensors` (EMA weights), `state.pt` (everything to resume), `results.csv`, `curves.png`, `tensorboard/`.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.nn.utils import clip_grad_norm_
 
 from compress.compute.device import pick_device, to_device
 from compress.compute.resize import reduced
@@ -28,10 +29,11 @@ from compress.compute.threads import ThreadChoice, fixed_threads, threads_restor
 from compress.config import TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import TrainItems
 from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
 from compress.losses.distill import Outputs
+from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
@@ -54,10 +56,13 @@ class Job:
 
     config: TrainConfig
     objective: Objective
-    train: TrainDataset
+    train: TrainItems
     val: Sequence[Sample]
     out: Path
     teacher: AnyTeacher | None = None
+    """A frozen one; a teacher that trains too is part of the objective."""
+    teacher_rate: float = 1.0
+    """Learning rate of a teacher that trains too, as a share of the student's."""
     origin: Origin | None = None
     """Kept in the state, so that it is resumed from the same; a training that nobody resumes needs none."""
 
@@ -72,12 +77,17 @@ class TrainResult:
     """Row of results.csv of the best epoch."""
     epochs: int
     """Epochs that were trained, fewer than asked after an early stop."""
+    steps: int
+    """Batches of these epochs."""
+    seconds: float
+    """Time of these epochs with their validation; of one that was killed and resumed, of all its parts."""
 
     @property
     def figures(self) -> dict[str, float]:
-        """The best epoch's figures, as the manifest of a stage keeps them."""
+        """The best epoch's figures and the time, as the manifest of a stage keeps them."""
         map50, map50_95 = (self.metrics[f"metrics/mAP_{name}"] for name in ("0.5", "0.5:0.95"))
-        return {"epochs": self.epochs, "map50": map50, "map50_95": map50_95}
+        figures = {"epochs": self.epochs, "steps": self.steps, "map50": map50, "map50_95": map50_95}
+        return figures | {"seconds": round(self.seconds, 3)}
 
 
 @dataclass
@@ -94,6 +104,8 @@ class TrainState:
     history: list[Record] = field(default_factory=list)
     threads: int = 0
     """Compute threads of the next epoch on a CPU; 0 until they are chosen."""
+    seconds: float = 0.0
+    """Time of the epochs that are done; what a killed run had begun of the next is not in it."""
 
 
 def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = None, log: Log = print) -> TrainResult:
@@ -127,10 +139,19 @@ class Trainer:
         freeze(job.objective.model.model, self.config.freeze)
         self.objective = to_device(job.objective, self.device)
         self.thread_choice = ThreadChoice()
-        self.ema = Ema(self.objective.model, self.config.optimizer.ema_decay, self.config.optimizer.ema_ramp)
-        optimizer = build_optimizer(self.objective, self.config.optimizer, self.schedule.weight_decay)
+        own = self.config.optimizer
+        self.averages = [Ema(part.model, own.ema_decay, own.ema_ramp) for part in self.objective.parts]
+        optimizer = build_optimizer(
+            self.objective, own, self.schedule.weight_decay, slower=self.objective.teacher, rate=job.teacher_rate
+        )
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self._counted_until = time.perf_counter()
+
+    @property
+    def ema(self) -> Ema[YOLOv5]:
+        """The average that is validated and shipped: the student's."""
+        return self.averages[0]
 
     @property
     def finished(self) -> bool:
@@ -144,6 +165,7 @@ class Trainer:
             self.job.out / "tensorboard", on=self.config.tensorboard and self.is_main, start=self.state.epoch
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
+        self._counted_until = time.perf_counter()
         with scalars, progress, threads_restored():
             self.choose_threads()
             while not self.finished:
@@ -164,7 +186,7 @@ class Trainer:
         for number, batch in enumerate(self.epoch_batches()):
             losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
             progress.batch(losses.means_if_cheap())
-        rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=True)}
+        rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=False)}
         return {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
 
     def _shares(self) -> Record:
@@ -194,8 +216,9 @@ class Trainer:
             teacher_outputs = self.teacher_outputs(images)
             seen = reduced(images, self.config.imgsz)
             loss = self.wrapped(
-                seen, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration)
-            )
+                seen, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration),
+                labelled=batch.labelled,
+            )  # fmt: skip
             self.backward(loss.total)
         if due:
             self.step(iteration)
@@ -230,10 +253,13 @@ class Trainer:
 
     def step(self, iteration: int) -> None:
         """Move the weights by the pending gradients, clear these, and let the average follow."""
-        self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.optimizer.clip_norm)
+        self.accelerator.clip_grad_norm_(self.objective.own_parameters(), self.config.optimizer.clip_norm)
+        for other in self.objective.parts[1:]:  # apart, so that large gradients of one do not slow the other
+            clip_grad_norm_(other.parameters(), self.config.optimizer.clip_norm)  # the line above has unscaled them all
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.objective.model)
+        for part, average in zip(self.objective.parts, self.averages, strict=True):
+            average.update(part.model)
         self.state.last_step = iteration
 
     # -- compute threads --------------------------------------------------------------------------
@@ -257,7 +283,7 @@ class Trainer:
 
     def _step_of_a_copy(self) -> Callable[[], None]:
         """The networks' work of one batch; the training's weights, statistics and random numbers stay as they are."""
-        model = copy.deepcopy(self.objective.model).train()
+        models = [copy.deepcopy(part.model).train() for part in self.objective.parts]
         side = self.config.image_side
         shape = min(self.config.batch, len(self.job.train)), 3, side, side
         images = torch.linspace(0, 1, math.prod(shape)).view(shape).contiguous(memory_format=torch.channels_last)
@@ -265,7 +291,7 @@ class Trainer:
         def work() -> None:
             self.teacher_outputs(images)
             seen = reduced(images, self.config.imgsz)
-            torch.stack([level.square().mean() for level in model(seen)]).sum().backward()
+            torch.stack([level.square().mean() for model in models for level in model(seen)]).sum().backward()
 
         return work
 
@@ -282,8 +308,14 @@ class Trainer:
         self.state.epoch += 1
         if not self.finished:
             self.choose_threads()
+        self._count_seconds()
         self._write_files()
         return self.state
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self._counted_until
+        self._counted_until = now
 
     def _validation_is_due(self) -> bool:
         done = self.state.epoch + 1
@@ -318,12 +350,16 @@ class Trainer:
             draw_curves(state.history, terms, out / "curves.png")
 
     def _save_weights(self, name: str, record: Record) -> None:
-        save_model(self.ema.module, self.job.out / name, {"imgsz": self.config.imgsz, "record": record})
+        student, *teacher = self.averages
+        save_model(student.module, self.job.out / name, {"imgsz": self.config.imgsz, "record": record})
+        for average in teacher:
+            save_model(average.module, self.job.out / of_teacher(name), {"imgsz": self.config.imgsz})
 
     def _result(self) -> TrainResult:
         best, last = (self.job.out / name for name in ("best.safetensors", LAST))
         self.log(f"best epoch {self.state.best_epoch + 1}, fitness {self.state.best_fitness:.4f}: {best}")
-        return TrainResult(best, last, self.state.history[self.state.best_epoch], self.state.epoch)
+        done, record = self.state.epoch, self.state.history[self.state.best_epoch]
+        return TrainResult(best, last, record, done, done * self.batches, self.state.seconds)
 
     # -- kill and resume --------------------------------------------------------------------------
 
@@ -335,7 +371,7 @@ class Trainer:
             "architecture": self.objective.model.arch.to_json(),
             "objective": self.objective.state_dict(),
             "gradients": [parameter.grad for parameter in self.objective.parameters()],
-            "ema": self.ema.module.state_dict(),
+            "ema": [average.module.state_dict() for average in self.averages],
             "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -348,13 +384,19 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         for parameter, gradient in zip(self.objective.parameters(), state["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(self.device)
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.updates = state["ema_updates"]
+        for average, module in zip(self.averages, state["ema"], strict=True):
+            average.module.load_state_dict(module)
+            average.updates = state["ema_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"])
         self.state = TrainState(**state["train_state"])
+
+
+def of_teacher(name: str) -> str:
+    """The file of a teacher that trains too, beside the student's of this name."""
+    return f"teacher_{name}"
 
 
 def _accelerator(device: torch.device, *, half: bool) -> Accelerator:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
-from compress.losses.distill import Context, DistillLoss, Outputs
+from compress.losses.distill import Context, DistillLoss, Outputs, detached
 from compress.models import YOLOv5
+from compress.training.curves import TEACHER_TERM
 from compress.training.ratio import LossWeights, gradient_norms
 
 DETECTION_TERMS = ("box", "obj", "cls")
@@ -45,6 +46,10 @@ class Objective(nn.Module):
     A weight is fixed, or follows the gradients (see `compress.training.ratio`).
 
     Without `losses` it is a plain training, which takes no notice of a teacher.
+
+    Args:
+        label_weight: weight of the detection loss.
+        reference: the distillation loss whose gradient the weights follow; None takes the detection loss.
     """
 
     def __init__(
@@ -52,6 +57,9 @@ class Objective(nn.Module):
         model: YOLOv5,
         detection: DetectionLoss,
         losses: Mapping[str, DistillLoss] | None = None,
+        *,
+        label_weight: float = 1.0,
+        reference: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -59,11 +67,24 @@ class Objective(nn.Module):
         self.losses = nn.ModuleDict(losses)  # makes their parameters this module's
         own = (losses or {}).values()
         self.weights = LossWeights([loss.weight for loss in own], [loss.share for loss in own])
+        self.label_weight, self.reference = label_weight, reference
+        self.teacher: Objective | None = None
+        """A teacher that trains too, on the labels alone: no gradient of the student's losses reaches it."""
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of `Loss.terms`."""
-        return (*DETECTION_TERMS, *self.losses)
+        return (*DETECTION_TERMS, *self.losses, *([TEACHER_TERM] if self.teacher else []))
+
+    @property
+    def parts(self) -> list[Objective]:
+        """Itself, and the objective of a teacher that trains too."""
+        return [self, *([self.teacher] if self.teacher else [])]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """All parameters but those of a teacher that trains too."""
+        others = {id(parameter) for parameter in self.teacher.parameters()} if self.teacher else set()
+        return [parameter for parameter in self.parameters() if id(parameter) not in others]
 
     def forward(
         self,
@@ -73,6 +94,7 @@ class Objective(nn.Module):
         factors: Sequence[float] = (),
         upstream: Tensor | None = None,
         measure: bool = False,
+        labelled: int | None = None,
     ) -> Loss:
         """Loss of float images (B, 3, H, W) against targets (n, 6) and against the teacher's outputs for the images.
 
@@ -80,8 +102,16 @@ class Objective(nn.Module):
             factors: of each distillation loss, multiplied by its weight; 0 leaves it out. Without factors all are 1.
             upstream: () float32, the gradient that `total` will get, where the caller knows it.
             measure: measure the gradients first, and let the weights follow.
+            labelled: the number of images, the first ones, whose labels are known; None if those of all are.
         """
-        return self.loss(self.student_outputs(images), teacher_outputs, targets, factors, upstream, measure)
+        if self.teacher is None:
+            student = self.student_outputs(images)
+            return self.loss(student, teacher_outputs, targets, factors, upstream, measure, labelled)
+        teacher_outputs = self.teacher.student_outputs(images)
+        own, terms = self.teacher.label_loss(teacher_outputs.raw, targets, labelled)
+        student = self.student_outputs(images)
+        total, others = self.loss(student, detached(teacher_outputs), targets, factors, upstream, measure, labelled)
+        return Loss(total + own, torch.cat([others, terms.sum().view(1)]))
 
     def student_outputs(self, images: Tensor) -> Outputs:
         """The model's raw maps and features."""
@@ -95,11 +125,12 @@ class Objective(nn.Module):
         factors: Sequence[float],
         upstream: Tensor | None,
         measure: bool,
+        labelled: int | None = None,
     ) -> Loss:
-        """The sum of all losses; see `forward`."""
-        total, terms = self.detection(student.raw, targets)
+        """The sum of all losses of the model; see `forward`."""
+        total, terms = self.label_loss(student.raw, targets, labelled)
         if not self.losses:
-            return Loss(total, terms)
+            return Loss(self.label_weight * total, self.label_weight * terms)
         if teacher is None:
             raise ValueError("a distillation needs the teacher's outputs")
         batch = student.raw[0].shape[0]
@@ -107,32 +138,53 @@ class Objective(nn.Module):
         weights = self._weights(factors)
         upstream = None if upstream is None else upstream * batch
         losses: list[Any] = [
-            self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight)
+            self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight, labelled)
             if factor else self._left_out(name, terms)
             for name, weight, factor in zip(self.losses, weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
-            self._measure(total / batch, losses, student, upstream)
+            reference = dict(zip(self.losses, losses, strict=True))[self.reference] if self.reference else total / batch
+            self._measure(reference, losses, student, upstream)
             weights = self._weights(factors)
         distilled = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
-        return Loss(total + distilled.sum() * batch, torch.cat([terms, distilled.detach()]))
+        return Loss(
+            self.label_weight * total + distilled.sum() * batch,
+            torch.cat([self.label_weight * terms, distilled.detach()]),
+        )
+
+    def label_loss(self, raw: Sequence[Tensor], targets: Tensor, labelled: int | None = None) -> tuple[Tensor, Tensor]:
+        """The detection loss, unweighted, of the first `labelled` images (all, where None): the scalar times their
+        number, and its parts (3,) averaged over all images, detached.
+        """
+        if labelled is None:
+            return self.detection(raw, targets)
+        if labelled == 0:
+            return 0 * torch.stack([level.float().sum() for level in raw]).sum(), raw[0].new_zeros(3).float()
+        total, parts = self.detection([level[:labelled] for level in raw], targets)
+        return total, parts * (labelled / len(raw[0]))
 
     def _weights(self, factors: Sequence[float]) -> list[Tensor]:
         """The weight () of each distillation loss as it is now, times its factor."""
         return [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
 
     def _compare(
-        self, name: str, student: Outputs, teacher: Outputs, targets: Tensor, upstream: Tensor | None
+        self,
+        name: str,
+        student: Outputs,
+        teacher: Outputs,
+        targets: Tensor,
+        upstream: Tensor | None,
+        labelled: int | None,
     ) -> Tensor:
         """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        return self.losses[name](student, teacher, Context(targets, upstream))
+        return self.losses[name](student, teacher, Context(targets, upstream, labelled))
 
     def _left_out(self, name: str, terms: Tensor) -> Tensor:
         """0, with a gradient of 0 for the loss's own parameters: several processes wait for each of them."""
         sums = [parameter.sum() for parameter in self.losses[name].parameters()]
         return 0 * torch.stack([terms.new_zeros(()), *sums]).sum()
 
-    def _measure(self, label_loss: Tensor, losses: Sequence[Tensor], student: Outputs, upstream: Tensor | None) -> None:
+    def _measure(self, reference: Tensor, losses: Sequence[Tensor], student: Outputs, upstream: Tensor | None) -> None:
         """Let the weights follow the gradients at the neck of this batch.
 
         They are measured times `upstream` and the weights, as large as they are trained: in float16 the gradients of
@@ -140,6 +192,6 @@ class Objective(nn.Module):
         """
         own = self.weights.weights
         scales = torch.cat([own.new_ones(1), own]) * upstream if upstream is not None else own.new_ones(len(own) + 1)
-        scaled = [scale * loss for scale, loss in zip(scales, [label_loss, *losses], strict=True)]
-        label, *others = gradient_norms(scaled, student.features) / scales
-        self.weights.update(label, torch.stack(others))
+        scaled = [scale * loss for scale, loss in zip(scales, [reference, *losses], strict=True)]
+        norm, *others = gradient_norms(scaled, student.features) / scales
+        self.weights.update(norm, torch.stack(others))

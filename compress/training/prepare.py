@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from compress.config import Recipe, TrainConfig
+from compress.config import DistillConfig, Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
-from compress.data.train_dataset import TrainDataset
+from compress.data.image_store import fits_in_memory
+from compress.data.index import require_labels
+from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
@@ -25,14 +27,38 @@ SHOWN_PROBLEMS = 5
 
 
 class Splits(NamedTuple):
-    train: TrainDataset
+    train: TrainItems
     val: Sequence[Sample]
 
 
 def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
-    """The samples of both splits; rows and images that were left out are logged."""
+    """The samples of both splits; rows and images that were left out are logged.
+
+    Raises InputError when no training image has a label.
+    """
+    require_labels("train", data.splits["train"], data.path, data.root)
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
+    if shared := data.splits["val"].count_in(data.splits["train"]):
+        log(f"val: {shared} of {len(val)} images are training images too, so its mAP says little about new images")
     return Splits(TrainDataset(train, config.image_side, config.augment, config.seed), val)
+
+
+def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: DistillConfig, log: Log) -> Splits:
+    """The images of a distillation: those of the train split, the unlabelled ones, or as many of both in every batch.
+
+    Raises InputError when labels are trained on and there are none.
+    """
+    if config.label_weight or config.rules.trains_teacher:
+        require_labels("train", data.splits["train"], data.path, data.root)
+    val = _samples("val", data.splits["val"], log)
+    train = _samples("train", data.splits["train"], log) if config.uses_train_split else ()
+    more = unlabelled.samples if unlabelled else ()
+    fits = fits_in_memory([*train, *more], config.image_side)
+    own, other = (
+        TrainDataset(samples, config.image_side, config.augment, config.seed, cache=fits, has_labels=has_labels)
+        for samples, has_labels in ((train, data.splits["train"].boxes > 0), (more, False))
+    )
+    return Splits(MixedDataset(own, other) if train and more else own if train else other, val)
 
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
@@ -50,20 +76,22 @@ def new_model(
     scale: str | None,
     weights: Path | None,
     anchors: Anchors | None = None,
-    layout: str | None = None,
+    like: Architecture | None = None,
+    activation: str | None = None,
     seed: int = 0,
     log: Log = print,
 ) -> YOLOv5:
     """A model for the classes `names`, started from `weights` wherever name and shape agree.
 
-    Its size is `scale`, else that of the checkpoint; its anchors are `anchors`, else the checkpoint's, else the
-    default; a network of a scale has the given `layout`, else the newest for its anchors. The rest starts as in a
+    Its size is `scale`, else that of the checkpoint; its anchors, layout and activation are those given, else those of
+    the checkpoint or of `like`, else the default: the newest layout for its anchors, and SiLU. The rest starts as in a
     fresh seeded network, with the head's biases set for rare objects. Raises UsageError when neither is given.
     """
     _require_start(scale, weights)
     checkpoint = load(weights) if weights else None
-    known = checkpoint.architecture if checkpoint else None
-    architecture = _architecture(tuple(names), scale, known, anchors, layout)
+    architecture = _architecture(
+        tuple(names), scale, checkpoint.architecture if checkpoint else like, anchors, activation
+    )
     torch.manual_seed(seed)
     model = YOLOv5(architecture)
     model.init_detect_bias()
@@ -90,23 +118,24 @@ def model_from_state(state: Mapping[str, Any], names: Sequence[str]) -> YOLOv5:
 def _architecture(
     names: tuple[str, ...],
     scale: str | None,
-    given: Architecture | None,
+    like: Architecture | None,
     anchors: Anchors | None = None,
-    layout: str | None = None,
+    activation: str | None = None,
 ) -> Architecture:
-    """The network of `scale` in `layout`, with as many levels as there are groups of anchors, or the `given` one.
+    """The network of `scale`, in what is not given as `like`; without a scale as large as that.
 
-    Raises UsageError when the given network has another number of levels.
+    Raises UsageError when `like` has another number of levels than there are groups of anchors.
     """
-    if scale is not None:
-        return Architecture.of_scale(scale, names, anchors or (given.anchors if given else None), layout)
-    assert given is not None
-    if anchors and len(anchors) != len(given.anchors):
+    if like is None:
+        assert scale is not None
+        return Architecture.of_scale(scale, names, anchors, activation=activation or "SiLU")
+    if anchors and len(anchors) != len(like.anchors):
         raise UsageError(
-            f"the student's weights are of a network with {len(given.anchors)} levels, the teacher has {len(anchors)}",
-            "Name a scale of the student, or weights with as many levels",
+            f"the student's weights are of a network with {len(like.anchors)} levels, the teacher has {len(anchors)}",
+            "Give weights with as many levels, or none",
         )
-    return replace(given, names=names, anchors=anchors or given.anchors)
+    made = replace(like, names=names, anchors=anchors or like.anchors, activation=activation or like.activation)
+    return made.resized(scale) if scale else made
 
 
 def check_image_sizes(recipe: Recipe) -> None:
@@ -116,6 +145,7 @@ def check_image_sizes(recipe: Recipe) -> None:
     for network, training in ((teacher, recipe.teacher), (student, recipe.distill)):
         network.require_image_size(recipe.imgsz)
         network.require_image_size(training.imgsz)
+        network.require_image_size(*(recipe.export.imgsz or ()))
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

@@ -7,6 +7,10 @@ and of each distillation loss are measured at the maps that the head reads, at s
     target_k = share_k * |g_label| / |g_k|,  log w_k <- (1 - a) log w_k + a log clip(target_k, w_k / 4, 4 w_k)
 
 The first measurement sets the weights. Source: the gradient-ratio weighting of RT-DETRv4.
+
+g_label is that of the unweighted label loss: `distill.label_weight` says how much of it is trained, at 0 none, and
+moves no other weight. Where no label is known, the reference is the first loss that compares heads. Its gains give it
+the labels' scale, so its own weight becomes its share, for good, and the other losses' gradients follow its.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.config import TrainConfig, result_settings
-from compress.data import Dataset
+from compress.config import NO_START, STUDENT_ACTIVATIONS, StudentConfig, TrainConfig, result_settings
+from compress.data import Dataset, SplitIndex
 from compress.data.loader import batch_count
 from compress.models import Architecture
 from compress.processes import process_count
@@ -24,7 +24,7 @@ SHOWN_DIGITS = 12
 class Origin:
     """The files that a training reads, and the facts about them that its result depends on.
 
-    A resumed training may leave out `weights` and `scale`: the state has them.
+    A resumed training may leave out weights, scale and activation: the state has them.
     """
 
     data: str
@@ -32,6 +32,8 @@ class Origin:
     teacher: str | None
     scale: str | None
     device: str
+    unlabelled: str | None
+    """The folder or video of the unlabelled images."""
     facts: dict[str, Any]
     """Facts that must be equal, by the name that a message gives them; None if nothing was said."""
 
@@ -40,12 +42,16 @@ def origin_of(
     config: TrainConfig,
     data: Dataset,
     *,
-    weights: Path | None = None,
+    start: StudentConfig = NO_START,
     teachers: Sequence[Path] = (),
-    scale: str | None = None,
     device: str = "auto",
+    unlabelled: Path | None = None,
+    unlabelled_images: SplitIndex | None = None,
 ) -> Origin:
-    """The origin of a training of `config`. Reads the checkpoints for their digests."""
+    """The origin of a training of `config` whose network begins as `start` says. Digests the checkpoints.
+
+    `unlabelled_images` are those that the folder or video `unlabelled` gave.
+    """
     train, val = data.splits["train"], data.splits["val"]
     facts = {
         "training images": len(train.samples),
@@ -53,13 +59,16 @@ def origin_of(
         "batches an epoch": batch_count(len(train.samples), config.batch),
         "training data": _shown(train.sha256),
         "validation data": _shown(val.sha256),
+        "unlabelled images": _shown(unlabelled_images.sha256) if unlabelled_images else None,
         "teacher": ", ".join(map(_digest_of, teachers)) or None,
-        "start weights": _digest(weights),
-        "scale": scale,
+        "start weights": _digest(start.weights),
+        "scale": start.scale,
+        "activation": start.activation and STUDENT_ACTIVATIONS[start.activation],
+        "init": start.init,
         "processes": process_count(),
     }
-    first = next(iter(teachers), None)
-    return Origin(str(data.path), _absolute(weights), _absolute(first), scale, device, facts)
+    weights, teacher = _absolute(start.weights), _absolute(next(iter(teachers), None))
+    return Origin(str(data.path), weights, teacher, start.scale, device, _absolute(unlabelled), facts)
 
 
 def _absolute(file: Path | None) -> str | None:
@@ -85,7 +94,8 @@ def read_resume(out: Path, config: TrainConfig, origin: Origin) -> dict[str, Any
     """
     state = load_state(out / STATE)
     then = result_settings(type(config).model_validate(state["config"]))
-    facts = state["origin"]["facts"] | {"scale": Architecture.from_json(state["architecture"]).scale}
+    network = Architecture.from_json(state["architecture"])
+    facts = state["origin"]["facts"] | {"scale": network.scale, "activation": network.activation}
     said = {name: fact for name, fact in origin.facts.items() if fact is not None}
     for name, was, now in (*_differences(then, result_settings(config)), *_differences(facts, said)):
         raise UsageError(

@@ -26,6 +26,7 @@ from compress.models import YOLOv5
 from compress.models.architecture import Anchors, Architecture
 from compress.models.checkpoint import Checkpoint, load, network_of
 from compress.training.class_map import ClassMap, map_classes, map_to_write, require_known
+from compress.training.objective import Objective, detection_loss
 from compress.training.onnx_teacher import SUFFIX, OnnxTeacher, open_onnx
 from runtime.errors import InputError, UsageError
 
@@ -113,13 +114,24 @@ def build_losses(student: YOLOv5, teacher: AnyTeacher, config: DistillConfig) ->
     teacher does not give.
     """
     if not teacher.shape.channels:
-        for name in (name for name, choice in config.losses.items() if choice.is_used):
+        for name in config.used_losses:
             if issubclass(LOSSES.get(name, DistillLoss), FeatureLoss):
                 raise UsageError(
                     f"loss {name!r} compares features, which an ONNX file does not give",
                     "Use soft, or give the teacher's checkpoint",
                 )
     return make_losses(shape_of(student), teacher.shape, config)
+
+
+def distillation(student: YOLOv5, teacher: AnyTeacher, config: DistillConfig, *, has_labels: bool = True) -> Objective:
+    """The objective of a distillation. Where the images have no labels, the weights of its losses follow the first one
+    that compares heads. Raises UsageError as `build_losses` does.
+    """
+    losses = build_losses(student, teacher, config)
+    reference = None if has_labels else next(name for name, loss in losses.items() if loss.compares_heads)
+    return Objective(
+        student, detection_loss(student, config), losses, label_weight=config.label_weight, reference=reference
+    )
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -238,6 +250,17 @@ def make_teacher(
     models = [network.model for network in networks if network]
     any_size = factor == 1 and len(models) == len(members)
     return TeacherGroup(members, terms, shape, models, where, takes_any_size=any_size)
+
+
+def trainable(sources: Sequence[Source], teacher: AnyTeacher) -> YOLOv5:
+    """The network of a teacher that trains along. Raises UsageError when the teacher is more than one network."""
+    model = sources[0].model
+    if model is None or not isinstance(teacher, Teacher):
+        raise UsageError(
+            "strategy joint trains one checkpoint of the data's classes, on the student's images",
+            "Leave out teachers, teacher_flip, teacher_imgsz and class_map, or take strategy offline",
+        )
+    return model
 
 
 def _member(source: Source, network: Teacher | None, student: YOLOv5, config: DistillConfig) -> Infer:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import UsageError
+from runtime.errors import InputError, UsageError
 from runtime.onnx_file import read_metadata
 
 Array = NDArray[Any]
@@ -91,13 +91,13 @@ DEVICES = ("auto", *dict.fromkeys(device for spec in BACKENDS.values() for devic
 
 
 def backend_of(path: Path) -> BackendSpec:
-    """The backend of a file by its suffix. Raises UsageError when no backend has it."""
+    """The backend of a file by its suffix. Raises InputError when no backend has it."""
     suffix = path.suffix.lower()
     for spec in BACKENDS.values():
         if suffix in spec.suffixes:
             return spec
     known = ", ".join(SUFFIXES)
-    raise UsageError(f"{path}: no backend runs {suffix or 'a file without suffix'}", f"Give {known}, or a bundle")
+    raise InputError(f"{path}: no backend runs {suffix or 'a file without suffix'}", f"Give {known}, or a bundle")
 
 
 class TensorSpec(NamedTuple):
@@ -113,10 +113,10 @@ CUTOFF = "cutoff"
 
 
 class RawOutput(NamedTuple):
-    """The outputs of a model: its rows or boxes, and its `cutoff`, 0 if it has none."""
+    """The outputs of a model: rows or boxes (B, ...), and the `cutoff` of each image (B,) if the model has it."""
 
     array: Array
-    cutoff: float = 0.0
+    cutoff: Array | None = None
 
 
 class Backend(Protocol):

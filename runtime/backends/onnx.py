@@ -53,8 +53,7 @@ class OnnxBackend:
         session = self._session
         if session is None:
             raise closed_error()
-        array, *cutoff = session.run(self._wanted, {self.input.name: array})
-        return RawOutput(array, *(float(value[0]) for value in cutoff))
+        return RawOutput(*session.run(self._wanted, {self.input.name: array}))
 
     def close(self) -> None:
         self._session = None

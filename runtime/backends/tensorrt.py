@@ -103,8 +103,8 @@ class TensorRTBackend:
             for name, host in buffers.outputs.items():
                 self._cuda.download(host, buffers.pointers[name])
             self._cuda.synchronize()
-            cutoff = buffers.outputs.get(CUTOFF)
-            return RawOutput(buffers.outputs[self.output.name].copy(), 0.0 if cutoff is None else float(cutoff[0]))
+            found = (buffers.outputs[name].copy() for name in (self.output.name, CUTOFF) if name in buffers.outputs)
+            return RawOutput(*found)
 
     def _buffers_for(self, shape: tuple[int, ...]) -> Buffers:
         if self._buffers is None or self._buffers.shape != shape:

@@ -134,7 +134,15 @@ def build_sample() -> Report:
         distillation={
             "losses": [{"name": "soft", "weight": None, "share": 0.97, "checks": checks}],
             "inheritance": {"parameters": 452_000, "total": 466_000},
-            "teacher": {"map50_95": 0.62, "student_map50_95": 0.5503},
+            "teacher": {"map50_95": 0.62, "student_map50_95": 0.5503, "retained": 0.8876},
+            "strategy": {"name": "label_free", "label_weight": 0.0, "unlabelled_images": 205},
+        },
+        gain={
+            **{"study": "conveyor-study", "split": "test", "arm": "soft", "missing": ""},
+            "over": [
+                {"against": "scratch", "mean": 0.0512, "low": 0.0391, "high": 0.0633, "pairs": 5},
+                {"against": "inherit", "mean": 0.0213, "low": None, "high": None, "pairs": 1},
+            ],
         },
         export={
             **{"max_box_error_px": 0.0021, "max_score_error": 2.4e-6, "box_limit_px": 0.05, "score_limit": 0.001},

@@ -5,6 +5,7 @@ import copy
 import gzip
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.accuracy import (
     detector_accuracy,
     match,
 )
+from runtime.card import Batches
 from runtime.detections import Detections
 from runtime.errors import InputError
 
@@ -252,31 +254,33 @@ def test_names_are_given_in_the_order_of_the_categories() -> None:
 class KnowingDetector:
     """Returns the labels of the frame whose first pixel is the image's number."""
 
-    card = SimpleNamespace(names=("nut", "bolt"))
+    card = SimpleNamespace(names=("nut", "bolt"), batches=Batches(2, 2))
 
     def __init__(self, boxes: dict[int, list[list[float]]]) -> None:
-        self.boxes, self.confs = boxes, set()
+        self.boxes, self.confs, self.calls = boxes, set(), []
 
-    def preprocess(self, frame: np.ndarray) -> int:
-        return int(frame[0, 0, 0])
+    def preprocess(self, frames: Sequence[np.ndarray]) -> list[int]:
+        self.calls.append(len(frames))
+        return [int(frame[0, 0, 0]) for frame in frames]
 
-    def infer(self, prepared: int) -> np.ndarray:
-        return np.array(self.boxes[prepared], np.float32).reshape(-1, 6)
+    def infer(self, prepared: list[int]) -> list[np.ndarray]:
+        return [np.array(self.boxes[one], np.float32).reshape(-1, 6) for one in prepared]
 
-    def postprocess(self, raw: np.ndarray, prepared: int, conf: float | None = None) -> Detections:
+    def postprocess(self, raw: list[np.ndarray], prepared: list[int], conf: float | None = None) -> list[Detections]:
         self.confs.add(conf)
-        return Detections.from_rows(raw)
+        return [Detections.from_rows(rows) for rows in raw]
 
 
 def test_a_detector_that_knows_the_labels_is_perfect(tmp_path: Path) -> None:
-    for number in (1, 2):
+    for number in (1, 2, 3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((64, 64, 3), number, np.uint8))
     truth = truth_of([(1, 0, [1.0, 2.0, 30.0, 40.0], 0), (2, 1, [5.0, 5.0, 50.0, 50.0], 0)], images=3, classes=2)
     truth["categories"] = [{"id": 0, "name": "bolt"}, {"id": 1, "name": "nut"}]
-    detector = KnowingDetector({1: [[1, 2, 31, 42, 0.9, 1]], 2: [[5, 5, 55, 55, 0.9, 0]]})
-    found = detector_accuracy(detector, [(n, tmp_path / f"{n}.png") for n in (1, 2)], truth)
+    detector = KnowingDetector({1: [[1, 2, 31, 42, 0.9, 1]], 2: [[5, 5, 55, 55, 0.9, 0]], 3: []})
+    found = detector_accuracy(detector, [(n, tmp_path / f"{n}.png") for n in (1, 2, 3)], truth)
     assert found.map50_95 == pytest.approx(1.0)
-    assert found.images == 2
+    assert found.images == 3
+    assert detector.calls == [2, 1], "calls of the model's batch"
     assert detector.confs == {0.001}
 
 

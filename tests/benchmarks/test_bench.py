@@ -20,10 +20,11 @@ from benchmarks.bench import Plan, compare_files, digest, list_images, measure_f
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
 from benchmarks.wording import findings
-from runtime.card import METADATA_KEY, Artifact, ModelCard
+from runtime.card import METADATA_KEY, Artifact, Batches, ModelCard
 from runtime.detector import Detector
 from runtime.errors import InputError
 from runtime.files import sha256
+from tests.runtime import toys
 
 SIZE = 64
 CARD = ModelCard(name="square", names=("thing", "other"), size_hw=(SIZE, SIZE))
@@ -120,6 +121,30 @@ def test_settings_of_a_row_come_from_the_model_and_the_command(folder: Path, tmp
     settings = row["settings"]
     assert (settings["imgsz"], settings["conf"], settings["iou"]) == (SIZE, CARD.conf, CARD.iou)
     assert (settings["latency_samples"], settings["warmup_ms"], settings["frames"]) == (12, 5.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("batches", "asked", "timed"),
+    [(Batches(2, 2), 1, 2), (Batches(1, None), 3, 3), (Batches(1, 4), 9, 4), (Batches(1, 1), 3, 1)],
+)
+def test_a_call_is_timed_on_the_batch_of_its_file(
+    folder: Path, tmp_path: Path, batches: Batches, asked: int, timed: int
+) -> None:
+    card = replace(toys.card(), size_hw=(32, 64), batches=batches)
+    file = toys.canvas_model(tmp_path / "toy.onnx", card)
+    plan = Plan(numbered_images(folder / "images"), batch=asked, samples=11, warmup_ms=1)
+    settings = measure_file(file, plan)["settings"]
+    assert (settings["imgsz"], settings["batch"]) == ("32x64", timed)
+    assert compare_files(file, file, plan, rounds=10).rounds == 10
+
+
+def test_a_report_tells_height_width_and_batch(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    card = replace(toys.card(), size_hw=(32, 64), batches=Batches(2, 2))
+    model = toys.canvas_model(tmp_path / "toy.onnx", card)
+    assert bench(folder, tmp_path / "out", "--model", str(model)) == 0
+    told = capsys.readouterr().out
+    assert "imgsz 32x64, batch 2" in told
+    assert "milliseconds from 2 decoded frames" in told
 
 
 def test_each_row_has_its_own_settings_backend_and_device(folder: Path) -> None:

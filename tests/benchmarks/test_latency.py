@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -36,9 +37,9 @@ class FakeDetector:
         self.time, self.slow, self.nms_ms = time, slow, nms_ms
         self.seen: list[int] = []
 
-    def preprocess(self, frame: np.ndarray) -> int:
+    def preprocess(self, frames: Sequence[np.ndarray]) -> int:
         self.time.spend(1)
-        self.seen.append(int(frame[0, 0, 0]))
+        self.seen += [int(frame[0, 0, 0]) for frame in frames]
         return len(self.seen)
 
     def infer(self, prepared: int) -> str:
@@ -52,6 +53,15 @@ class FakeDetector:
 
 def measured(detector: FakeDetector, time: FakeTime, **options: Any) -> Any:
     return measure(detector, FRAMES, clock=time.clock, sleep=time.sleep, **options)
+
+
+def test_a_call_takes_a_batch_of_frames_in_turn() -> None:
+    time = FakeTime()
+    detector = FakeDetector(time)
+    found = measured(detector, time, samples=20, batch=3)
+    assert detector.seen[:9] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert len(detector.seen) == 3 * (20 + found.warmup.calls)
+    assert found.end_to_end.p50 == 8, "one call, however many frames"
 
 
 def test_end_to_end_contains_the_three_spans() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.page import FILTERS, flat
 from benchmarks.render import to_csv, to_html, to_markdown, write
 from benchmarks.report import REPORT_FILE, Report
@@ -58,7 +60,7 @@ def test_every_number_on_the_page_stands_in_the_report(sample: Report) -> None:
 
 
 def test_the_student_stands_beside_its_teacher(sample: Report) -> None:
-    assert "it reached 89 % of its teacher: mAP50-95 0.550 against 0.620 on val" in " ".join(
+    assert "it reached 88.8 % of its teacher: mAP50-95 0.550 against 0.620 on val" in " ".join(
         shown(to_html(sample)).split()
     )
 
@@ -116,3 +118,15 @@ def test_nested_facts_become_pairs() -> None:
     facts = {"a": 1, "b": {"c": "x"}, "gpus": [{"name": "T4"}], "none": None, "list": [], "ram_bytes": 2**30}
     pairs = [("a", "1"), ("b · c", "x"), ("gpus · name", "T4"), ("ram_bytes", "1.00 GiB")]
     assert flat(facts) == pairs
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ({"name": "offline", "label_weight": 1, "unlabelled_images": 0}, "Strategy offline."),
+        ({"name": "label_free", "label_weight": 0, "unlabelled_images": 205},
+         "Strategy label_free, labels of weight 0, 205 images without labels."),
+    ],
+)  # fmt: skip
+def test_the_page_says_who_learned_from_what(sample: Report, strategy: dict[str, object], expected: str) -> None:
+    assert expected in to_html(Report({**sample.data, "distillation": {"losses": [], "strategy": strategy}}))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from benchmarks import wording
 from benchmarks.render import to_csv, to_html, to_markdown
@@ -31,6 +32,12 @@ def test_engines_that_did_not_run_say_why(sample: Report) -> None:
     assert "model.fp16.plan was built for sm86, sm89, sm120 and not run on this machine: no GPU." in to_html(sample)
 
 
+def test_an_engine_without_a_target_was_not_built(sample: Report) -> None:
+    engine = sample.data["engines"][0] | {"targets": [], "note": "the backend is none"}
+    sentences = wording.findings({**sample.data, "engines": [engine]})
+    assert "model.fp32.plan was not built: the backend is none." in sentences
+
+
 def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:
     latency = sample.data["models"][1]["latency"] | {"steady": False}
     sentences = wording.findings(with_models(sample, fp16={"latency": latency}).data)
@@ -47,6 +54,43 @@ def test_files_measured_with_different_settings_are_told_apart(sample: Report) -
     assert "iou 0.6" in " ".join(wording.summary(sample.data))
     ious = [row["iou"] for row in csv.DictReader(io.StringIO(to_csv(found)))]
     assert ious == ["0.6", "0.6", "0.45", "0.6", "0.6"]
+
+
+def test_the_gain_stands_there_with_its_interval_and_its_study(sample: Report) -> None:
+    sentences = [s for s in wording.findings(sample.data) if "labels alone" in s]
+    assert sentences == [
+        "+5.1 [3.9, 6.3] points of mAP50-95 over the same student trained on labels alone "
+        "(scratch; 5 paired seeds, test split, study conveyor-study).",
+        "+2.1 points of mAP50-95 over the same student trained on labels alone "
+        "(inherit; a single pair, which has no interval, test split, study conveyor-study).",
+    ]
+    assert "+5.1 [3.9, 6.3] points over labels alone" in to_html(sample)
+
+
+def test_a_gain_that_nobody_measured_is_said_in_words(sample: Report) -> None:
+    gain = {"study": None, "split": None, "arm": None, "over": [], "missing": "run a study"}
+    unknown = Report({**sample.data, "gain": gain})
+    assert any(s.startswith("Not measured: ") and s.endswith("; run a study.") for s in wording.findings(unknown.data))
+    assert "points over labels alone" not in to_html(unknown)
+    assert not any("labels alone" in s for s in wording.findings(Report({**sample.data, "gain": None}).data))
+
+
+def test_a_student_that_finds_nothing_is_no_success(sample: Report) -> None:
+    rows = [
+        row | {"accuracy": row["accuracy"] | {"map50_95": 0.004}} if row["role"] == "student" else row
+        for row in sample.data["models"]
+    ]
+    first = wording.findings({**sample.data, "models": rows})[0]
+    assert first.startswith("The student finds next to nothing: model.onnx has an mAP50-95 of 0.004")
+    assert not any("next to nothing" in sentence for sentence in wording.findings(sample.data))
+
+
+def test_curves_have_titles_that_a_reader_knows(sample: Report) -> None:
+    page = to_html(sample)
+    heads = re.findall(r'<div class="head"><span>(.*?)</span>', page)
+    assert heads[:5] == ["mAP50-95", "mAP50", "box loss", "objectness loss", "class loss"]
+    assert heads[-1] == "obj_kd loss"
+    assert "map50" not in page
 
 
 def test_few_images_are_said_in_words(sample: Report) -> None:

@@ -23,6 +23,19 @@ def test_the_template_is_a_valid_recipe_whose_paths_are_relative_to_it(tmp_path:
     assert recipe.teacher.imgsz == recipe.distill.imgsz == 320
 
 
+def test_paths_of_arms_are_relative_to_the_recipe_too(tmp_path: Path) -> None:
+    arms = "{a: {student: {weights: w.pt}, distill: {unlabelled: ../images}}, b: {distill: {epochs: 3}}}"
+    text = f"data: d.yaml\ndistill: {{unlabelled: film.mp4}}\nstudy: {{arms: {arms}}}\n"
+    recipe = load_recipe(written(tmp_path, text))
+    folder = tmp_path.resolve()
+    assert recipe.distill.unlabelled == folder / "film.mp4"
+    assert recipe.study.arms["a"] == {
+        "student": {"weights": str(folder / "w.pt")},
+        "distill": {"unlabelled": str(folder.parent / "images")},
+    }
+    assert recipe.study.arms["b"] == {"distill": {"epochs": 3}}
+
+
 def test_a_training_may_name_its_own_image_size(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, "data: d.yaml\nimgsz: 320\nteacher: {imgsz: 640}\n"))
     assert (recipe.teacher.imgsz, recipe.distill.imgsz) == (640, 320)

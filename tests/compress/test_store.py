@@ -42,6 +42,14 @@ def test_a_changed_setting_input_or_fact_runs_it_again(tmp_path: Path) -> None:
     assert len(marks) == 4
 
 
+def test_the_time_of_a_stage_counts_the_parts_before_a_kill_where_the_stage_knows_them(tmp_path: Path) -> None:
+    def resumed(_out: Path, _log: object) -> dict[str, float]:
+        return {"seconds": 1000.0}
+
+    assert execute(Task("resumed", resumed, {}), tmp_path, log=silent).seconds == 1000
+    assert execute(counting_task([]), tmp_path, log=silent).seconds < 100
+
+
 def test_force_runs_a_finished_stage_again(tmp_path: Path) -> None:
     calls: list[str] = []
     execute(counting_task(calls), tmp_path, log=silent)

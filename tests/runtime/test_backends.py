@@ -15,7 +15,7 @@ from runtime.__main__ import main
 from runtime.backends import BACKENDS, BackendSpec, RawOutput, TensorSpec, backend_of
 from runtime.card import Artifact, FileDigest
 from runtime.detector import Detector
-from runtime.errors import UsageError
+from runtime.errors import InputError
 from runtime.files import sha256
 
 SPEC = BackendSpec(
@@ -80,7 +80,7 @@ def test_info_describes_it(bundle, capsys):
 def test_a_suffix_finds_its_backend_and_an_unknown_one_names_the_known():
     assert backend_of(Path("a.ONNX")).name == "onnx"
     assert backend_of(Path("a.plan")).name == "tensorrt"
-    with pytest.raises(UsageError, match=r"Give \.onnx, .*\.plan"):
+    with pytest.raises(InputError, match=r"Give \.onnx, .*\.plan"):
         backend_of(Path("a.txt"))
 
 

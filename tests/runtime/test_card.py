@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.card import Artifact, FileDigest, ModelCard
+from runtime.card import Artifact, Batches, FileDigest, ModelCard
 from runtime.errors import InputError
 
 ARTIFACT = Artifact("model.plan", "0" * 64, 12, "fp16", "tensorrt_rtx", ("sm86",), {"tensorrt_rtx": "1.7.1"})
@@ -49,6 +49,7 @@ def changed(**changes: object) -> dict:
         (changed(output="masks"), "output"),
         (changed(frame_hw=None), "frame_hw"),
         (changed(max_det=0), "max_det"),
+        *((changed(batches=value), "batches") for value in (8, [0, 1], [4, 2], [1], [None, 1], [1, "8"], [True, None])),
         (changed(artifacts={}), "artifacts"),
         (changed(artifacts=[{"file": "x"}]), "missing"),
         (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "file": "../../etc/passwd"}]), "no folder"),
@@ -77,6 +78,18 @@ def test_broken_json_is_an_input_error(tmp_path, text):
 def test_a_missing_card_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"model\.json"):
         ModelCard.load(tmp_path)
+
+
+def test_a_card_tells_the_images_of_one_call_and_the_shape_of_the_input():
+    shapes = {(1, 1): 1, (8, 8): 8, (1, None): None, (1, 8): None}
+    for batches, first in shapes.items():
+        card = replace(CARD, batches=Batches(*batches), artifacts=(replace(ARTIFACT, batches=Batches(*batches)),))
+        assert ModelCard.from_json(card.to_json()) == card
+        assert card.to_dict()["batches"] == card.to_dict()["artifacts"][0]["batches"] == list(batches)
+        assert card.input_shape == (first, 1080, 1920, 3)
+        assert replace(card, input="tensor").input_shape == (first, 3, 320, 640)
+        assert replace(card, input="canvas").input_shape == (first, 320, 640, 3)
+    assert [str(Batches(*batches)) for batches in shapes] == ["1", "8", "1 to any", "1 to 8"]
 
 
 def test_defaults_may_be_left_out():

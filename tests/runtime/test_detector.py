@@ -7,13 +7,17 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from onnx import TensorProto
 
 from runtime import Detector
+from runtime.backends import RawOutput
 from runtime.backends import onnx as onnx_backend
+from runtime.card import Artifact, Batches
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError
+from runtime.files import sha256
 from runtime.machine import compute_threads
 
 ROWS = np.array(
@@ -39,10 +43,11 @@ def test_boxes_come_back_in_frame_pixels(detector, white_frame):
 
 
 def test_a_call_is_its_three_steps(detector, white_frame):
-    prepared = detector.preprocess(white_frame)
+    prepared = detector.preprocess([white_frame])
     raw = detector.infer(prepared)
     assert (prepared.array.shape, prepared.array.dtype, raw.array.shape) == ((1, 64, 64, 3), np.uint8, (1, 4, 6))
-    assert detector.postprocess(raw, prepared).to_list() == detector(white_frame).to_list()
+    (found,) = detector.postprocess(raw, prepared)
+    assert found.to_list() == detector(white_frame).to_list()
 
 
 @pytest.mark.parametrize(
@@ -73,26 +78,120 @@ def test_conf_is_strict_and_may_be_set_for_one_call(toys, tmp_path, white_frame)
     assert len(Detector.load(path, conf=0.5)(white_frame)) == 1
     detector = Detector.load(path, conf=0.05)
     assert len(detector(white_frame)) == 3
-    prepared = detector.preprocess(white_frame)
-    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.8)) == 1
-    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.0)) == 3  # empty rows stay out
+    prepared = detector.preprocess([white_frame])
+    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.8)[0]) == 1
+    assert len(detector.postprocess(detector.infer(prepared), prepared, conf=0.0)[0]) == 3  # empty rows stay out
     for conf in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match="conf"):
             Detector.load(path, conf=conf)
 
 
+FRAMES = [np.full((60 + 20 * index, 100, 3), (255, 128, 0)[index % 3], np.uint8) for index in range(5)]
+"""Frames of five sizes: white, grey, black, white, grey."""
+
+
+def shapes_of_calls(detector, monkeypatch):
+    shapes, run = [], detector._backend.run
+    monkeypatch.setattr(detector._backend, "run", lambda array: shapes.append(array.shape[0]) or run(array))
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("batches", "count", "calls"),
+    [
+        ((1, 1), 3, [1, 1, 1]),
+        ((3, 3), 5, [3, 3]),
+        ((3, 3), 1, [3]),
+        ((1, None), 5, [5]),
+        ((1, None), 0, []),
+        ((1, 2), 5, [2, 2, 1]),
+        ((2, 4), 5, [4, 2]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["canvas", "frame"])
+def test_a_list_of_frames_gives_what_each_gives_alone(toys, tmp_path, monkeypatch, batches, count, calls, kind):
+    """In as few calls as the file takes, which grey images fill where it takes more than there are."""
+    batches, frames = Batches(*batches), FRAMES[:count]
+    if kind == "frame":
+        frames = [cv2.resize(frame, (100, 50)) for frame in frames]
+    card = toys.card(batches=batches, input=kind, frame_hw=(50, 100))
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx", card, cutoff=0.9), conf=0.3) as detector:
+        ran = shapes_of_calls(detector, monkeypatch)
+        found = detector(frames)
+        assert ran == calls
+        assert [(one.to_list(), one.cutoff) for one in found] == [
+            (alone.to_list(), alone.cutoff) for alone in map(detector, frames)
+        ]
+        assert [len(one) for one in found] == [2, 1, 0, 2, 1][:count]
+        assert len({one.cutoff for one in found}) == min(count, 3)
+        assert [one.to_list() for one in detector(tuple(frames))] == [one.to_list() for one in found]
+
+
+@pytest.mark.parametrize("batch", [4, "batch"])
+def test_a_conventional_export_takes_lists_too(toys, tmp_path, monkeypatch, batch):
+    path = toys.rows_model(tmp_path / "rows.onnx", ROWS, input_shape=[batch, 3, 32, 64])
+    with Detector.load(path) as detector:
+        calls = shapes_of_calls(detector, monkeypatch)
+        assert detector.card.size_hw == (32, 64)
+        assert [len(found) for found in detector(FRAMES)] == [2] * 5
+        assert calls == ([4, 4] if batch == 4 else [5])
+
+
+def test_a_plans_own_batches_go_before_those_of_its_card(toys, tmp_path, monkeypatch):
+    path = toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(1, None)))
+    artifact = Artifact(path.name, sha256(path), path.stat().st_size, "fp32", "onnx", batches=Batches(1, 2))
+    toys.card(batches=Batches(1, None), artifacts=(artifact,)).save(tmp_path / "model.json")
+    with Detector.load(tmp_path) as detector:
+        calls = shapes_of_calls(detector, monkeypatch)
+        assert len(detector(FRAMES)) == 5
+    assert calls == [2, 2, 1]
+
+
+def test_a_list_with_something_else_in_it_is_one_line(detector, white_frame):
+    for odd in ([white_frame, None], [white_frame, [white_frame]], [white_frame, white_frame.astype(float)]):
+        with pytest.raises(InputError, match="frame is") as caught:
+            detector(odd)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_call_takes_no_more_frames_than_its_file(detector, white_frame):
+    for frames in ([], [white_frame] * 2):
+        with pytest.raises(UsageError, match=f"{len(frames)} frames, toy takes 1 in one call"):
+            detector.preprocess(frames)
+
+
+def test_an_output_for_too_few_images_is_an_error(toys, tmp_path, monkeypatch):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(2, 2)))) as detector:
+        run = detector._backend.run
+        monkeypatch.setattr(detector._backend, "run", lambda array: RawOutput(run(array).array[:1]))
+        with pytest.raises(EngineError, match="1 outputs for 2 frames"):
+            detector(FRAMES[:2])
+
+
+def test_a_file_of_another_batch_than_its_card_is_refused(toys, tmp_path):
+    import onnx
+
+    path = toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(4, 4)))
+    for batches in (Batches(1, 1), Batches(1, None), Batches(2, 4)):
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, {"edgestill": toys.card(batches=batches).to_json()})
+        onnx.save(model, path)
+        with pytest.raises(InputError, match="card says canvas"):
+            Detector.load(path)
+
+
 def test_prepared_frames_stay_what_they_are(detector, white_frame):
     """A queue of prepared frames is common; a shared canvas would give every one the last frame's pixels."""
-    first = detector.preprocess(white_frame)
-    second = detector.preprocess(np.zeros((100, 30, 3), np.uint8))
-    assert len(detector.postprocess(detector.infer(first), first)) == 2
-    assert len(detector.postprocess(detector.infer(second), second)) == 0
+    first = detector.preprocess([white_frame])
+    second = detector.preprocess([np.zeros((100, 30, 3), np.uint8)])
+    assert len(detector.postprocess(detector.infer(first), first)[0]) == 2
+    assert len(detector.postprocess(detector.infer(second), second)[0]) == 0
 
 
 def test_a_model_with_the_letterbox_inside_takes_the_frame_as_it_is(toys, tmp_path, white_frame):
     card = toys.card(input="frame", frame_hw=(480, 640))
     detector = Detector.load(toys.canvas_model(tmp_path / "toy.onnx", card))
-    prepared = detector.preprocess(white_frame)
+    prepared = detector.preprocess([white_frame])
     assert np.shares_memory(prepared.array, white_frame)
     assert detector(white_frame).xyxy[0].tolist() == [8, 16, 24, 32]
     with pytest.raises(InputError, match=r"\(240, 320\).*\(480, 640\)"):
@@ -170,7 +269,7 @@ def test_a_conventional_export_runs_with_suppression_on_the_host(toys, tmp_path,
 
 def test_a_half_precision_export_gets_half_precision_input(toys, tmp_path, white_frame):
     detector = Detector.load(toys.rows_model(tmp_path / "h.onnx", ROWS, dtype=TensorProto.FLOAT16))
-    assert detector.preprocess(white_frame).array.dtype == np.float16
+    assert detector.preprocess([white_frame]).array.dtype == np.float16
     assert detector.card.precision == "fp16"
     assert detector(white_frame).class_id.tolist() == [1, 0]
 
@@ -178,7 +277,7 @@ def test_a_half_precision_export_gets_half_precision_input(toys, tmp_path, white
 def test_open_dimensions_mean_one_image_of_640(toys, tmp_path, white_frame):
     path = toys.rows_model(tmp_path / "d.onnx", ROWS, input_shape=["batch", 3, "height", "width"])
     detector = Detector.load(path)
-    assert detector.preprocess(white_frame).array.shape == (1, 3, 640, 640)
+    assert detector.preprocess([white_frame]).array.shape == (1, 3, 640, 640)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +312,9 @@ def test_a_stride_that_is_no_size_is_refused(toys, tmp_path, stride):
         Detector.load(path)
 
 
-def test_later_yolos_and_batches_are_refused_by_their_shapes(toys, tmp_path):
+def test_later_yolos_are_refused_by_their_shapes(toys, tmp_path):
     with pytest.raises(InputError, match="YOLOv5"):
         Detector.load(toys.rows_model(tmp_path / "v8.onnx", np.zeros((6, 84), np.float32), grid=False))
-    with pytest.raises(InputError, match="batch"):
-        Detector.load(toys.rows_model(tmp_path / "b.onnx", ROWS, input_shape=[4, 3, 64, 64]))
 
 
 FINISHED = np.array([[4, 4, 40, 40, 0.92, 0], [10, 20, 30, 60, 0.81, 0]], np.float32)

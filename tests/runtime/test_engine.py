@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +13,8 @@ import pytest
 
 from runtime import child_process, engine
 from runtime.bundle import card_of, folder_card, list_files, model_files, read_checked
-from runtime.engine import BuildRequest, ShapeRange, build_engine
+from runtime.card import Batches
+from runtime.engine import BuildRequest, ShapeRange, build_engine, profile_of
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
 
@@ -49,6 +50,25 @@ def test_open_dimensions_need_shapes_and_get_a_profile(toys, tmp_path):
     with pytest.raises(UsageError, match="other"):
         build_engine(model, tmp_path / "b.plan", targets=("sm86",), shapes={"other": SHAPES["images"]})
     assert not (tmp_path / "b.plan").exists()
+
+
+def test_the_profile_of_an_open_batch_has_the_cards_shape(toys):
+    card = toys.card(size_hw=(32, 64), batches=Batches(1, None))
+    assert profile_of(card, (1, 2, 8)) == {"canvas": ((1, 32, 64, 3), (2, 32, 64, 3), (8, 32, 64, 3))}
+    rows = replace(card, input="tensor", output="rows")
+    assert profile_of(rows, (1, 2, 8)) == {"images": ((1, 3, 32, 64), (2, 3, 32, 64), (8, 3, 32, 64))}
+    assert profile_of(replace(card, batches=Batches(8, 8)), (1, 2, 8)) == {}
+
+
+@rtx
+def test_a_plan_knows_the_batches_of_its_profile(toys, tmp_path):
+    card = toys.card(batches=Batches(1, None))
+    model = toys.canvas_model(tmp_path / "a.onnx", card)
+    report = build_engine(model, tmp_path / "a.plan", targets=("sm86",), shapes=profile_of(card, (2, 4, 8)))
+    assert report.artifact("a.plan", card).batches == (2, 8)
+    fixed = toys.card(batches=Batches(3, 3))
+    report = build_engine(toys.canvas_model(tmp_path / "b.onnx", fixed), tmp_path / "b.plan", targets=("sm86",))
+    assert report.artifact("b.plan", fixed).batches == (3, 3)
 
 
 @rtx

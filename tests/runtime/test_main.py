@@ -12,7 +12,7 @@ import pytest
 
 import runtime
 from runtime.__main__ import main
-from runtime.card import Artifact
+from runtime.card import Artifact, Batches
 from runtime.files import sha256
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,6 +38,18 @@ def test_detect_prints_a_line_an_image_in_order(model, images, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [Path(line.split(" ")[0]).name for line in lines] == ["a.png", "b.jpg"]
     assert all("1 bolt, 1 nut" in line for line in lines)
+
+
+def test_detect_fills_the_batch_of_a_file_and_reports_images_of_another_size(toys, images, tmp_path, capsys):
+    for name, height in (("c.png", 240), ("d.png", 480), ("e.png", 480)):
+        cv2.imwrite(str(images / name), np.full((height, 640, 3), 255, np.uint8))
+    card = toys.card(batches=Batches(2, 2), input="frame", frame_hw=(480, 640))
+    model = str(toys.canvas_model(tmp_path / "toy.onnx", card))
+    assert main(["detect", str(images), "--model", model]) == 1
+    told = capsys.readouterr()
+    assert [Path(line.split(" ")[0]).name for line in told.out.splitlines()] == ["a.png", "b.jpg", "d.png", "e.png"]
+    assert all("1 bolt, 1 nut" in line for line in told.out.splitlines())
+    assert "c.png: frame has (height, width) (240, 640)" in told.err
 
 
 def test_detect_says_where_boxes_may_be_missing(toys, images, tmp_path, capsys):
@@ -220,6 +232,17 @@ def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, caps
     told = json.loads(capsys.readouterr().out)
     assert told["card"]["artifacts"][0]["file"] == "toy.plan"
     assert "toy.plan" in told["runs_here"]
+
+
+def test_build_gives_a_plan_of_an_open_batch_its_profile(toys, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    model = toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(1, None)))
+    assert main(["build", str(model), "--targets", "sm86", "--batches", "2,2,4"]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "toy.plan")]) == 0
+    assert json.loads(capsys.readouterr().out)["card"]["artifacts"][0]["batches"] == [2, 4]
+    assert main(["build", str(model), "--batches", "4,2,1"]) == 2
+    assert "such as 1,4,8" in capsys.readouterr().err
 
 
 def test_info_tells_of_the_machine_and_of_foreign_models(toys, tmp_path, capsys):

@@ -49,9 +49,13 @@ def card(**changes: object) -> ModelCard:
 def canvas_model(
     path: Path, model_card: ModelCard | None = None, *, boxes: np.ndarray = BOXES, cutoff: float | None = None
 ) -> Path:
-    """uint8 [1,H,W,3] -> [1,K,6]: the fixed boxes, their scores times the middle pixel's brightness; `cutoff` [1]."""
+    """uint8 [B,H,W,3] -> [B,K,6]: the fixed boxes, their scores times the middle pixel's brightness, as `cutoff` [B].
+
+    B is that of the card.
+    """
     model_card = model_card or card()
-    height, width = model_card.frame_hw if model_card.input == "frame" else model_card.size_hw
+    batch, height, width, _ = model_card.input_shape
+    batch = batch or "batch"
     scale = np.array([0, 0, 0, 0, 1, 0], np.float32)
     constants = {
         "boxes": boxes[None].astype(np.float32),
@@ -60,26 +64,29 @@ def canvas_model(
         "start": np.array([height // 2, width // 2], np.int64),
         "end": np.array([height // 2 + 1, width // 2 + 1], np.int64),
         "axes": np.array([1, 2], np.int64),
+        "colours": np.array([3], np.int64),
+        "flat": np.array([-1], np.int64),
         "white": np.array(255, np.float32),
     }
     nodes = [
         helper.make_node("Cast", ["canvas"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Slice", ["floats", "start", "end", "axes"], ["pixel"]),
-        helper.make_node("ReduceMean", ["pixel"], ["mean"], keepdims=0),
+        helper.make_node("ReduceMean", ["pixel", "colours"], ["mean"], keepdims=0),
         helper.make_node("Div", ["mean", "white"], ["brightness"]),
         helper.make_node("Mul", ["scored", "brightness"], ["faded"]),
         helper.make_node("Add", ["faded", "kept"], ["factor"]),
         helper.make_node("Mul", ["boxes", "factor"], ["detections"]),
     ]
-    outputs = [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [1, len(boxes), 6])]
+    outputs = [helper.make_tensor_value_info("detections", TensorProto.FLOAT, [batch, len(boxes), 6])]
     if cutoff is not None:
         constants["limit"] = np.float32([cutoff])
-        nodes.append(helper.make_node("Identity", ["limit"], ["cutoff"]))
-        outputs.append(helper.make_tensor_value_info("cutoff", TensorProto.FLOAT, [1]))
+        nodes.append(helper.make_node("Mul", ["brightness", "limit"], ["limits"]))
+        nodes.append(helper.make_node("Reshape", ["limits", "flat"], ["cutoff"]))
+        outputs.append(helper.make_tensor_value_info("cutoff", TensorProto.FLOAT, [batch]))
     return save(
         path,
         nodes,
-        [helper.make_tensor_value_info("canvas", TensorProto.UINT8, [1, height, width, 3])],
+        [helper.make_tensor_value_info("canvas", TensorProto.UINT8, [batch, height, width, 3])],
         outputs,
         constants,
         {METADATA_KEY: model_card.to_json(), "names": str(dict(enumerate(model_card.names))), "stride": "32"},
@@ -97,19 +104,21 @@ def rows_model(
     grid: bool = True,
     open_output: bool = False,
 ) -> Path:
-    """float [1,3,S,S] -> the fixed rows [1,N,5+C] plus 0 x the input's sum: a conventional YOLOv5 export.
+    """float [B,3,H,W] -> the fixed rows [B,N,5+C] plus 0 x the image's mean: a conventional YOLOv5 export.
 
     With `grid`, rows of zeros follow until there is one for each of three anchors at strides 8, 16 and 32.
     """
     numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
     shape = [1, 3, size, size] if input_shape is None else input_shape
     if grid:
-        side = shape[2] if isinstance(shape[2], int) else 640
-        rows = np.pad(rows, ((0, 3 * sum((side // stride) ** 2 for stride in (8, 16, 32)) - len(rows)), (0, 0)))
-    output = ["batch", "rows", "channels"] if open_output else [1, *rows.shape]
+        height, width = (side if isinstance(side, int) else 640 for side in shape[2:])
+        cells = sum((height // stride) * (width // stride) for stride in (8, 16, 32))
+        rows = np.pad(rows, ((0, 3 * cells - len(rows)), (0, 0)))
+    output = ["batch", "rows", "channels"] if open_output else [shape[0], *rows.shape]
     nodes = [
-        helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=0),
-        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("ReduceMean", ["images", "sides"], ["mean"]),
+        helper.make_node("Squeeze", ["mean", "last"], ["means"]),
+        helper.make_node("Mul", ["means", "zero"], ["nothing"]),
         helper.make_node("Add", ["rows", "nothing"], ["output0"]),
     ]
     return save(
@@ -117,7 +126,12 @@ def rows_model(
         nodes,
         [helper.make_tensor_value_info("images", dtype, shape)],
         [helper.make_tensor_value_info("output0", dtype, output)],
-        {"rows": rows[None].astype(numpy_type), "zero": np.array(0, numpy_type)},
+        {
+            "rows": rows[None].astype(numpy_type),
+            "zero": np.array(0, numpy_type),
+            "sides": np.array([1, 2, 3], np.int64),
+            "last": np.array([3], np.int64),
+        },
         {"stride": "32"} | ({"names": names} if names is not None else {}),
     )
 

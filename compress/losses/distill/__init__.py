@@ -11,7 +11,7 @@ bases), and add it to the table.
 from __future__ import annotations
 
 from compress.config import DistillConfig
-from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape
+from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, detached
 from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, FeatureLoss
 from compress.losses.distill.head import KD, HeadLoss, ObjKD, Soft
 from compress.recipe import suggestion
@@ -27,6 +27,7 @@ __all__ = [
     "Outputs",
     "Shape",
     "check_losses",
+    "detached",
     "make_losses",
 ]
 
@@ -44,6 +45,8 @@ LOSSES: dict[str, type[DistillLoss]] = {
     )
 }
 """The distillation losses by the names that recipes use."""
+KINDS = {"any": DistillLoss, "head": HeadLoss, "features": FeatureLoss}
+"""The losses that a strategy may take, by the base that they have."""
 
 
 def make_losses(student: Shape, teacher: Shape, config: DistillConfig) -> dict[str, DistillLoss]:
@@ -52,18 +55,43 @@ def make_losses(student: Shape, teacher: Shape, config: DistillConfig) -> dict[s
     Raises UsageError as `check_losses` does, or when a loss cannot compare the two networks.
     """
     check_losses(config)
-    wanted = {name: choice for name, choice in config.losses.items() if choice.is_used}
+    choices = {name: config.losses[name] for name in config.used_losses}
     return {
         name: LOSSES[name](student, teacher, config, **choice.settings).weighed(choice)
-        for name, choice in wanted.items()
+        for name, choice in choices.items()
     }
 
 
 def check_losses(config: DistillConfig) -> None:
-    """Raises UsageError for a loss or a setting that is not known, a wrong value, or only weights of 0."""
+    """Raises UsageError for a loss or a setting that is not known, a wrong value, or only weights of 0, and where the
+    losses do not serve the strategy.
+    """
     for name, choice in config.losses.items():
         if name not in LOSSES:
             raise UsageError(f"distillation loss {name!r} is not known", suggestion(name, LOSSES))
         LOSSES[name].read_settings(choice.settings)
-    if config.losses and not any(choice.is_used for choice in config.losses.values()):
+    if config.losses and not config.used_losses:
         raise UsageError("no distillation loss has a weight above 0", "For labels alone write losses: {}")
+    _check_strategy(config)
+
+
+def _check_strategy(config: DistillConfig) -> None:
+    """Raises UsageError where a strategy lacks what it needs, or something would teach nothing."""
+    rules, used = config.rules, {name: LOSSES[name] for name in config.used_losses}
+    name, other_than_labels = f"strategy {config.strategy}", "Name one in losses, for example soft: auto"
+    if rules.needs_unlabelled and not config.unlabelled:
+        raise UsageError(f"{name} learns from unlabelled images, none are given", "Add --unlabelled FOLDER or VIDEO")
+    if rules.trains_teacher and not config.uses_train_split:
+        raise UsageError(f"{name} trains the teacher on labels, and label_weight 0 leaves none", "Raise label_weight")
+    if config.strategy != DistillConfig().strategy and not used:
+        raise UsageError(f"{name} has no loss by which the student learns from the teacher", other_than_labels)
+    for loss, kind in used.items():
+        if not issubclass(kind, KINDS[rules.takes]):
+            known = [other for other, of in LOSSES.items() if issubclass(of, KINDS[rules.takes])]
+            raise UsageError(f"{name} takes no loss such as {loss}", f"It takes {', '.join(known)}")
+        if kind.reads_labels and config.unlabelled:
+            raise UsageError(f"loss {loss} needs the labels, which unlabelled images lack", "Leave out one of both")
+    if config.unlabelled and not used:
+        raise UsageError("unlabelled images teach nothing without a distillation loss", other_than_labels)
+    if not config.label_weight and not any(kind.compares_heads for kind in used.values()):
+        raise UsageError("label_weight is 0 and no loss compares heads, so nothing trains the head", other_than_labels)

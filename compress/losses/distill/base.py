@@ -46,6 +46,8 @@ class Context(NamedTuple):
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""
     upstream: Tensor | None = None
     """() float32, the gradient of the final loss by this one, if it is known beforehand; it changes no result."""
+    labelled: int | None = None
+    """The number of images, the first of the batch, whose labels are known; None if those of all are."""
 
 
 NO_CONTEXT = Context()
@@ -70,6 +72,8 @@ class DistillLoss(nn.Module):
     """The loss's name in recipes."""
     compares_heads = False
     """Whether cells, anchors and classes must mean the same in both networks."""
+    reads_labels = False
+    """Whether it reads the labels, so that an image without them would count as background."""
     weight: float | None = None
     """A fixed weight; None lets it follow the gradients, so that they have `share`."""
     share = 1.0

@@ -161,6 +161,7 @@ class FGD(FeatureLoss):
     """
 
     name = "fgd"
+    reads_labels = True
 
     class Settings(LossSettings):
         alpha: NonNegative = 1.0

@@ -6,6 +6,7 @@ see a shift common to all classes, which is exactly how a student loses its conf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -78,9 +79,10 @@ pixels 84 to 91 % of all have a gate below 0.01 and hold 4 to 7 % of the sum; co
 class HeadLoss(DistillLoss):
     """A loss over cells and anchors: a subclass has `objectness` and `cell`.
 
-    Objectness is compared everywhere, the rest where the teacher sees an object: each cell counts with its gate
-    g = sigmoid(o_T), and the mean is taken level by level, as in the detection loss. The parts carry that loss's gains,
-    so a weight of 1 gives about as much gradient as the labels do.
+    Objectness is compared everywhere, but in an unlabelled image only if the teacher is sure of an object in it: else
+    that would teach background where nobody knows. The rest is compared where the teacher sees an object: each cell
+    counts with its gate g = sigmoid(o_T), and the mean is taken level by level, as in the detection loss. The parts
+    carry that loss's gains, so a weight of 1 gives about as much gradient as the labels do.
 
     What the teacher does not tell pulls nowhere: logits that are NaN, and every logit near a labelled object of a class
     that the teacher does not know, since to it there is only background.
@@ -103,15 +105,34 @@ class HeadLoss(DistillLoss):
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
         told = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
         levels = zip(student.raw, told, self.anchors, level_balance(len(student.raw)), strict=True)
-        return torch.stack([self._level(*level) for level in levels]).sum()
+        counted = self._counted_images(teacher.raw, context.labelled)
+        return torch.stack([self._level(*level, counted) for level in levels]).sum()
 
-    def _level(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor, balance: float) -> Tensor:
+    def _counted_images(self, teacher: Sequence[Tensor], labelled: int | None) -> Tensor | None:
+        """(B, 1, 1, 1) float32: 0 for each image after the first `labelled` in which the teacher is sure of no object.
+        None where all count.
+        """
+        if labelled is None:
+            return None
+        best = (
+            torch.stack([raw[..., 4].nan_to_num(-torch.inf).flatten(1).amax(1) for raw in teacher])
+            .amax(0)
+            .float()
+            .sigmoid()
+        )
+        known = torch.arange(len(best), device=best.device) < labelled
+        return (known | (best >= self.config.unsure)).float().view(-1, 1, 1, 1)
+
+    def _level(
+        self, student: Tensor, teacher: Tensor, anchors_wh: Tensor, balance: float, counted: Tensor | None
+    ) -> Tensor:
         """() float32: the balanced mean of the objectness term over all cells, plus the gated mean of the others."""
         gate, s, t, anchors = top_cells(student, teacher, anchors_wh)
         own, told = student[..., 4], teacher[..., 4]
         if not self.tells_all:
             (own, told), (s, t) = completed(own, told), completed(s, t)
-        objectness = self.objectness(own.float(), told.float()).mean() * balance
+        each = self.objectness(own.float(), told.float())
+        objectness = (each if counted is None else each * counted).mean() * balance
         return objectness + gated_mean((gate * self.cell(s, t, anchors)).sum(), gate.sum(), len(student))
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:

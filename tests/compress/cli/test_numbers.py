@@ -85,6 +85,19 @@ def test_a_frame_has_two_sides_in_pixels(frame: str, recipe: Path, capsys: pytes
     assert "frame" in refusal(["run", str(recipe), "--set", f"export.frame={frame}"], capsys)
 
 
+@pytest.mark.parametrize("shape", ["[384, 640, 3]", "[0, 640]", "[.nan, 640]", "384x", "[true, 640]", "true"])
+def test_a_shape_of_a_recipe_has_one_or_two_sides(shape: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "export.imgsz" in refusal(["run", str(recipe), "--set", f"export.imgsz={shape}"], capsys)
+
+
+def test_a_shape_that_no_network_takes_is_refused_before_the_first_stage(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(["run", str(recipe), "--set", "export.imgsz=[384, 650]"], capsys)
+    assert "image size 384x650 is not a multiple of the network's stride 32. Use 384x672" in line
+    assert not (recipe.parent / "runs").exists()
+
+
 @pytest.mark.parametrize("size", [1, 31, 300, 321])
 def test_an_image_size_that_no_network_takes_is_refused_before_the_first_stage(
     size: int, recipe: Path, capsys: pytest.CaptureFixture[str]
@@ -127,7 +140,8 @@ OPTIONS = [
 def test_the_commands_have_these_numbers() -> None:
     assert {(path[-1], name) for path, name, _ in OPTIONS} >= {
         ("train", "--seed"), ("distill", "--imgsz"), ("val", "--conf"), ("val", "--batch"), ("val", "--max-det"),
-        ("init", "--imgsz"), ("export", "--imgsz"), ("make", "--images"), ("make", "--seed"), ("train", "--workers"),
+        ("init", "--imgsz"), ("export", "--batch-size"), ("export", "--opset"), ("make", "--images"),
+        ("make", "--seed"), ("train", "--workers"),
     }  # fmt: skip
 
 

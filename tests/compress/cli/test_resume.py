@@ -74,6 +74,8 @@ def test_the_newest_run_goes_on_with_the_settings_and_data_that_it_began_with(cu
         (["--batch", 4], "batch = 5, not 4"),
         (["--scale", "n"], "scale = p, not n"),
         (["--epochs", 9], "epochs = 3, not 9"),
+        (["--init", "scratch"], "init = auto, not scratch"),
+        (["--activation", "relu"], "activation = SiLU, not ReLU"),
     ],
 )
 def test_what_is_said_otherwise_is_refused_with_the_way_on(
@@ -92,7 +94,7 @@ def test_the_way_on_works(cut: Path, tiny_data: Dataset) -> None:
 
 
 def test_a_path_without_a_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--resume", tmp_path / "none") == 2
+    assert train("--resume", tmp_path / "none") == 1
     assert train("--resume", tmp_path) == 1
     assert [line.partition(": ")[2][:8] for line in capsys.readouterr().err.splitlines()] == ["--resume", "nothing "]
 

@@ -34,6 +34,7 @@ def test_the_report_is_json_and_a_short_text(dataset: Path) -> None:
     text = report.to_text()
     assert f"{labels}:1: class 9" in text
     assert "30 more" in text
+    assert text.endswith("the images and rows that are named as problems are left out of a training")
     assert not report.ok
 
 
@@ -54,6 +55,7 @@ def test_an_image_in_train_and_val_is_a_leak(dataset: Path) -> None:
     assert [set(group) for group in report.leaks] == [{"images/train/0.png", "images/val/same.png"}]
     assert [set(group) for group in report.duplicates] == [{"images/train/1.png", "images/train/twin.png"}]
     assert not report.ok
+    assert report.to_text().splitlines()[-1].startswith("nothing is left out of a training, but ")
 
 
 def test_images_that_cannot_be_used_are_problems_and_no_twins(dataset: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from compress.data import DataConfig, Sample, load_data
-from compress.data.index import decoded_size_hw, index_dataset, index_image, quick_digest
+from compress.data.index import JUDGES, decoded_size_hw, index_dataset, index_image, quick_digest
 from compress.data.labels import label_path
 from runtime.errors import InputError
 from runtime.image import decode_image, read_image
@@ -247,3 +247,12 @@ def test_images_without_labels_are_counted(dataset: Path) -> None:
     (dataset.parent / "labels/train/0.txt").unlink()
     index = index_dataset(load_data(dataset), ("train",)).splits["train"]
     assert (index.boxes, index.background) == (3, 1)
+
+
+def test_a_split_may_do_without_labels_where_none_are_trained_on(dataset: Path) -> None:
+    shutil.rmtree(dataset.parent / "labels/train")
+    splits = index_dataset(load_data(dataset), labelled=JUDGES).splits
+    assert (splits["train"].boxes, splits["val"].boxes) == (0, 2)
+    shutil.rmtree(dataset.parent / "labels/val")
+    with pytest.raises(InputError, match="val: no image has a label"):
+        index_dataset(load_data(dataset), labelled=JUDGES)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from compress.data.dataset import Sample
 from compress.data.image_store import ImageStore, cached_bytes, free_bytes, resized_hw
 from compress.data.index import index_dataset
 from compress.data.loader import Batch, map_ahead, train_batches, val_batches
-from compress.data.train_dataset import TrainDataset
+from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
 from tests.compress.data.conftest import folder_hash, write_image, write_labels
@@ -33,7 +34,7 @@ def samples(tmp_path: Path) -> tuple[Sample, ...]:
     return index_dataset(load_data(tmp_path / "data.yaml"), ("train",)).splits["train"].samples
 
 
-def epoch(dataset: TrainDataset, **options: int | bool) -> list[Batch]:
+def epoch(dataset: TrainItems, **options: int | bool) -> list[Batch]:
     return list(train_batches(dataset, **{"batch": 4, "epoch": 3} | options))  # type: ignore[arg-type]
 
 
@@ -213,3 +214,66 @@ def test_an_abandoned_epoch_stops_its_workers(samples: tuple[Sample, ...]) -> No
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert next(batches, None) is None
+
+
+# -- labelled and unlabelled images ---------------------------------------------------------------
+
+
+def mixed(samples: tuple[Sample, ...], labelled: int, config: AugmentConfig = PLAIN) -> MixedDataset:
+    """The first samples with their labels, the others without."""
+    other = [replace(sample, labels=np.zeros((0, 5), np.float32)) for sample in samples[labelled:]]
+    return MixedDataset(TrainDataset(samples[:labelled], 64, config), TrainDataset(other, 64, config, has_labels=False))
+
+
+def test_a_batch_holds_as_many_unlabelled_images_as_labelled_ones_and_those_first(samples: tuple[Sample, ...]) -> None:
+    batches = epoch(mixed(samples, 5))
+    assert [(batch.labelled, len(batch.images)) for batch in batches] == [(2, 4), (2, 4), (1, 2)]
+    assert sorted(i for batch in batches for i in batch.indices if i < 5) == list(range(5))
+    for batch in batches:
+        assert set(batch.targets[:, 0].tolist()) == set(range(batch.labelled or 0))
+
+
+@pytest.mark.parametrize("labelled", [2, 4, 8])
+def test_every_unlabelled_image_comes_once_in_a_pass_whatever_the_epochs(
+    samples: tuple[Sample, ...], labelled: int
+) -> None:
+    dataset, seen = mixed(samples, labelled), []
+    unlabelled = dataset._unlabelled
+    unlabelled.item = lambda number, index, *, mosaic: seen.append((number, index))  # type: ignore[method-assign]
+    for number in range(9):
+        for index in dataset.order(number)[1::2]:
+            dataset.item(number, int(index))
+    count = len(samples) - labelled
+    assert len(seen) == 9 * labelled
+    assert [number for number, _ in seen] == [place // count for place in range(len(seen))]
+    assert all(len({*seen[i : i + count]}) == len(seen[i : i + count]) for i in range(0, len(seen), count))
+
+
+def test_mosaics_join_images_of_one_kind(samples: tuple[Sample, ...]) -> None:
+    dataset = mixed(samples, 5, AugmentConfig(mosaic=1, mixup=1))
+    batches = epoch(dataset)
+    assert all(batch.labelled == len(batch.images) / 2 for batch in batches)
+    assert all((batch.targets[:, 0] < batch.labelled).all() for batch in batches)
+    assert dataset._labelled.store._images.keys() <= set(range(5))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_both_kinds(samples: tuple[Sample, ...], world: int) -> None:
+    whole = epoch(mixed(samples, 6), batch=6)
+    ranks = [epoch(mixed(samples, 6), batch=6, rank=rank, world=world) for rank in range(world)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert sorted(index for part in parts for index in part.indices) == sorted(batch.indices)
+        assert sum(part.labelled or 0 for part in parts) == batch.labelled
+
+
+def test_an_epoch_is_the_same_whatever_came_before_it(samples: tuple[Sample, ...]) -> None:
+    config = AugmentConfig(mixup=0.5)
+    dataset = mixed(samples, 4, config)
+    for number in range(3):
+        epoch(dataset, epoch=number, workers=2)
+    assert_equal(epoch(dataset), epoch(mixed(samples, 4, config)))
+
+
+def test_images_that_are_all_labelled_are_not_counted(samples: tuple[Sample, ...]) -> None:
+    assert {batch.labelled for batch in epoch(TrainDataset(samples, 64, PLAIN))} == {None}
+    assert {batch.labelled for batch in epoch(TrainDataset(samples, 64, PLAIN, has_labels=False))} == {0}

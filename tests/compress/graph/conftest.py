@@ -67,16 +67,16 @@ class Case:
     def boxes(self, **settings: Any) -> Any:
         return boxes_graph(self.traced, self.head, self.nms, **{"opset": 19, "metadata": {}, **settings})
 
-    def conventional(self) -> Any:
-        return yolov5_graph(self.traced, self.head, opset=19, metadata={})
+    def conventional(self, **settings: Any) -> Any:
+        return yolov5_graph(self.traced, self.head, **{"opset": 19, "metadata": {}, **settings})
 
 
-def make_case(classes: int = CLASSES, size: int = SIZE, **nms: Any) -> Case:
+def make_case(classes: int = CLASSES, size_hw: tuple[int, int] = (SIZE, SIZE), **nms: Any) -> Case:
     torch.manual_seed(0)
     network = Small(classes).eval()
-    head = HeadShape(classes, ANCHORS.reshape(3, 3, 2), (8, 16, 32), (size, size))
+    head = HeadShape(classes, ANCHORS.reshape(3, 3, 2), (8, 16, 32), size_hw)
     settings = {"iou": 0.6, "candidates": 300, "max_det": 300, "iterations": 8, **nms}
-    return Case(network, trace(network, (size, size)), head, NmsShape(**settings))
+    return Case(network, trace(network, size_hw), head, NmsShape(**settings))
 
 
 @pytest.fixture(scope="session")

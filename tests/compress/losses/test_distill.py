@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from compress.cli.trainings import loss_choices
-from compress.config import DistillConfig, LossConfig
+from compress.config import STRATEGIES, DistillConfig, LossConfig
 from compress.losses.distill import (
     LOSSES,
     Context,
@@ -507,3 +507,69 @@ def test_the_gains_of_a_head_loss_are_those_of_the_detection_loss(shape):
     config = DistillConfig(imgsz=320, loss=LossConfig(obj=0.7, cls=0.3, box=0.1))
     for name in HEADS:
         assert LOSSES[name](shape, shape, config).gains == pytest.approx((0.1, 0.7 / 4, 0.3 * 3 / 80))
+
+
+# ---- strategies -----------------------------------------------------------------------------------------------------
+
+
+def test_objectness_is_not_compared_in_an_unlabelled_image_in_which_the_teacher_sees_nothing(shape):
+    teacher, student = _outputs(shape, batch=3, seed=1), _outputs(shape, batch=3)
+    for raw in teacher.raw:
+        raw[..., 4] = -4.0  # at most 0.02
+    teacher.raw[1][2, 0, 0, 0, 4] = 3.0  # in the last image, one cell of one level is sure
+    student = _tracked(student)
+    loss = LOSSES["soft"](shape, shape, DistillConfig(unsure=0.1))
+    loss(student, teacher, Context(labelled=1)).backward()
+    for raw in student.raw:
+        assert [bool(image.any()) for image in raw.grad[..., 4]] == [True, False, True]
+        assert [bool(image.any()) for image in raw.grad[..., :4]] == [True, True, True]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_where_the_teacher_is_sure_an_unlabelled_image_counts_as_any_other(name, shape):
+    teacher, student = _outputs(shape, seed=1, scale=3), _outputs(shape)
+    loss = LOSSES[name](shape, shape, DistillConfig())
+    assert torch.equal(loss(student, teacher, Context(labelled=0)), loss(student, teacher))
+
+
+def _strategy(name, **more):
+    return DistillConfig.model_validate({"strategy": name} | more)
+
+
+def test_a_strategy_sets_losses_and_label_weight_and_what_is_said_wins():
+    assert [*_strategy("soft_labels").losses] == ["soft"]
+    assert _strategy("soft_labels").label_weight == _strategy("label_free").label_weight == 0
+    assert all(issubclass(LOSSES[name], FeatureLoss) for name in _strategy("features").losses)
+    assert _strategy("soft_labels", label_weight=0.2, losses={"kd": 1.0}).label_weight == 0.2
+    assert "losses" not in _strategy("features").model_dump(exclude_unset=True)  # an arm of a study may change it
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_works_as_it_is(name):
+    check_losses(_strategy(name, unlabelled="images" if STRATEGIES[name].needs_unlabelled else None))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "expected"),
+    [
+        ("label_free", {}, "learns from unlabelled images, none are given. Add --unlabelled"),
+        ("joint", {"losses": {}}, "strategy joint has no loss by which the student learns from the teacher"),
+        ("joint", {"label_weight": 0, "unlabelled": "x"}, "trains the teacher on labels, and label_weight 0 leaves"),
+        ("soft_labels", {"losses": {"pkd": "auto"}}, "strategy soft_labels takes no loss such as pkd. It takes soft"),
+        ("features", {"losses": {"soft": "auto"}}, "strategy features takes no loss such as soft. It takes feat_mse"),
+        ("features", {"label_weight": 0}, "label_weight is 0 and no loss compares heads"),
+        ("offline", {"losses": {}, "unlabelled": "x"}, "unlabelled images teach nothing without a distillation loss"),
+        ("offline", {"losses": {"fgd": "auto"}, "unlabelled": "x"}, "loss fgd needs the labels"),
+        ("label_free", {"losses": {"soft": "auto", "fgd": 1}, "unlabelled": "x"}, "loss fgd needs the labels"),
+    ],
+)  # fmt: skip
+def test_a_strategy_that_lacks_something_is_one_line_with_a_remedy(name, more, expected):
+    with pytest.raises(UsageError) as caught:
+        check_losses(_strategy(name, **more))
+    assert expected in str(caught.value)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_losses_that_do_not_belong_to_a_strategy_may_have_a_weight_of_0():
+    check_losses(_strategy("features", losses={"soft": 0, "pkd": "auto"}))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.models import LAYOUTS, Architecture, YOLOv5
-from compress.models.blocks import C3, BottleneckCSP, Conv
+from compress.models.blocks import C3, Bottleneck, BottleneckCSP, Conv
 from compress.models.inherit import fit_head, inherit, recalibrate
 from runtime.errors import UsageError
 
@@ -13,8 +13,12 @@ NAMES = ("bolt", "nut")
 
 
 def network(scale: str, layout: str = "v6", names: tuple[str, ...] = NAMES, seed: int = 0) -> YOLOv5:
+    return with_spread_norms(Architecture.of_scale(scale, names, layout=layout), seed)
+
+
+def with_spread_norms(arch: Architecture, seed: int = 0) -> YOLOv5:
     torch.manual_seed(seed)
-    model = YOLOv5(Architecture.of_scale(scale, names, layout=layout))
+    model = YOLOv5(arch)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -92,12 +96,60 @@ def test_bottlenecks_that_the_source_lacks_start_as_the_identity() -> None:
     assert torch.equal(block(x), x)
 
 
+@torch.no_grad()
+def pass_through(block: Bottleneck, dead: torch.Tensor) -> None:
+    """Make a bottleneck the identity, but for the channels `dead` where it has no residual: those become 0."""
+    if block.add:
+        block.cv2.bn.weight.zero_()
+        block.cv2.bn.bias.zero_()
+        return
+    for conv in (block.cv1, block.cv2):
+        nn.init.dirac_(conv.conv.weight)
+        conv.bn.weight.copy_((conv.bn.running_var + conv.bn.eps).sqrt())
+        conv.bn.bias.zero_()
+    silence(block.cv2.bn, dead, 1)
+
+
+@pytest.mark.parametrize("depths", [(0.33, 0.33), (0.67, 0.33), (1.0, 0.33), (1.0, 0.67)], ids=str)
+@pytest.mark.parametrize("layout", ["v6", "v2"])
+def test_a_student_without_bottlenecks_that_pass_through_computes_the_same(
+    layout: str, depths: tuple[float, float]
+) -> None:
+    """The channels that the left-out bottlenecks of the neck, which have no residual, silence are not taken."""
+    deep, shallow = (
+        Architecture(depth, width, NAMES, layout=layout, activation="ReLU")
+        for depth, width in zip(depths, (0.25, 0.125), strict=True)
+    )
+    source, student = with_spread_norms(deep), with_spread_norms(shallow, seed=1)
+    silence_half(source)
+    for theirs, own in zip(source.model, student.model, strict=True):
+        if isinstance(theirs, (C3, BottleneckCSP)):
+            dead = torch.randperm(len(theirs.cv1.bn.weight))[: len(theirs.cv1.bn.weight) // 2]
+            for block in theirs.m[len(own.m) :]:
+                pass_through(block, dead)
+            if len(theirs.m) > len(own.m) and not theirs.m[0].add:
+                with torch.no_grad():
+                    theirs.m[len(own.m) - 1].cv2.bn.weight.uniform_(0.5, 1.5)
+    inherit(student, source)
+    images = torch.rand(1, 3, 64, 64)
+    for mine, expected in zip(student(images), source(images), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_shallower_student_takes_the_first_bottlenecks() -> None:
     torch.manual_seed(0)
     source = YOLOv5(Architecture(depth=0.67, width=0.25, names=NAMES))
     student = network("n")
     inherit(student, source)
     assert torch.equal(student.model[4].m[0].cv1.conv.weight, source.model[4].m[0].cv1.conv.weight)
+
+
+def test_a_relu_student_takes_a_silu_networks_weights() -> None:
+    source = network("n")
+    student = YOLOv5(Architecture.of_scale("n", NAMES, activation="ReLU")).eval()
+    inherit(student, source)
+    assert {type(module.act) for module in student.modules() if isinstance(module, Conv)} == {nn.ReLU}
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in student.state_dict().items())
 
 
 @pytest.mark.parametrize(

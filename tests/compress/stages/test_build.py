@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import compress.stages.build as stage
-from compress.config import BuildConfig
-from compress.graph.metadata import metadata_of
+from compress.config import BuildConfig, ExportConfig
+from compress.graph.fp16 import body_to_fp16
+from compress.graph.metadata import metadata_of, write_card
+from compress.models import Architecture, YOLOv5, save_model
 from compress.stages.build import build, by_precision
-from runtime.bundle import model_files, problems
-from runtime.card import Artifact, ModelCard
+from compress.stages.export import export
+from runtime.bundle import card_of, model_files, problems
+from runtime.card import Artifact, Batches, ModelCard
 from runtime.engine import BuildReport
 from runtime.errors import EdgestillError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
@@ -190,3 +194,57 @@ def test_onnx_of_another_kind_is_one_line(tmp_path):
     path.write_text("<html>not found</html>")
     with pytest.raises(InputError, match="not an ONNX file"):
         build(BuildConfig(), models={"fp32": path}, out=tmp_path)
+
+
+OPEN = Batches(1, None)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    save_model(YOLOv5(Architecture.of_scale("p", NAMES)), path, {})
+    return path
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"batch": 2}, (2, 2)), ({"dynamic": True}, (1, 8)), ({"dynamic": True, "frame": (108, 192)}, (1, 8))],
+    ids=["fixed", "open", "open frames"],
+)
+def test_rectangular_batches_build_with_nms_inside(student, tmp_path, settings, expected):
+    """In the precisions that a GPU uses, the conventional file, too."""
+    export(
+        ExportConfig(imgsz=(64, 96), **settings), model=student, out=tmp_path, imgsz=64, log=lambda _: None
+    )  # fmt: skip
+    half = body_to_fp16(onnx.load(tmp_path / "model.onnx"))
+    write_card(half, replace(card_of(tmp_path / "model.onnx"), precision="fp16"))
+    onnx.save(half, tmp_path / "model.fp16.onnx")
+    config = BuildConfig(backend="tensorrt_rtx", targets=("sm86",))
+    lines: list[str] = []
+    for models, out in (
+        ({"fp32": tmp_path / "model.onnx", "fp16": tmp_path / "model.fp16.onnx"}, tmp_path / "boxes"),
+        ({"fp32": tmp_path / "model.yolov5.onnx"}, tmp_path / "rows"),
+    ):
+        build(config, models=models, out=out, log=lines.append)
+        card = ModelCard.load(out)
+        assert [artifact.batches for artifact in card.artifacts] == [expected] * len(models)
+        assert [file.card.batches for file in model_files(out)] == [expected] * len(models)
+        assert card.size_hw == (64, 96)
+        assert not [problem for file in model_files(out) for problem in problems(file)]
+    assert all(f"batch {Batches(*expected)}" in line for line in lines)
+
+
+def test_the_profile_of_an_open_batch_is_that_of_the_settings(tmp_path, monkeypatch):
+    seen = []
+
+    def note(*_: Any, shapes: Any, **__: Any) -> Any:
+        seen.append(shapes)
+        return no_tensorrt()
+
+    monkeypatch.setattr(stage, "build_engine", note)
+    for batches in (OPEN, Batches(4, 4)):
+        model = write_model(tmp_path / "model.onnx", batches=batches)
+        build(BuildConfig(batches=(2, 3, 5)), models={"fp32": model}, out=tmp_path / "plans", log=lambda _: None)
+    assert seen == [{"canvas": ((2, 32, 32, 3), (3, 32, 32, 3), (5, 32, 32, 3))}, {}]

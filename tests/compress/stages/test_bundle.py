@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from compress.config import NoSettings
 from compress.stages.bundle import run
 from runtime.bundle import model_files
-from runtime.card import Artifact, ModelCard
+from runtime.card import Artifact, Batches, ModelCard
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
 from tests.runtime.toys import canvas_model, card
@@ -66,3 +67,12 @@ def test_figures_of_another_file_are_not_shipped(folders: dict[str, Path], tmp_p
     measured(folders, "a" * 64)
     with pytest.raises(InputError, match="not the file that was measured"):
         bundle(folders, tmp_path / "bundle")
+
+
+def test_each_file_of_a_bundle_tells_its_own_batches(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = canvas_model(folders["export"] / "model.onnx", card(batches=Batches(1, None)))
+    measured(folders, sha256(model))
+    plan = replace(plan_in(folders["build"], MINE.identity), batches=Batches(1, 8))
+    card(artifacts=(plan,)).save(folders["build"] / "model.json")
+    files = model_files(bundle(folders, tmp_path / "bundle"))
+    assert [file.card.batches for file in files if file.card] == [(1, 8), (1, None)]

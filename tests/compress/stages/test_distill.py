@@ -1,27 +1,30 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
-from compress.config import DistillConfig, StudentConfig, TrainConfig
-from compress.data import Dataset
+from compress.config import DistillConfig, Recipe, StudentConfig, TrainConfig
+from compress.data import Dataset, index_dataset, load_data
+from compress.data.index import JUDGES
 from compress.data.loader import train_batches
 from compress.log import Log
 from compress.losses import distill as losses
-from compress.models import Architecture, YOLOv5
-from compress.models.checkpoint import load, load_model, save_model
-from compress.stages.distill import Config, Inputs, inherited, new_student, run
+from compress.models.checkpoint import load, load_model
+from compress.stages.distill import STAGE, Config, Inputs, run
 from compress.stages.teacher import train
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
 from compress.training.ratio import LossWeights
 from compress.training.state import load_state
-from compress.training.teacher import Teacher, build_losses, load_sources, student_anchors
+from compress.training.teacher import Teacher, build_losses
 from runtime.errors import EdgestillError, InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,40 +49,11 @@ def distill(
     run(whole, Inputs(data, teacher, resume), out, log)
 
 
-@pytest.mark.parametrize(
-    ("init", "scale", "own_weights", "layout"),
-    [
-        ("auto", "p", False, "v4"),
-        ("inherit", "p", False, "v4"),
-        ("scratch", "p", False, "v6"),
-        ("auto", "p", True, "v6"),
-        ("auto", "s", False, "v6"),  # wider than the teacher
-    ],
-)
-def test_only_a_student_that_is_to_be_a_slice_has_the_teachers_layout(
-    init: str, scale: str, own_weights: bool, layout: str, tiny_data: Dataset, tmp_path: Path
-) -> None:
-    teacher = tmp_path / "teacher.safetensors"
-    save_model(YOLOv5(Architecture.of_scale("n", tiny_data.names, layout="v4")), teacher)
-    file = tmp_path / "own.safetensors"
-    save_model(YOLOv5(Architecture.of_scale("p", ("bolt",))), file)
-    weights = file if own_weights else None
-    config = Config(student=StudentConfig.model_validate({"init": init, "scale": scale, "weights": weights}))
-    sources = load_sources([teacher], tiny_data.names, config.distill, "cpu")
-    larger, anchors = inherited(config.student, sources, quiet), student_anchors(sources, config.distill)
-    assert new_student(config, tiny_data, anchors, larger, quiet).arch.layout == layout
-
-
-def test_slices_of_the_teacher_and_weights_of_its_own_contradict_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="give one of both"):
-        StudentConfig(init="inherit", weights=tmp_path / "own.safetensors")
-
-
 @pytest.fixture(scope="module")
 def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher")
     settings = TrainConfig(epochs=3, batch=4, imgsz=64, val_interval=3, workers=0, tensorboard=False, seed=7)
-    return train(settings, data=tiny_data, out=out, scale="n", device="cpu", log=quiet).best
+    return train(settings, data=tiny_data, out=out, start=StudentConfig(scale="n"), device="cpu", log=quiet).best
 
 
 @pytest.fixture
@@ -154,8 +128,12 @@ def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
         distill(config(), tiny_data, teacher_file, tmp_path / "cut", stop)
     distill(config(), tiny_data, teacher_file, tmp_path / "cut", resume=True)
     straight, cut = (load_state(tmp_path / name / "state.pt") for name in ("straight", "cut"))
-    for part in ("objective", "ema"):
-        assert all(torch.equal(value, cut[part][key]) for key, value in straight[part].items())
+    assert_same_weights(straight, cut)
+
+
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for a, b in zip([one["objective"], *one["ema"]], [other["objective"], *other["ema"]], strict=True):
+        assert all(torch.equal(value, b[key]) for key, value in a.items())
 
 
 def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: Dataset, tmp_path: Path) -> None:
@@ -214,3 +192,119 @@ def test_the_gradient_that_a_loss_is_told_to_expect_is_the_one_that_comes(
     images, upstream = batch.images.float() / 255, torch.tensor(scale)
     objective(images, batch.targets, teacher(images), [0.37], upstream).total.backward(upstream)
     assert torch.equal(watched.came[0], watched.expected)
+
+
+# ---- strategies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_labels(tiny_data: Dataset, tmp_path: Path) -> Dataset:
+    """The tiny data with no label in its train split."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data.root, root)
+    shutil.rmtree(root / "labels/train")
+    return index_dataset(load_data(root / "data.yaml"), labelled=JUDGES)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+
+
+def test_a_student_learns_from_unlabelled_images_alone(
+    without_labels: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    images, lines, out = without_labels.root / "images/train", [], tmp_path / "out"
+    settings = config(strategy="label_free", unlabelled=images, losses={"soft": "auto", "pkd": "auto"})
+    distill(settings, without_labels, teacher_file, out, lines.append)
+    for row in rows(out):
+        assert [float(row[f"train/{part}_loss"]) for part in ("box", "obj", "cls")] == [0, 0, 0]
+        assert float(row["train/soft_loss"]) > 0
+        assert float(row["share/soft"]) == pytest.approx(1, rel=1e-3)
+    assert any(f"unlabelled: 10 images of {images}" in line for line in lines)
+    assert not any(line.startswith("train: ") for line in lines)
+    assert (out / "student.safetensors").is_file()
+
+
+def test_a_stopped_training_on_both_kinds_of_images_goes_on_and_refuses_other_images(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("epoch 1/2"):
+            raise KeyboardInterrupt
+
+    images = tmp_path / "camera"
+    shutil.copytree(tiny_data.root / "images/val", images)
+    settings = config(unlabelled=images)
+    distill(settings, tiny_data, teacher_file, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        distill(settings, tiny_data, teacher_file, tmp_path / "cut", stop)
+    moved = images.rename(tmp_path / "moved")
+    settings = config(unlabelled=moved)
+    distill(settings, tiny_data, teacher_file, tmp_path / "cut", resume=True)
+    assert_same_weights(*(load_state(tmp_path / name / "state.pt") for name in ("straight", "cut")))
+    next(moved.iterdir()).unlink()
+    with pytest.raises(UsageError, match="trained with unlabelled images = sha256 "):
+        distill(settings, tiny_data, teacher_file, tmp_path / "cut", resume=True)
+
+
+def test_a_video_of_the_camera_teaches(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> None:
+    film = tmp_path / "camera.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    for number in range(6):
+        writer.write(np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8))
+    writer.release()
+    settings = config(strategy="label_free", unlabelled=film, frame_stride=2, losses={"soft": "auto"})
+    distill(settings, tiny_data, teacher_file, tmp_path / "out")
+    assert len(list((tmp_path / "out/unlabelled").rglob("*.jpg"))) == 3
+    assert len(rows(tmp_path / "out")) == 2
+
+
+def test_teacher_and_student_of_a_joint_training_are_both_saved(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    distill(config(strategy="joint", losses={"soft": "auto"}), tiny_data, teacher_file, tmp_path, lines.append)
+    began, now = load(teacher_file), load(tmp_path / "teacher.safetensors")
+    assert now.architecture == began.architecture
+    for key in (f"model.24.m.{level}.bias" for level in range(3)):
+        assert not torch.equal(now.state_dict[key], began.state_dict[key])
+    assert load(tmp_path / "student.safetensors").architecture.scale == "p"
+    assert all(float(row["train/teacher_loss"]) > 0 for row in rows(tmp_path))
+    assert any("joint: the teacher trains too" in line and "MiB" in line for line in lines)
+
+
+def test_labels_that_are_trained_on_must_be_there(without_labels: Dataset, teacher_file: Path, tmp_path: Path) -> None:
+    for changes in ({}, {"unlabelled": without_labels.root / "images/val"}, {"strategy": "joint", "label_weight": 0}):
+        settings = config(**changes | {"losses": {"soft": "auto"}})
+        with pytest.raises(InputError, match="train: no image has a label"):
+            distill(settings, without_labels, teacher_file, tmp_path / "out")
+
+
+def test_soft_labels_need_none(without_labels: Dataset, teacher_file: Path, tmp_path: Path) -> None:
+    settings = config(strategy="soft_labels", losses={"soft": "auto"})
+    distill(settings, without_labels, teacher_file, tmp_path / "out")
+    assert rows(tmp_path / "out")[-1]["train/box_loss"] == "0"
+
+
+def test_a_strategy_is_checked_before_anything_is_written(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="none are given"):
+        distill(config(strategy="label_free"), tiny_data, teacher_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_content_of_the_unlabelled_images_is_in_the_fingerprint_and_their_path_is_not(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    def task(images: Path | None) -> tuple[Any, Any]:
+        made = STAGE.task(Recipe(data=tiny_data.path, distill={"unlabelled": images}), tmp_path)  # type: ignore[arg-type]
+        return made.config, made.digests["unlabelled"]
+
+    images = tmp_path / "camera"
+    shutil.copytree(tiny_data.root / "images/val", images)
+    first = task(images)
+    assert task(images.rename(tmp_path / "moved")) == first
+    assert task(None)[1] == "none"
+    next((tmp_path / "moved").iterdir()).unlink()
+    assert task(tmp_path / "moved")[1] != first[1]

@@ -18,10 +18,13 @@ from compress.graph.metadata import read_card
 from compress.graph.verify import best_class, nchw, unit_rgb
 from compress.inputs import CONVENTIONAL, SHIPPED
 from compress.models import Architecture, YOLOv5, describe, save_model
+from compress.models.blocks import Conv
 from compress.stages.export import export, rows_of
 from runtime.boxes import detections_from_rows, unletterbox
+from runtime.detector import Detector
 from runtime.errors import EdgestillError, UsageError
 from runtime.identity import OccupiedError
+from runtime.image import read_image
 
 SIZE = 160
 NAMES = ("bolt", "nut", "it's a washer")
@@ -34,10 +37,10 @@ class Student:
     data: Validation
 
 
-def make_network() -> YOLOv5:
+def make_network(activation: str = "SiLU") -> YOLOv5:
     """Seeded, with statistics and a head that spread the scores, so that some boxes are certain."""
     torch.manual_seed(0)
-    network = YOLOv5(Architecture.of_scale("p", NAMES))
+    network = YOLOv5(Architecture.of_scale("p", NAMES, activation=activation))
     with torch.no_grad():
         for _ in range(20):
             network(torch.rand(4, 3, 5, 5).repeat_interleave(32, 2).repeat_interleave(32, 3))
@@ -102,6 +105,16 @@ def test_both_files_agree_with_torch_and_the_report_says_so(exported):
     assert set(result.to_json()["agreement"]) == {SHIPPED, CONVENTIONAL}
 
 
+@pytest.mark.parametrize(("activation", "operator"), [("ReLU", "Relu"), ("LeakyReLU", "LeakyRelu")])
+def test_another_activation_is_exported_as_it_is(tmp_path, activation, operator):
+    save_model(make_network(activation), tmp_path / "student.safetensors", {})
+    model = tmp_path / "student.safetensors"
+    result = export(ExportConfig(), model=model, out=tmp_path / "out", imgsz=SIZE, log=lambda _: None)
+    assert result.boxes.max_box_error_px < 0.05
+    body = [node.op_type for node in onnx.load(result.yolov5_onnx).graph.node]
+    assert body.count(operator) == sum(isinstance(block, Conv) for block in make_network().modules())
+
+
 def test_the_shipped_graph_is_canvas_to_boxes(exported):
     session = onnxruntime.InferenceSession(exported[0].model_onnx)
     (image,), (boxes, cutoff) = session.get_inputs(), session.get_outputs()
@@ -113,8 +126,8 @@ def test_the_shipped_graph_is_canvas_to_boxes(exported):
 def test_the_conventional_graph_is_what_yolov5_writes(exported):
     session = onnxruntime.InferenceSession(exported[0].yolov5_onnx)
     (image,), (rows,) = session.get_inputs(), session.get_outputs()
-    assert (image.name, image.type, image.shape) == ("images", "tensor(float)", ["batch", 3, SIZE, SIZE])
-    assert (rows.name, rows.shape) == ("output0", ["batch", 1575, 8])
+    assert (image.name, image.type, image.shape) == ("images", "tensor(float)", [1, 3, SIZE, SIZE])
+    assert (rows.name, rows.shape) == ("output0", [1, 1575, 8])
     metadata = session.get_modelmeta().custom_metadata_map
     assert metadata["stride"] == "32"
     assert ast.literal_eval(metadata["names"]) == dict(enumerate(NAMES))
@@ -127,7 +140,108 @@ def test_the_card_inside_says_what_the_graph_does(exported):
     assert (card.input, card.output, card.size_hw, card.max_det) == ("canvas", "boxes", (SIZE, SIZE), 300)
     assert (card.names, card.nms_iterations, card.precision) == (NAMES, ExportConfig().nms_iterations, "fp32")
     rows = read_card(onnx.load(result.yolov5_onnx), CONVENTIONAL)
-    assert (rows.input, rows.output) == ("tensor", "rows")
+    assert (rows.input, rows.output, rows.batches) == ("tensor", "rows", (1, 1))
+
+
+def shapes(path: Path) -> list[list[int | str]]:
+    session = onnxruntime.InferenceSession(path)
+    return [value.shape for value in (*session.get_inputs(), *session.get_outputs())]
+
+
+RECTANGLE = (96, 160)
+IN_BATCHES = {
+    "fixed": ({"batch": 3}, (3, 3), [[3, 96, 160, 3], [3, 300, 6], [3]], [[3, 3, 96, 160], [3, 945, 8]]),
+    "open": (
+        {"dynamic": True}, (1, None),
+        [["batch", 96, 160, 3], ["batch", 300, 6], ["batch"]],
+        [["batch", 3, "height", "width"], ["batch", "anchors", 8]],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=IN_BATCHES)
+def in_batches(student: Student, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Any:
+    settings, *expected = IN_BATCHES[request.param]
+    config, out = ExportConfig(imgsz=RECTANGLE, **settings), tmp_path_factory.mktemp("batches")
+    return export(config, model=student.path, out=out, imgsz=SIZE, data=student.data, log=lambda _: None), expected
+
+
+def test_rectangular_batches_agree_with_torch_and_their_shapes_are_in_file_and_card(in_batches):
+    result, (batches, boxes, rows) = in_batches
+    assert shapes(result.model_onnx) == boxes
+    assert shapes(result.yolov5_onnx) == rows
+    for agreement in (result.boxes, result.rows):
+        assert agreement.images >= 6
+        assert agreement.max_box_error_px < 0.05
+        assert agreement.max_score_error < 1e-3
+        assert agreement.nms_differences == 0
+    assert (result.card.size_hw, result.card.batches) == (RECTANGLE, batches)
+    assert result.room.images == 6
+
+
+def test_a_detector_finds_in_a_list_what_it_finds_in_its_frames(student, in_batches):
+    """By both files; the frames differ in size, and are more than one call takes and no whole number of calls."""
+    frames = [read_image(path) for _, path in student.data.images][:5]
+    found = {}
+    for path in (in_batches[0].model_onnx, in_batches[0].yolov5_onnx):
+        with Detector.load(path) as detector:
+            found[path] = detector(frames)
+            assert [one.to_list() for one in found[path]] == [detector(frame).to_list() for frame in frames]
+    assert len(found[path]) == 5
+    assert sum(map(len, found[path])) > 10
+
+
+@pytest.mark.parametrize("settings", [{"batch": 2}, {"dynamic": True}])
+def test_frames_in_batches_are_letterboxed_inside(student, tmp_path, settings):
+    config = ExportConfig(frame=(108, 192), imgsz=RECTANGLE, candidates=100, **settings)
+    result = export(config, model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lambda _: None)
+    assert result.boxes.nms_differences == 0
+    frames = [cv2.resize(read_image(path), (192, 108)) for _, path in student.data.images][:3]
+    with Detector.load(result.model_onnx) as detector:
+        assert [one.to_list() for one in detector(frames)] == [detector(frame).to_list() for frame in frames]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_half_is_a_float16_input_and_body_with_rows_in_float32(student, tmp_path, dynamic):
+    lines: list[str] = []
+    config = ExportConfig(half=True, opset=12, dynamic=dynamic)
+    result = export(config, model=student.path, out=tmp_path, imgsz=SIZE, data=student.data, log=lines.append)
+    session = onnxruntime.InferenceSession(result.yolov5_onnx)
+    (images,), (rows,) = session.get_inputs(), session.get_outputs()
+    assert (images.type, rows.type) == ("tensor(float16)", "tensor(float)")
+    assert sum("in float16 against torch" in line for line in lines) == 1
+    assert result.yolov5_onnx.stat().st_size < 0.7 * result.model_onnx.stat().st_size
+    frame = read_image(student.data.images[0][1])
+    with Detector.load(result.yolov5_onnx, conf=0.25) as half, Detector.load(result.model_onnx, conf=0.25) as full:
+        assert half.card.precision == "fp16"
+        nearest = np.abs(full(frame).xyxy[:, None] - half(frame).xyxy).max(axis=2).min(axis=1)
+    assert np.median(nearest) < 0.5
+
+
+def test_a_network_that_overflows_float16_is_not_written_in_half(tmp_path):
+    network = make_network()
+    with torch.no_grad():
+        next(tensor for name, tensor in network.named_parameters() if name.endswith("bn.weight")).mul_(1e6)
+    save_model(network, tmp_path / "loud.safetensors", {})
+    config = ExportConfig(half=True, max_box_error=1e9, max_score_error=1)
+    with pytest.raises(EdgestillError, match="overflows above 65504"):
+        export(config, model=tmp_path / "loud.safetensors", out=tmp_path / "out", imgsz=64, log=lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_opset_is_that_of_the_conventional_file_and_the_shipped_one_has_17_or_more(student, tmp_path):
+    result = export(ExportConfig(opset=12), model=student.path, out=tmp_path, imgsz=64, log=lambda _: None)
+    models = [onnx.load(path) for path in (result.yolov5_onnx, result.model_onnx)]
+    assert [model.opset_import[0].version for model in models] == [12, 17]
+    assert [read_card(model, "").provenance["opset"] for model in models] == [12, 17]
+
+
+def test_the_batch_is_no_part_of_the_identity_and_the_shape_is(student, exported, tmp_path):
+    found = [
+        export(ExportConfig(**settings), model=student.path, out=tmp_path / name, imgsz=SIZE, log=lambda _: None).card
+        for name, settings in {"batch": {"batch": 2}, "shape": {"imgsz": RECTANGLE}}.items()
+    ]
+    assert [card.identity == exported[0].card.identity for card in found] == [True, False]
 
 
 def test_boxes_are_the_host_nms_of_torch_rows(student, exported):
@@ -161,9 +275,10 @@ def test_a_difference_beyond_the_tolerance_writes_nothing(student, tmp_path, lim
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_size_off_the_stride_names_the_next_one(student, tmp_path):
-    with pytest.raises(UsageError, match="Use 192"):
-        export(ExportConfig(), model=student.path, out=tmp_path, imgsz=161)
+@pytest.mark.parametrize(("imgsz", "better"), [(None, "Use 192x192"), ((384, 650), "Use 384x672"), ((1, 32), "32x32")])
+def test_an_image_size_off_the_stride_names_the_next_one(student, tmp_path, imgsz, better):
+    with pytest.raises(UsageError, match=better):
+        export(ExportConfig(imgsz=imgsz), model=student.path, out=tmp_path, imgsz=161)
 
 
 def test_a_frame_graph_takes_the_camera_frame(student, tmp_path):

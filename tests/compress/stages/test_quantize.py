@@ -23,9 +23,11 @@ from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
 from compress.stages.export import RawMaps, head_shape
 from compress.stages.quantize import quantize, spread
-from runtime.card import Artifact, ModelCard
+from runtime.card import Artifact, Batches, ModelCard
+from runtime.detector import Detector
 from runtime.errors import EdgestillError, InputError
 from runtime.identity import OccupiedError
+from runtime.image import read_image
 
 SIZE = 160
 CONFIG = QuantizeConfig(flavours=("fp16", "int8-trt", "int8-cpu"), calibration_images=4)
@@ -279,3 +281,21 @@ def test_a_bundle_that_lists_a_flavour_by_its_hash_is_not_broken(model, images, 
     replace(read_card(onnx.load(model), "model.onnx"), artifacts=(listed,)).save(tmp_path / "model.json")
     with pytest.raises(OccupiedError, match=r"lists model\.fp16\.onnx"):
         run(QuantizeConfig(flavours=("fp16",), calibration_images=4), model, images, tmp_path, {})
+
+
+@pytest.mark.parametrize("batch", [3, None], ids=["batch 3", "any batch"])
+def test_rectangular_batches_are_calibrated_and_checked(images, tmp_path, batch):
+    torch.manual_seed(0)
+    network = YOLOv5(Architecture.of_scale("p", ("bolt", "nut"))).eval()
+    traced, head = trace(RawMaps(network.fuse()), (96, 160)), head_shape(network, (96, 160))
+    batches, nms = Batches(batch or 1, batch), NmsShape(0.6, 300, 300, 8)
+    card = ModelCard("part", ("bolt", "nut"), (96, 160), batches=batches, weights="5" * 64)
+    graph = boxes_graph(traced, head, nms, opset=19, metadata=metadata_of(card), batch=batch)
+    onnx.save(graph, tmp_path / "model.onnx")
+    found, _ = run(CONFIG, tmp_path / "model.onnx", images, tmp_path, {}, FASTER)
+    assert {judged.name for judged in found.values() if judged.kept} == {"fp32", *CONFIG.flavours}
+    frames = [read_image(path) for path in images[:4]]
+    for judged in found.values():
+        with Detector.load(judged.path) as detector:
+            assert detector.card.batches == batches
+            assert [one.to_list() for one in detector(frames)] == [detector(frame).to_list() for frame in frames]

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from compress.stages.report import require_one_model
+from compress.data import Dataset
+from compress.stages.report import not_made, require_one_model, shared_images
 from runtime.errors import InputError
+from runtime.files import write_json
 from tests.runtime.toys import card
 
 
@@ -16,3 +21,18 @@ def test_rows_of_one_student_and_its_plans_are_one_model() -> None:
         require_one_model([teacher, student], other)
     with pytest.raises(InputError, match=f"{other.identity[:12]}"):
         require_one_model([student, student | {"identity": other.identity}], mine)
+
+
+def test_a_flavour_without_a_file_has_a_sentence(tmp_path: Path) -> None:
+    made = {"name": "fp16", "file": "model.fp16.onnx", "reason": "within 0.02"}
+    failed = {"name": "int8-trt", "file": None, "reason": "the calibration found no range"}
+    write_json(tmp_path / "quantize.json", [made, failed])
+    assert list(not_made(tmp_path)) == ["int8-trt was not made: the calibration found no range."]
+
+
+def test_training_images_among_those_that_are_measured_are_told(tiny_data: Dataset) -> None:
+    assert list(shared_images(tiny_data)) == []
+    train, val = tiny_data.splits["train"], tiny_data.splits["val"]
+    mixed = replace(val, samples=(*val.samples, *train.samples[:2]))
+    (sentence,) = shared_images(replace(tiny_data, splits={"train": train, "val": mixed}))
+    assert sentence.startswith("2 of the 6 images that accuracy is measured on are training images too")

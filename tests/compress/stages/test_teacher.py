@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.compute import threads
-from compress.config import AugmentConfig, OptimizerConfig, TrainConfig
+from compress.config import AugmentConfig, OptimizerConfig, StudentConfig, TrainConfig
 from compress.data import Dataset
 from compress.models.checkpoint import load, load_model
 from compress.stages.teacher import train
@@ -21,6 +21,7 @@ from runtime.errors import EdgestillError, InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+P = StudentConfig(scale="p")
 SGD = OptimizerConfig(name="sgd", lr0=0.01, nominal_batch=64, warmup_epochs=1, momentum=0.9)
 """Sums gradients over many small batches: some are always pending when an epoch ends."""
 
@@ -62,9 +63,9 @@ def test_a_stopped_and_resumed_training_equals_a_straight_one(
     optimizer: OptimizerConfig, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     settings = config(optimizer=optimizer)
-    train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
+    train(settings, data=tiny_data, out=tmp_path / "straight", start=P, device="cpu", log=quiet)
     with pytest.raises(Stop):
-        train(settings, data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
+        train(settings, data=tiny_data, out=tmp_path / "cut", start=P, device="cpu", log=stop_at("epoch 2/4"))
     assert load_state(tmp_path / "cut" / "state.pt")["train_state"]["epoch"] == 2
     train(settings, data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, log=quiet)
     assert_same_files(tmp_path / "straight", tmp_path / "cut")
@@ -77,12 +78,12 @@ def test_a_resumed_training_goes_on_with_the_threads_that_it_had(
     measured = iter([2, 2, 1])  # for the straight training, the stopped one, and the next that asks
     monkeypatch.setattr(threads, "choose", lambda rounds, current: next(measured))
     monkeypatch.setattr(threads, "SHARE", 1e-9)  # no second time
-    train(config(), data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
+    train(config(), data=tiny_data, out=tmp_path / "straight", start=P, device="cpu", log=quiet)
     with pytest.raises(Stop):
-        train(config(), data=tiny_data, out=tmp_path / "cut", scale="p", device="cpu", log=stop_at("epoch 2/4"))
+        train(config(), data=tiny_data, out=tmp_path / "cut", start=P, device="cpu", log=stop_at("epoch 2/4"))
     train(config(), data=tiny_data, out=tmp_path / "cut", device="cpu", resume=True, log=quiet)
     assert_same_files(tmp_path / "straight", tmp_path / "cut")
-    train(config(), data=tiny_data, out=tmp_path / "other", scale="p", device="cpu", log=quiet)
+    train(config(), data=tiny_data, out=tmp_path / "other", start=P, device="cpu", log=quiet)
     with pytest.raises(AssertionError):  # with 1 thread the last bits differ
         assert_same_files(tmp_path / "straight", tmp_path / "other")
 
@@ -90,11 +91,12 @@ def test_a_resumed_training_goes_on_with_the_threads_that_it_had(
 CHILD = """
 import sys
 from pathlib import Path
-from compress.config import TrainConfig
+from compress.config import StudentConfig, TrainConfig
 from compress.data import index_dataset, load_data
 from compress.stages.teacher import train
 config = TrainConfig.model_validate_json(sys.argv[1])
-train(config, data=index_dataset(load_data(Path(sys.argv[2]))), out=Path(sys.argv[3]), scale="p", device="cpu")
+data, start = index_dataset(load_data(Path(sys.argv[2]))), StudentConfig(scale="p")
+train(config, data=data, out=Path(sys.argv[3]), start=start, device="cpu")
 """
 
 
@@ -110,14 +112,14 @@ def test_a_killed_process_leaves_files_that_resume_to_the_straight_result(tiny_d
     child.wait()
     load_model(out / "last.safetensors")
     train(settings, data=tiny_data, out=out, device="cpu", resume=True, log=quiet)
-    train(settings, data=tiny_data, out=tmp_path / "straight", scale="p", device="cpu", log=quiet)
+    train(settings, data=tiny_data, out=tmp_path / "straight", start=P, device="cpu", log=quiet)
     assert_same_files(tmp_path / "straight", out)
 
 
 def test_a_training_leaves_weights_a_table_and_a_picture(tiny_data: Dataset, tmp_path: Path) -> None:
     lines: list[str] = []
     settings = config(epochs=2, tensorboard=True)
-    result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=lines.append)
+    result = train(settings, data=tiny_data, out=tmp_path, start=P, device="cpu", log=lines.append)
     assert {path.name for path in tmp_path.iterdir()} == {
         "best.safetensors", "last.safetensors", "state.pt", "results.csv", "curves.png", "tensorboard",
     }  # fmt: skip
@@ -132,7 +134,7 @@ def test_losses_fall(tiny_data: Dataset, tmp_path: Path) -> None:
     calm = AugmentConfig(mosaic=0, translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0)
     quick = OptimizerConfig(lr0=0.01, warmup_epochs=0)
     settings = config(epochs=15, val_interval=15, augment=calm, optimizer=quick, autoanchor=False)
-    train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    train(settings, data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     first, last = (sum(float(row[f"train/{t}_loss"]) for t in ("box", "obj", "cls")) for row in (rows[0], rows[-1]))
     assert last < 0.9 * first
@@ -141,19 +143,19 @@ def test_losses_fall(tiny_data: Dataset, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_in_one_line_and_spares_the_files(tiny_data: Dataset, tmp_path: Path) -> None:
     wild = OptimizerConfig(name="sgd", lr0=1e20, warmup_epochs=0, clip_norm=1e30)
     with pytest.raises(EdgestillError, match=r"not finite in epoch \d, batch \d+: .*(nan|inf)") as caught:
-        train(config(optimizer=wild), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+        train(config(optimizer=wild), data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_resuming_with_other_settings_names_the_setting(tiny_data: Dataset, tmp_path: Path) -> None:
-    train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    train(config(epochs=1), data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     with pytest.raises(UsageError, match="trained with epochs = 1, not 2"):
         train(config(epochs=2), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
 
 
 def test_a_resumed_training_may_change_what_no_number_depends_on(tiny_data: Dataset, tmp_path: Path) -> None:
-    done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    done = train(config(epochs=1), data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     other = config(epochs=1, workers=2, checkpoint_interval=3)
     assert train(other, data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet) == done
 
@@ -164,7 +166,7 @@ def test_resuming_nothing_says_so(tiny_data: Dataset, tmp_path: Path) -> None:
 
 
 def test_resuming_a_finished_training_returns_its_result(tiny_data: Dataset, tmp_path: Path) -> None:
-    done = train(config(epochs=1), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    done = train(config(epochs=1), data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     again = train(config(epochs=1), data=tiny_data, out=tmp_path, device="cpu", resume=True, log=quiet)
     assert again == done
 
@@ -179,14 +181,21 @@ def test_another_number_of_classes_starts_only_the_head_afresh(
 ) -> None:
     still = OptimizerConfig(name="sgd", lr0=1e-9, warmup_epochs=0)
     settings = config(epochs=1, optimizer=still, autoanchor=False)
-    result = train(settings, data=tiny_data, out=tmp_path, weights=weights, device="cpu", log=quiet)
+    result = train(
+        settings,
+        data=tiny_data,
+        out=tmp_path,
+        start=StudentConfig(scale=None, weights=weights),
+        device="cpu",
+        log=quiet,
+    )
     before, after = tensors_of(weights), tensors_of(result.last)
     assert after["model.24.m.0.weight"].shape[0] == 3 * (5 + len(tiny_data.names))
     torch.testing.assert_close(after["model.0.conv.weight"], before["model.0.conv.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_layers_keep_their_weights(tiny_data: Dataset, tmp_path: Path) -> None:
-    result = train(config(epochs=1, freeze=10), data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    result = train(config(epochs=1, freeze=10), data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     state = load_state(tmp_path / "state.pt")
     fresh = tensors_of(result.last)
     moved = {key.removeprefix("model.") for key in state["objective"] if key.startswith("model.")}
@@ -208,6 +217,6 @@ def test_training_stops_early_without_a_better_fitness(
 
     monkeypatch.setattr(loop, "evaluate", lambda *a, **k: Worse(real(*a, **k)))
     settings = config(epochs=9, val_interval=1, patience=2)
-    result = train(settings, data=tiny_data, out=tmp_path, scale="p", device="cpu", log=quiet)
+    result = train(settings, data=tiny_data, out=tmp_path, start=P, device="cpu", log=quiet)
     assert result.epochs == 3
     assert result.metrics["epoch"] == 0

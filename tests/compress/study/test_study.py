@@ -8,6 +8,7 @@ import pytest
 
 from compress.config import Recipe
 from compress.data import Dataset
+from compress.gain import training_of
 from compress.study import arm_recipe, chosen_arms, run_study
 from runtime.errors import EdgestillError, UsageError
 
@@ -42,6 +43,14 @@ def test_an_arms_preset_takes_the_place_of_the_recipes_and_leaves_what_was_set_b
     assert [one.optimizer.name for one in (low, med, fine)] == ["sgd", "sgd", "adamw"]
     assert [one.augment.scale for one in (low, med, fine)] == [0.5, 0.9, 0.5]
     assert all((one.optimizer.lr0, one.optimizer.momentum) == (0.02, 0.5) for one in (low, med, fine))
+
+
+def test_an_arms_strategy_brings_its_own_losses_and_label_weight() -> None:
+    arms = {"base": {}, "joint": {"distill": {"strategy": "joint"}}, "features": {"distill": {"strategy": "features"}}}
+    made = recipe(Path("data.yaml"), distill={"strategy": "soft_labels"}, study={"arms": arms})
+    base, joint, features = (arm_recipe(made, arm, 0).distill for arm in arms)
+    assert [one.label_weight for one in (base, joint, features)] == [0, 1, 1]
+    assert ([*base.losses], [*joint.losses], [*features.losses]) == (["soft"], ["soft"], ["pkd"])
 
 
 @pytest.mark.parametrize(
@@ -83,12 +92,15 @@ def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tm
 
 @pytest.mark.slow
 def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_splits: Path, tmp_path: Path) -> None:
-    out, lines = tmp_path / "out", []
+    out, lines, arm = tmp_path / "out", [], arm_recipe(recipe(three_splits), "soft", 5)
     document = json.loads(run_study(recipe(three_splits), out, log=lines.append).read_text())
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
         ("scratch", 0), ("soft", 0), ("scratch", 1), ("soft", 1),
     ]  # fmt: skip
     assert [(d["arm"], d["against"], d["pairs"]) for d in document["differences"]] == [("soft", "scratch", 2)]
+    assert document["trainings"]["soft"] == training_of(arm.student, arm.distill)
+    assert document["teacher"].keys() == {"fingerprint", "map50_95", "map50"}
+    assert all(run["seconds_per_step"] > 0 for run in document["runs"])
     assert {path.name for path in out.iterdir()} >= {"study.json", "study.md", "study.png", "data", "teacher", "runs"}
     assert (out / "runs/soft-0/distill/inheritance.json").is_file()
     assert not (out / "runs/scratch-0/distill/inheritance.json").exists()

@@ -34,8 +34,8 @@ def source(path: str = "big.pt", imgsz: int | None = None, names: tuple[str, ...
 
 
 def warnings(one: Source, teacher: float = 0.5, start: float | None = None) -> list[str]:
-    begun = None if start is None else Accuracy(start, start, 4)
-    checks = check_teacher([one], Accuracy(teacher, teacher, 4), begun, config(), NAMES)
+    begun = None if start is None else Accuracy(start, start, 4, rect=True)
+    checks = check_teacher([one], Accuracy(teacher, teacher, 4, rect=True), begun, config(), NAMES)
     assert all(check.ok for check in checks)
     return [check.detail for check in checks if check.warns]
 
@@ -84,7 +84,7 @@ def test_the_teacher_is_measured_as_a_network_is(tiny_data: Dataset, tmp_path: P
     found = teacher_accuracy(Teacher(model, "cpu"), val, asked)
     expected = evaluate(model, val, imgsz=asked.imgsz, batch=2 * asked.batch, device="cpu", coco=False).yolo
     assert (found.map50_95, found.map50) == pytest.approx((expected.map50_95, expected.map50))
-    assert found == student_accuracy(model, Teacher(model, "cpu"), val, asked)
+    assert found == student_accuracy(model, val, asked, "cpu", rect=True)
 
 
 def test_a_group_is_measured_in_its_own_pixels(tiny_data: Dataset, tmp_path: Path) -> None:

@@ -283,6 +283,17 @@ def test_the_state_holds_everything_that_the_next_batch_depends_on(tmp_path: Pat
     assert all(torch.equal(value, averaged[key]) for key, value in made.ema.module.state_dict().items())
 
 
+def test_the_time_of_a_resumed_training_is_that_of_its_parts(tmp_path: Path, judged: list[float]) -> None:
+    judged += [0.1] * 4
+    made = trainer(config(epochs=2, val_interval=1), tmp_path)
+    made.close_epoch(made.train_epoch(Progress()))
+    first = load_state(tmp_path / STATE)
+    assert first["train_state"]["seconds"] == made.state.seconds > 0
+    first["train_state"]["seconds"] = 1000.0  # as if the epoch had been slow
+    resumed = run_job(trainer(config(epochs=2, val_interval=1), tmp_path).job, device="cpu", resume=first, log=quiet)
+    assert 1000 < resumed.figures["seconds"] < 1100
+
+
 def test_the_states_parts_have_these_names(tmp_path: Path) -> None:
     assert set(trainer(config(), tmp_path).state_dict()) == {
         "config", "origin", "architecture", "objective", "gradients", "ema", "ema_updates", "optimizer", "scaler",

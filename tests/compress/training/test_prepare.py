@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_anchors_that_suit_the_labels_stay_the_same_object(tiny_data: Dataset) -
     model = network()
     assert adapt_anchors(model, samples, settings, lines.append) is model
     assert lines[0].startswith("anchors: kept, best possible recall ")
+
+
+def test_training_images_in_the_val_split_are_told(tiny_data: Dataset) -> None:
+    lines: list[str] = []
+    open_splits(tiny_data, TrainConfig(imgsz=64), lines.append)
+    assert not any("training images too" in line for line in lines)
+    same = replace(tiny_data, splits={"train": tiny_data.splits["train"], "val": tiny_data.splits["train"]})
+    open_splits(same, TrainConfig(imgsz=64), lines.append)
+    assert lines[-1] == "val: 10 of 10 images are training images too, so its mAP says little about new images"
 
 
 def test_a_state_of_other_classes_does_not_continue() -> None:

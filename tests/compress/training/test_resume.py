@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.config import TrainConfig
+from compress.config import StudentConfig, TrainConfig
 from compress.data import Dataset
 from compress.data.dataset import SplitIndex
 from compress.training.resume import Origin, origin_of, read_resume
@@ -52,7 +52,10 @@ def with_train(data: Dataset, index: SplitIndex) -> Dataset:
 
 
 def test_the_same_start_is_resumed(tiny_data: Dataset, teacher: Path, tmp_path: Path) -> None:
-    said: dict[str, Any] = {"teachers": [teacher], "weights": teacher, "scale": "p"}
+    said: dict[str, Any] = {
+        "teachers": [teacher],
+        "start": StudentConfig(scale="p", weights=teacher, activation="silu"),
+    }
     out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, **said))
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, **said))["config"]["epochs"] == 9
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data))
@@ -64,6 +67,17 @@ def test_a_teacher_is_its_content_and_not_its_name(tiny_data: Dataset, teacher: 
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, teachers=[moved]))
     moved.write_bytes(b"another teacher")
     assert "trained with teacher = sha256 " in refusal(out, origin_of(CONFIG, tiny_data, teachers=[moved]))
+
+
+def test_other_unlabelled_images_are_told(tiny_data: Dataset, tmp_path: Path) -> None:
+    one, other = (tiny_data.splits[split] for split in ("train", "val"))
+    said: dict[str, Any] = {"unlabelled": tmp_path / "images", "unlabelled_images": one}
+    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, **said))
+    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, **said | {"unlabelled": tmp_path / "moved"}))
+    changed = origin_of(CONFIG, tiny_data, **said | {"unlabelled_images": other})
+    assert "trained with unlabelled images = sha256 " in refusal(out, changed)
+    out = begun(tmp_path / "plain", origin_of(CONFIG, tiny_data))
+    assert "unlabelled images = None, not sha256 " in refusal(out, origin_of(CONFIG, tiny_data, **said))
 
 
 def test_fewer_images_are_counted(tiny_data: Dataset, tmp_path: Path) -> None:
@@ -83,13 +97,24 @@ def test_as_many_images_that_are_others_are_told(tiny_data: Dataset, tmp_path: P
 
 def test_start_weights_where_there_were_none_are_told(tiny_data: Dataset, teacher: Path, tmp_path: Path) -> None:
     out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data))
-    assert "start weights = None, not sha256" in refusal(out, origin_of(CONFIG, tiny_data, weights=teacher))
+    start = StudentConfig(scale=None, weights=teacher)
+    assert "start weights = None, not sha256" in refusal(out, origin_of(CONFIG, tiny_data, start=start))
 
 
 def test_another_scale_than_the_networks_is_told(tiny_data: Dataset, tmp_path: Path) -> None:
     out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data))
-    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, scale="p"))
-    assert "scale = p, not s" in refusal(out, origin_of(CONFIG, tiny_data, scale="s"))
+    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, start=StudentConfig(scale="p")))
+    assert "scale = p, not s" in refusal(out, origin_of(CONFIG, tiny_data, start=StudentConfig(scale="s")))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({"activation": "relu"}, "activation = SiLU, not ReLU"), ({"init": "scratch"}, "init = auto, not scratch")],
+)
+def test_another_start_is_told(tiny_data: Dataset, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data))
+    other = StudentConfig.model_validate({"scale": "p"} | change)
+    assert expected in refusal(out, origin_of(CONFIG, tiny_data, start=other))
 
 
 def test_another_number_of_processes_is_told(

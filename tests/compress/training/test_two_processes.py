@@ -39,17 +39,22 @@ def run_together(*module_and_arguments: str, seconds: float = 300) -> tuple[list
     return [child.returncode for child in children], output
 
 
+@pytest.fixture(scope="module", params=["offline", "joint"])
+def strategy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def together(strategy: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("together")
-    codes, output = run_together("tests.compress.training.two_processes", str(folder))
+    codes, output = run_together("tests.compress.training.two_processes", strategy, str(folder))
     assert codes == [0, 0], "\n".join(output)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return two_processes.train(tmp_path_factory.mktemp("alone"))
+def alone(strategy: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return two_processes.train(strategy, tmp_path_factory.mktemp("alone"))
 
 
 def test_both_processes_end_with_the_same_bits(together: list[dict[str, Any]]) -> None:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from compress.config import AugmentConfig, DistillConfig, OptimizerConfig
 from compress.data.loader import Batch
+from compress.data.train_dataset import epoch_order
 from compress.models import Architecture, YOLOv5
+from compress.training.joint import join
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
 from compress.training.teacher import Teacher, build_losses
@@ -26,11 +28,14 @@ class Noise:
     """A data set of `count` noise images that all have the same labels; `mosaics` says which were to be mosaics."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.seed = count, 0
+        self.count = self.labelled = count
         self.mosaics: list[bool] = []
 
     def __len__(self) -> int:
         return self.count
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_order(0, epoch, self.count)
 
     def item(self, epoch: int, index: int, *, mosaic: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         self.mosaics.append(mosaic)
@@ -55,11 +60,15 @@ def network(scale: str = "p", seed: int = 0) -> YOLOv5:
 
 
 def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: bool = False, seed: int = 0) -> Trainer:
-    """A training of `images` images that is about to take its first batch."""
-    student, teacher = network(seed=seed), Teacher(network("n", seed=1), "cpu") if distils else None
+    """A training of `images` images that is about to take its first batch, joint where the settings say so."""
+    student, network_of_teacher = network(seed=seed), network("n", seed=1) if distils else None
+    teacher = Teacher(network_of_teacher, "cpu") if network_of_teacher else None
     losses = build_losses(student, teacher, settings) if teacher else {}
     objective = Objective(student, detection_loss(student, settings), losses)
-    job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher)
+    if network_of_teacher and settings.rules.trains_teacher:
+        teacher = None
+        join(objective, network_of_teacher, settings, "cpu", quiet)
+    job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher, settings.teacher_rate)
     return Trainer(job, "cpu", quiet)
 
 

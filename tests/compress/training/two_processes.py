@@ -1,6 +1,6 @@
-"""A short distillation, alone or as one of several processes: `python -m tests.compress.training.two_processes FOLDER`.
+"""A short distillation, alone or as one of several processes.
 
-Each process writes FOLDER/<rank>.pt.
+`python -m tests.compress.training.two_processes STRATEGY FOLDER`: each process writes FOLDER/<rank>.pt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import toys
 EPOCHS = 3
 
 
-def train(out: Path) -> dict[str, Any]:
+def train(strategy: str, out: Path) -> dict[str, Any]:
     """Losses of the epochs, weights, averaged weights and pending gradients at the end.
 
     A step takes two batches and an epoch has three, so gradients are pending when the first and the last one end.
@@ -28,7 +28,7 @@ def train(out: Path) -> dict[str, Any]:
     images, so its statistics of a batch would be others.
     """
     losses = {"feat_mse": {"weight": 0.1, "until": 0.5}}
-    settings = toys.config(optimizer={"nominal_batch": 8}, losses=losses)
+    settings = toys.config(strategy=strategy, optimizer={"nominal_batch": 8}, losses=losses)
     trainer = toys.trainer(settings, out, images=12, distils=True)
     for norm in (module for module in trainer.objective.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.eval()
@@ -43,11 +43,15 @@ def train(out: Path) -> dict[str, Any]:
         "steps": trainer.ema.updates,
         "losses": torch.tensor(terms),
         "weights": {name: value.detach().clone() for name, value in trainer.objective.named_parameters()},
-        "ema": trainer.ema.module.state_dict(),
+        "ema": {
+            f"{number}.{name}": value
+            for number, average in enumerate(trainer.averages)
+            for name, value in average.module.state_dict().items()
+        },
         "gradients": [parameter.grad for parameter in trainer.objective.parameters()],
     }
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    torch.save(train(folder), folder / f"{os.environ['RANK']}.pt")
+    folder = Path(sys.argv[2])
+    torch.save(train(sys.argv[1], folder), folder / f"{os.environ['RANK']}.pt")

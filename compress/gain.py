@@ -1,0 +1,111 @@
+"""The gain of a distillation over the same student trained on labels alone, as a study measured it.
+
+In: study.json, and how a run trained its student. Out: the study's paired differences for exactly such a student, or
+the reason why it says nothing about the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.config import DistillConfig, Recipe, StudentConfig, result_settings
+from runtime.errors import InputError
+from runtime.files import sha256
+
+STUDY = "study.json"
+Document = Mapping[str, Any]
+STARTS = ("student.init", "distill.losses")
+"""Settings in which a student that is trained on labels alone may differ from the distilled one."""
+SHOWN = 3
+"""Differences that a reason names."""
+
+
+def training_of(student: StudentConfig, distill: DistillConfig) -> dict[str, Any]:
+    """How a student is trained, without the seed, as JSON; weights are their digest, wherever they lie."""
+    weights = sha256(student.weights) if student.weights else None
+    settings = {key: value for key, value in result_settings(distill).items() if key != "seed"}
+    return {"student": result_settings(student) | {"weights": weights}, "distill": settings}
+
+
+def gain_of(study: Document, training: Document, *, teacher: str, data: str) -> dict[str, Any]:
+    """The differences of the arm that is trained as `training` from each arm that learns from labels alone.
+
+    Args:
+        teacher: fingerprint of the run's teacher.
+        data: digest of the run's training and validation images.
+
+    Returns `arm`, `over` (the differences, in fractions of 1, in the order of the arms) and `missing`: why there is
+    none, as the end of a sentence.
+    """
+    arm = next((name for name in study["arms"] if study["trainings"][name] == training), None)
+    if study["data"] != data:
+        return _nothing("the study's images or labels are others")
+    if study["teacher"]["fingerprint"] != teacher:
+        return _nothing("the study's teacher is another")
+    if arm is None:
+        return _nothing(_nearest(study, training))
+    over = [found for against in _on_labels_alone(study, training) if (found := _difference(study, arm, against))]
+    missing = "" if over else "the study has no arm that trains this student on labels alone"
+    return {"arm": arm, "over": over, "missing": missing}
+
+
+def _nothing(missing: str) -> dict[str, Any]:
+    return {"arm": None, "over": [], "missing": missing}
+
+
+def _on_labels_alone(study: Document, training: Document) -> Iterator[str]:
+    """Arms whose settings are those of `training`, but for a start of their own and no losses."""
+    for name in study["arms"]:
+        other = study["trainings"][name]
+        losses = other["distill"]["losses"].values()
+        if not any(choice["weight"] != 0 for choice in losses) and not _differences(training, other, STARTS):
+            yield name
+
+
+def _nearest(study: Document, training: Document) -> str:
+    """The arm with the fewest differences, and what these are."""
+    found = {name: _differences(training, study["trainings"][name]) for name in study["arms"]}
+    name = min(found, key=lambda name: len(found[name]))
+    shown = [f"{key} is {there} there and {here} here" for key, here, there in found[name][:SHOWN]]
+    return f"no arm of the study trains as this run does; nearest is {name}: {', '.join(shown)}"
+
+
+def _differences(one: Document, other: Document, but: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Key and both values of every setting that differs, groups within groups taken apart."""
+    mine, theirs = _flat(one), _flat(other)
+    keys = [key for key in {**mine, **theirs} if not f"{key}.".startswith(tuple(f"{name}." for name in but))]
+    pairs = [(key, mine.get(key, "absent"), theirs.get(key, "absent")) for key in keys]
+    return [(key, here, there) for key, here, there in pairs if here != there]
+
+
+def _flat(values: Document, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _difference(study: Document, arm: str, against: str) -> dict[str, Any] | None:
+    """The study's difference of two arms, the other way round where it has it so; None for an arm and itself."""
+    for entry in study["differences"]:
+        if (entry["arm"], entry["against"]) == (arm, against):
+            return {"against": against, **{key: entry[key] for key in ("mean", "low", "high", "pairs")}}
+        if (entry["arm"], entry["against"]) == (against, arm):
+            mean, low, high = (None if entry[key] is None else -entry[key] for key in ("mean", "high", "low"))
+            return {"against": against, "mean": mean, "low": low, "high": high, "pairs": entry["pairs"]}
+    return None
+
+
+def study_of(recipe: Recipe, run_folder: Path) -> Path | None:
+    """The study's document that `report.study` names, else that of `<name>-study` beside the run; None without one.
+
+    Raises InputError when the named one is missing.
+    """
+    named = recipe.report.study
+    folder = named or run_folder.with_name(f"{recipe.name}-study")
+    file = folder if folder.suffix == ".json" else folder / STUDY
+    if named and not file.is_file():
+        raise InputError(f"{file}: no such study", "Correct report.study, or run `edgestill study`")
+    return file if file.is_file() else None

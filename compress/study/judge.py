@@ -1,0 +1,36 @@
+"""The images that judge a study, and the accuracy of a network on them, measured once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.config import Recipe
+from compress.data import Dataset, load_data
+from compress.evaluate import evaluate
+from compress.models import load_model
+from compress.study import split_index
+from runtime.files import read_json, write_json
+
+
+def judges_of(recipe: Recipe, study: Path) -> Dataset:
+    """The split that judges, as the study indexed it."""
+    return Dataset.load(split_index(study, recipe.study.split), load_data(recipe.data).root)
+
+
+def accuracy_of(weights: Path, recipe: Recipe, judges: Dataset) -> dict[str, float]:
+    """`map50_95` and `map50`, fractions of 1, of a network at the recipe's image size."""
+    samples = judges.splits[recipe.study.split].samples
+    model = load_model(weights)
+    found = evaluate(model, samples, imgsz=recipe.distill.imgsz, device=recipe.device, coco=False).yolo
+    return {"map50_95": found.map50_95, "map50": found.map50}
+
+
+def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The figures in `file` if they are `of` the same, else those that `measure` finds, which are kept there."""
+    kept = read_json(file) if file.is_file() else {}
+    if kept.get("of") != of:
+        kept = {"of": dict(of), "found": dict(measure())}
+        write_json(file, kept)
+    return kept["found"]
