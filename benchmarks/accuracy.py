@@ -216,6 +216,29 @@ def restrict(ground_truth: Mapping[str, Any], image_ids: set[int]) -> dict[str, 
     }
 
 
+JACKKNIFE_GROUPS = 10
+
+
+def jackknife_maps(
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], groups: int = JACKKNIFE_GROUPS
+) -> Floats:
+    """mAP50-95 on all images, then with each of `groups` groups of images left out, (1 + groups,).
+
+    Images with objects are dealt out to the groups in turn, so none of the rest is without objects; there are fewer
+    groups of few such images, and none of one alone. `benchmarks.statistics.jackknife_error` turns the figures into
+    an error of sampling.
+    """
+    labelled = {entry["image_id"] for entry in ground_truth["annotations"] if not entry.get("iscrowd", 0)}
+    ids = sorted((image["id"] for image in ground_truth["images"]), key=lambda image_id: image_id not in labelled)
+    groups = min(groups, len(labelled)) if len(labelled) > 1 else 0
+    kept = [set(ids), *(set(ids) - set(ids[group::groups]) for group in range(groups))]
+    maps = [
+        coco_accuracy(restrict(ground_truth, images), (row for row in detections if row["image_id"] in images)).map50_95
+        for images in kept
+    ]
+    return np.array(maps)
+
+
 # -------------------------------------------------------------------------------------------------- YOLOv5's protocol
 
 RECALL_POINTS = np.linspace(0, 1, 101)

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ACCURACY_CONF, COCO_MAX_DET, Accuracy, detector_accuracy, restrict
+from benchmarks.accuracy import (
+    ACCURACY_CONF,
+    COCO_MAX_DET,
+    Accuracy,
+    Floats,
+    detect_all,
+    detector_accuracy,
+    jackknife_maps,
+    restrict,
+)
 from benchmarks.environment import device_name
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, in_turn, measure
 from benchmarks.rows import Row, model_row
@@ -51,9 +60,13 @@ class Plan:
     """Score threshold while accuracy is measured; latency is measured at the model's own."""
     device: str = "auto"
     threads: int | None = None
+    as_written: bool = False
+    """Whether the quantised layers of an ONNX file are computed in float, because other kernels will run it."""
 
     def detector(self, path: Path, variant: str | None = None, *, spin: bool = True) -> Detector:
-        return Detector.load(path, device=self.device, variant=variant, threads=self.threads, spin=spin)
+        return Detector.load(
+            path, device=self.device, variant=variant, threads=self.threads, spin=spin, as_written=self.as_written
+        )
 
     def read_frames(self) -> list[Frame]:
         return [read_image(path) for _, path in self.images[:FRAMES]]
@@ -134,13 +147,17 @@ def _accuracy(detector: Detector, plan: Plan) -> Accuracy | None:
     return detector_accuracy(detector, plan.images, plan.ground_truth, conf=plan.accuracy_conf)
 
 
-def file_accuracy(path: Path, plan: Plan) -> Accuracy:
-    """The accuracy of one file, without its latency. Raises UsageError when there is no ground truth."""
-    with plan.detector(path, spin=False) as detector:  # no latency is measured, and other work may have a core
-        found = _accuracy(detector, plan)
-    if found is None:
+def file_maps(path: Path, plan: Plan) -> Floats:
+    """mAP50-95 of one file on all images, and with each group of images left out; see `jackknife_maps`.
+
+    Raises UsageError when there is no ground truth.
+    """
+    if plan.ground_truth is None:
         raise UsageError("The plan has no ground truth, so there is no accuracy", "Give COCO annotations")
-    return found
+    truth = restrict(plan.ground_truth, {image_id for image_id, _ in plan.images})
+    with plan.detector(path, spin=False) as detector:  # no latency is measured, and other work may have a core
+        found = list(detect_all(detector, plan.images, truth, conf=plan.accuracy_conf))
+    return jackknife_maps(truth, found)
 
 
 def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[list[Row], list[Row]]:

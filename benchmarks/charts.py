@@ -270,6 +270,52 @@ def _cost(box: Box, taken: Iterable[Box], plot: Box) -> float:
     return sum(box.overlap(other) for other in taken) + 4 * outside
 
 
+# ------------------------------------------------------------------------------------------------------------- layers
+
+LAYERS_WH = (936, 220)
+LAYERS = Box(56, 84, 918, 204)
+NAMED_LAYERS = 24
+"""Bars that are drawn; the rest of the layers is one more bar."""
+
+
+class Bar(NamedTuple):
+    """A layer, its share of the whole squared error, and whether it is INT8 in the file."""
+
+    name: str
+    share: float
+    is_int8: bool = True
+
+
+def layers(bars: Sequence[Bar]) -> str:
+    """Bars from the worst layer to the best; those in float are hollow."""
+    drawn, rest = list(bars[:NAMED_LAYERS]), bars[NAMED_LAYERS:]
+    if rest:
+        drawn.append(Bar("others", sum(bar.share for bar in rest)))
+    ticker = optional("matplotlib.ticker", "matplotlib")
+    with _drawing():
+        figure, axes = _axes(LAYERS_WH, LAYERS)
+        own, paper = colour("int8"), colour("paper")
+        fills = [own if bar.is_int8 else paper for bar in drawn]
+        axes.bar(range(len(drawn)), [bar.share for bar in drawn], 0.7, color=fills, edgecolor=own, linewidth=1.5)
+        axes.set_xlim(-0.6, len(drawn) - 0.4)
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4, steps=ROUND))
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+        axes.grid(axis="y", color=colour("line"), linewidth=1)
+        axes.tick_params(left=False, bottom=False, labelcolor=colour("faint"))
+        axes.set_xticks([])
+        for place, bar in enumerate(drawn):
+            text = {"rotation": 60, "ha": "right", "va": "top", "rotation_mode": "anchor", "parse_math": False}
+            figure.text(
+                (LAYERS.left + (place + 0.7) / (len(drawn) + 0.2) * LAYERS.width) / LAYERS_WH[0],
+                (LAYERS.bottom - 6) / LAYERS_WH[1],
+                bar.name,
+                color=colour("soft"),
+                gid="class:label",
+                **text,
+            )
+        return _svg(figure, "Share of the squared error of INT8 that each layer causes")
+
+
 # ------------------------------------------------------------------------------------------------------------- curves
 
 CURVE_WH = (260, 96)

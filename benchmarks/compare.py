@@ -133,11 +133,11 @@ class Rule(NamedTuple):
 
 
 def parse_rule(text: str) -> Rule:
-    """From "map50_95<0.30" or "int8-cpu.p50_ms>20". Raises UsageError that lists the known figures."""
+    """From "map50_95<0.30" or "int8-ort.p50_ms>20". Raises UsageError that lists the known figures."""
     found = RULE.fullmatch(text)
     known = (*METRICS, *RATIOS)
     if not found or not _is_number(found["limit"]):
-        raise UsageError(f"{text!r} is not a rule", "Write, for example, map50_95<0.30 or int8-cpu.p50_ms>20")
+        raise UsageError(f"{text!r} is not a rule", "Write, for example, map50_95<0.30 or int8-ort.p50_ms>20")
     if found["metric"] not in known:
         raise UsageError(f"{text!r} names no known figure", f"Known are {', '.join(known)}")
     return Rule(found["metric"], found["sign"], float(found["limit"]), found["precision"], text.strip())

@@ -89,6 +89,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "span_bars": span_bars(rows),
         "classes": class_bars(data, best),
         "curves": [training_view(training) for training in data["training"]],
+        "quantisation": [dict(entry, svg=charts.layers(layer_bars(entry))) for entry in data["quantisation"]],
         "pipeline": pipeline_bars(data["stages"]),
     }
 
@@ -233,6 +234,12 @@ def _chart(name: str, points: Sequence[tuple[float, float]], best_epoch: int | N
     title = CURVES.get(name, f"{name} loss")
     svg = charts.curve(points, "good" if is_map else "inference", title, best_epoch if is_map else None)
     return {"name": title, "svg": svg, "first": values[0], "last": values[-1], "best": max(values) if is_map else None}
+
+
+def layer_bars(entry: Row) -> list[charts.Bar]:
+    """The layers of an INT8 flavour, worst first, as shares of the whole squared error."""
+    total = sum(layer["error"] ** 2 for layer in entry["layers"]) or 1.0
+    return [charts.Bar(layer["name"], layer["error"] ** 2 / total, not layer["is_float"]) for layer in entry["layers"]]
 
 
 def pipeline_bars(stages: Sequence[Row]) -> list[Row]:

@@ -23,7 +23,7 @@ from runtime.files import read_json, write_json
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 REPORT_FILE = "report.json"
-LISTS = ("argv", "torch", "training", "engines", "stages", "notes")
+LISTS = ("argv", "torch", "training", "quantisation", "engines", "stages", "notes")
 OPTIONAL = ("distillation", "gain", "export", "calibration")
 
 
@@ -58,7 +58,8 @@ def make_report(
     **sections: Any,
 ) -> Report:
     """A checked report. `models` are `model_row`s; `sections` are argv, torch, training, distillation, gain, export,
-    calibration, engines, stages and notes as the schema describes them. Raises InputError that names a wrong key.
+    calibration, quantisation, engines, stages and notes as the schema describes them. Raises InputError that names a
+    wrong key.
     """
     moment = (created or datetime.now(timezone.utc)).astimezone(timezone.utc)
     body = dict.fromkeys(OPTIONAL) | {key: [] for key in LISTS} | sections

@@ -29,9 +29,11 @@ def model_row(
     accuracy: Accuracy | None = None,
     kept: bool | None = None,
     reason: str = "",
+    loss: Mapping[str, float | None] | None = None,
     **more: Any,
 ) -> Row:
     """The row of one file, with its digest and size. `kept` is its gate's answer, None if there was no gate.
+    `loss` is what the gate measured against FP32: drop, standard_error, image_error, draws.
 
     `settings` say how the file was measured. `identity` is that of its model, by default the file's digest, as a file
     that edgestill did not export is a model of its own. `more` are further values of one number or text: parameters,
@@ -50,7 +52,7 @@ def model_row(
         "settings": plain(settings),
         "latency": plain(latency),
         "accuracy": plain(accuracy),
-        "gate": None if kept is None else {"kept": kept, "reason": reason},
+        "gate": None if kept is None else {"kept": kept, "reason": reason, **(loss or {})},
         **more,
     }
 
@@ -181,6 +183,18 @@ def gate(kept: bool | None) -> str:
     return NOTHING if kept is None else "kept" if kept else "refused"
 
 
+def _gate(key: str, title: str = "", name: str = "", **more: Any) -> Column:
+    return Column(name or key, nested_reader("gate", key), title, **more)
+
+
+def _spread(row: Row) -> str:
+    """The errors of a loss, where several draws were measured."""
+    found = row["gate"] or {}
+    if not found.get("standard_error"):
+        return ""
+    return f"± {accuracy(found['standard_error'])} over {found['draws']} draws"
+
+
 SPANS = ("preprocess", "inference", "postprocess")
 COLUMNS: tuple[Column, ...] = (
     _text_column("file", "File", detail=_about),
@@ -208,6 +222,10 @@ COLUMNS: tuple[Column, ...] = (
     *map(_milliseconds, ("mean", "std", "min")),
     *(_milliseconds("mean", span=span, name=f"{span}_mean") for span in SPANS),
     Column("steady", nested_reader("latency", "steady"), section="latency"),
+    _gate("drop", "Lost mAP", text=accuracy, detail=_spread),
+    _gate("standard_error", name="drop_standard_error"),
+    _gate("image_error", name="drop_image_error"),
+    _gate("draws"),
     Column(
         "kept", nested_reader("gate", "kept"), "Gate", gate, is_number=False, detail=nested_reader("gate", "reason")
     ),

@@ -76,6 +76,21 @@ def bootstrap_distribution(
     return np.array([statistic(draw) for draw in draws])
 
 
+def standard_error(samples: ArrayLike) -> float | None:
+    """Standard error of the mean of independent samples; None of fewer than two."""
+    values = np.asarray(samples, np.float64)
+    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
+
+
+def jackknife_error(left_out: ArrayLike) -> float | None:
+    """Standard error of a statistic from its values with each group of the data left out; None of fewer than two.
+
+    sqrt((g - 1) / g · sum of squared deviations from their mean); Efron and Tibshirani 1993, chapter 11.
+    """
+    values = np.asarray(left_out, np.float64)
+    return float(math.sqrt((values.size - 1) * values.var())) if values.size > 1 else None
+
+
 def halves_agree(values: ArrayLike) -> bool:
     """Whether the medians of the first and the second half differ by at most 5 %; true of fewer than two values."""
     whole = np.asarray(values, np.float64)

@@ -36,9 +36,9 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    batch = settings.get("batch", 1)
-    frames = "decoded frame to final boxes" if batch == 1 else f"{batch} decoded frames to the final boxes of all"
-    return [*lines, f"Latency is milliseconds from {frames}"]
+    alone = all(row["settings"]["batch"] == 1 for row in data["models"])
+    span = "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
+    return [*lines, f"Latency is milliseconds from {span}"]
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:

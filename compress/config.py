@@ -430,14 +430,35 @@ class ExportConfig(Settings):
         return self
 
 
+def _float_layers(value: Any) -> Any:
+    """Names that YAML reads as numbers, such as `1`, become text."""
+    if isinstance(value, (list, tuple)) and all(type(name) in (str, int) for name in value):
+        return tuple(map(str, value))
+    if value == AUTO or (type(value) is int and 0 <= value <= MAX_COUNT):
+        return value
+    raise PydanticCustomError("float_layers", "expected auto, a number of layers, or a list of their names")
+
+
+FloatLayers = Annotated[Literal["auto"] | int | tuple[str, ...], BeforeValidator(_float_layers)]
+
+
 class QuantizeConfig(Settings):
     """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
 
     flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
     calibration_images: Count = 128
-    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    method: Literal["minmax", "mse"] = "minmax"
+    """Ranges of activations: all values, or those of the smallest mean squared error."""
+    weight_bits: Literal[7, 8] = 8
+    """7 is for x86 CPUs without VNNI, where fast kernels cut sums of 8-bit products off. With 8 the runtime takes
+    slower, exact kernels of ONNX Runtime there; OpenVINO has none."""
+    draws: Count = 4
+    """Files, alike but for the rounding, over which the loss of an INT8 flavour is averaged."""
+    float_layers: FloatLayers = "auto"
+    """Layers of an INT8 flavour that stay in float: auto takes the worst 2, then 4, 8 and 16 until `max_map_drop`
+    holds; a number takes that many of the worst, names take those, as `2.cv1`."""
     max_map_drop: NonNegative = 0.02
-    """mAP50-95 that a flavour may lose against FP32, measured on the file; from 1 on it keeps any accuracy."""
+    """mAP50-95 that a flavour may lose against FP32, the mean of its draws; from 1 on it keeps any accuracy."""
     max_latency_ratio: Positive = 1.0
     """Latency against FP32 that a flavour for this CPU may have; the others are made for other hardware."""
 

@@ -7,32 +7,38 @@ A new flavour is a module with its maker and one row here. Nothing here imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
+from compress.schemes import SCHEMES, Scheme
+
 REFERENCE = "fp32"
 """The precision that `export` writes. Every flavour is made from it and compared with it."""
-FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU"
 
 
 @dataclass(frozen=True)
 class Flavour:
     """One row of the table.
 
-    `maker` names a function `(model) -> model` on `onnx.ModelProto`, or `(model, ranges) -> model` if the flavour
-    is `calibrated`; `ranges` are the activation ranges that `compress.graph.calibration.calibrate` measured. `check`
-    names a function `(model, canvases) -> str` that gives the reason why the flavour of this FP32 model fails on its
-    own hardware, for faults that this CPU cannot show; empty without one.
+    `maker` names a function `(model) -> model` on `onnx.ModelProto`; of a flavour with a `scheme` it is
+    `(model, ranges, scheme, *, float_layers, draw) -> model`, with the activation ranges that
+    `compress.graph.ranges.calibrate` measured. `check` names a function `(model, canvases) -> str` that gives the
+    reason why the flavour of this FP32 model fails on its own hardware, for faults that this CPU cannot show.
     """
 
     name: str
     maker: str
-    calibrated: bool
-    for_this_cpu: bool
-    """It is for this kind of CPU, so its latency here counts in the gate."""
-    engine: bool
+    scheme: Scheme | None = None
+    """Its form of INT8; None needs no calibration."""
+    for_this_cpu: bool = False
+    """ONNX Runtime on this kind of CPU ships it: its kernels judge the accuracy, and its latency counts in the gate.
+    The accuracy of the others is that of the graph as it is written."""
+    engine: bool = False
     """TensorRT plans are built from it."""
+    not_for: Mapping[str, str] = field(default_factory=dict)
+    """Builder of plans -> why no plan is built with it."""
     note: str = ""
     """Printed beside its latency on a CPU in the report."""
     check: str = ""
@@ -40,32 +46,39 @@ class Flavour:
     @property
     def make(self) -> Callable[..., Any]:
         function: Callable[..., Any] = resolve_name(self.maker)
-        return function
+        return function if self.scheme is None else partial(_of_scheme, function, self.scheme)
 
     def fault(self, model: Any, canvases: Any) -> str:
         """The reason why the flavour fails on its own hardware, measured on the FP32 `model`; empty without one."""
         return str(resolve_name(self.check)(model, canvases)) if self.check else ""
 
 
+def _of_scheme(function: Callable[..., Any], scheme: Scheme, model: Any, ranges: Any, **more: Any) -> Any:
+    return function(model, ranges, scheme, **more)
+
+
+QDQ = "compress.graph.qdq:quantised"
+FP16_OVERFLOW = "compress.graph.fp16:overflow"
+FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU"
+FOR_OPENVINO = "made for OpenVINO; its latency in ONNX Runtime says nothing about OpenVINO's"
+RTX_WRITES_FLOATS = (
+    "TensorRT-RTX fuses no INT8 convolution with its activation and writes FP32 behind each: "
+    "176 MB a frame where FP16 moves 116 (YOLOv5n, 640 pixels), so FP16 is the faster plan"
+)
+
 _ROWS = (
-    Flavour(
-        "fp16",
-        "compress.graph.fp16:body_to_fp16",
-        calibrated=False,
-        for_this_cpu=False,
-        engine=True,
-        note=FOR_TENSORRT,
-        check="compress.graph.fp16:overflow",
-    ),
+    Flavour("fp16", "compress.graph.fp16:body_to_fp16", engine=True, note=FOR_TENSORRT, check=FP16_OVERFLOW),
     Flavour(
         "int8-trt",
-        "compress.graph.int8_trt:int8_for_tensorrt",
-        calibrated=True,
-        for_this_cpu=False,
+        QDQ,
+        SCHEMES["tensorrt"],
         engine=True,
+        not_for={"tensorrt_rtx": RTX_WRITES_FLOATS},
         note=FOR_TENSORRT,
+        check=FP16_OVERFLOW,
     ),
-    Flavour("int8-cpu", "compress.graph.int8_cpu:int8_for_x86", calibrated=True, for_this_cpu=True, engine=False),
+    Flavour("int8-openvino", QDQ, SCHEMES["openvino"], note=FOR_OPENVINO),
+    Flavour("int8-ort", QDQ, SCHEMES["onnxruntime"], for_this_cpu=True),
 )
 
 FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
@@ -74,6 +87,11 @@ for accuracy, and INT8 by explicit Q/DQ is often no faster."""
 
 FILES: Mapping[str, str] = {name: f"model.{name}.onnx" for name in FLAVOURS}
 """Name of the file of each flavour."""
+
+NOT_FOR: Mapping[tuple[str, str], str] = {
+    (row.name, builder): reason for row in _ROWS for builder, reason in row.not_for.items()
+}
+"""(Flavour, builder of plans) -> why no plan is built."""
 
 PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
 """TensorRT plans are built from these, best first."""

@@ -10,22 +10,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.config import DistillConfig, Recipe, StudentConfig, result_settings
+from compress.config import DistillConfig, Recipe, StudentConfig, TrainConfig, result_settings
+from compress.data.unlabelled import unlabelled_digest
 from runtime.errors import InputError
 from runtime.files import sha256
 
 STUDY = "study.json"
 Document = Mapping[str, Any]
-STARTS = ("student.init", "distill.losses")
+OWN = (
+    "student.init",
+    *(f"distill.{name}" for name in DistillConfig.model_fields if name not in TrainConfig.model_fields),
+)
 """Settings in which a student that is trained on labels alone may differ from the distilled one."""
 SHOWN = 3
 """Differences that a reason names."""
 
 
 def training_of(student: StudentConfig, distill: DistillConfig) -> dict[str, Any]:
-    """How a student is trained, without the seed, as JSON; weights are their digest, wherever they lie."""
+    """How a student is trained, without the seed, as JSON; files are their digests, wherever they lie."""
     weights = sha256(student.weights) if student.weights else None
     settings = {key: value for key, value in result_settings(distill).items() if key != "seed"}
+    settings["unlabelled"] = unlabelled_digest(distill.unlabelled)
     return {"student": result_settings(student) | {"weights": weights}, "distill": settings}
 
 
@@ -56,11 +61,12 @@ def _nothing(missing: str) -> dict[str, Any]:
 
 
 def _on_labels_alone(study: Document, training: Document) -> Iterator[str]:
-    """Arms whose settings are those of `training`, but for a start of their own and no losses."""
+    """Arms that learn from labels and use no loss, and train as `training` does in all that is no distillation."""
     for name in study["arms"]:
         other = study["trainings"][name]
-        losses = other["distill"]["losses"].values()
-        if not any(choice["weight"] != 0 for choice in losses) and not _differences(training, other, STARTS):
+        choices, label_weight = other["distill"]["losses"].values(), other["distill"]["label_weight"]
+        is_alone = label_weight > 0 and all(choice["weight"] == 0 for choice in choices)
+        if is_alone and not _differences(training, other, OWN):
             yield name
 
 

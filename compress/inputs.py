@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +62,14 @@ class MeasuredFile(NamedTuple):
     precision: str | None = None
     kept: bool | None = None
     reason: str = ""
+    loss: Mapping[str, float | None] | None = None
+    """The gate's figures: drop, standard_error, image_error, draws."""
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
     """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
     flavours = [
-        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"])
+        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], entry["loss"])
         for entry, file in _flavours(folders)
         if entry["name"] != REFERENCE
     ]

@@ -182,6 +182,8 @@ quantize:
   flavours: [{flavours}]
   calibration_images: 128
   max_map_drop: 0.02    # a flavour that loses more mAP50-95 stays out of the bundle
+  # float_layers: auto  # the worst 2 of INT8, then 4, 8, 16 until that holds; or a number, or names as [2.cv1]
+  # weight_bits: 7      # for x86 CPUs without VNNI
 
 build:
   targets: [sm86, sm89, sm120]

@@ -68,13 +68,15 @@ class Detector:
         variant: str | None = None,
         threads: int | None = None,
         spin: bool = True,
+        as_written: bool = False,
     ) -> Detector:
         """Load an ONNX file, an engine with its card beside it, or the first file of a bundle that works here.
 
         `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused. `variant` picks one
         precision or file of a bundle; `threads` limits the threads of the CPU. With `spin` these wait actively for the
-        next frame: fastest when frames follow at once, at over twice the CPU time on a camera. Raises UsageError,
-        InputError, UnavailableError or EngineError with one line: what is wrong and what helps.
+        next frame: fastest when frames follow at once, at over twice the CPU time on a camera. `as_written` computes
+        the quantised layers of an ONNX file in float: it shows the accuracy of a file made for another library. Raises
+        UsageError, InputError, UnavailableError or EngineError with one line: what is wrong and what helps.
         """
         if device not in DEVICES:
             raise UsageError(f"device is {device!r}, expected {', '.join(DEVICES)}")
@@ -82,7 +84,7 @@ class Detector:
             checked_conf(conf)
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}, expected 1 or more")
-        options = LoadOptions(device, threads, spin)
+        options = LoadOptions(device, threads, spin, as_written)
         files = model_files(path, variant)
         if len(files) == 1:
             return cls._open(files[0], read_checked(files[0]), conf, options)

@@ -2,8 +2,9 @@
 
 `edgestill export` computes it, the card inside an ONNX file holds it, flavours and plans inherit it, and whoever puts
 files together or writes into a folder compares it. The precision is no part of it: FP32 and its flavours are one model.
-`conf` is no part of it, since every call may choose one. Files that edgestill did not export, or exported before models
-had an identity, have "": they run, but are never taken for the same model as another file.
+`conf` is no part of it, since every call may choose one, nor are `batches`, since each image has the same detections.
+Files that edgestill did not export, or exported before models had an identity, have "": they run, but are never taken
+for the same model as another file.
 """
 
 from __future__ import annotations

@@ -201,7 +201,9 @@ def _print_checks(more: Mapping[str, Any], inputs: Callable[[], Any]) -> None:
     from compress.stages.distill import STAGE, all_checks
 
     checks = all_checks(settings(STAGE.settings, STAGE.name, more), inputs(), say)
-    width = max(len(one.name) for one in checks)
+    if not checks:
+        click.echo("nothing to check: without distillation losses the labels alone train the student")
+    width = max((len(one.name) for one in checks), default=0)
     for one in checks:
         click.echo(f"{'warning' if one.warns else 'ok':<8}{one.name:<{width}}  {one.detail}")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.graph.builder import BOOL, INT64, GraphBuilder
+from compress.graph.builder import INT64, GraphBuilder
 from compress.graph.columns import look_up, take
 from compress.graph.head import HeadShape
 
@@ -88,7 +88,8 @@ class ManyClasses:
         first = b.op("Add", b.op("Mul", row, here, name=f"{at}.rows"), shift, name=f"{at}.first")
         if start:
             first = b.op("Add", first, b.op("Mul", cells, start, name=f"{at}.skipped"), name=f"{at}.from")
-        ones, mask = b.ints("class.ones", [1] * nl), b.op("Cast", here, name=f"{at}.mask", to=BOOL)
+        ones = b.ints("class.ones", [1] * nl)
+        mask = b.op("Greater", here, b.ints("class.nought", 0), name=f"{at}.mask")  # OpenVINO casts no part of a Split
         firsts, masks = (
             b.ops("Split", values, ones, names=[f"{at}.{level}.{part}" for level in range(nl)], axis=1)
             for part, values in (("first", first), ("here", mask))

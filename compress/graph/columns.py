@@ -13,10 +13,13 @@ TENSORRT_MOST = 3840
 def top_columns(b: GraphBuilder, scores: str, width: int, count: int, at: str) -> tuple[str, str, str]:
     """The `count` best of `scores` (B,1,`width`), best first: value and index (B,1,count), and the next value (B,1,1).
 
-    Of equal ones the first comes first. The next value is 0 where there is none.
+    Scores are 0 or more. Of equal ones the first comes first, but not in OpenVINO. The next value is 0 where there is
+    none; the column that then stands for it is worse than any, so that it is never among the best.
     """
-    if count == width:
-        scores = b.op("Pad", scores, b.ints("one_column", [0, 0, 0, 0, 0, 1]), name=f"{at}.and_none", mode="constant")
+    is_all = count == width
+    if is_all:
+        pads, worse = b.ints("one_column", [0, 0, 0, 0, 0, 1]), b.floats("worse_than_any", -1.0)
+        scores = b.op("Pad", scores, pads, worse, name=f"{at}.and_none", mode="constant")
         width += 1
     taken = max(count + 1, _fewest(width))
     ends = ("", "_next", "_worse")
@@ -27,7 +30,8 @@ def top_columns(b: GraphBuilder, scores: str, width: int, count: int, at: str) -
         b.ops("Split", source, parts, names=[f"{at}.{part}{end}" for end in ends[: len(lengths)]], axis=2)
         for source, part in zip(found, ("score", "row"), strict=True)
     )
-    return values[0], rows[0], values[1]
+    following = b.op("Relu", values[1], name=f"{at}.score_after") if is_all else values[1]
+    return values[0], rows[0], following
 
 
 def _fewest(width: int) -> int:

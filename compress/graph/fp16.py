@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.graph.calibration import calibrate
 from compress.graph.parts import GraphParts, sort_topologically
+from compress.graph.ranges import calibrate
 from runtime.errors import EdgestillError
 
 FP16_MAX = float(np.finfo(np.float16).max)
@@ -66,7 +66,7 @@ def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
     the graph's input takes.
     """
     ranges = calibrate(model, canvases, "minmax")
-    peaks = {name: float(np.abs(data.range_value).max()) for name, data in ranges.items()}
+    peaks = {name: observed.peak for name, observed in ranges.items()}
     worst = max(peaks, key=lambda name: peaks[name])
     if peaks[worst] <= FP16_MAX:
         return ""

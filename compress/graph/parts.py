@@ -103,12 +103,3 @@ def sort_topologically(graph: onnx.GraphProto) -> None:
     copies = [onnx.NodeProto.FromString(parts.nodes[i].SerializeToString()) for i in order]
     del graph.node[:]
     graph.node.extend(copies)
-
-
-def strip_unused_opsets(model: onnx.ModelProto) -> None:
-    """Drop opset imports of domains that no node uses: ONNX Runtime's quantiser adds eight."""
-    used = {node.domain for node in model.graph.node} | {""}
-    kept = [entry for entry in model.opset_import if ("" if entry.domain == "ai.onnx" else entry.domain) in used]
-    copies = [onnx.helper.make_opsetid(entry.domain, entry.version) for entry in kept]
-    del model.opset_import[:]
-    model.opset_import.extend(copies)

@@ -13,6 +13,9 @@ import onnx
 from compress.graph.builder import FLOAT, GraphBuilder
 from runtime.image import LETTERBOX_FILL, Geometry, geometry
 
+PIXELS = ("letterbox.canvas", "letterbox.rounded", "canvas.nchw")
+"""Tensors that hold the canvas as float32 BGR 0..255; the first that a graph has is the network's input."""
+
 
 @dataclass(frozen=True)
 class FrameLetterbox:
@@ -67,7 +70,7 @@ def _sizes(builder: GraphBuilder, pixels: str, sides: tuple[int, int, int], batc
 def pixels_tensor(model: onnx.ModelProto) -> str:
     """The tensor that holds the canvas as float32 BGR 0..255 (B,3,H,W), whichever preprocessing the graph has."""
     made = {name for node in model.graph.node for name in node.output}
-    return next(name for name in ("letterbox.canvas", "letterbox.rounded", "canvas.nchw") if name in made)
+    return next(name for name in PIXELS if name in made)
 
 
 def unit_rgb(builder: GraphBuilder, pixels: str) -> str:

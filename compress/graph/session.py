@@ -8,17 +8,21 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from runtime.machine import compute_threads
+from runtime.machine import compute_threads, exact_sums
 
 _ERRORS_ONLY = 3
 
 
-def open_session(model: onnx.ModelProto, *, optimise: bool = True) -> Any:
-    """An `onnxruntime.InferenceSession`. Without `optimise` the graph runs as written (see `qdq`)."""
+def open_session(model: onnx.ModelProto, *, optimise: bool = True, as_written: bool = False) -> Any:
+    """An `onnxruntime.InferenceSession`. `as_written` computes Q/DQ pairs in float instead of fusing them into integer
+    kernels, which are not those of other libraries; without `optimise` nothing is fused at all.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = compute_threads()  # see runtime.backends.onnx
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other work may have a core
+    options.add_session_config_entry("session.x64quantprecision", exact_sums())
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(as_written)))
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

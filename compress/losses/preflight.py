@@ -7,7 +7,7 @@ are silent: a loss that is zero, that has no gradient at the student, or that co
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compress.compute.resize import reduced
 from compress.losses.distill import Context, DistillLoss, Outputs
 from compress.losses.distill.base import completed
+from compress.losses.gradients import LARGEST_SUM, limited, neck_gradients
 
 _SHOWN = 3
 LABELS = "detection"
@@ -24,6 +25,7 @@ LARGEST_SHARE = 10.0
 """Times the label loss's gradient above which a loss with a fixed weight is told: 36 times cost 6 mAP. It is no error,
 since one batch of an untrained network tells the factor only roughly."""
 DROWNS = "may drown the labels"
+SCALED = "shares are scaled down"
 
 
 class Check(NamedTuple):
@@ -58,11 +60,6 @@ class Batch(Protocol):
 TaskLoss = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
-def neck_gradients(terms: Mapping[str, Tensor], features: Sequence[Tensor]) -> dict[str, float]:
-    """L2 norm of each scalar term's gradient at the features that the head reads. Keeps the graph."""
-    return {name: _gradient_norm(term, features) for name, term in terms.items()}
-
-
 def preflight(
     student: Any,
     teacher: Frozen,
@@ -92,10 +89,11 @@ def preflight(
         outputs = Outputs(*probe.forward_features(reduced(images, imgsz or images.shape[-1])))
     with torch.no_grad():
         teacher_outputs = teacher(images)
+    losses = {name: copy.deepcopy(loss) for name, loss in losses.items()}  # some count how often they were computed
     targets = batch.targets.to(images.device)
     context = Context(targets)
     checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", teacher_outputs.raw)]
-    terms = {name: loss(outputs, teacher_outputs, context) for name, loss in losses.items()}
+    terms = {name: loss(outputs, teacher_outputs, context).sum() for name, loss in losses.items()}
     whole = _whole(outputs, teacher_outputs) if heads else teacher_outputs
     for name, loss in losses.items():
         checks += [*_one_loss(name, loss, terms[name], probe), _vanishes(name, loss, whole, context)]
@@ -176,11 +174,6 @@ def _trainable(module: nn.Module) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _gradient_norm(term: Tensor, tensors: Iterable[Tensor]) -> float:
-    found = _gradients(term, list(tensors))
-    return float(torch.stack([g.float().norm() for g in found]).norm()) if found else 0.0
-
-
 def _gradients(term: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     if not (tensors and term.requires_grad):
         return []
@@ -196,31 +189,34 @@ def _reaches(name: str, term: Tensor, whom: str, parameters: list[Tensor], *, at
 
 
 def _vanishes(name: str, loss: DistillLoss, teacher_outputs: Outputs, context: Context) -> Check:
-    value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach())
+    value = float(loss.compare(teacher_outputs, teacher_outputs, context).detach().sum())
     return Check(f"{name} is zero if student equals teacher", value == 0, f"{value:.4g}")
 
 
 def _shares(
     terms: Mapping[str, Tensor], losses: Mapping[str, DistillLoss], features: Sequence[Tensor], label_weight: float
 ) -> Iterator[Check]:
-    """How the gradient at the neck is divided, and whether a fixed weight drowns the labels.
+    """How the gradient at the neck is divided, whether a fixed weight drowns the labels, and whether shares are asked
+    for that are too large together.
 
-    A weight that follows the gradients gives its loss the share that is asked for.
+    A weight that follows the gradients gives its loss the share that is asked for, or as much of it as it may have.
     """
-    norms, of = neck_gradients(terms, features), dict(losses.items())
+    norms, asked = neck_gradients(terms, features), {n: x.share for n, x in losses.items() if x.weight is None}
+    shares = dict(zip(asked, limited([*asked.values()]), strict=True))
     labels = norms.get(LABELS, 1.0)
-    weighted = {
-        name: _weighted(norm, of[name], labels) if name in of else label_weight * norm for name, norm in norms.items()
-    }
+    fixed = {name: loss.weight for name, loss in losses.items() if loss.weight is not None}
+    weights = {LABELS: label_weight, **fixed}
+    weighted = {name: shares[name] * labels if name in shares else weights[name] * norm for name, norm in norms.items()}
     total = sum(weighted.values())
     ok = 0 < total < float("inf")
     parts = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"
-    for name, loss in losses.items():
-        if LABELS in terms and loss.weight is not None and weighted[name] > LARGEST_SHARE * labels:
+    if shares != asked:
+        pairs = ", ".join(f"{name} {asked[name]:g} to {share:.3g}" for name, share in shares.items())
+        yield Check(
+            SCALED, True, f"{pairs}; together they may be {LARGEST_SUM:g} times the label loss's gradient", warns=True
+        )
+    for name in fixed if LABELS in terms else ():
+        if weighted[name] > LARGEST_SHARE * labels:
             told = f"{weighted[name] / labels:.2g} times their gradient; {name}: auto avoids it"
             yield Check(f"{name} {DROWNS}", True, told, warns=True)
     yield Check("parts of the whole gradient at the neck", ok, parts)
-
-
-def _weighted(norm: float, loss: DistillLoss, labels: float) -> float:
-    return loss.share * labels if loss.weight is None else loss.weight * norm

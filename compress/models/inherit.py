@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compress.compute.ridge import Moments, ridge
 from compress.models.architecture import Architecture
 from compress.models.blocks import C3, SPP, SPPF, BottleneckCSP, Concat, Conv, Detect, Focus, Upsample
 from compress.models.network import YOLOv5
@@ -253,30 +254,22 @@ def fit_head(model: YOLOv5, batches: Iterable[tuple[Tensor, Sequence[Tensor]]], 
     for them, per level (B, na, H, W, 5 + nc) logits. The outputs of the classes `unknown` stay as they are.
     """
     own = [*range(BOX_COLUMNS), *(BOX_COLUMNS + index for index in range(model.arch.nc) if index not in unknown)]
-    sums: list[list[Tensor]] = []
+    sums: list[Moments] = []
     was_training = model.training
     model.eval()
     for images, wanted in batches:
         _, features = model.forward_features(images)
         moments = [_moments(x, y[..., own]) for x, y in zip(features, wanted, strict=True)]
-        sums = [list(map(torch.add, *pair)) for pair in zip(sums, moments, strict=True)] if sums else moments
+        sums = [one.plus(other) for one, other in zip(sums, moments, strict=True)] if sums else moments
     model.train(was_training)
     head: Block = model.detect
-    for conv, (xx, xy) in zip(head.m, sums, strict=True):
-        solution = _ridge(xx, xy).view(len(xx), model.arch.na, len(own)).permute(1, 2, 0).to(conv.weight.dtype)
-        _columns(conv.weight, head)[:, own] = solution[..., :-1, None, None]
-        _columns(conv.bias, head)[:, own] = solution[..., -1]
+    for conv, level in zip(head.m, sums, strict=True):
+        matrix, offset = ridge(level, RIDGE)
+        matrix = matrix.reshape(head.na, len(own), -1).to(conv.weight.dtype)
+        _columns(conv.weight, head)[:, own] = matrix[..., None, None]
+        _columns(conv.bias, head)[:, own] = offset.view(head.na, len(own)).to(conv.bias.dtype)
 
 
-def _moments(features: Tensor, raw: Tensor) -> list[Tensor]:
-    """X'X and X'Y in float64 over cells: X (cells, C + 1) with a column of ones, Y (cells, na * columns)."""
-    x = features.permute(0, 2, 3, 1).flatten(0, 2).double()
-    x = torch.cat((x, x.new_ones(len(x), 1)), 1)
-    y = raw.permute(0, 2, 3, 1, 4).flatten(0, 2).flatten(1).double()
-    return [x.T @ x, x.T @ y]
-
-
-def _ridge(xx: Tensor, xy: Tensor) -> Tensor:
-    penalty = torch.full((len(xx),), RIDGE * float(xx.diagonal().mean()), dtype=xx.dtype, device=xx.device)
-    penalty[-1] = 0  # the bias is free
-    return torch.linalg.solve(xx + penalty.diag(), xy)
+def _moments(features: Tensor, raw: Tensor) -> Moments:
+    """The moments of one level's cells: features (B, C, H, W), and raw maps (B, na, H, W, columns) as targets."""
+    return Moments.of(features.permute(0, 2, 3, 1).flatten(0, 2), raw.permute(0, 2, 3, 1, 4).flatten(0, 2).flatten(1))

@@ -75,13 +75,15 @@ def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
 
 def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
     flavour = FLAVOURS.get(file.precision or "")
+    is_elsewhere = flavour is not None and not flavour.for_this_cpu
     row = measure_file(
         file.path,
-        plan,
+        replace(plan, as_written=is_elsewhere and plan.device == "cpu"),
         role=file.role,
         precision=file.precision,
         kept=file.kept,
         reason=file.reason,
+        loss=file.loss,
         note=flavour.note if flavour and plan.device == "cpu" else "",
     )
     latency = row["latency"]["end_to_end"]
@@ -131,4 +133,5 @@ STAGE = Stage(
     run=run,
     after=("data", "teacher", "distill", "export", "quantize"),
     facts={"machine": cpu_and_runtime},
+    version=2,
 )

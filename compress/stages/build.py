@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.config import BuildConfig, Settings
-from compress.flavours import PLAN_PRECISIONS
+from compress.flavours import NOT_FOR, PLAN_PRECISIONS
 from compress.inputs import kept_files
 from compress.log import Log
 from compress.stages import Figures, Stage, packages
 from runtime.backends import BACKENDS
 from runtime.bundle import card_of, folder_card, list_files
 from runtime.card import ONE_IMAGE, Artifact
-from runtime.engine import build_engine, profile_of
+from runtime.engine import build_engine, profile_of, resolve_backend
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256, write_json
 from runtime.identity import require_same
@@ -137,6 +137,9 @@ def _plan(config: BuildConfig, precision: str, model: Path, target: Path) -> Eng
     target.parent.mkdir(parents=True, exist_ok=True)
     card = card_of(model)
     try:
+        builder = resolve_backend(config.backend)
+        if reason := NOT_FOR.get((precision, builder)):
+            return EnginePlan(precision, None, 0.0, f"skipped: {reason}")
         built = build_engine(
             model,
             target,
@@ -174,4 +177,5 @@ STAGE = Stage(
     run=run,
     after=("export", "quantize"),
     facts={"tensorrt": lambda: packages("tensorrt", "tensorrt_rtx")},
+    version=2,
 )

@@ -28,6 +28,7 @@ from compress.losses.preflight import Check
 from compress.models import YOLOv5, load_model
 from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
+from compress.training.adapters import fit_adapters
 from compress.training.checks import (
     check_distillation,
     check_teacher,
@@ -86,9 +87,10 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     `out`.
 
     The student takes the teachers' anchors, and starts from slices of its own weights or the first teacher's where it
-    can. Before the first epoch both networks and every distillation loss are checked on one batch, and the teacher's
-    accuracy is measured; without losses the labels alone train the student. Raises EdgestillError when the distillation
-    would silently do nothing, UsageError when the strategy lacks something. Other errors as for
+    can. Before the first epoch the adapters of feature losses are fitted, both networks and every distillation loss are
+    checked on one batch, and the teacher's accuracy is measured; without losses the labels alone train the student.
+    Raises EdgestillError when the distillation would silently do nothing, UsageError when the strategy lacks something.
+    Other errors as for
     `compress.stages.teacher.train`.
     """
     resume = (out / STATE).is_file() if inputs.resume is None else inputs.resume
@@ -165,8 +167,9 @@ def _checked(
     *,
     starts_trained: bool,
 ) -> list[Check]:
-    """Everything that is checked before the first epoch; checks.json and teacher.json are written."""
+    """Everything that is checked before the first epoch, after the adapters are fitted. Writes the results."""
     student = job.objective.model
+    fit_adapters(job.objective, teacher, job.train, settings, log)
     checks = check_distillation(job.objective, teacher, job.train, settings, log)
     if is_first_process():
         found = teacher_accuracy(teacher, job.val, settings)

@@ -350,5 +350,5 @@ STAGE = Stage(
     inputs=inputs_of,
     run=run,
     after=("data", "teacher", "distill"),
-    version=2,
+    version=3,
 )

@@ -81,6 +81,7 @@ def assemble(config: Config, inputs: Inputs) -> Report:
         gain=_gain(config, inputs),
         export=_export(config.export, exported),
         calibration=_calibration(folders["quantize"]),
+        quantisation=_quantisation(folders["quantize"]),
         engines=[_engine(plan) for plan in read_json(folders["build"] / "build.json")],
         stages=[_stage(name, folder) for name, folder in folders.items()],
         notes=[*not_made(folders["quantize"]), *shared_images(inputs.data)],
@@ -231,6 +232,12 @@ def _calibration(folder: Path) -> dict[str, Any] | None:
     return {"images": used[0]["n"], "sha256": used[0]["sha256"], "method": used[0]["method"], "split": "train"}
 
 
+def _quantisation(folder: Path) -> list[dict[str, Any]]:
+    """The INT8 flavours whose layers were ranked."""
+    entries = [entry for entry in read_json(folder / "quantize.json") if entry["layers"]]
+    return [{"precision": entry["name"], "layers": entry["layers"], "steps": entry["steps"]} for entry in entries]
+
+
 def _engine(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "file": plan["file"] or f"{plan['precision']} plan",
@@ -259,4 +266,5 @@ STAGE = Stage(
     run=run,
     after=("data", "teacher", "distill", "export", "quantize", "build", "bench"),
     beside={"study": study_of},
+    version=2,
 )

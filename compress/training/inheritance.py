@@ -6,7 +6,6 @@ In: how a student starts, the network that it inherits from, training images. Ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,7 @@ import torch
 from compress.compute.device import to_device
 from compress.compute.resize import reduced
 from compress.config import STUDENT_ACTIVATIONS, StudentConfig, TrainConfig
-from compress.data.loader import train_batches
 from compress.data.train_dataset import TrainItems
-from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.models import Architecture, YOLOv5, load, load_model
 from compress.models.architecture import Anchors
@@ -25,7 +22,7 @@ from compress.models.inherit import classes_by_name, fit_head, inherit, recalibr
 from compress.processes import is_first_process
 from compress.training.class_map import class_map_of
 from compress.training.objective import DETECTION_TERMS, Objective
-from compress.training.prepare import new_model
+from compress.training.prepare import first_batches, new_model
 from compress.training.teacher import AnyTeacher, Teacher
 from runtime.errors import UsageError
 from runtime.files import write_json
@@ -126,11 +123,8 @@ def inherit_from(
     larger = by.teacher if by else Teacher(source, device)
     classes = by.classes if by else classes_by_name(student.arch, source.arch)
     to_device(objective, larger.device)
-    batches = list(islice(train_batches(train, batch=config.batch, epoch=0), BATCHES))
-    loaded = [as_network_input(one.images, larger.device) for one in batches]
+    loaded, targets, _, labelled = zip(*first_batches(train, config, larger.device, BATCHES), strict=True)
     images = [reduced(one, config.imgsz) for one in loaded]
-    targets = [one.targets.to(larger.device) for one in batches]
-    labelled = [one.labelled for one in batches]
     scratch = _label_loss(objective, images, targets, labelled)
     found = inherit(student, source, classes)
     recalibrate(student, images)
@@ -150,7 +144,10 @@ def inherit_from(
 
 @torch.no_grad()
 def _label_loss(
-    objective: Objective, images: list[torch.Tensor], targets: list[torch.Tensor], labelled: list[int | None]
+    objective: Objective,
+    images: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    labelled: Sequence[int | None],
 ) -> dict[str, float]:
     """Mean box, objectness and class loss in evaluation mode, which changes no statistics."""
     model = objective.model

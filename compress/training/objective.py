@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compress.compute.reduce import summed_over_processes
 from compress.config import TrainConfig
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import Context, DistillLoss, Outputs, detached
+from compress.losses.gradients import squared_norms
 from compress.models import YOLOv5
 from compress.training.curves import TEACHER_TERM
-from compress.training.ratio import LossWeights, gradient_norms
+from compress.training.ratio import LossWeights
 
 DETECTION_TERMS = ("box", "obj", "cls")
 
@@ -66,7 +68,9 @@ class Objective(nn.Module):
         self.detection = detection
         self.losses = nn.ModuleDict(losses)  # makes their parameters this module's
         own = (losses or {}).values()
-        self.weights = LossWeights([loss.weight for loss in own], [loss.share for loss in own])
+        self.weights = LossWeights(
+            [loss.weight for loss in own], [loss.share for loss in own], [loss.components for loss in own]
+        )
         self.label_weight, self.reference = label_weight, reference
         self.teacher: Objective | None = None
         """A teacher that trains too, on the labels alone: no gradient of the student's losses reaches it."""
@@ -137,16 +141,19 @@ class Objective(nn.Module):
         factors = factors or [1.0] * len(self.losses)
         weights = self._weights(factors)
         upstream = None if upstream is None else upstream * batch
+        seen = own_views(student)
         losses: list[Any] = [
-            self._compare(name, student, teacher, targets, None if upstream is None else upstream * weight, labelled)
+            self._compare(name, seen, teacher, targets, None if upstream is None else upstream * weight, labelled)
             if factor else self._left_out(name, terms)
             for name, weight, factor in zip(self.losses, weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
-            reference = dict(zip(self.losses, losses, strict=True))[self.reference] if self.reference else total / batch
-            self._measure(reference, losses, student, upstream)
+            of = dict(zip(self.losses, losses, strict=True))
+            self._measure(
+                of[self.reference].sum() if self.reference else total / batch, losses, student, seen, upstream
+            )
             weights = self._weights(factors)
-        distilled = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+        distilled = torch.stack([(weight * loss).sum() for weight, loss in zip(weights, losses, strict=True)])
         return Loss(
             self.label_weight * total + distilled.sum() * batch,
             torch.cat([self.label_weight * terms, distilled.detach()]),
@@ -164,8 +171,8 @@ class Objective(nn.Module):
         return total, parts * (labelled / len(raw[0]))
 
     def _weights(self, factors: Sequence[float]) -> list[Tensor]:
-        """The weight () of each distillation loss as it is now, times its factor."""
-        return [weight * factor for weight, factor in zip(self.weights.weights, factors, strict=True)]
+        """The weights (components,) of each distillation loss as they are now, times its factor."""
+        return [weights * factor for weights, factor in zip(self.weights.of_losses(), factors, strict=True)]
 
     def _compare(
         self,
@@ -177,21 +184,34 @@ class Objective(nn.Module):
         labelled: int | None,
     ) -> Tensor:
         """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        return self.losses[name](student, teacher, Context(targets, upstream, labelled))
+        loss: Tensor = self.losses[name](student, teacher, Context(targets, upstream, labelled))
+        return loss
 
     def _left_out(self, name: str, terms: Tensor) -> Tensor:
-        """0, with a gradient of 0 for the loss's own parameters: several processes wait for each of them."""
-        sums = [parameter.sum() for parameter in self.losses[name].parameters()]
-        return 0 * torch.stack([terms.new_zeros(()), *sums]).sum()
+        """Zeros (components,), with a gradient of 0 for the loss's parameters: several processes wait for each."""
+        loss: Any = self.losses[name]
+        sums = [parameter.sum() for parameter in loss.parameters()]
+        return (0 * torch.stack([terms.new_zeros(()), *sums]).sum()).expand(loss.components)
 
-    def _measure(self, reference: Tensor, losses: Sequence[Tensor], student: Outputs, upstream: Tensor | None) -> None:
+    def _measure(
+        self, reference: Tensor, losses: Sequence[Tensor], student: Outputs, seen: Outputs, upstream: Tensor | None
+    ) -> None:
         """Let the weights follow the gradients at the neck of this batch.
 
         They are measured times `upstream` and the weights, as large as they are trained: in float16 the gradients of
-        some losses are 0 without it.
+        some losses are 0 without it. A loss with a weight a level is measured at the views that it alone `seen`: from a
+        coarse level its gradient goes on to the finer maps, where it would count for their levels.
         """
-        own = self.weights.weights
-        scales = torch.cat([own.new_ones(1), own]) * upstream if upstream is not None else own.new_ones(len(own) + 1)
-        scaled = [scale * loss for scale, loss in zip(scales, [reference, *losses], strict=True)]
-        norm, *others = gradient_norms(scaled, student.features) / scales
-        self.weights.update(norm, torch.stack(others))
+        scale = reference.new_ones(()) if upstream is None else upstream
+        found = [squared_norms(scale * reference, student.features) / scale.square()]
+        for weight, loss in zip(self.weights.of_losses(), losses, strict=True):
+            factor = torch.ones_like(weight) if upstream is None else upstream * weight
+            maps = (seen if len(weight) > 1 else student).features
+            found.append(squared_norms((factor * loss).sum(), maps) / factor.square())
+        norms, *own = summed_over_processes(torch.stack(found))
+        self.weights.follow(norms, torch.stack(own))
+
+
+def own_views(outputs: Outputs) -> Outputs:
+    """The same outputs with views of the features: a gradient at them is that of whoever reads them alone."""
+    return outputs._replace(features=[feature.view_as(feature) for feature in outputs.features])

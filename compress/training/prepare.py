@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
 from compress.data.image_store import fits_in_memory
 from compress.data.index import require_labels
+from compress.data.loader import Batch, train_batches
 from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
+from compress.evaluate import as_network_input
 from compress.log import Log
 from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
@@ -68,6 +71,14 @@ def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     if len(index.problems) > SHOWN_PROBLEMS:
         log(f"{split}: {len(index.problems) - SHOWN_PROBLEMS} more problems; see `edgestill data check`")
     return index.samples
+
+
+def first_batches(train: TrainItems, config: TrainConfig, device: torch.device, count: int) -> list[Batch]:
+    """The first batches of a training, at most `count`, on the device; their images are float 0..1."""
+    batches = islice(train_batches(train, batch=config.batch, epoch=0), count)
+    return [
+        one._replace(images=as_network_input(one.images, device), targets=one.targets.to(device)) for one in batches
+    ]
 
 
 def new_model(

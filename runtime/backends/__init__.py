@@ -137,11 +137,15 @@ class Backend(Protocol):
 
 
 class LoadOptions(NamedTuple):
-    """`threads` limits the threads of the CPU; with `spin` they wait actively. Backends of a GPU ignore both."""
+    """`threads` limits the threads of the CPU; with `spin` they wait actively. `as_written` computes quantised layers
+    in float, as the file says, instead of by integer kernels, which differ from library to library. Backends of a GPU
+    ignore all three.
+    """
 
     device: str = "auto"
     threads: int | None = None
     spin: bool = True
+    as_written: bool = False
 
 
 class LoadRequest(NamedTuple):

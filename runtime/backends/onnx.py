@@ -11,7 +11,7 @@ from runtime.backends import CUTOFF, Array, LoadRequest, RawOutput, TensorSpec, 
 from runtime.backends.onnx_child_load import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
-from runtime.machine import compute_threads
+from runtime.machine import compute_threads, exact_sums
 
 try:
     import onnxruntime
@@ -81,6 +81,8 @@ def open_session(request: LoadRequest) -> Any:
     options.intra_op_num_threads = request.options.threads or compute_threads()
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(request.options.spin)))
+    options.add_session_config_entry("session.x64quantprecision", exact_sums())
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(request.options.as_written)))
     try:
         model = request.data or (str(path) if is_utf8(path) else path.read_bytes())
         session = onnxruntime.InferenceSession(model, options, providers=list(providers))

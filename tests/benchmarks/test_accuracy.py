@@ -22,6 +22,7 @@ from benchmarks.accuracy import (
     coco_accuracy,
     coco_rows,
     detector_accuracy,
+    jackknife_maps,
     match,
 )
 from runtime.card import Batches
@@ -292,3 +293,32 @@ def test_coco_rows_hold_left_top_width_height() -> None:
 def test_a_class_that_the_annotations_lack_is_named() -> None:
     with pytest.raises(InputError, match="washer"):
         category_ids(["bolt", "washer"], [{"id": 3, "name": "bolt"}])
+
+
+def one_object_an_image(
+    count: int, found: Sequence[int], empty: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ground truth of `count` images with an object, then `empty` without; detections in those of `found`."""
+    box = [10.0, 10.0, 40.0, 40.0]
+    truth = {
+        "images": [{"id": index} for index in range(count + empty)],
+        "categories": [{"id": 0, "name": "bolt"}],
+        "annotations": [
+            {"id": index + 1, "image_id": index, "category_id": 0, "bbox": box, "area": 1600.0}
+            for index in range(count)
+        ],
+    }
+    return truth, [{"image_id": index, "category_id": 0, "bbox": box, "score": 0.9} for index in found]
+
+
+def test_leaving_out_groups_gives_the_accuracy_of_the_others() -> None:
+    truth, detections = one_object_an_image(4, found=[0, 1, 2])
+    whole, *left_out = jackknife_maps(truth, detections, groups=4)
+    assert whole == pytest.approx(0.75, abs=0.01)
+    assert left_out == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1.0], abs=0.01)
+
+
+def test_no_group_leaves_images_without_objects_alone() -> None:
+    truth, detections = one_object_an_image(2, found=[0, 1], empty=9)
+    assert len(jackknife_maps(truth, detections)) == 3
+    assert len(jackknife_maps(*one_object_an_image(1, found=[0], empty=3))) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import page
-from benchmarks.charts import COLOURS, PLOT, Box, Point, curve, pareto, pareto_front, place_labels
+from benchmarks.charts import COLOURS, PLOT, Bar, Box, Point, curve, layers, pareto, pareto_front, place_labels
 from runtime.errors import UnavailableError
 
 
@@ -127,3 +127,20 @@ def test_without_matplotlib_the_error_is_one_line(monkeypatch: pytest.MonkeyPatc
 def test_boxes_that_only_touch_do_not_overlap() -> None:
     assert Box(0, 0, 1, 1).overlap(Box(1, 0, 2, 1)) == 0
     assert Box(0, 0, 2, 2).overlap(Box(1, 1, 3, 3)) == 1
+
+
+def test_bars_of_layers_are_named_and_the_smallest_are_joined() -> None:
+    bars = [Bar(f"layer {i}", 1 / 40, is_int8=i > 1) for i in range(40)]
+    chart = layers(bars)
+    assert ElementTree.fromstring(chart).tag == "svg"
+    assert "layer 23" in chart
+    assert "layer 24" not in chart
+    assert "others" in chart
+    assert "others" not in layers(bars[:24])
+
+
+def test_bars_of_layers_in_float_are_hollow() -> None:
+    filled, hollow = (layers([Bar("1", 1.0, is_int8)]) for is_int8 in (True, False))
+    assert "fill: var(--int8)" in filled
+    assert "fill: var(--int8)" not in hollow
+    assert "stroke: var(--int8)" in hollow

@@ -91,14 +91,14 @@ def test_nothing_to_compare_is_a_usage_error() -> None:
     ("rule", "files"),
     [
         ("map50_95<0.30", []),
-        ("map50_95<0.55", ["model.int8-cpu.onnx"]),
-        ("map50_95 <= 0.5500", ["model.fp16.onnx", "model.int8-cpu.onnx"]),
-        ("int8-cpu.map50_95<0.55", ["model.int8-cpu.onnx"]),
+        ("map50_95<0.55", ["model.int8-ort.onnx"]),
+        ("map50_95 <= 0.5500", ["model.fp16.onnx", "model.int8-ort.onnx"]),
+        ("int8-ort.map50_95<0.55", ["model.int8-ort.onnx"]),
         ("p50_ms>12.0", ["model.onnx", "model.fp16.onnx"]),
         ("bytes>2e6", ["model.onnx"]),
         ("speedup<3", []),
-        ("speedup<4", ["model.int8-cpu.onnx"]),
-        ("retained<0.95", ["model.int8-cpu.onnx"]),
+        ("speedup<4", ["model.int8-ort.onnx"]),
+        ("retained<0.95", ["model.int8-ort.onnx"]),
     ],
 )
 def test_a_rule_names_the_files_that_break_it(sample: Report, rule: str, files: list[str]) -> None:

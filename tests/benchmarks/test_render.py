@@ -108,6 +108,21 @@ def test_csv_has_one_row_a_file_with_the_settings_beside_the_figures(sample: Rep
     assert rows[4]["kept"] == "False"
 
 
+def test_a_loss_stands_with_its_errors_and_draws(sample: Report) -> None:
+    row = next(row for row in csv.DictReader(io.StringIO(to_csv(sample))) if row["precision"] == "int8-ort")
+    figures = {key: float(row[key]) for key in ("drop", "drop_standard_error", "drop_image_error", "draws")}
+    assert figures == {"drop": 0.0054, "drop_standard_error": 0.0007, "drop_image_error": 0.0031, "draws": 4}
+    assert "± 0.00070 over 4 draws" in to_html(sample)
+
+
+def test_the_layers_of_an_int8_file_are_drawn_with_what_each_step_costs(sample: Report) -> None:
+    page = to_html(sample)
+    assert "int8-ort, layer by layer" in page
+    assert "4.m.3" in page
+    assert "0.61" in page
+    assert "layer by layer" not in to_html(Report({**sample.data, "quantisation": []}))
+
+
 def test_all_four_files_are_written(sample: Report, tmp_path: Path) -> None:
     paths = write(sample, tmp_path / "bench")
     assert [path.name for path in paths] == ["report.json", "report.html", "report.md", "report.csv"]

@@ -16,7 +16,7 @@ from tests.benchmarks.conftest import SETTINGS, make_row
 
 def test_the_headline_is_the_fastest_file_that_was_kept(sample: Report) -> None:
     found = sample.data["headline"]
-    assert found["file"] == "model.int8-cpu.onnx"
+    assert found["file"] == "model.int8-ort.onnx"
     assert found["teacher_file"] == "teacher.onnx"
     teacher, best = sample.data["models"][0], sample.data["models"][3]
     assert found["speedup"] == teacher["latency"]["end_to_end"]["p50"] / best["latency"]["end_to_end"]["p50"]

@@ -7,8 +7,10 @@ from benchmarks.statistics import (
     bootstrap,
     bootstrap_distribution,
     halves_agree,
+    jackknife_error,
     percentile_estimate,
     percentile_rank,
+    standard_error,
 )
 
 
@@ -73,3 +75,15 @@ def test_halves_that_differ_by_more_than_a_twentieth_do_not_agree() -> None:
     assert halves_agree([10.0, 10.1, 9.9, 10.0] * 5)
     assert halves_agree([9.0, 11.0] * 6)
     assert not halves_agree([10.0] * 10 + [11.0] * 10)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(0).normal(size=12)
+    left_out = [np.delete(values, index).mean() for index in range(len(values))]
+    assert jackknife_error(left_out) == pytest.approx(standard_error(values))
+
+
+def test_an_error_needs_two_values() -> None:
+    assert standard_error([1.0]) is None
+    assert jackknife_error([1.0]) is None
+    assert standard_error([1.0, 1.0]) == 0.0

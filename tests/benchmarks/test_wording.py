@@ -12,14 +12,14 @@ from tests.benchmarks.conftest import SETTINGS, with_models
 
 def test_int8_that_is_not_faster_is_said_in_words(sample: Report) -> None:
     assert any(s.startswith("int8-trt is not faster than fp32") for s in wording.findings(sample.data))
-    assert any(s.startswith("int8-cpu is faster than fp32") for s in wording.findings(sample.data))
+    assert any(s.startswith("int8-ort is faster than fp32") for s in wording.findings(sample.data))
 
 
 def test_a_hair_is_not_faster(sample: Report) -> None:
     slow = next(row["latency"] for row in sample.data["models"] if row["file"] == "model.onnx")
     near = slow | {"end_to_end": slow["end_to_end"] | {"p50": 0.97 * slow["end_to_end"]["p50"]}}
-    sentences = wording.findings(with_models(sample, int8_cpu={"latency": near}).data)
-    assert any(s.startswith("int8-cpu is not faster than fp32") for s in sentences)
+    sentences = wording.findings(with_models(sample, int8_ort={"latency": near}).data)
+    assert any(s.startswith("int8-ort is not faster than fp32") for s in sentences)
 
 
 def test_a_refused_file_stands_there_with_its_reason(sample: Report) -> None:
@@ -48,7 +48,7 @@ def test_files_measured_with_different_settings_are_told_apart(sample: Report) -
     other = SETTINGS | {"iou": 0.45}
     found = with_models(sample, fp16={"settings": other})
     (sentence,) = (s for s in wording.findings(found.data) if s.startswith("iou differs"))
-    others = "teacher.onnx, model.onnx, model.int8-cpu.onnx, model.int8-trt.onnx"
+    others = "teacher.onnx, model.onnx, model.int8-ort.onnx, model.int8-trt.onnx"
     assert sentence.endswith(f": 0.6 for {others}; 0.45 for model.fp16.onnx.")
     assert "iou 0.6" not in " ".join(wording.summary(found.data))
     assert "iou 0.6" in " ".join(wording.summary(sample.data))

@@ -28,7 +28,7 @@ def test_plans_are_built_from_the_reference_and_from_what_is_made_for_tensorrt()
     ("config", "raw", "expected"),
     [
         (QuantizeConfig, {"flavours": ["int4"]}, "flavours.0: 'int4' is not accepted: expected one of fp16, int8-trt"),
-        (BuildConfig, {"precisions": ["int8-cpu"]}, "precisions.0: 'int8-cpu' is not accepted: expected one of fp16"),
+        (BuildConfig, {"precisions": ["int8-ort"]}, "precisions.0: 'int8-ort' is not accepted: expected one of fp16"),
     ],
 )
 def test_an_unknown_name_is_one_line_that_lists_the_known(config: type, raw: dict, expected: str) -> None:

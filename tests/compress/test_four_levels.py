@@ -97,7 +97,7 @@ def test_the_whole_pipeline_runs_with_every_loss_and_the_bundle_detects(
     assert load_model(tmp_path / "distill" / "student.safetensors").strides == (8, 16, 32, 64)
     assert ModelCard.load(tmp_path / "bundle").stride == 64
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert {row["precision"] for row in report["models"]} >= {"fp32", "fp16", "int8-cpu"}
+    assert {row["precision"] for row in report["models"]} >= {"fp32", "fp16", "int8-ort"}
     truth = validation_of(tiny_data)
     for file in (tmp_path / "bundle", tmp_path / "export" / CONVENTIONAL):
         with Detector.load(file, device="cpu") as detector:

@@ -44,6 +44,22 @@ def test_the_gain_is_over_every_arm_of_the_same_student_on_labels_alone() -> Non
     assert [entry["mean"] for entry in found["over"]] == [pytest.approx(0.05), pytest.approx(0.02)]
 
 
+@pytest.mark.parametrize("other", [{"strategy": "joint"}, {"strategy": "soft_labels", "losses": {"kd": "auto"}}])
+def test_any_way_to_distil_is_compared_with_labels_alone(other: dict[str, Any]) -> None:
+    wanted = training(**other)
+    found = gain_of(study({**TRAININGS, "soft": wanted}), wanted, **SAME)
+    assert [entry["against"] for entry in found["over"]] == ["scratch", "inherit"]
+
+
+def test_other_unlabelled_images_are_another_training(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").write_bytes(name.encode())
+    one, other = (training(strategy="label_free", unlabelled=tmp_path / name) for name in ("one", "other"))
+    assert one != other
+    assert one == training(strategy="label_free", unlabelled=tmp_path / "one")
+
+
 def test_an_arm_that_stands_before_its_baseline_is_compared_the_other_way_round() -> None:
     turned = study({name: TRAININGS[name] for name in ("soft", "scratch")})
     (entry,) = gain_of(turned, training(), **SAME)["over"]

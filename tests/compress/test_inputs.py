@@ -13,7 +13,7 @@ from tests.runtime.toys import canvas_model, card
 def write_files(folders: dict[str, Path], **changes: object) -> None:
     """FP32 and two flavours; `changes` are those of the last one's card."""
     canvas_model(folders["export"] / "model.onnx", card())
-    for precision, more in {"int8-cpu": {}, "int8-trt": changes}.items():
+    for precision, more in {"int8-ort": {}, "int8-trt": changes}.items():
         canvas_model(folders["quantize"] / f"model.{precision}.onnx", card(precision=precision, **more))
 
 
@@ -21,10 +21,10 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
     folders = {name: tmp_path / name for name in ("export", "quantize")}
     folders["quantize"].mkdir()
     entries = [
-        {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference"},
-        {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made"},
-        {"name": "int8-cpu", "file": "model.int8-cpu.onnx", "kept": False, "reason": "loses 0.5"},
-        {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0"},
+        {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference", "loss": None},
+        {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made", "loss": None},
+        {"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": False, "reason": "loses 0.5", "loss": None},
+        {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0", "loss": None},
     ]
     (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
     write_files(folders)
@@ -32,7 +32,7 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
     assert files == {
         ("teacher", "fp32"): "teacher.onnx",
         ("student", "fp32"): "model.onnx",
-        ("student", "int8-cpu"): "model.int8-cpu.onnx",
+        ("student", "int8-ort"): "model.int8-ort.onnx",
         ("student", "int8-trt"): "model.int8-trt.onnx",
     }
     assert set(kept_files(folders)) == {"fp32", "int8-trt"}

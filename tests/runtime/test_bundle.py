@@ -30,7 +30,7 @@ def folder(toys, tmp_path):
     artifacts = (
         artifact(plan, "fp16", "tensorrt_rtx", targets=("sm86",), versions={"tensorrt_rtx": "1.7.1.116"}),
         artifact(fp32),
-        artifact(int8, "int8-cpu"),
+        artifact(int8, "int8-ort"),
     )
     toys.card(artifacts=artifacts).save(tmp_path / "model.json")
     return tmp_path
@@ -47,16 +47,16 @@ def deserialised(monkeypatch):
 def test_a_bundle_offers_its_files_in_order_of_preference(folder):
     offered = model_files(folder)
     assert [item.path.name for item in offered] == ["toy.fp16.plan", "toy.onnx", "toy.int8.onnx"]
-    assert [item.card.precision for item in offered] == ["fp16", "fp32", "int8-cpu"]
+    assert [item.card.precision for item in offered] == ["fp16", "fp32", "int8-ort"]
 
 
-@pytest.mark.parametrize("variant", ["int8-cpu", "toy.int8.onnx", "toy.int8"])
+@pytest.mark.parametrize("variant", ["int8-ort", "toy.int8.onnx", "toy.int8"])
 def test_a_variant_is_picked_by_precision_or_file(folder, variant):
     assert [item.path.name for item in model_files(folder, variant)] == ["toy.int8.onnx"]
 
 
 def test_an_unknown_variant_names_the_known(folder):
-    with pytest.raises(UsageError, match="fp16, fp32, int8-cpu"):
+    with pytest.raises(UsageError, match="fp16, fp32, int8-ort"):
         model_files(folder, "int4")
     with pytest.raises(UsageError, match="bundle"):
         model_files(folder / "toy.onnx", "fp32")
@@ -204,9 +204,9 @@ OTHER_MODELS = [{"weights": "6" * 64}, {"iou": 0.45}, {"max_det": 100}, {"candid
 @pytest.mark.parametrize("changes", OTHER_MODELS)
 def test_an_onnx_file_of_another_model_is_refused_where_a_bundle_lists_it(folder, toys, changes):
     stranger = toys.canvas_model(folder / "toy.int8.onnx", toys.card(**changes))
-    toys.card(artifacts=(artifact(folder / "toy.onnx"), artifact(stranger, "int8-cpu"))).save(folder / "model.json")
+    toys.card(artifacts=(artifact(folder / "toy.onnx"), artifact(stranger, "int8-ort"))).save(folder / "model.json")
     with pytest.raises(EngineError, match="another model than its card says") as caught:
-        Detector.load(folder, variant="int8-cpu")
+        Detector.load(folder, variant="int8-ort")
     assert "\n" not in str(caught.value)
     assert [len(problems(file)) for file in model_files(folder)] == [0, 1]
 

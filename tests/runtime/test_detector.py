@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from runtime import Detector
+from runtime import Detector, machine
 from runtime.backends import RawOutput
 from runtime.backends import onnx as onnx_backend
 from runtime.card import Artifact, Batches
@@ -418,6 +418,25 @@ def test_threads_wait_actively_only_where_asked_for(toys, tmp_path, spin):
     with Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), spin=spin) as detector:
         session = detector._backend._session.get_session_options()
         assert session.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spin))
+
+
+@pytest.mark.parametrize("as_written", [True, False])
+def test_quantised_layers_are_computed_in_float_only_where_asked_for(toys, tmp_path, as_written):
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx"), as_written=as_written) as detector:
+        session = detector._backend._session.get_session_options()
+        assert session.get_session_config_entry("session.disable_quant_qdq") == str(int(as_written))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("sse avx512_vnni", "0"), ("sse avx_vnni", "0"), ("sse avx2", "1"), ("", "1")]
+)
+def test_weights_of_8_bits_are_exact_on_every_cpu(toys, tmp_path, monkeypatch, flags, expected):
+    text = f"processor: 0\nflags\t\t: {flags}\n"
+    read = machine._read_text
+    monkeypatch.setattr(machine, "_read_text", lambda path: text if path == Path("/proc/cpuinfo") else read(path))
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx")) as detector:
+        session = detector._backend._session.get_session_options()
+        assert session.get_session_config_entry("session.x64quantprecision") == expected
 
 
 def test_a_closed_detector_is_one_line(toys, tmp_path, white_frame):

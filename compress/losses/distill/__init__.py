@@ -1,8 +1,9 @@
 """Distillation losses: a student learns to copy the outputs of a frozen teacher.
 
-In: the outputs of both networks for the same images. Out: one scalar per loss, by its name in the table `LOSSES`. Every
-loss is a mean (neither batch nor image size changes its scale), accumulates in float32, and is zero if student
-equals teacher. The caller multiplies by the batch size, as the detection loss does, and by the loss's weight.
+In: the outputs of both networks for the same images. Out: a loss by its name in the table `LOSSES`: one number, or one
+a level where each has a weight of its own. Every loss is a mean (neither batch nor image size changes its scale),
+accumulates in float32, and is zero if student equals teacher. The caller multiplies by the batch size, as the detection
+loss does, and by the weights.
 
 To add a loss, write a class in a file of this folder (`HeadLoss` in head.py and `FeatureLoss` in features.py are the
 bases), and add it to the table.
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, detached
-from compress.losses.distill.features import CWD, FGD, PKD, FeatMSE, FeatSL2, FeatureLoss
-from compress.losses.distill.head import KD, HeadLoss, ObjKD, Soft
+from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, FeatureLoss
+from compress.losses.distill.head import KD, MSE, CrossEntropy, HeadLoss, ObjKD, Soft
 from compress.recipe import suggestion
 from runtime.errors import UsageError
 
@@ -41,7 +42,10 @@ LOSSES: dict[str, type[DistillLoss]] = {
         CWD,
         PKD,
         FGD,
+        MGD,
         KD,
+        MSE,
+        CrossEntropy,
     )
 }
 """The distillation losses by the names that recipes use."""

@@ -45,7 +45,8 @@ class Context(NamedTuple):
     targets: Tensor | None = None
     """(n, 6) image, class, x, y, w, h as fractions: the labels."""
     upstream: Tensor | None = None
-    """() float32, the gradient of the final loss by this one, if it is known beforehand; it changes no result."""
+    """(components,) float32, the gradient of the final loss by each number of this one, if it is known beforehand; it
+    changes no result."""
     labelled: int | None = None
     """The number of images, the first of the batch, whose labels are known; None if those of all are."""
 
@@ -80,6 +81,8 @@ class DistillLoss(nn.Module):
     """Norm of the loss's gradient at the neck as a share of the label loss's."""
     until = 1.0
     """Part of the epochs after which the loss has faded out; 1 keeps it to the end."""
+    components = 1
+    """Numbers that the loss consists of, each with a weight of its own: 1, or one a level."""
 
     class Settings(LossSettings):
         """Nothing to set. A loss with settings has its own class of this name, with defaults."""
@@ -111,14 +114,17 @@ class DistillLoss(nn.Module):
         return settings
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
-        """The loss () float32 of one batch. No gradient reaches the teacher.
+        """The loss of one batch, (components,) float32. No gradient reaches the teacher.
 
         Raises UsageError when the maps belong to different images or image sizes.
         """
-        return self.compare(student, detached(teacher), context)
+        return self.compare(student, detached(teacher), context).view(self.components)
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        """The loss () float32 of outputs in equal channels, exactly 0 for equal ones; the teacher has no gradient."""
+        """The loss of outputs in equal channels, exactly 0 for equal ones; the teacher has no gradient.
+
+        (components,) float32, or () if there is only one.
+        """
         raise NotImplementedError
 
 

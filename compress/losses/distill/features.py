@@ -7,13 +7,19 @@ gradients from vanishing.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from functools import reduce
+from itertools import cycle
+from typing import Annotated, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from compress.config import DistillConfig, NonNegative, Positive
+from compress.compute.ridge import Moments, ridge
+from compress.config import DistillConfig, Float, NonNegative, Positive
 from compress.kernels.adapter_mse import adapter_mse
 from compress.kernels.cwd import cwd
 from compress.kernels.fgd import fgd
@@ -29,31 +35,54 @@ from compress.losses.distill.base import (
     check_same_images,
     detached,
 )
+from compress.losses.distill.standardise import by_channel, by_level
+
+ADAPTER_RIDGE = 0.1
+"""Penalty of the adapters' regression, as a share of the mean diagonal of the second moments."""
+FIT_STEPS, FIT_RATE = 100, 3e-3
+"""Steps of Adam, and their learning rate, of a loss whose adapters are more than one linear map."""
 
 
-class Pointwise(nn.Conv2d):
-    """1x1 convolution that computes in its input's dtype, whatever the dtype of its weights."""
+class AdapterConv(nn.Conv2d):
+    """Convolution that keeps a map's size and computes in its input's dtype, whatever the dtype of its weights."""
 
-    def __init__(self, channels_in: int, channels_out: int, *, bias: bool = True) -> None:
-        super().__init__(channels_in, channels_out, 1, bias=bias)
+    def __init__(self, channels_in: int, channels_out: int, side: int = 1, *, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, side, padding=side // 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), bias)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, padding=self.padding)
 
 
-def adapter(channels_in: int, channels_out: int, *, bias: bool) -> Pointwise:
-    """A 1x1 convolution to the teacher's channels; it starts as the identity if both numbers of channels are equal."""
-    conv = Pointwise(channels_in, channels_out, bias=bias)
-    if channels_in == channels_out:
-        nn.init.dirac_(conv.weight)
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
-    return conv
+class Level(NamedTuple):
+    """One level of both networks, as a feature loss compares them."""
+
+    student: Tensor
+    """(B, C, H, W)."""
+    teacher: Tensor
+    """(B, C, H, W) without a gradient."""
+    raw: Tensor
+    """(B, na, H, W, 5 + nc): the teacher's logits."""
+    targets: Tensor | None
+    """(n, 6), see `Context`."""
+    upstream: Tensor | None
+    """() float32, see `Context`."""
+
+
+def levels_of(student: Outputs, teacher: Outputs, context: Context) -> list[Level]:
+    """The levels, finest first."""
+    upstream = [None] * len(student.features) if context.upstream is None else context.upstream.unbind()
+    both = zip(student.features, teacher.features, teacher.raw, upstream, strict=True)
+    return [Level(s, t, raw, context.targets, expected) for s, t, raw, expected in both]
 
 
 class FeatureLoss(DistillLoss):
-    """A loss of the features. An adapter per level gives them the teacher's channels. A subclass has `compare`."""
+    """A loss of the features, with one component a level. A subclass has `level`.
+
+    The teacher's maps are standardised where the formula depends on their scale, and a 1x1 convolution a level, the
+    adapter, gives the student's maps the teacher's channels in these units. `fit` finds the adapters before the first
+    step: while they are random, a loss mostly teaches the student to suit them.
+    """
 
     share = 0.3
     until = 0.7
@@ -63,58 +92,169 @@ class FeatureLoss(DistillLoss):
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student, teacher, config, **settings)
         pairs = zip(student.channels, teacher.channels, strict=True)
-        self.adapters = nn.ModuleList(adapter(*pair, bias=self.depends_on_offset) for pair in pairs)
+        self.adapters = nn.ModuleList(AdapterConv(*pair, bias=self.depends_on_offset) for pair in pairs)
+        self.components = len(teacher.channels)
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
-        adapted = [adapter(feature) for adapter, feature in zip(self.adapters, student.features, strict=True)]
-        check_same_images(adapted, teacher.features, slice(2, None), "feature")
-        return self.compare(student._replace(features=adapted), detached(teacher), context)
+        """See `DistillLoss.forward`; (levels,)."""
+        check_same_images(student.features, teacher.features, slice(2, None), "feature")
+        teacher = detached(teacher)
+        standard = teacher._replace(features=[self.standardise(maps) for maps in teacher.features])
+        levels = levels_of(student, standard, context)
+        return torch.stack([self.adapted(index, level) for index, level in enumerate(levels)])
 
-    def adapter_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level the matrix (C_teacher, C_student) and the bias (C_teacher) of the adapter."""
-        adapters = cast("list[Pointwise]", list(self.adapters))
-        return [a.weight.flatten(1) for a in adapters], [cast(Tensor, a.bias) for a in adapters]
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
+        return torch.stack([self.level(level) for level in levels_of(student, teacher, context)])
+
+    def standardise(self, maps: Tensor) -> Tensor:
+        """The teacher's maps (B, C, H, W) of one level in the units in which they are compared."""
+        return by_channel(maps)
+
+    def adapted(self, index: int, level: Level) -> Tensor:
+        """The loss () float32 of level `index`; the student's map is as the network gives it."""
+        return self.level(level._replace(student=self.adapters[index](level.student)))
+
+    def level(self, level: Level) -> Tensor:
+        """The loss () float32 of one level with equal channels, exactly 0 for equal maps."""
+        raise NotImplementedError
+
+    # -- the start of the adapters --------------------------------------------------------------------
+
+    def adapter_input(self, index: int, maps: Tensor) -> Tensor:
+        """What the adapter of level `index` reads, from the student's map (B, C, H, W)."""
+        return maps
+
+    def fit(self, pairs: Sequence[tuple[Outputs, Outputs]]) -> None:
+        """Set the adapters to what fits the outputs of student and teacher for a few batches best. In place.
+
+        The adapters by ridge regression on what they read; where there are more parameters than these, all of them
+        then take FIT_STEPS steps of Adam on this loss alone. Draws nothing at random that the loss does not.
+        """
+        for index, adapter in enumerate(cast("list[AdapterConv]", list(self.adapters))):
+            self._fit_adapter(index, adapter, pairs)
+        if len(list(self.parameters())) > len(list(self.adapters.parameters())):
+            self._take_steps(pairs)
+
+    @torch.no_grad()
+    def _fit_adapter(self, index: int, adapter: AdapterConv, pairs: Sequence[tuple[Outputs, Outputs]]) -> None:
+        moments = [
+            Moments.of(_rows(self.adapter_input(index, s.features[index])), _rows(self.standardise(t.features[index])))
+            for s, t in pairs
+        ]
+        matrix, offset = ridge(reduce(Moments.plus, moments), ADAPTER_RIDGE)
+        adapter.weight.copy_(matrix[..., None, None])
+        if adapter.bias is not None:
+            adapter.bias.copy_(offset)
+
+    def _take_steps(self, pairs: Sequence[tuple[Outputs, Outputs]]) -> None:
+        optimizer = torch.optim.Adam(self.parameters(), lr=FIT_RATE)
+        for _, (student, teacher) in zip(range(FIT_STEPS), cycle(pairs), strict=False):
+            optimizer.zero_grad()
+            self(student, teacher).sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B * H * W, C)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class FeatMSE(FeatureLoss):
     """Mean squared difference of features: sum over levels of mean (A(s) - t)^2, A the 1x1 convolution.
 
-    Adapter and comparison are one kernel: the adapted map is not written to memory if channels allow it.
+    t is standardised by channel: the unit of a squared difference is the square of the channel's. So the loss is the
+    part of the teacher's variance that the student does not explain. Adapter and comparison are one kernel: the adapted
+    map is not written to memory if channels allow it.
     """
 
     name = "feat_mse"
 
-    def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
-        check_same_images(student.features, teacher.features, slice(2, None), "feature")
-        return adapter_mse(student.features, teacher.features, *self.adapter_parameters(), scale=context.upstream)
+    def adapted(self, index: int, level: Level) -> Tensor:
+        return self.by_kernel(index, level)
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        return weighted_mse(student.features, teacher.features, scale=context.upstream)
+    def by_kernel(self, index: int, level: Level, weights: Sequence[Tensor] = ()) -> Tensor:
+        """The loss of level `index` by adapter and comparison in one; `weights` (B, H, W), one or none."""
+        adapter = cast(AdapterConv, self.adapters[index])
+        matrix, bias = adapter.weight.flatten(1), cast(Tensor, adapter.bias)
+        student = self.adapter_input(index, level.student)
+        return adapter_mse([student], [level.teacher], [matrix], [bias], weights, scale=level.upstream)
+
+    def level(self, level: Level) -> Tensor:
+        return weighted_mse([level.student], [level.teacher], scale=level.upstream)
 
 
-class FeatSL2(FeatureLoss):
+class FeatSL2(FeatMSE):
     """Squared difference of features, weighted by how sure the teacher is of an object at each pixel.
 
         sum over levels of sum w (P(s) - t)^2 / (C * sum w + 1e-9)
 
-    where the inner sums run over the whole batch, w is `teacher_score` and P is 1x1 convolution - ReLU - 1x1
-    convolution. The weight given there is 6. Source: Ultralytics 2026, as its documentation states the formula.
+    where the inner sums run over the whole batch, w is `teacher_score`, P is 1x1 convolution - ReLU - 1x1 convolution,
+    and t is standardised by channel as in `FeatMSE`. Source: Ultralytics 2026, as its documentation states the formula.
     """
 
     name = "feat_sl2"
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student._replace(channels=teacher.channels), teacher, config, **settings)
-        self.first = nn.ModuleList(map(Pointwise, student.channels, teacher.channels))
+        self.first = nn.ModuleList(map(AdapterConv, student.channels, teacher.channels))
 
-    def forward(self, student: Outputs, teacher: Outputs, context: Context = NO_CONTEXT) -> Tensor:
-        check_same_images(student.features, teacher.features, slice(2, None), "feature")
-        hidden = [first(feature).relu_() for first, feature in zip(self.first, student.features, strict=True)]
-        weights = teacher_scores(teacher)
-        return adapter_mse(hidden, teacher.features, *self.adapter_parameters(), weights, scale=context.upstream)
+    def adapter_input(self, index: int, maps: Tensor) -> Tensor:
+        return cast(Tensor, self.first[index](maps)).relu_()
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        return weighted_mse(student.features, teacher.features, teacher_scores(teacher), scale=context.upstream)
+    def adapted(self, index: int, level: Level) -> Tensor:
+        return self.by_kernel(index, level, [teacher_score(level.raw)])
+
+    def level(self, level: Level) -> Tensor:
+        return weighted_mse([level.student], [level.teacher], [teacher_score(level.raw)], scale=level.upstream)
+
+
+class MGD(FeatureLoss):
+    """Masked generative distillation: the student must give back the teacher's whole map from a part of its own.
+
+        sum over levels of mean (G(M A(s)) - t)^2
+
+    A is the 1x1 convolution; M (B, 1, H, W) is 0 at a random `mask` of the pixels and 1 elsewhere; G is 3x3 convolution
+    - ReLU - 3x3 convolution; t is standardised by channel as in `FeatMSE`. The authors sum over pixels and channels;
+    here it is a mean. M depends on the seed and on how often the loss was computed, which the state of a training has,
+    so a resumed one draws the same. Source: Yang et al., ECCV 2022.
+    """
+
+    name = "mgd"
+
+    class Settings(LossSettings):
+        mask: Annotated[Float, Field(ge=0, lt=1)] = 0.65
+        """Part of the pixels that is left out."""
+
+    settings: Settings
+
+    def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
+        super().__init__(student, teacher, config, **settings)
+        self.generators = nn.ModuleList(
+            nn.Sequential(AdapterConv(c, c, 3), nn.ReLU(inplace=True), AdapterConv(c, c, 3)) for c in teacher.channels
+        )
+        self.drawn = 0
+
+    def adapted(self, index: int, level: Level) -> Tensor:
+        kept = self._mask(level.student) * self.adapters[index](level.student)
+        return self.level(level._replace(student=self.generators[index](kept)))
+
+    def level(self, level: Level) -> Tensor:
+        return weighted_mse([level.student], [level.teacher], scale=level.upstream)
+
+    def _mask(self, maps: Tensor) -> Tensor:
+        """(B, 1, H, W) of 0 and 1 in the maps' dtype."""
+        self.drawn += 1
+        seed = np.random.SeedSequence([self.config.seed, self.drawn]).generate_state(1).item()
+        generator = torch.Generator(maps.device if maps.is_cuda else "cpu").manual_seed(seed)
+        noise = torch.rand(len(maps), 1, *maps.shape[2:], generator=generator, device=maps.device)
+        return (noise >= self.settings.mask).to(maps.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.drawn)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.drawn = int(state)
 
 
 class CWD(FeatureLoss):
@@ -122,7 +262,8 @@ class CWD(FeatureLoss):
 
         sum over levels of tau^2 / (B C) * sum over images and channels KL(softmax(t / tau) || softmax(A(s) / tau))
 
-    The weight in the paper is 10. Source: Shu et al., ICCV 2021.
+    t is standardised by channel: a softmax does not see an offset, but takes its temperature from the scale. Source:
+    Shu et al., ICCV 2021.
     """
 
     name = "cwd"
@@ -134,22 +275,24 @@ class CWD(FeatureLoss):
 
     settings: Settings
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        return cwd(student.features, teacher.features, self.settings.tau, scale=context.upstream)
+    def level(self, level: Level) -> Tensor:
+        return cwd([level.student], [level.teacher], self.settings.tau, scale=level.upstream)
 
 
 class PKD(FeatureLoss):
     """Pearson distance of each channel over the batch: 1 - r, averaged over channels, summed over levels.
 
-    It ignores each channel's scale and offset, so it needs the least tuning. The weight in the paper is 6. Source: Cao
-    et al., NeurIPS 2022.
+    It standardises every channel itself, so the teacher's maps stay as they are. Source: Cao et al., NeurIPS 2022.
     """
 
     name = "pkd"
     depends_on_offset = False
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        return pkd(student.features, teacher.features, scale=context.upstream)
+    def standardise(self, maps: Tensor) -> Tensor:
+        return maps
+
+    def level(self, level: Level) -> Tensor:
+        return pkd([level.student], [level.teacher], scale=level.upstream)
 
 
 class FGD(FeatureLoss):
@@ -157,7 +300,11 @@ class FGD(FeatureLoss):
 
     `compress.kernels.fgd.fgd` has the formula. A pixel inside boxes weighs alpha / area of the smallest of them,
     any other beta / number of such pixels in its image; without targets every pixel is background. The authors' global
-    term is left out. Source: Yang et al., CVPR 2022.
+    term is left out.
+
+    The teacher's maps are standardised by level: attention is made of |t|, so zero must stay zero and the channels must
+    keep their sizes beside each other, but its temperature and the squared differences depend on the scale. Source:
+    Yang et al., CVPR 2022.
     """
 
     name = "fgd"
@@ -175,10 +322,13 @@ class FGD(FeatureLoss):
 
     settings: Settings
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        masks = [self.mask(feature, context.targets) for feature in teacher.features]
+    def standardise(self, maps: Tensor) -> Tensor:
+        return by_level(maps)
+
+    def level(self, level: Level) -> Tensor:
+        mask = self.mask(level.teacher, level.targets)
         gamma, temperature = self.settings.gamma, self.settings.temperature
-        return fgd(student.features, teacher.features, masks, gamma, temperature, scale=context.upstream)
+        return fgd([level.student], [level.teacher], [mask], gamma, temperature, scale=level.upstream)
 
     def mask(self, feature: Tensor, targets: Tensor | None) -> Tensor:
         """(B, H, W) float32: the weight of each pixel of a (B, C, H, W) map."""
@@ -189,7 +339,7 @@ class FGD(FeatureLoss):
 
 
 UNTOLD = -1e4
-"""A logit whose probability is 0; float16 holds it."""
+"""Stands for a logit that the teacher does not give: its probability is 0, and float16 holds it."""
 
 
 def teacher_score(raw: Tensor) -> Tensor:
@@ -198,13 +348,9 @@ def teacher_score(raw: Tensor) -> Tensor:
     Args:
         raw: (B, na, H, W, 5 + nc) logits.
     """
+    raw = raw.nan_to_num(UNTOLD)
     best_class = raw[..., 5:].amax(-1).float().sigmoid()  # the sigmoid rises, so the greatest logit comes first
     return (raw[..., 4].float().sigmoid() * best_class).amax(1)
-
-
-def teacher_scores(teacher: Outputs) -> list[Tensor]:
-    """`teacher_score` of every level, without a gradient; what the teacher does not tell counts as 0."""
-    return [teacher_score(raw.detach().nan_to_num(UNTOLD)) for raw in teacher.raw]
 
 
 def box_density(feature: Tensor, targets: Tensor | None) -> Tensor:

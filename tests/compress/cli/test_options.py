@@ -38,8 +38,8 @@ def test_set_reaches_the_other_settings_that_a_stage_reads() -> None:
 
 
 def test_set_wins_over_a_flag() -> None:
-    found = quantize_settings("method=entropy", quantize__method="percentile", quantize__calibration_images="9")
-    assert (found.quantize.method, found.quantize.calibration_images) == ("entropy", 9)
+    found = quantize_settings("method=mse", quantize__method="minmax", quantize__calibration_images="9")
+    assert (found.quantize.method, found.quantize.calibration_images) == ("mse", 9)
 
 
 def test_set_wins_over_a_flag_of_a_study_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,3 +176,5 @@ def test_a_check_prints_a_table_and_trains_nothing(
     assert edgestill(*asked, "--teacher-imgsz", 96) == 2
     assert "no multiple of imgsz 64" in capsys.readouterr().err
     assert edgestill("distill", "--check", "--resume") == 2
+    assert edgestill(*asked, "--set", "losses={}") == 0
+    assert capsys.readouterr().out.startswith("nothing to check")

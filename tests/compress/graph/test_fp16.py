@@ -7,12 +7,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.graph.calibration import calibrate
 from compress.graph.fp16 import body_to_fp16
-from compress.graph.int8_trt import SCHEME
 from compress.graph.parts import GraphParts, op_counts, sort_topologically
 from compress.graph.qdq import quantised
+from compress.graph.ranges import calibrate
 from compress.graph.session import open_session
+from compress.schemes import SCHEMES
 from runtime.errors import EdgestillError
 
 
@@ -73,15 +73,30 @@ def test_a_constant_shared_with_the_decode_is_copied(case, canvas):
 @pytest.mark.parametrize("pairs_on_weights", [False, True], ids=["stored integers", "Q and DQ on float weights"])
 def test_quantised_bodies_become_half_with_no_cast_on_the_weights(case, canvas, pairs_on_weights):
     model = case.boxes()
-    ranges = calibrate(model, [canvas], "minmax")
-    options = {**SCHEME.options, "AddQDQPairToWeight": pairs_on_weights}
-    integers = quantised(model, ranges, replace(SCHEME, options=options))
+    scheme = replace(SCHEMES["tensorrt"], half_body=False, float_stem=False)
+    integers = quantised(model, calibrate(model, [canvas], "minmax"), scheme)
+    if pairs_on_weights:
+        quantise_float_weights(integers)
     half = body_to_fp16(integers)
     assert casts(half) - casts(integers) == 7
     entering = next(node for node in half.graph.node if node.name == "canvas.nchw.to_fp16")
     assert [n.op_type for n in half.graph.node if entering.output[0] in n.input] == ["QuantizeLinear"]
     a, b = (run(m, canvas, optimise=False) for m in (integers, half))
     assert abs(a[0, 0, 4] - b[0, 0, 4]) < 0.01
+
+
+def quantise_float_weights(model: onnx.ModelProto) -> None:
+    """Store float weights with a Q before their DQ, as other tools write them."""
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.input[0] in arrays and node.op_type == "DequantizeLinear"]:
+        stored, scale, zero = node.input
+        factors = arrays[scale].reshape(-1, *[1] * (arrays[stored].ndim - 1))
+        name = f"{stored}.float"
+        model.graph.initializer.append(numpy_helper.from_array((arrays[stored] * factors).astype(np.float32), name))
+        quantise = helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}.q"], name=f"{name}.q", axis=0)
+        model.graph.node.append(quantise)
+        node.input[0] = f"{name}.q"
+    sort_topologically(model.graph)
 
 
 def test_a_weight_beyond_fp16_is_refused(case):

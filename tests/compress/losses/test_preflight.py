@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from compress.losses.detection import DetectionLoss
 from compress.losses.distill import LOSSES, Context, DistillLoss, Outputs, Shape
-from compress.losses.preflight import DROWNS, neck_gradients, preflight
+from compress.losses.gradients import neck_gradients
+from compress.losses.preflight import DROWNS, SCALED, preflight
 
 from .conftest import ANCHORS_PX, STRIDES
 
@@ -187,6 +188,20 @@ def test_a_fixed_weight_that_drowns_the_labels_is_told_with_the_remedy(batch):
         told[weight] = [check.detail for check in checks if check.name == f"obj_kd {DROWNS}"]
     assert "times their gradient; obj_kd: auto avoids it" in told[1e6][0]
     assert told[1e-6] == told[None] == []
+
+
+def test_shares_that_are_too_large_together_are_told_as_they_will_be(batch):
+    student, teacher = _pair()
+    losses = _losses(student, teacher, ("soft", "pkd", "feat_mse"))
+    task = DetectionLoss(_shape(student).anchors, STRIDES, 3)
+    losses["soft"].share, losses["pkd"].share, losses["feat_mse"].weight = 2.0, 1.0, 1e-9
+    checks = {check.name: check for check in preflight(student, teacher, losses, batch, task=task)}
+    assert checks[SCALED].ok
+    assert checks[SCALED].detail.startswith("soft 2 to 1, pkd 1 to 0.5; together they may be 1.5 times")
+    parts = "detection 40.0%, soft 40.0%, pkd 20.0%, feat_mse 0.0%"
+    assert checks["parts of the whole gradient at the neck"].detail == parts
+    losses["soft"].share, losses["pkd"].share = 1.0, 0.5
+    assert SCALED not in [check.name for check in preflight(student, teacher, losses, batch, task=task)]
 
 
 def test_the_gradient_at_the_neck_is_that_of_autograd():

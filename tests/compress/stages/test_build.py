@@ -114,6 +114,18 @@ def test_only_precisions_that_passed_their_gate_are_built(models, tmp_path, monk
     assert [plan.precision for plan in plans] == ["fp32"]
 
 
+def test_tensorrt_rtx_gets_no_int8_plan_and_the_log_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "build_engine", fake_build)
+    monkeypatch.setattr(stage, "resolve_backend", lambda backend: "tensorrt_rtx" if backend == "auto" else backend)
+    lines = []
+    for backend in ("auto", "tensorrt"):
+        models = {name: write_model(tmp_path / f"model.{name}.onnx", name) for name in ("fp16", "int8-trt")}
+        config = BuildConfig(backend=backend, precisions=("fp16", "int8-trt"))
+        plans = build(config, models=models, out=tmp_path / backend, log=lines.append)
+        assert [plan.artifact is not None for plan in plans] == [True, backend == "tensorrt"]
+    assert "int8-trt: skipped: TensorRT-RTX fuses no INT8 convolution with its activation" in lines[1]
+
+
 def fake_build(model: Path, target: Path, **_: Any) -> BuildReport:
     """A plan whose bytes are those of its ONNX file."""
     target.write_bytes(model.read_bytes())

@@ -16,6 +16,8 @@ from compress.data.index import JUDGES
 from compress.data.loader import train_batches
 from compress.log import Log
 from compress.losses import distill as losses
+from compress.losses.distill import features
+from compress.losses.distill.features import Level
 from compress.models.checkpoint import load, load_model
 from compress.stages.distill import STAGE, Config, Inputs, run
 from compress.stages.teacher import train
@@ -117,16 +119,20 @@ def test_files_hold_the_student_alone_and_the_table_its_terms(
 
 
 def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
-    tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(features, "FIT_STEPS", 2)
+    settings, lines = config(losses={"soft": "auto", "feat_mse": "auto", "mgd": "auto"}), []
+
     def stop(line: str) -> None:
         if line.startswith("epoch 1/2"):
             raise KeyboardInterrupt
 
-    distill(config(), tiny_data, teacher_file, tmp_path / "straight")
+    distill(settings, tiny_data, teacher_file, tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
-        distill(config(), tiny_data, teacher_file, tmp_path / "cut", stop)
-    distill(config(), tiny_data, teacher_file, tmp_path / "cut", resume=True)
+        distill(settings, tiny_data, teacher_file, tmp_path / "cut", stop)
+    distill(settings, tiny_data, teacher_file, tmp_path / "cut", lines.append, resume=True)
+    assert not [line for line in lines if line.startswith("adapters")]
     straight, cut = (load_state(tmp_path / name / "state.pt") for name in ("straight", "cut"))
     assert_same_weights(straight, cut)
 
@@ -150,8 +156,8 @@ def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teac
 class Dead(losses.FeatureLoss):
     name = "dead"
 
-    def compare(self, student: losses.Outputs, teacher: losses.Outputs, context: losses.Context) -> torch.Tensor:
-        return 0 * torch.stack([feature.float().mean() for feature in student.features]).sum()
+    def level(self, level: Level) -> torch.Tensor:
+        return 0 * level.student.float().mean()
 
 
 def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
@@ -167,6 +173,8 @@ def test_a_loss_that_does_nothing_is_found_before_the_first_epoch(
 class Watched(torch.nn.Module):
     """A loss that notes which gradient it was told to expect, and which one came."""
 
+    components = 3
+
     def __init__(self) -> None:
         super().__init__()
         self.expected: torch.Tensor | None = None
@@ -174,7 +182,7 @@ class Watched(torch.nn.Module):
 
     def forward(self, student: losses.Outputs, teacher: losses.Outputs, context: losses.Context) -> torch.Tensor:
         self.expected = context.upstream
-        value = student.features[0].mean()
+        value = student.features[0].mean() * torch.ones(self.components)
         value.register_hook(self.came.append)
         return value
 
@@ -187,7 +195,7 @@ def test_the_gradient_that_a_loss_is_told_to_expect_is_the_one_that_comes(
     loop, teacher = trainer
     objective, watched = loop.objective, Watched()
     objective.losses = torch.nn.ModuleDict({"feat_mse": watched})
-    objective.weights = LossWeights([2.0], [1.0])
+    objective.weights = LossWeights([2.3], [1.0], [3])
     batch = next(train_batches(loop.job.train, batch=3, epoch=0))
     images, upstream = batch.images.float() / 255, torch.tensor(scale)
     objective(images, batch.targets, teacher(images), [0.37], upstream).total.backward(upstream)
