@@ -250,6 +250,11 @@ class TrainConfig(Settings):
     seed: Seed = 0
     tensorboard: Annotated[bool, NO_RESULT] = True
 
+    @property
+    def image_side(self) -> int:
+        """Pixels of the images that are loaded; the network sees them reduced to `imgsz`."""
+        return self.imgsz
+
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, raw: Any) -> Any:
@@ -357,6 +362,17 @@ class DistillConfig(TrainConfig):
     teacher_rate: Fraction = 0.1
     """Learning rate of a teacher that trains too, as a share of the student's."""
 
+    teachers: Annotated[tuple[Path, ...], NO_RESULT] = ()
+    """Further teachers beside the first; the losses see the mean of their logits. The files' contents are compared in
+    place of this list."""
+    teacher_flip: bool = False
+    """The teachers also see each image mirrored; the losses see the mean of both."""
+    teacher_imgsz: Side | None = None
+    """Pixels of the teachers' images, a multiple of imgsz; None gives them the student's."""
+    class_map: dict[str, str | None] | None = None
+    """Teacher's class -> class of the data, or None to leave it out; classes of equal names need no entry. Without a
+    map the classes must be the same."""
+
     @property
     def rules(self) -> Strategy:
         """The strategy's row of the table."""
@@ -371,6 +387,20 @@ class DistillConfig(TrainConfig):
     def uses_train_split(self) -> bool:
         """Whether the images of the train split take part; without, the unlabelled ones are alone."""
         return self.unlabelled is None or self.label_weight > 0
+
+    @property
+    def image_side(self) -> int:
+        return self.teacher_imgsz or self.imgsz
+
+    @model_validator(mode="after")
+    def _enlarge_by_whole_cells(self) -> DistillConfig:
+        if self.image_side % self.imgsz:
+            text = "teacher_imgsz {teacher} is no multiple of imgsz {imgsz}: set {imgsz}, {double} or {triple}"
+            sizes = {"teacher": self.teacher_imgsz, "imgsz": self.imgsz}
+            raise PydanticCustomError(
+                "teacher_size", text, {**sizes, "double": 2 * self.imgsz, "triple": 3 * self.imgsz}
+            )
+        return self
 
 
 class ExportConfig(Settings):

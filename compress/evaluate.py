@@ -103,14 +103,41 @@ def evaluate(
     flush_denormals()
     limit_threads()
     where = device if isinstance(device, torch.device) else pick_device(device)
-    runner = _Runner(model, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss)
+    network = to_device(model.fuse().eval().float(), where)
+    runner = _Runner(
+        network, network.decode, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss
+    )
     stride = max(model.strides)
     batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
+    return _figures(runner, batches, coco=(model.arch.names, annotations) if coco else None)
+
+
+def evaluate_outputs(
+    raw_maps: Callable[[Tensor], list[Tensor]],
+    decode: Callable[[list[Tensor]], Tensor],
+    samples: Sequence[Sample],
+    *,
+    imgsz: int,
+    batch: int,
+    stride: int,
+    rect: bool,
+    device: torch.device,
+    workers: int = 0,
+) -> ValResult:
+    """Measure whatever gives raw maps for images, and rows in pixels for raw maps, by YOLOv5's protocol."""
+    flush_denormals()
+    limit_threads()
+    runner = _Runner(raw_maps, decode, NmsSettings(), device, half=False, loss=None)
+    batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
+    return _figures(runner, batches, coco=None)
+
+
+def _figures(runner: _Runner, batches: Iterable[ValBatch], coco: tuple[Sequence[str], Path | None] | None) -> ValResult:
+    """Run every batch. `coco` are class names and annotations, where COCO's figures are wanted."""
     found = [one for batch_found in map(runner, runner.timed(batches)) for one in batch_found]
-    names = model.arch.names
     return ValResult(
         yolo=yolo_metrics(found),
-        coco=coco_metrics(found, names, annotations) if coco else None,
+        coco=coco_metrics(found, *coco) if coco else None,
         loss=runner.mean_loss,
         speed_ms={name: 1e3 * seconds / max(len(found), 1) for name, seconds in runner.watch.seconds.items()},
         images=len(found),
@@ -118,10 +145,19 @@ def evaluate(
 
 
 class _Runner:
-    """Runs batches through the network and NMS on one device, and adds up the time and the loss."""
+    """Runs batches through a network and NMS on one device, and adds up the time and the loss."""
 
-    def __init__(self, model: YOLOv5, nms: NmsSettings, device: torch.device, *, half: bool, loss: Loss | None) -> None:
-        self._model = to_device(model.fuse().eval().float(), device)
+    def __init__(
+        self,
+        raw_maps: Callable[[Tensor], list[Tensor]],
+        decode: Callable[[list[Tensor]], Tensor],
+        nms: NmsSettings,
+        device: torch.device,
+        *,
+        half: bool,
+        loss: Loss | None,
+    ) -> None:
+        self._raw_maps, self._decode = raw_maps, decode
         self._nms, self._device, self._half, self._loss = nms, device, half, loss
         self._losses: list[Tensor] = []
         self.watch = Stopwatch(device)
@@ -142,11 +178,11 @@ class _Runner:
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.float16, enabled=self._half):
-            raw = self._model(images)
+            raw = self._raw_maps(images)
         raw = [level.float() for level in raw]
         if self._loss:
             self._losses.append(self._loss(raw, targets.to(self._device))[1])
-        return self._model.decode(raw)
+        return self._decode(raw)
 
     def _boxes(self, rows: NDArray[np.float32], batch: ValBatch, index: int) -> Detected:
         found = detections_from_rows(rows, **self._nms._asdict())

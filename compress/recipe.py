@@ -16,7 +16,7 @@ from runtime.errors import InputError, UsageError, one_line
 
 MAX_YAML_BYTES = 1 << 20
 ANY, A_PATH = "*", dict[str, Any]()
-ARM_PATHS = {"student": {"weights": A_PATH}, "distill": {"unlabelled": A_PATH}}
+ARM_PATHS = {"student": {"weights": A_PATH}, "distill": {"unlabelled": A_PATH, "teachers": A_PATH}}
 PATHS = {
     "data": A_PATH,
     "teacher": {"weights": A_PATH},
@@ -123,13 +123,15 @@ def _group(model: type[BaseModel], location: Iterable[str]) -> type[BaseModel]:
 
 
 def _with_absolute_paths(raw: Any, folder: Path, paths: Mapping[str, Any] = PATHS) -> Any:
-    """`raw` with the texts at the keys of the tree `paths`, which are relative to `folder`, as absolute paths."""
+    """`raw` with the texts at the keys of the tree `paths`, alone or in lists, as absolute paths from `folder`."""
     if isinstance(raw, Mapping):
         known = {key: paths.get(key, paths.get(ANY)) for key in raw}
         return {
             key: value if known[key] is None else _with_absolute_paths(value, folder, known[key])
             for key, value in raw.items()
         }
+    if isinstance(raw, list):
+        return [_with_absolute_paths(one, folder, paths) for one in raw]
     return str((folder / Path(raw).expanduser()).resolve()) if isinstance(raw, str) and paths is A_PATH else raw
 
 
@@ -165,6 +167,10 @@ distill:
     soft: auto          # classes, boxes and objectness as the teacher sees them
     # pkd: auto         # how each channel of the neck varies; or cwd, fgd, mgd, feat_mse, feat_sl2
     # kd: {{share: 0.5, temperature: 2}} # a loss with settings of its own
+  # teachers: [other.pt] # further teachers: the student sees the mean of their logits
+  # teacher_flip: true  # and the mean of each image and its mirror image
+  # teacher_imgsz: 640  # the teachers see larger images, a multiple of imgsz
+  # class_map: {{car: vehicle, truck: vehicle}} # for teachers of other classes; of equal names need no entry
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none

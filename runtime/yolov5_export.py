@@ -92,13 +92,14 @@ def _names(path: Path, text: str | None, count: int) -> tuple[str, ...]:
     """From `{0: 'person', ...}` or `['person', ...]`; numbered classes if the file does not name them."""
     if text is None:
         return tuple(f"class{index}" for index in range(count))
-    names = _parse_names(text[:MAX_NAMES_CHARS])
+    names = parse_names(text[:MAX_NAMES_CHARS])
     if names is None or len(names) != count:
         raise InputError(f"{path}: names {text[:60]!r} do not name {count} classes", "Export it again")
     return names
 
 
-def _parse_names(text: str) -> tuple[str, ...] | None:
+def parse_names(text: str) -> tuple[str, ...] | None:
+    """Class names of a dictionary or list as text; None where it is anything else."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -144,7 +144,15 @@ def _refuse_without_effect(changes: Sequence[str]) -> None:
 
 @click.command()
 @training_options("distill", "runs/distill")
-@click.option("--teacher", type=FILE, help="Checkpoint of the teacher; needed unless a run is resumed.")
+@click.option(
+    "--teacher",
+    "teachers",
+    type=FILE,
+    multiple=True,
+    help="Checkpoint or ONNX file of the teacher; needed unless a run is resumed. Several teach by their mean.",
+)
+@setting("--teacher-imgsz", key="distill.teacher_imgsz", type=click.INT, help="Pixels of the teachers' images.")
+@click.option("--check", is_flag=True, help="Make all checks, print them, and stop before the first epoch.")
 @setting("--strategy", key="distill.strategy", help="Who learns from what; the README has a line for each.")
 @click.option("--unlabelled", type=FILE, help="Folder of images or video to learn from without labels.")
 @click.option(
@@ -160,7 +168,8 @@ def distill(
     scale: str | None,
     device: str,
     resume: str | None,
-    teacher: Path | None,
+    teachers: tuple[Path, ...],
+    check: bool,
     unlabelled: Path | None,
     losses: tuple[str, ...],
     **folder: Any,
@@ -169,6 +178,8 @@ def distill(
     from compress.data.index import JUDGES
     from compress.stages.distill import STAGE, Inputs
 
+    if check and resume is not None:
+        raise UsageError("--check looks at a training that has not begun, --resume at one that has", "Give one of both")
     out = _out(resume=resume, **folder)
     begun = _begun(out, resume)
     more: dict[str, Any] = {"distill": begun.config, "device": begun.device(device)}
@@ -176,9 +187,25 @@ def distill(
     more["distill.unlabelled"] = unlabelled or begun.origin.get("unlabelled")
     if losses:
         more["distill.losses"] = loss_choices(losses)
-    files = begun.file("data", data), begun.file("teacher", teacher)
+    if teachers:
+        more["distill.teachers"] = [str(file.resolve()) for file in teachers[1:]]
+    files = begun.file("data", data), begun.file("teacher", teachers[0] if teachers else None)
+    if check:
+        _print_checks(more, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1]))
+        return
     run_alone(STAGE, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1], resume is not None), out, more)
     _print_best(out)
+
+
+def _print_checks(more: Mapping[str, Any], inputs: Callable[[], Any]) -> None:
+    from compress.stages.distill import STAGE, all_checks
+
+    checks = all_checks(settings(STAGE.settings, STAGE.name, more), inputs(), say)
+    if not checks:
+        click.echo("nothing to check: without distillation losses the labels alone train the student")
+    width = max((len(one.name) for one in checks), default=0)
+    for one in checks:
+        click.echo(f"{'warning' if one.warns else 'ok':<8}{one.name:<{width}}  {one.detail}")
 
 
 def loss_choices(given: Sequence[str]) -> dict[str, Any]:

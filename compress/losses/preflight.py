@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from compress.compute.resize import reduced
 from compress.losses.distill import Context, DistillLoss, Outputs
+from compress.losses.distill.base import completed
 from compress.losses.gradients import LARGEST_SUM, limited, neck_gradients
 
 _SHOWN = 3
@@ -32,6 +34,18 @@ class Check(NamedTuple):
     name: str
     ok: bool
     detail: str
+    warns: bool = False
+    """Whether the user should read it although nothing failed."""
+
+
+class Frozen(Protocol):
+    """A teacher: its networks, and its outputs for float images (B, 3, S, S), which mean what `arch` says."""
+
+    @property
+    def arch(self) -> Any: ...
+    @property
+    def networks(self) -> Sequence[nn.Module]: ...
+    def __call__(self, images: Tensor) -> Outputs: ...
 
 
 class Batch(Protocol):
@@ -48,42 +62,50 @@ TaskLoss = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 def preflight(
     student: Any,
-    teacher: Any,
+    teacher: Frozen,
     losses: Mapping[str, DistillLoss],
     batch: Batch,
     *,
     task: TaskLoss | None = None,
+    imgsz: int | None = None,
     label_weight: float = 1.0,
 ) -> list[Check]:
     """Examine a distillation on one batch. Changes neither network, nor the losses, nor any gradient.
 
     Args:
         student: network with `arch` (names, anchors in pixels, strides) and `forward_features(images)`.
-        teacher: another such network, on the same device.
+        teacher: on the same device.
         losses: by name, made for these two networks.
         batch: a few labelled training images.
         task: the detection loss, to print its share of the gradient; None where no label is known.
         label_weight: the weight by which it is trained; shares of the other losses refer to it unweighted.
+        imgsz: pixels of the student's images, where the teacher's are larger.
     """
     heads = [name for name, loss in losses.items() if loss.compares_heads]
-    checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher)]
+    checks = [*_same_meaning(student.arch, teacher.arch, heads), _frozen(teacher.networks)]
     probe = copy.deepcopy(student).train()  # batch statistics and gradients of the real student stay as they are
     images = _as_input(batch.images, probe)
     with torch.enable_grad():
-        outputs = Outputs(*probe.forward_features(images))
+        outputs = Outputs(*probe.forward_features(reduced(images, imgsz or images.shape[-1])))
     with torch.no_grad():
-        teacher_outputs = Outputs(*teacher.forward_features(images))
+        teacher_outputs = teacher(images)
     losses = {name: copy.deepcopy(loss) for name, loss in losses.items()}  # some count how often they were computed
     targets = batch.targets.to(images.device)
     context = Context(targets)
     checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", teacher_outputs.raw)]
     terms = {name: loss(outputs, teacher_outputs, context).sum() for name, loss in losses.items()}
+    whole = _whole(outputs, teacher_outputs) if heads else teacher_outputs
     for name, loss in losses.items():
-        checks += [*_one_loss(name, loss, terms[name], probe), _vanishes(name, loss, teacher_outputs, context)]
+        checks += [*_one_loss(name, loss, terms[name], probe), _vanishes(name, loss, whole, context)]
     if task is not None:
         total, _ = task(outputs.raw, targets)
         terms = {LABELS: total / len(images), **terms}
     return [*checks, *_shares(terms, losses, outputs.features, label_weight)]
+
+
+def _whole(student: Outputs, teacher: Outputs) -> Outputs:
+    """The teacher's outputs with the student's logits in place of those that it does not give."""
+    return teacher._replace(raw=[completed(own, raw)[1] for own, raw in zip(student.raw, teacher.raw, strict=True)])
 
 
 def _as_input(images: Tensor, network: nn.Module) -> Tensor:
@@ -121,14 +143,15 @@ def _agreement(name: str, student: tuple[Any, ...], teacher: tuple[Any, ...], re
     return Check(f"{name} agree", not needed, f"{seen}; {remedy if needed else 'no loss compares them'}")
 
 
-def _frozen(teacher: nn.Module) -> Check:
-    ok = not any(module.training for module in teacher.modules())
+def _frozen(networks: Sequence[nn.Module]) -> Check:
+    ok = not any(module.training for network in networks for module in network.modules())
     return Check("teacher is in eval mode", ok, "batch statistics stay as they are" if ok else "call teacher.eval()")
 
 
 def _gives_logits(who: str, raw: Sequence[Tensor]) -> Check:
     """A trained head has negative objectness logits nearly everywhere; probabilities never are."""
-    least, greatest = torch.cat([r[..., 4].detach().flatten() for r in raw]).aminmax()
+    given = torch.cat([r[..., 4].detach().flatten() for r in raw])
+    least, greatest = given[~given.isnan()].aminmax()
     ok = bool(least < 0 or greatest > 1)
     return Check(
         f"{who} gives logits",
@@ -186,13 +209,14 @@ def _shares(
     weighted = {name: shares[name] * labels if name in shares else weights[name] * norm for name, norm in norms.items()}
     total = sum(weighted.values())
     ok = 0 < total < float("inf")
-    told = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"
+    parts = ", ".join(f"{name} {norm / total:.1%}" for name, norm in weighted.items()) if ok else f"norms {weighted}"
     if shares != asked:
         pairs = ", ".join(f"{name} {asked[name]:g} to {share:.3g}" for name, share in shares.items())
-        yield Check(SCALED, True, f"{pairs}; together they may be {LARGEST_SUM:g} times the label loss's gradient")
+        yield Check(
+            SCALED, True, f"{pairs}; together they may be {LARGEST_SUM:g} times the label loss's gradient", warns=True
+        )
     for name in fixed if LABELS in terms else ():
         if weighted[name] > LARGEST_SHARE * labels:
-            yield Check(
-                f"{name} {DROWNS}", True, f"{weighted[name] / labels:.2g} times their gradient; {name}: auto avoids it"
-            )
-    yield Check("parts of the whole gradient at the neck", ok, told)
+            told = f"{weighted[name] / labels:.2g} times their gradient; {name}: auto avoids it"
+            yield Check(f"{name} {DROWNS}", True, told, warns=True)
+    yield Check("parts of the whole gradient at the neck", ok, parts)

@@ -52,6 +52,13 @@ class Checkpoint:
     format: str
     """A key of `FORMATS`."""
 
+    @property
+    def imgsz(self) -> int | None:
+        """Pixels of the images that it was trained with; None where the file does not say it."""
+        options = self.meta.get("opt")
+        given = self.meta.get("imgsz", options.get("imgsz") if isinstance(options, dict) else None)
+        return given if type(given) is int and given > 0 else None
+
 
 def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint. Raises InputError (one line) when the file is not a sound detection checkpoint."""
@@ -65,8 +72,12 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def load_model(path: str | Path) -> YOLOv5:
+    """The network in a file: see `network_of`. Raises the errors of `load`."""
+    return network_of(load(path))
+
+
+def network_of(checkpoint: Checkpoint) -> YOLOv5:
     """The network of a checkpoint: float32, on the CPU, in evaluation mode. Draws no random numbers."""
-    checkpoint = load(path)
     with torch.device("meta"):
         model = YOLOv5(checkpoint.architecture)
     model.load_state_dict(checkpoint.state_dict, assign=True)

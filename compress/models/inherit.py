@@ -11,7 +11,7 @@ slimming", ICCV 2017 (|gamma| as a channel's importance).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -68,13 +68,16 @@ def why_not(student: Architecture, source: Architecture) -> str:
 
 
 @torch.no_grad()
-def inherit(student: YOLOv5, source: YOLOv5) -> Inheritance:
+def inherit(student: YOLOv5, source: YOLOv5, classes: Sequence[int | None] | None = None) -> Inheritance:
     """Copy slices of `source` into `student`, in place. Equal widths and depths copy everything.
 
-    Classes are matched by name; the outputs of others stay as they are. Bottlenecks are matched by position; those that
-    the source lacks start as the identity, those that the student lacks are left out. Raises UsageError when the
-    student is not a slice of the source.
+    `classes` names for each class of the student the source's class that it is, or None; without it they are matched by
+    name. The outputs of others stay as they are. Bottlenecks are matched by position; those that the source lacks start
+    as the identity, those that the student lacks are left out. Raises UsageError when the student is not a slice of the
+    source.
     """
+    if classes is None:
+        classes = classes_by_name(student.arch, source.arch)
     if reason := why_not(student.arch, source.arch):
         raise UsageError(reason, "Choose a student of the same layout that is not wider, or --init scratch")
     kept: list[Kept] = []
@@ -82,15 +85,20 @@ def inherit(student: YOLOv5, source: YOLOv5) -> Inheritance:
     for index, (own, theirs, layer) in enumerate(zip(student.model, source.model, student.arch.layers, strict=True)):
         inputs = [kept[i] for i in layer.source] if kept else [_all(3)]
         if isinstance(theirs, Detect):
-            _detect(own, theirs, inputs, _class_columns(student.arch, source.arch))
+            _detect(own, theirs, inputs, classes)
             break
         kept.append(_LAYERS[type(theirs)](own, theirs, inputs))
         fresh += [f"model.{index}.m.{i}" for i in range(_bottlenecks(theirs), _bottlenecks(own))]
-    return _summary(student, source, fresh)
+    return _summary(student, classes, fresh)
 
 
-def _summary(student: YOLOv5, source: YOLOv5, fresh: Sequence[str]) -> Inheritance:
-    classes = tuple(name for name in student.arch.names if name in source.arch.names)
+def classes_by_name(student: Architecture, source: Architecture) -> list[int | None]:
+    """For each class of the student the source's class of that name, or None."""
+    return [source.names.index(name) if name in source.names else None for name in student.names]
+
+
+def _summary(student: YOLOv5, sources: Sequence[int | None], fresh: Sequence[str]) -> Inheritance:
+    classes = tuple(name for name, source in zip(student.arch.names, sources, strict=True) if source is not None)
     total = sum(parameter.numel() for parameter in student.parameters())
     unknown = student.arch.nc - len(classes)
     rows = sum(unknown * student.arch.na * (channels + 1) for channels in student.feature_channels)
@@ -204,15 +212,9 @@ def _bottlenecks(block: Block) -> int:
     return len(block.m) if isinstance(block, (C3, BottleneckCSP)) else 0
 
 
-def _class_columns(student: Architecture, source: Architecture) -> tuple[list[int], list[int]]:
-    """Columns of an anchor's outputs that mean the same: in the student's head, and in the source's."""
-    shared = [name for name in student.names if name in source.names]
-    box = list(range(BOX_COLUMNS))
-    own, theirs = ([*box, *(BOX_COLUMNS + a.names.index(name) for name in shared)] for a in (student, source))
-    return own, theirs
-
-
-def _detect(own: Block, theirs: Block, inputs: Sequence[Kept], columns: tuple[list[int], list[int]]) -> None:
+def _detect(own: Block, theirs: Block, inputs: Sequence[Kept], classes: Sequence[int | None]) -> None:
+    known = [(index, source) for index, source in enumerate(classes) if source is not None]
+    columns = [[*range(BOX_COLUMNS), *(BOX_COLUMNS + pair[side] for pair in known)] for side in (0, 1)]
     for conv, source, kept in zip(own.m, theirs.m, inputs, strict=True):
         # an assignment by index, unlike copy_, does not move values to another device
         weight, bias = source.weight[:, kept.indices].to(conv.weight.device), source.bias.to(conv.bias.device)
@@ -245,23 +247,19 @@ def recalibrate(model: YOLOv5, batches: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def fit_head(
-    model: YOLOv5, source: Architecture, outputs: Callable[[Tensor], Sequence[Tensor]], batches: Iterable[Tensor]
-) -> None:
-    """Set the head's 1x1 convolutions to the ridge regression of the source's raw maps on the model's features.
+def fit_head(model: YOLOv5, batches: Iterable[tuple[Tensor, Sequence[Tensor]]], unknown: Collection[int] = ()) -> None:
+    """Set the head's 1x1 convolutions to the ridge regression of another network's raw maps on the model's features.
 
-    In float64, level by level, over all cells of `batches`. Columns of classes that `source` lacks stay as they are.
-
-    Args:
-        outputs: float images (B, 3, H, W) -> the source's raw maps, per level (B, na, H, W, 5 + nc) logits.
+    In float64, level by level, over all cells of `batches`: float images (B, 3, H, W), and what the model is to give
+    for them, per level (B, na, H, W, 5 + nc) logits. The outputs of the classes `unknown` stay as they are.
     """
-    own, theirs = _class_columns(model.arch, source)
+    own = [*range(BOX_COLUMNS), *(BOX_COLUMNS + index for index in range(model.arch.nc) if index not in unknown)]
     sums: list[Moments] = []
     was_training = model.training
     model.eval()
-    for images in batches:
+    for images, wanted in batches:
         _, features = model.forward_features(images)
-        moments = [_moments(x, y[..., theirs]) for x, y in zip(features, outputs(images), strict=True)]
+        moments = [_moments(x, y[..., own]) for x, y in zip(features, wanted, strict=True)]
         sums = [one.plus(other) for one, other in zip(sums, moments, strict=True)] if sums else moments
     model.train(was_training)
     head: Block = model.detect

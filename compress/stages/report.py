@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from benchmarks import wording
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
-from benchmarks.rows import Row
+from benchmarks.rows import Row, ratio
 from compress.config import DistillConfig, ExportConfig, LossChoice, Recipe, Settings, StudentConfig
 from compress.data import Dataset
 from compress.evaluate import fitness
@@ -176,12 +176,23 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
             if choice.is_used
         ],
         "inheritance": _inheritance(folder),
+        "teacher": _beside_teacher(folder),
         "strategy": {
             "name": config.strategy,
             "label_weight": config.label_weight,
             "unlabelled_images": read_json(folder / MANIFEST)["figures"].get("unlabelled_images", 0),
         },
     }
+
+
+def _beside_teacher(folder: Path) -> dict[str, float | None] | None:
+    """mAP50-95 of the teacher, as the student saw it, and of the student, both on val; None without a teacher."""
+    file = folder / "teacher.json"
+    if not file.is_file():
+        return None
+    measured = read_json(file)
+    teacher, student = measured["map50_95"], measured["student_map50_95"]
+    return {"map50_95": teacher, "student_map50_95": student, "retained": ratio(student, teacher)}
 
 
 def _inheritance(folder: Path) -> dict[str, Any] | None:

@@ -54,7 +54,9 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     teacher, weights = config.teacher, config.teacher.weights
     if weights and _usable_as_it_is(teacher, weights, inputs.data):
         log(f"teacher: {weights.name} knows these classes and is used as it is")
-        checkpoint.save_model(checkpoint.load_model(weights), out / TEACHER, {"origin": weights.name})
+        given = checkpoint.load(weights)
+        meta = {"origin": weights.name} | ({"imgsz": given.imgsz} if given.imgsz else {})
+        checkpoint.save_model(checkpoint.network_of(given), out / TEACHER, meta)
         return {"trained": "no"}
     result = train(
         teacher,

@@ -14,13 +14,14 @@ from statistics import fmean
 import torch
 
 from compress.compute.device import to_device
+from compress.compute.resize import reduced
 from compress.config import DistillConfig
 from compress.data.train_dataset import TrainItems
 from compress.log import Log
 from compress.losses.distill import Context, FeatureLoss, Outputs
 from compress.training.objective import Objective
 from compress.training.prepare import first_batches
-from compress.training.teacher import Teacher
+from compress.training.teacher import AnyTeacher
 
 BATCHES = 4
 """Training batches that the adapters are fitted to."""
@@ -30,7 +31,7 @@ Pairs = Sequence[tuple[Outputs, Outputs]]
 
 
 def fit_adapters(
-    objective: Objective, teacher: Teacher, train: TrainItems, config: DistillConfig, log: Log
+    objective: Objective, teacher: AnyTeacher, train: TrainItems, config: DistillConfig, log: Log
 ) -> dict[str, tuple[float, float]]:
     """Fit the adapters of each feature loss, in place. No weight, statistic or gradient of the student changes.
 
@@ -44,7 +45,10 @@ def fit_adapters(
     batches = first_batches(train, config, teacher.device, BATCHES)
     student = copy.deepcopy(objective.model).train()
     with torch.no_grad():
-        pairs = [(Outputs(*student.forward_features(one.images)), teacher(one.images)) for one in batches]
+        pairs = [
+            (Outputs(*student.forward_features(reduced(one.images, config.imgsz))), teacher(one.images))
+            for one in batches
+        ]
     contexts = [Context(one.targets, labelled=one.labelled) for one in batches]
     found = {}
     for name, loss in losses.items():

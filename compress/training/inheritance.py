@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from compress.compute.device import to_device
+from compress.compute.resize import reduced
 from compress.config import STUDENT_ACTIVATIONS, StudentConfig, TrainConfig
 from compress.data.train_dataset import TrainItems
 from compress.log import Log
 from compress.models import Architecture, YOLOv5, load, load_model
 from compress.models.architecture import Anchors
-from compress.models.inherit import fit_head, inherit, recalibrate, why_not
+from compress.models.inherit import classes_by_name, fit_head, inherit, recalibrate, why_not
 from compress.processes import is_first_process
+from compress.training.class_map import class_map_of
 from compress.training.objective import DETECTION_TERMS, Objective
 from compress.training.prepare import first_batches, new_model
-from compress.training.teacher import Teacher
+from compress.training.teacher import AnyTeacher, Teacher
 from runtime.errors import UsageError
 from runtime.files import write_json
 
@@ -91,22 +94,43 @@ def new_student(
     )
 
 
+class HeadTeacher(NamedTuple):
+    """The teacher to whose outputs the head is fitted, if it is not the source alone."""
+
+    teacher: AnyTeacher
+    classes: Sequence[int | None]
+    """For each class of the student the source's class that it is, or None."""
+
+
 def inherit_from(
-    source: YOLOv5, objective: Objective, train: TrainItems, config: TrainConfig, device: str, out: Path, log: Log
+    source: YOLOv5,
+    objective: Objective,
+    train: TrainItems,
+    config: TrainConfig,
+    device: str,
+    out: Path,
+    log: Log,
+    by: HeadTeacher | None = None,
 ) -> None:
     """Copy slices of `source` into the objective's model, measure its BatchNorm statistics and fit its head. In place.
 
+    The head is fitted to the outputs of `by`, else of the source, whose classes are then matched by name.
     Writes `inheritance.json` into `out`: how many parameters were copied, which classes, which blocks start afresh, and
     the parts of the label loss (box, obj, cls) from scratch and before the first step, 0 where no label is known.
     Raises UsageError when the model is not a slice of the source.
     """
-    larger, student = Teacher(source, device), objective.model
+    student = objective.model
+    larger = by.teacher if by else Teacher(source, device)
+    classes = by.classes if by else classes_by_name(student.arch, source.arch)
     to_device(objective, larger.device)
-    images, targets, _, labelled = zip(*first_batches(train, config, larger.device, BATCHES), strict=True)
+    loaded, targets, _, labelled = zip(*first_batches(train, config, larger.device, BATCHES), strict=True)
+    images = [reduced(one, config.imgsz) for one in loaded]
     scratch = _label_loss(objective, images, targets, labelled)
-    found = inherit(student, source)
+    found = inherit(student, source, classes)
     recalibrate(student, images)
-    fit_head(student, source.arch, lambda x: larger(x).raw, images)
+    named = class_map_of(classes)
+    wanted = (larger(x).raw for x in loaded) if by else ([named(level) for level in larger(x).raw] for x in images)
+    fit_head(student, zip(images, wanted, strict=True), named.unknown)
     start = _label_loss(objective, images, targets, labelled)
     told = f"{sum(start.values()):.3f}, from scratch {sum(scratch.values()):.3f}" if train.labelled else "not known"
     log(

@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.utils import clip_grad_norm_
 
 from compress.compute.device import pick_device, to_device
+from compress.compute.resize import reduced
 from compress.compute.threads import ThreadChoice, fixed_threads, threads_restored
 from compress.config import TrainConfig
 from compress.data.dataset import Sample
@@ -44,7 +45,7 @@ from compress.training.ratio import is_due
 from compress.training.resume import LAST, Origin
 from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
-from compress.training.teacher import Teacher
+from compress.training.teacher import AnyTeacher
 from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
 from runtime.errors import EdgestillError
 
@@ -58,7 +59,7 @@ class Job:
     train: TrainItems
     val: Sequence[Sample]
     out: Path
-    teacher: Teacher | None = None
+    teacher: AnyTeacher | None = None
     """A frozen one; a teacher that trains too is part of the objective."""
     teacher_rate: float = 1.0
     """Learning rate of a teacher that trains too, as a share of the student's."""
@@ -213,8 +214,9 @@ class Trainer:
         images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
         with self._exchange_gradients(due or last):
             teacher_outputs = self.teacher_outputs(images)
+            seen = reduced(images, self.config.imgsz)
             loss = self.wrapped(
-                images, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration),
+                seen, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration),
                 labelled=batch.labelled,
             )  # fmt: skip
             self.backward(loss.total)
@@ -227,7 +229,7 @@ class Trainer:
         return nullcontext() if wanted else self.accelerator.no_sync(self.wrapped)
 
     def teacher_outputs(self, images: torch.Tensor) -> Outputs | None:
-        """The teacher's outputs for float images (B, 3, H, W), without gradient; None without a teacher."""
+        """The teacher's outputs for float images (B, 3, S, S) as loaded, without gradient; None without a teacher."""
         return self.job.teacher(images) if self.job.teacher else None
 
     def _factors(self) -> list[float]:
@@ -282,12 +284,14 @@ class Trainer:
     def _step_of_a_copy(self) -> Callable[[], None]:
         """The networks' work of one batch; the training's weights, statistics and random numbers stay as they are."""
         models = [copy.deepcopy(part.model).train() for part in self.objective.parts]
-        shape = min(self.config.batch, len(self.job.train)), 3, self.config.imgsz, self.config.imgsz
+        side = self.config.image_side
+        shape = min(self.config.batch, len(self.job.train)), 3, side, side
         images = torch.linspace(0, 1, math.prod(shape)).view(shape).contiguous(memory_format=torch.channels_last)
 
         def work() -> None:
             self.teacher_outputs(images)
-            torch.stack([level.square().mean() for model in models for level in model(images)]).sum().backward()
+            seen = reduced(images, self.config.imgsz)
+            torch.stack([level.square().mean() for model in models for level in model(seen)]).sum().backward()
 
         return work
 

@@ -43,7 +43,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
     if shared := data.splits["val"].count_in(data.splits["train"]):
         log(f"val: {shared} of {len(val)} images are training images too, so its mAP says little about new images")
-    return Splits(TrainDataset(train, config.imgsz, config.augment, config.seed), val)
+    return Splits(TrainDataset(train, config.image_side, config.augment, config.seed), val)
 
 
 def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: DistillConfig, log: Log) -> Splits:
@@ -56,9 +56,9 @@ def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: Dist
     val = _samples("val", data.splits["val"], log)
     train = _samples("train", data.splits["train"], log) if config.uses_train_split else ()
     more = unlabelled.samples if unlabelled else ()
-    fits = fits_in_memory([*train, *more], config.imgsz)
+    fits = fits_in_memory([*train, *more], config.image_side)
     own, other = (
-        TrainDataset(samples, config.imgsz, config.augment, config.seed, cache=fits, has_labels=has_labels)
+        TrainDataset(samples, config.image_side, config.augment, config.seed, cache=fits, has_labels=has_labels)
         for samples, has_labels in ((train, data.splits["train"].boxes > 0), (more, False))
     )
     return Splits(MixedDataset(own, other) if train and more else own if train else other, val)

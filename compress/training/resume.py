@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def origin_of(
     data: Dataset,
     *,
     start: StudentConfig = NO_START,
-    teacher: Path | None = None,
+    teachers: Sequence[Path] = (),
     device: str = "auto",
     unlabelled: Path | None = None,
     unlabelled_images: SplitIndex | None = None,
@@ -60,15 +60,15 @@ def origin_of(
         "training data": _shown(train.sha256),
         "validation data": _shown(val.sha256),
         "unlabelled images": _shown(unlabelled_images.sha256) if unlabelled_images else None,
-        "teacher": _digest(teacher),
+        "teacher": ", ".join(map(_digest_of, teachers)) or None,
         "start weights": _digest(start.weights),
         "scale": start.scale,
         "activation": start.activation and STUDENT_ACTIVATIONS[start.activation],
         "init": start.init,
         "processes": process_count(),
     }
-    weights, scale = _absolute(start.weights), start.scale
-    return Origin(str(data.path), weights, _absolute(teacher), scale, device, _absolute(unlabelled), facts)
+    weights, teacher = _absolute(start.weights), _absolute(next(iter(teachers), None))
+    return Origin(str(data.path), weights, teacher, start.scale, device, _absolute(unlabelled), facts)
 
 
 def _absolute(file: Path | None) -> str | None:
@@ -76,7 +76,11 @@ def _absolute(file: Path | None) -> str | None:
 
 
 def _digest(file: Path | None) -> str | None:
-    return None if file is None else _shown(sha256(file))
+    return None if file is None else _digest_of(file)
+
+
+def _digest_of(file: Path) -> str:
+    return _shown(sha256(file))
 
 
 def _shown(digest: str) -> str:

@@ -78,9 +78,9 @@ class Steps:
             {"losses": dict.fromkeys(way.losses, "auto"), "batch": options.batch, "imgsz": options.imgsz,
              "tensorboard": False}
         )  # fmt: skip
-        losses = build_losses(student, teacher, config) if way.losses else {}
-        objective = Objective(student, detection_loss(student, config), losses)
         frozen = Teacher(teacher, options.device, half=config.amp) if way.has_teacher else None
+        losses = build_losses(student, frozen, config) if frozen and way.losses else {}
+        objective = Objective(student, detection_loss(student, config), losses)
         data: Any = range(EVERY * options.batch)
         self.trainer = Trainer(Job(config, objective, data, (), folder, frozen), options.device, lambda _: None)
         self.trainer.wrapped.train()

@@ -60,7 +60,13 @@ class OnnxBackend:
 
 
 def load(request: LoadRequest) -> OnnxBackend:
-    """A session, with one thread per core by default. A file without a card is first loaded in a child process.
+    """A detector. Raises the errors of `open_session`, and InputError when it has several inputs."""
+    return OnnxBackend(open_session(request), request.path)
+
+
+def open_session(request: LoadRequest) -> Any:
+    """An `onnxruntime.InferenceSession`, by default with one thread a core. A file without a card is first loaded in a
+    child process.
 
     Raises InputError when the file cannot be loaded, UnavailableError when the device is not there.
     """
@@ -83,7 +89,7 @@ def load(request: LoadRequest) -> OnnxBackend:
     except Exception as error:  # ONNX Runtime's errors share no other base
         raise InputError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
     require_provider(request.options.device, providers, session.get_providers())
-    return OnnxBackend(session, path)
+    return session
 
 
 def choose_providers(device: str, available: list[str]) -> tuple[str, ...]:

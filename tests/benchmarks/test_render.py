@@ -59,6 +59,12 @@ def test_every_number_on_the_page_stands_in_the_report(sample: Report) -> None:
     assert set(NUMBER.findall(shown(page.replace("<footer>", "<footer>41.87 ")))) - known == {"41.87"}
 
 
+def test_the_student_stands_beside_its_teacher(sample: Report) -> None:
+    assert "it reached 88.8 % of its teacher: mAP50-95 0.550 against 0.620 on val" in " ".join(
+        shown(to_html(sample)).split()
+    )
+
+
 def test_the_page_loads_nothing_from_elsewhere(sample: Report) -> None:
     page = to_html(sample)
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|<script|https?:", page)

@@ -44,7 +44,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         student = YOLOv5(Architecture.of_scale(options.student, names))
         student.init_detect_bias()
         detection = detection_loss(student, config)
-        losses = build_losses(student, teacher, config) if distils else {}
+        losses = build_losses(student, frozen, config) if distils else {}
         objective = Objective(student, detection, losses)
         job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
         made = Trainer(job, options.device, print)

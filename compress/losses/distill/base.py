@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from compress.config import DistillConfig, LossChoice, Settings
@@ -15,7 +16,8 @@ class Outputs(NamedTuple):
     """One forward pass of a network."""
 
     raw: list[Tensor]
-    """Per level (B, na, H, W, 5 + nc) logits tx, ty, tw, th, objectness, classes."""
+    """Per level (B, na, H, W, 5 + nc) logits tx, ty, tw, th, objectness, classes. NaN is a logit that a teacher does
+    not give."""
     features: list[Tensor]
     """Per level (B, C, H, W): what the head's convolutions read."""
 
@@ -31,6 +33,10 @@ class Shape(NamedTuple):
     """(nl, na, 2) in grid units."""
     strides: tuple[int, ...]
     """Pixels per cell."""
+    unknown: tuple[int, ...] = ()
+    """Classes that a teacher cannot tell."""
+    tells_all: bool = True
+    """Whether a teacher gives every logit; else some are NaN."""
 
 
 class Context(NamedTuple):
@@ -120,6 +126,15 @@ class DistillLoss(nn.Module):
         (components,) float32, or () if there is only one.
         """
         raise NotImplementedError
+
+
+def completed(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of both networks; those that the teacher does not give are the student's own, which pull nowhere.
+
+    Both are contiguous: where they are equal, so is all that is computed of them, to the last bit.
+    """
+    student = student.contiguous()
+    return student, torch.where(teacher.isnan(), student.detach(), teacher).contiguous()
 
 
 def detached(outputs: Outputs) -> Outputs:

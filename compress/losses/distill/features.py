@@ -344,12 +344,17 @@ class FGD(FeatureLoss):
         return self.settings.alpha * inside + self.settings.beta * outside / pixels
 
 
+UNTOLD = -1e4
+"""Stands for a logit that the teacher does not give: its probability is 0, and float16 holds it."""
+
+
 def teacher_score(raw: Tensor) -> Tensor:
     """(B, H, W) float32: the best sigmoid(objectness) * sigmoid(class) over anchors and classes of each cell.
 
     Args:
         raw: (B, na, H, W, 5 + nc) logits.
     """
+    raw = raw.nan_to_num(UNTOLD)
     best_class = raw[..., 5:].amax(-1).float().sigmoid()  # the sigmoid rises, so the greatest logit comes first
     return (raw[..., 4].float().sigmoid() * best_class).amax(1)
 

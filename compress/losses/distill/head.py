@@ -17,7 +17,15 @@ from torch import Tensor
 from compress.config import DistillConfig, Float, NonNegative, Positive
 from compress.losses.boxes import decode_in_cell, paired_giou_exact
 from compress.losses.detection import Gains, level_balance, scaled_gains
-from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, check_same_images
+from compress.losses.distill.base import (
+    Context,
+    DistillLoss,
+    LossSettings,
+    Outputs,
+    Shape,
+    check_same_images,
+    completed,
+)
 from runtime.errors import UsageError
 
 # Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size.
@@ -75,23 +83,37 @@ class HeadLoss(DistillLoss):
     that would teach background where nobody knows. The rest is compared where the teacher sees an object: each cell
     counts with its gate g = sigmoid(o_T), and the mean is taken level by level, as in the detection loss. The parts
     carry that loss's gains, so a weight of 1 gives about as much gradient as the labels do.
+
+    What the teacher does not tell pulls nowhere: logits that are NaN, and every logit near a labelled object of a class
+    that the teacher does not know, since to it there is only background.
     """
 
     compares_heads = True
     anchors: Tensor
+    unknown: Tensor
     gains: Gains
 
     def __init__(self, student: Shape, teacher: Shape, config: DistillConfig | None = None, **settings: Any) -> None:
         super().__init__(student, teacher, config, **settings)
         check_same_head(student, teacher)
         self.register_buffer("anchors", teacher.anchors.detach().float().clone(), persistent=False)
+        self.tells_all = teacher.tells_all
+        self.register_buffer("unknown", torch.tensor(teacher.unknown, dtype=torch.int64), persistent=False)
         self.gains = scaled_gains(self.config.loss, teacher.nc, len(teacher.strides), self.config.imgsz)
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        levels = zip(student.raw, teacher.raw, self.anchors, level_balance(len(student.raw)), strict=True)
+        told = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
+        levels = zip(student.raw, told, self.anchors, level_balance(len(student.raw)), strict=True)
         counted = self._counted_images(teacher.raw, context.labelled)
         return torch.stack([self._level(*level, counted) for level in levels]).sum()
+
+    def told(self, student: Outputs, teacher: Outputs, context: Context) -> list[tuple[Tensor, Tensor]]:
+        """The maps of both networks, by level: in those of the teacher, the student's own where it tells nothing."""
+        pairs = list(zip(student.raw, teacher.raw, strict=True))
+        if self.tells_all:
+            return pairs
+        return [completed(own, silent_at(raw, context.targets, self.unknown)) for own, raw in pairs]
 
     def _counted_images(self, teacher: Sequence[Tensor], labelled: int | None) -> Tensor | None:
         """(B, 1, 1, 1) float32: 0 for each image after the first `labelled` in which the teacher is sure of no object.
@@ -99,7 +121,8 @@ class HeadLoss(DistillLoss):
         """
         if labelled is None:
             return None
-        best = torch.stack([raw[..., 4].flatten(1).amax(1) for raw in teacher]).amax(0).float().sigmoid()
+        logits = torch.cat([raw[..., 4].flatten(1) for raw in teacher], 1)
+        best = logits.nan_to_num(-torch.inf).amax(1).float().sigmoid()
         known = torch.arange(len(best), device=best.device) < labelled
         return (known | (best >= self.config.unsure)).float().view(-1, 1, 1, 1)
 
@@ -107,9 +130,12 @@ class HeadLoss(DistillLoss):
         self, student: Tensor, teacher: Tensor, anchors_wh: Tensor, balance: float, counted: Tensor | None
     ) -> Tensor:
         """() float32: the balanced mean of the objectness term over all cells, plus the gated mean of the others."""
-        each = self.objectness(student[..., 4].float(), teacher[..., 4].float())
-        objectness = (each if counted is None else each * counted).mean() * balance
         gate, s, t, anchors = top_cells(student, teacher, anchors_wh)
+        own, told = student[..., 4], teacher[..., 4]
+        if not self.tells_all:
+            (own, told), (s, t) = completed(own, told), completed(s, t)
+        each = self.objectness(own.float(), told.float())
+        objectness = (each if counted is None else each * counted).mean() * balance
         return objectness + gated_mean((gate * self.cell(s, t, anchors)).sum(), gate.sum(), len(student))
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -133,12 +159,36 @@ def top_cells(student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> tuple[Ten
         anchors_wh: (na, 2) in cells.
     """
     height, width = student.shape[2:4]
-    gates = teacher[..., 4].flatten(1).float().sigmoid()
+    gates = teacher[..., 4].flatten(1).float().sigmoid().nan_to_num(0)
     gate, index = gates.topk(min(TOP_CELLS, gates.shape[1]), dim=1)
     rows = index + gates.shape[1] * torch.arange(len(gates), device=gates.device)[:, None]
     # index_select copies whole rows: forward and backward take a third of the time that gather takes on a CPU
     s, t = (z.flatten(0, 3).index_select(0, rows.flatten()).view(*rows.shape, -1).float() for z in (student, teacher))
     return gate, s, t, anchors_wh[index // (height * width)]
+
+
+def silent_at(raw: Tensor, targets: Tensor | None, classes: Tensor) -> Tensor:
+    """A teacher's map (B, na, H, W, 5 + nc) that tells nothing at labelled objects of `classes` (k,) int64, nor one
+    cell around: the labels are assigned to neighbouring cells too.
+
+    `targets` (n, 6) are image, class, x, y, w, h as fractions.
+    """
+    if targets is None or not len(classes):
+        return raw
+    batch, _, height, width, _ = raw.shape
+    centre, side = targets[:, 2:4].float(), targets[:, 4:6].float()
+    of_class = torch.isin(targets[:, 1].long(), classes)
+    rows, columns = (_cells_near(centre[:, i], side[:, i], n) for i, n in ((1, height), (0, width)))
+    touched = (of_class[:, None, None] & rows[:, :, None] & columns[:, None]).to(raw.dtype)
+    silent = raw.new_zeros((batch, height, width)).index_add_(0, targets[:, 0].long(), touched) > 0
+    return raw.masked_fill(silent[:, None, :, :, None], torch.nan)
+
+
+def _cells_near(centre: Tensor, side: Tensor, cells: int) -> Tensor:
+    """(n, cells) bool: the interval, a cell wider at both ends, reaches into the cell."""
+    low, high = (centre - side / 2) * cells - 1, (centre + side / 2) * cells + 1
+    cell = torch.arange(cells, device=centre.device)
+    return (cell < high[:, None]) & (cell + 1 > low[:, None])
 
 
 class Soft(HeadLoss):
@@ -252,7 +302,7 @@ class MSE(HeadLoss):
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        pairs = zip(student.raw, teacher.raw, strict=True)
+        pairs = self.told(student, teacher, context)
         return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in pairs]).sum()
 
 
@@ -269,5 +319,5 @@ class CrossEntropy(HeadLoss):
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        pairs = zip(student.raw, teacher.raw, strict=True)
+        pairs = self.told(student, teacher, context)
         return torch.stack([binary_kl(s[..., 4:].float(), t[..., 4:].float()).mean() for s, t in pairs]).sum()

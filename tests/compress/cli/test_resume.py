@@ -135,3 +135,46 @@ def test_a_distillation_goes_on_with_its_teacher_and_no_other(
     assert "trained with teacher = sha256 " in capsys.readouterr().err.splitlines()[-1]
     assert edgestill("distill", "--resume", "runs/distill/exp") == 0
     assert load_state(tmp_path / "runs/distill/exp/state.pt")["config"]["losses"]["cwd"]["weight"] == 0.5
+
+
+def test_a_distillation_with_several_teachers_goes_on_with_all_of_them(
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from compress.models import Architecture, YOLOv5, save_model
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        save_model(YOLOv5(Architecture.of_scale("p", tiny_data.names)).eval(), tmp_path / f"{name}.safetensors", {})
+    both = ["--teacher", "one.safetensors", "--teacher", "two.safetensors"]
+    begin = ["distill", "--data", tiny_data.path, *both, "--scale", "p", "--init", "scratch", *SETTINGS, "--epochs", 1]
+    assert edgestill(*begin) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    run = tmp_path / "runs/distill/exp"
+    assert edgestill("distill", "--resume", run, "--teacher", tmp_path / "one.safetensors") == 2
+    assert "trained with teacher = sha256 " in capsys.readouterr().err.splitlines()[-1]
+    assert edgestill("distill", "--resume", run) == 0
+
+
+def test_a_check_prints_a_table_and_trains_nothing(
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compress.models import Architecture, YOLOv5, save_model
+
+    monkeypatch.chdir(tmp_path)
+    save_model(YOLOv5(Architecture.of_scale("p", tiny_data.names)).eval(), tmp_path / "t.safetensors", {"imgsz": 128})
+    asked = ["distill", "--check", "--data", tiny_data.path, "--teacher", "t.safetensors", "--scale", "p", *SETTINGS]
+    assert edgestill(*asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok      classes agree")
+    assert [line for line in lines if line.startswith("warning size of t.safetensors")]
+    assert not (tmp_path / "runs").exists()
+    assert edgestill(*asked, "--teacher-imgsz", 96) == 2
+    assert "no multiple of imgsz 64" in capsys.readouterr().err
+    assert edgestill("distill", "--check", "--resume") == 2
+    assert edgestill(*asked, "--set", "losses={}") == 0
+    assert capsys.readouterr().out.startswith("nothing to check")

@@ -43,6 +43,13 @@ class Network(nn.Module):
             raw.append(level.view(b, 3, c // 3, h, w).permute(0, 1, 3, 4, 2))
         return ([level.sigmoid() for level in raw] if self.probabilities else raw), features
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self,)
+
+    def forward(self, images: Tensor) -> Outputs:
+        return Outputs(*self.forward_features(images))
+
 
 def _shape(network: Network) -> Shape:
     anchors = torch.tensor(network.arch.anchors).float() / torch.tensor(STRIDES).view(3, 1, 1)

@@ -61,10 +61,10 @@ def teacher_file(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def trainer(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> tuple[Trainer, Teacher]:
     """A distillation that is about to train its first batch."""
-    settings, teacher_model = config(), load_model(teacher_file)
-    student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher_model.arch.anchors, log=quiet)
-    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher_model, settings))
-    splits, teacher = open_splits(tiny_data, settings, quiet), Teacher(teacher_model, "cpu")
+    settings, teacher = config(), Teacher(load_model(teacher_file), "cpu")
+    student = new_model(tiny_data.names, scale="p", weights=None, anchors=teacher.arch.anchors, log=quiet)
+    objective = Objective(student, detection_loss(student, settings), build_losses(student, teacher, settings))
+    splits = open_splits(tiny_data, settings, quiet)
     return Trainer(Job(settings, objective, splits.train, splits.val, tmp_path, teacher), "cpu", quiet), teacher
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.losses.distill import Outputs
-from compress.training.teacher import distillation
+from compress.training.teacher import Teacher, distillation
 
 from .toys import batch, config, network
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def made(*, has_labels: bool = True, **changes: Any) -> Any:
     settings = config(**{"losses": {"soft": "auto", "feat_mse": "auto"}} | changes)
-    return distillation(network(), network("n", seed=1), settings, has_labels=has_labels).eval()
+    return distillation(network(), Teacher(network("n", seed=1), "cpu"), settings, has_labels=has_labels).eval()
 
 
 def images(size: int = 4) -> torch.Tensor:

@@ -9,7 +9,7 @@ from compress.losses.distill import Outputs
 from compress.losses.gradients import limited, squared_norms
 from compress.training.objective import Objective, own_views
 from compress.training.ratio import LossWeights, is_due
-from compress.training.teacher import build_losses
+from compress.training.teacher import Teacher, build_losses
 
 from . import toys
 
@@ -96,7 +96,8 @@ def test_a_view_of_a_map_has_only_the_gradient_of_its_reader() -> None:
 @pytest.mark.parametrize("upstream", [None, 2.0**16])
 def test_small_gradients_in_float16_are_measured_as_large_as_they_are_trained(upstream: float | None) -> None:
     settings = toys.config(losses={"pkd": "auto"})
-    made = Objective(toys.network(), torch.nn.Identity(), build_losses(toys.network(), toys.network("n"), settings))
+    losses = build_losses(toys.network(), Teacher(toys.network("n"), "cpu"), settings)
+    made = Objective(toys.network(), torch.nn.Identity(), losses)
     features = [torch.ones(1, 1, 100, 100, dtype=torch.float16, requires_grad=True) for _ in range(3)]
     label, loss = (factor * torch.stack([f.float().mean() for f in features]) for factor in (1.0, 1e-5))
     scale = None if upstream is None else torch.tensor(upstream)

@@ -52,18 +52,21 @@ def with_train(data: Dataset, index: SplitIndex) -> Dataset:
 
 
 def test_the_same_start_is_resumed(tiny_data: Dataset, teacher: Path, tmp_path: Path) -> None:
-    said: dict[str, Any] = {"teacher": teacher, "start": StudentConfig(scale="p", weights=teacher, activation="silu")}
+    said: dict[str, Any] = {
+        "teachers": [teacher],
+        "start": StudentConfig(scale="p", weights=teacher, activation="silu"),
+    }
     out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, **said))
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, **said))["config"]["epochs"] == 9
     assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data))
 
 
 def test_a_teacher_is_its_content_and_not_its_name(tiny_data: Dataset, teacher: Path, tmp_path: Path) -> None:
-    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, teacher=teacher))
+    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data, teachers=[teacher]))
     moved = teacher.rename(tmp_path / "moved.safetensors")
-    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, teacher=moved))
+    assert read_resume(out, CONFIG, origin_of(CONFIG, tiny_data, teachers=[moved]))
     moved.write_bytes(b"another teacher")
-    assert "trained with teacher = sha256 " in refusal(out, origin_of(CONFIG, tiny_data, teacher=moved))
+    assert "trained with teacher = sha256 " in refusal(out, origin_of(CONFIG, tiny_data, teachers=[moved]))
 
 
 def test_other_unlabelled_images_are_told(tiny_data: Dataset, tmp_path: Path) -> None:

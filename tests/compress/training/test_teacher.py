@@ -8,8 +8,9 @@ import torch
 from compress.config import DistillConfig
 from compress.losses.distill import LOSSES
 from compress.models import Architecture, YOLOv5, save_model
-from compress.training import teacher as teachers
-from compress.training.teacher import Teacher, build_losses, check_distillation, load_teacher
+from compress.training import checks
+from compress.training.checks import check_distillation
+from compress.training.teacher import Teacher, build_losses, load_sources
 from runtime.errors import EdgestillError, InputError, UsageError
 
 from .toys import NAMES, batch, config, network, quiet, trainer
@@ -41,20 +42,20 @@ def test_a_teacher_of_other_classes_or_another_order_is_refused(
 ) -> None:
     save_model(YOLOv5(Architecture.of_scale("p", names)), tmp_path / "teacher.safetensors")
     with pytest.raises(InputError, match=complaint) as caught:
-        load_teacher(tmp_path / "teacher.safetensors", NAMES)
+        load_sources([tmp_path / "teacher.safetensors"], NAMES, config(), "cpu")
     assert "Fine-tune the teacher" in str(caught.value.hint)
 
 
 def test_losses_without_a_weight_are_left_out() -> None:
     settings = DistillConfig(losses={"feat_mse": 1.0, "obj_kd": 0.0})
-    assert set(build_losses(network(), network("n"), settings)) == {"feat_mse"}
+    assert set(build_losses(network(), Teacher(network("n"), "cpu"), settings)) == {"feat_mse"}
     with pytest.raises(UsageError, match=r"weight above 0\. For labels alone write losses: \{\}"):
-        build_losses(network(), network("n"), DistillConfig(losses={"obj_kd": 0.0}))
+        build_losses(network(), Teacher(network("n"), "cpu"), DistillConfig(losses={"obj_kd": 0.0}))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_of_the_table_can_be_built_for_two_scales(name: str) -> None:
-    assert set(build_losses(network(), network("n"), DistillConfig(losses={name: 1.0}))) == {name}
+    assert set(build_losses(network(), Teacher(network("n"), "cpu"), DistillConfig(losses={name: 1.0}))) == {name}
 
 
 def test_the_checks_change_no_weight_no_statistic_and_no_gradient(tmp_path: Path) -> None:
@@ -62,11 +63,11 @@ def test_the_checks_change_no_weight_no_statistic_and_no_gradient(tmp_path: Path
     assert made.job.teacher is not None
     before = {key: value.clone() for key, value in made.objective.state_dict().items()}
     lines: list[str] = []
-    checks = check_distillation(made.objective, made.job.teacher, made.job.train, made.job.config, lines.append)
-    assert all(check.ok for check in checks)
+    found = check_distillation(made.objective, made.job.teacher, made.job.train, made.job.config, lines.append)
+    assert all(check.ok for check in found)
     assert all(torch.equal(value, before[key]) for key, value in made.objective.state_dict().items())
     assert all(parameter.grad is None for parameter in made.objective.parameters())
-    assert lines[0].startswith(f"distillation: {len(checks)} checks passed")
+    assert lines[0].startswith(f"distillation: {len(found) - 1} checks passed")
     assert lines[1].startswith("teacher: ")
 
 
@@ -79,15 +80,15 @@ def test_the_first_failed_check_is_the_error(tmp_path: Path) -> None:
 
 
 def test_the_teachers_share_is_that_of_its_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Watch(teachers.Stopwatch):
+    class Watch(checks.Stopwatch):
         """A clock that ticks 10 ms in the teacher's phase and 30 ms in the student's."""
 
         def __init__(self, device: torch.device) -> None:
             ticks = iter([0.0, 0.01, 0.01, 0.04] * 2)
             super().__init__(device, lambda: next(ticks))
 
-    monkeypatch.setattr(teachers, "Stopwatch", Watch)
+    monkeypatch.setattr(checks, "Stopwatch", Watch)
     made = trainer(config(), tmp_path, distils=True)
     assert made.job.teacher is not None
-    line = teachers.cost_line(made.objective, made.job.teacher, batch(0, 2))
-    assert line == "teacher: 5.0 ms an image, 25% of a step (student 15.0 ms)"
+    cost = checks.measured_cost(made.objective, made.job.teacher, batch(0, 2), made.job.config)
+    assert cost.line == "teacher: 5.0 ms an image, 25% of a step (student 15.0 ms)"

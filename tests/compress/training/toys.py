@@ -61,13 +61,13 @@ def network(scale: str = "p", seed: int = 0) -> YOLOv5:
 
 def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: bool = False, seed: int = 0) -> Trainer:
     """A training of `images` images that is about to take its first batch, joint where the settings say so."""
-    student, teacher_model = network(seed=seed), network("n", seed=1) if distils else None
-    losses = build_losses(student, teacher_model, settings) if teacher_model else {}
+    student, network_of_teacher = network(seed=seed), network("n", seed=1) if distils else None
+    teacher = Teacher(network_of_teacher, "cpu") if network_of_teacher else None
+    losses = build_losses(student, teacher, settings) if teacher else {}
     objective = Objective(student, detection_loss(student, settings), losses)
-    teacher = Teacher(teacher_model, "cpu") if teacher_model else None
-    if teacher_model and settings.rules.trains_teacher:
+    if network_of_teacher and settings.rules.trains_teacher:
         teacher = None
-        join(objective, teacher_model, settings, "cpu", quiet)
+        join(objective, network_of_teacher, settings, "cpu", quiet)
     job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher, settings.teacher_rate)
     return Trainer(job, "cpu", quiet)
 
