@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
@@ -42,6 +43,14 @@ class FieldType(click.ParamType):
             model = model.model_fields[key].annotation
         return model.model_fields[keys[-1]]
 
+    @property
+    def kind(self) -> Any:
+        """The field's type without its rules and without None."""
+        kind = self.field.annotation
+        some = [one for one in get_args(kind) if one is not NoneType]
+        kind = some[0] if NoneType in get_args(kind) and len(some) == 1 else kind
+        return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from pydantic import TypeAdapter, ValidationError
 
@@ -54,7 +63,7 @@ class FieldType(click.ParamType):
             self.fail(not_accepted(error.errors()[0]), param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        kind = self.field.annotation
+        kind = self.kind
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         return f"[{'|'.join(choices)}]" if choices else getattr(kind, "__name__", "text").upper()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
 import click
 import pytest
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from benchmarks.__main__ import parser as bench_parser
 from compress.cli import cli, main
+from compress.cli.options import FieldType
 from compress.config import Recipe
 from compress.data import Dataset
 from compress.losses.distill import LOSSES
@@ -125,8 +126,7 @@ def kind_of(option: click.Parameter) -> Any:
     """int or float where the option takes a number."""
     if isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)):
         return int if isinstance(option.type, click.types.IntParamType) else float
-    kind = option.type.field.annotation if hasattr(option.type, "field") else None
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return option.type.kind if isinstance(option.type, FieldType) else None
 
 
 OPTIONS = [
@@ -141,7 +141,7 @@ def test_the_commands_have_these_numbers() -> None:
     assert {(path[-1], name) for path, name, _ in OPTIONS} >= {
         ("train", "--seed"), ("distill", "--imgsz"), ("val", "--conf"), ("val", "--batch"), ("val", "--max-det"),
         ("init", "--imgsz"), ("export", "--batch-size"), ("export", "--opset"), ("make", "--images"),
-        ("make", "--seed"), ("train", "--workers"),
+        ("make", "--seed"), ("train", "--workers"), ("distill", "--teacher-imgsz"),
     }  # fmt: skip
 
 
