@@ -9,6 +9,7 @@ import pytest
 from compress.flavours import FLAVOURS
 from compress.graph.ranges import calibrate
 from compress.graph.session import exposing, open_session
+from compress.graph.verify import nchw, unit_rgb
 
 openvino = pytest.importorskip("openvino")
 
@@ -42,3 +43,19 @@ def test_openvino_reads_the_graph_of_many_classes(make, canvas):
     model = make(classes=20).boxes()
     expected = open_session(model).run(None, {"canvas": canvas})[0]
     np.testing.assert_allclose(outputs_of(model, canvas)[0][0, :20, 4], expected[0, :20, 4], atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_openvino_runs_rectangular_batches_as_torch_does(make, batch):
+    case = make(size_hw=(96, 160))
+    canvases = np.random.default_rng(0).integers(0, 256, (batch or 2, 96, 160, 3), dtype=np.uint8)
+    (rows,) = outputs_of(case.conventional(batch=batch), unit_rgb(nchw(canvases)))
+    boxes, cutoffs = outputs_of(case.boxes(batch=batch), canvases)
+    expected, limits = open_session(case.boxes(batch=batch)).run(None, {"canvas": canvases})
+    for index, canvas in enumerate(canvases):
+        error = np.abs(rows[index] - case.rows(unit_rgb(nchw(canvas[None]))))
+        assert error[:, :4].max() < 0.05
+        assert error[:, 4:].max() < 1e-3
+        np.testing.assert_allclose(boxes[index, :20, :4], expected[index, :20, :4], atol=0.05)
+        np.testing.assert_allclose(boxes[index, :20, 4], expected[index, :20, 4], atol=1e-3)
+        assert abs(cutoffs[index] - limits[index]) < 1e-3
