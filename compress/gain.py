@@ -31,6 +31,7 @@ def training_of(student: StudentConfig, distill: DistillConfig) -> dict[str, Any
     weights = sha256(student.weights) if student.weights else None
     settings = {key: value for key, value in result_settings(distill).items() if key != "seed"}
     settings["unlabelled"] = unlabelled_digest(distill.unlabelled)
+    settings["teachers"] = [sha256(file) for file in distill.teachers]
     return {"student": result_settings(student) | {"weights": weights}, "distill": settings}
 
 

@@ -60,6 +60,18 @@ def test_other_unlabelled_images_are_another_training(tmp_path: Path) -> None:
     assert one == training(strategy="label_free", unlabelled=tmp_path / "one")
 
 
+def test_further_teachers_are_another_training_wherever_they_lie(tmp_path: Path) -> None:
+    for name, content in (("one.pt", "same"), ("copy.pt", "same"), ("other.pt", "else")):
+        (tmp_path / name).write_text(content)
+    alone, one, copy, other = (
+        training(teachers=[tmp_path / name for name in names]) for names in ([], ["one.pt"], ["copy.pt"], ["other.pt"])
+    )
+    assert one == copy
+    assert one not in (alone, other)
+    found = gain_of(study({**TRAININGS, "longer": one}), one, **SAME)
+    assert (found["arm"], len(found["over"])) == ("longer", 2)
+
+
 def test_an_arm_that_stands_before_its_baseline_is_compared_the_other_way_round() -> None:
     turned = study({name: TRAININGS[name] for name in ("soft", "scratch")})
     (entry,) = gain_of(turned, training(), **SAME)["over"]
