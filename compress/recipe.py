@@ -195,8 +195,11 @@ bench:
 study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
   seeds: 5              # trainings of each arm; more make the intervals narrower
   arms:                 # name: what it changes of `student` and `distill` above
-    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # the baseline: labels alone
-    inherit: {{distill: {{losses: {{}}}}}} # labels alone, from slices of the teacher
+    scratch:            # the baseline: labels alone, whatever the strategy above
+      student: {{init: scratch}}
+      distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
+    inherit:            # labels alone, from slices of the teacher
+      distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
     scratch_soft: {{student: {{init: scratch}}}} # the losses above, from scratch
     soft: {{}}            # as above: slices and losses
 """

@@ -24,11 +24,12 @@ from compress.data import Dataset, index_dataset, load_data
 from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
-from compress.pipeline import run_recipe
+from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
 from compress.store import Outcome
 from compress.study.figures import Run, summary
 from compress.study.render import draw, to_markdown
+from compress.training.prepare import check_image_sizes
 from runtime.errors import EdgestillError, UsageError
 from runtime.files import atomic_write, read_json, write_json
 
@@ -43,9 +44,12 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
 
     A run that is done is not repeated; one that was killed goes on. A run that fails costs the others nothing: the
-    study is written without it. Raises UsageError when arms or split are unknown, EdgestillError when a run failed.
+    study is written without it. Raises UsageError when arms or split are unknown or an arm cannot be trained as it is
+    set, EdgestillError when a run failed.
     """
     chosen = chosen_arms(recipe, arms)
+    for arm in chosen:
+        check_arm(recipe, arm, out)
     plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
     judges = _index_split(recipe, out)
     teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
@@ -136,6 +140,16 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
     raw["distill"] = {**raw.get("distill", {}), "seed": seed}
     made: Recipe = parse(Recipe, raw, f"study.arms.{arm}")
     return made
+
+
+def check_arm(recipe: Recipe, arm: str, out: Path) -> None:
+    """Judge the settings and files of an arm before anything is trained. Raises the errors of its distillation."""
+    made = arm_recipe(recipe, arm, 0)
+    try:
+        stage("distill").task(made, out)
+        check_image_sizes(made)
+    except EdgestillError as error:
+        raise type(error)(f"study.arms.{arm}: {error.message}", error.hint) from None
 
 
 def _without_preset(training: Mapping[str, Any]) -> dict[str, Any]:
