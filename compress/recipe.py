@@ -170,7 +170,7 @@ distill:
   # teachers: [other.pt] # further teachers: the student sees the mean of their logits
   # teacher_flip: true  # and the mean of each image and its mirror image
   # teacher_imgsz: 640  # the teachers see larger images, a multiple of imgsz
-  # class_map: {{car: vehicle, truck: vehicle}} # for teachers of other classes; of equal names need no entry
+  # class_map: {{car: vehicle, truck: vehicle}} # for further teachers of other classes; of equal names need no entry
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none

@@ -29,7 +29,7 @@ from compress.recipe import parse
 from compress.store import Outcome
 from compress.study.figures import Run, summary
 from compress.study.render import draw, to_markdown
-from compress.training.prepare import check_image_sizes
+from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.errors import EdgestillError, UsageError
 from runtime.files import atomic_write, read_json, write_json
 
@@ -148,6 +148,7 @@ def check_arm(recipe: Recipe, arm: str, out: Path) -> None:
     try:
         stage("distill").task(made, out)
         check_image_sizes(made)
+        check_class_map(made)
     except EdgestillError as error:
         raise type(error)(f"study.arms.{arm}: {error.message}", error.hint) from None
 

@@ -159,6 +159,17 @@ def check_image_sizes(recipe: Recipe) -> None:
         network.require_image_size(*(recipe.export.imgsz or ()))
 
 
+def check_class_map(recipe: Recipe) -> None:
+    """Raises UsageError when the recipe maps classes and no teacher has others than the data: the first one is
+    fine-tuned to them.
+    """
+    if recipe.distill.class_map and not recipe.distill.teachers:
+        raise UsageError(
+            "distill.class_map is for further teachers: a recipe's first one is fine-tuned to the data's classes",
+            "Add distill.teachers, or distil with `edgestill distill --teacher FILE --set class_map=...`",
+        )
+
+
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:
     """The network that `new_model` would make, of one class."""
     _require_start(scale, weights)
