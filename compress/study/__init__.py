@@ -21,6 +21,7 @@ from typing import Any
 
 from compress.config import PRESETS, DistillConfig, Recipe, Settings
 from compress.data import Dataset, index_dataset, load_data
+from compress.data.dataset import SplitIndex
 from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
@@ -31,7 +32,8 @@ from compress.study.figures import Run, summary
 from compress.study.render import draw, to_markdown
 from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.errors import EdgestillError, UsageError
-from runtime.files import atomic_write, read_json, write_json
+from runtime.files import atomic_write, read_json, sha256, write_json
+from runtime.sources import image_files
 
 ARM_KEYS = ("student", "distill")
 """Parts of the recipe that an arm may change: data and teacher are the same for all."""
@@ -80,6 +82,9 @@ def _about(
     shared = judging.count_in(data.splits["train"])
     if shared:
         log(f"{recipe.study.split}: {shared} of {len(judging.samples)} images are training images too")
+    for folder in sorted({made.distill.unlabelled for _, _, made in plan if made.distill.unlabelled}):
+        if known := count_in_folder(judging, folder):
+            log(f"{recipe.study.split}: {known} of {len(judging.samples)} images lie among those of {folder}")
     accuracy = _teacher_accuracy(recipe, teacher, judges, out)
     log(f"teacher: mAP50-95 {accuracy['map50_95']:.4f} on {recipe.study.split}")
     return {
@@ -93,6 +98,12 @@ def _about(
         "teacher": {"fingerprint": teacher.fingerprint, **accuracy},
         "trainings": {arm: training_of(made.student, made.distill) for arm, _, made in plan},
     }
+
+
+def count_in_folder(judging: SplitIndex, folder: Path) -> int:
+    """The number of images whose bytes are those of an image below `folder`; none are those of a video's frames."""
+    found = {sha256(file) for file in image_files(folder)} if folder.is_dir() else set()
+    return sum(sample.sha256 in found for sample in judging.samples)
 
 
 def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Path) -> Mapping[str, float]:

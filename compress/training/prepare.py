@@ -41,8 +41,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     """
     require_labels("train", data.splits["train"], data.path, data.root)
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
-    if shared := data.splits["val"].count_in(data.splits["train"]):
-        log(f"val: {shared} of {len(val)} images are training images too, so its mAP says little about new images")
+    _tell_shared(data.splits["val"], data.splits["train"], "training", log)
     return Splits(TrainDataset(train, config.image_side, config.augment, config.seed), val)
 
 
@@ -55,6 +54,10 @@ def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: Dist
         require_labels("train", data.splits["train"], data.path, data.root)
     val = _samples("val", data.splits["val"], log)
     train = _samples("train", data.splits["train"], log) if config.uses_train_split else ()
+    if train:
+        _tell_shared(data.splits["val"], data.splits["train"], "training", log)
+    if unlabelled:
+        _tell_shared(data.splits["val"], unlabelled, "unlabelled training", log)
     more = unlabelled.samples if unlabelled else ()
     fits = fits_in_memory([*train, *more], config.image_side)
     own, other = (
@@ -62,6 +65,14 @@ def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: Dist
         for samples, has_labels in ((train, data.splits["train"].boxes > 0), (more, False))
     )
     return Splits(MixedDataset(own, other) if train and more else own if train else other, val)
+
+
+def _tell_shared(val: SplitIndex, trained: SplitIndex, kind: str, log: Log) -> None:
+    """A line where images of val are trained on."""
+    if shared := val.count_in(trained):
+        log(
+            f"val: {shared} of {len(val.samples)} images are {kind} images too, so its mAP says little about new images"
+        )
 
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:

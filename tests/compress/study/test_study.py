@@ -10,7 +10,7 @@ from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
 from compress.recipe import load_recipe, recipe_text
-from compress.study import arm_recipe, check_arm, chosen_arms, run_study
+from compress.study import arm_recipe, check_arm, chosen_arms, count_in_folder, run_study
 from runtime.errors import EdgestillError, UsageError
 
 ARMS = {
@@ -107,6 +107,13 @@ def test_before_the_teacher_every_arm_is_judged(
     with pytest.raises(EdgestillError, match=rf"^study\.arms\.odd: .*{says}"):
         run_study(recipe(three_splits, study={"arms": {**ARMS, "odd": arm}}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_judging_images_among_the_unlabelled_ones_are_counted(tiny_data: Dataset) -> None:
+    val = tiny_data.splits["val"]
+    assert count_in_folder(val, tiny_data.root / "images/train") == 0
+    assert count_in_folder(val, tiny_data.root / "images") == len(val.samples)
+    assert count_in_folder(val, tiny_data.path) == 0
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
