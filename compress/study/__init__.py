@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,9 @@ def _about(
     accuracy = _teacher_accuracy(recipe, teacher, judges, out)
     log(f"teacher: mAP50-95 {accuracy['map50_95']:.4f} on {recipe.study.split}")
     return {
-        "epochs": recipe.distill.epochs,
-        "imgsz": recipe.distill.imgsz,
-        "student": recipe.student.scale,
+        "epochs": shared_by(made.distill.epochs for _, _, made in plan),
+        "imgsz": shared_by(made.distill.imgsz for _, _, made in plan),
+        "student": shared_by(made.student.scale for _, _, made in plan),
         "split": recipe.study.split,
         "images": len(judging.samples),
         "shared_images": shared,
@@ -98,6 +98,12 @@ def _about(
         "teacher": {"fingerprint": teacher.fingerprint, **accuracy},
         "trainings": {arm: training_of(made.student, made.distill) for arm, _, made in plan},
     }
+
+
+def shared_by(values: Iterable[Any]) -> Any:
+    """The value that all arms share; None where they differ."""
+    first, *others = set(values)
+    return None if others else first
 
 
 def count_in_folder(judging: SplitIndex, folder: Path) -> int:

@@ -10,7 +10,7 @@ from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
 from compress.recipe import load_recipe, recipe_text
-from compress.study import arm_recipe, check_arm, chosen_arms, count_in_folder, run_study
+from compress.study import arm_recipe, check_arm, chosen_arms, count_in_folder, run_study, shared_by
 from runtime.errors import EdgestillError, UsageError
 
 ARMS = {
@@ -107,6 +107,12 @@ def test_before_the_teacher_every_arm_is_judged(
     with pytest.raises(EdgestillError, match=rf"^study\.arms\.odd: .*{says}"):
         run_study(recipe(three_splits, study={"arms": {**ARMS, "odd": arm}}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fact_of_the_study_is_one_that_all_arms_share() -> None:
+    assert shared_by([3, 3]) == 3
+    assert shared_by([3, 5, 3]) is None
+    assert shared_by([None, None]) is None
 
 
 def test_judging_images_among_the_unlabelled_ones_are_counted(tiny_data: Dataset) -> None:
