@@ -79,7 +79,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "summary": wording.summary(data),
         "findings": wording.findings(data),
         "best": best,
-        "gains": [formats.difference(entry) for entry in (data["gain"] or {"over": ()})["over"]],
+        "gain": wording.first_gain(data["gain"]),
         "best_latency": latency_of(data, "file"),
         "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
         "teacher_latency": latency_of(data, "teacher_file"),

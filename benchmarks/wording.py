@@ -71,6 +71,12 @@ def weak_student(rows: Sequence[Row]) -> Iterator[str]:
         yield f"The student finds next to nothing: {found}. Train longer, and check the labels, before anything else."
 
 
+def first_gain(gain: Row | None) -> str:
+    """The gain over the labels-alone arm that is nearest to the run, with its name; empty where none was measured."""
+    first = next(iter(gain["over"]), None) if gain else None
+    return f"{difference(first)} points over labels alone ({first['against']})" if first else ""
+
+
 def _gain(gain: Row | None) -> Iterator[str]:
     """The gain over the same student on labels alone, or why nobody knows it."""
     if gain is None:

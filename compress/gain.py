@@ -31,6 +31,7 @@ def training_of(student: StudentConfig, distill: DistillConfig) -> dict[str, Any
     weights = sha256(student.weights) if student.weights else None
     settings = {key: value for key, value in result_settings(distill).items() if key != "seed"}
     settings["unlabelled"] = unlabelled_digest(distill.unlabelled)
+    settings["teachers"] = [sha256(file) for file in distill.teachers]
     return {"student": result_settings(student) | {"weights": weights}, "distill": settings}
 
 
@@ -41,7 +42,8 @@ def gain_of(study: Document, training: Document, *, teacher: str, data: str) -> 
         teacher: fingerprint of the run's teacher.
         data: digest of the run's training and validation images.
 
-    Returns `arm`, `over` (the differences, in fractions of 1, in the order of the arms) and `missing`: why there is
+    Returns `arm`, `over` (the differences, in fractions of 1; first those from arms that start as the run's student
+    does, else in the order of the arms) and `missing`: why there is
     none, as the end of a sentence.
     """
     arm = next((name for name in study["arms"] if study["trainings"][name] == training), None)
@@ -51,7 +53,8 @@ def gain_of(study: Document, training: Document, *, teacher: str, data: str) -> 
         return _nothing("the study's teacher is another")
     if arm is None:
         return _nothing(_nearest(study, training))
-    over = [found for against in _on_labels_alone(study, training) if (found := _difference(study, arm, against))]
+    others = sorted(_on_labels_alone(study, training), key=lambda other: not _starts_alike(study, other, training))
+    over = [found for against in others if (found := _difference(study, arm, against))]
     missing = "" if over else "the study has no arm that trains this student on labels alone"
     return {"arm": arm, "over": over, "missing": missing}
 
@@ -68,6 +71,10 @@ def _on_labels_alone(study: Document, training: Document) -> Iterator[str]:
         is_alone = label_weight > 0 and all(choice["weight"] == 0 for choice in choices)
         if is_alone and not _differences(training, other, OWN):
             yield name
+
+
+def _starts_alike(study: Document, arm: str, training: Document) -> bool:
+    return bool(study["trainings"][arm]["student"]["init"] == training["student"]["init"])
 
 
 def _nearest(study: Document, training: Document) -> str:

@@ -170,7 +170,7 @@ distill:
   # teachers: [other.pt] # further teachers: the student sees the mean of their logits
   # teacher_flip: true  # and the mean of each image and its mirror image
   # teacher_imgsz: 640  # the teachers see larger images, a multiple of imgsz
-  # class_map: {{car: vehicle, truck: vehicle}} # for teachers of other classes; of equal names need no entry
+  # class_map: {{car: vehicle, truck: vehicle}} # for further teachers of other classes; of equal names need no entry
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none
@@ -195,8 +195,11 @@ bench:
 study:                  # `edgestill study {file}` compares these ways, seed by seed, on the test split
   seeds: 5              # trainings of each arm; more make the intervals narrower
   arms:                 # name: what it changes of `student` and `distill` above
-    scratch: {{student: {{init: scratch}}, distill: {{losses: {{}}}}}} # the baseline: labels alone
-    inherit: {{distill: {{losses: {{}}}}}} # labels alone, from slices of the teacher
+    scratch:            # the baseline: labels alone, whatever the strategy above
+      student: {{init: scratch}}
+      distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
+    inherit:            # labels alone, from slices of the teacher
+      distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
     scratch_soft: {{student: {{init: scratch}}}} # the losses above, from scratch
     soft: {{}}            # as above: slices and losses
 """

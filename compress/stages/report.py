@@ -24,7 +24,7 @@ from compress.log import Log
 from compress.losses.distill import LOSSES
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
-from compress.training.curves import share_column
+from compress.training.curves import gradient_of, share_column
 from runtime.card import ModelCard
 from runtime.errors import InputError
 from runtime.files import read_json
@@ -77,7 +77,9 @@ def assemble(config: Config, inputs: Inputs) -> Report:
         argv=[Path(sys.argv[0]).name, *sys.argv[1:]],
         **bench,
         training=[row for role, stage in ROLES.items() if (row := _training(role, folders[stage]))],
-        distillation=_distillation(config.distill, folders["distill"]),
+        distillation=_distillation(
+            config.distill, folders["distill"], has_labels=inputs.data.splits["train"].boxes > 0
+        ),
         gain=_gain(config, inputs),
         export=_export(config.export, exported),
         calibration=_calibration(folders["quantize"]),
@@ -155,7 +157,14 @@ def _point(row: Mapping[str, str]) -> dict[str, Any]:
     return {"epoch": int(row["epoch"]) + 1, **values}
 
 
-def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
+def reference_of(config: DistillConfig, *, has_labels: bool) -> str | None:
+    """The loss whose gradient the shares are parts of; None where that is the label loss, as some label is known."""
+    if has_labels and config.uses_train_split:
+        return None
+    return next((name for name in config.used_losses if LOSSES[name].compares_heads), None)
+
+
+def _distillation(config: DistillConfig, folder: Path, *, has_labels: bool) -> dict[str, Any]:
     checks = read_json(folder / "checks.json") if config.losses else []
     epochs = _epochs(folder)
 
@@ -175,6 +184,7 @@ def _distillation(config: DistillConfig, folder: Path) -> dict[str, Any]:
             for name, choice in config.losses.items()
             if choice.is_used
         ],
+        "shares_of": gradient_of(reference_of(config, has_labels=has_labels)),
         "inheritance": _inheritance(folder),
         "teacher": _beside_teacher(folder),
         "strategy": {
@@ -202,7 +212,7 @@ def _inheritance(folder: Path) -> dict[str, Any] | None:
 
 
 def _share(epochs: Sequence[Mapping[str, str]], name: str) -> float | None:
-    """The loss's gradient as a share of the label loss's, in the last epoch that has it above 0."""
+    """The loss's gradient as a share of the reference's, in the last epoch that has it above 0."""
     shares = [float(row[share_column(name)] or 0) for row in epochs]
     return next((share for share in reversed(shares) if share > 0), None)
 

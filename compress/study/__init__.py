@@ -14,23 +14,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from compress.config import PRESETS, DistillConfig, Recipe, Settings
 from compress.data import Dataset, index_dataset, load_data
+from compress.data.dataset import SplitIndex
 from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
-from compress.pipeline import run_recipe
+from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
 from compress.store import Outcome
 from compress.study.figures import Run, summary
 from compress.study.render import draw, to_markdown
+from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.errors import EdgestillError, UsageError
-from runtime.files import atomic_write, read_json, write_json
+from runtime.files import atomic_write, read_json, sha256, write_json
+from runtime.sources import image_files
 
 ARM_KEYS = ("student", "distill")
 """Parts of the recipe that an arm may change: data and teacher are the same for all."""
@@ -43,9 +46,12 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
 
     A run that is done is not repeated; one that was killed goes on. A run that fails costs the others nothing: the
-    study is written without it. Raises UsageError when arms or split are unknown, EdgestillError when a run failed.
+    study is written without it. Raises UsageError when arms or split are unknown or an arm cannot be trained as it is
+    set, EdgestillError when a run failed.
     """
     chosen = chosen_arms(recipe, arms)
+    for arm in chosen:
+        check_arm(recipe, arm, out)
     plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
     judges = _index_split(recipe, out)
     teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
@@ -76,12 +82,15 @@ def _about(
     shared = judging.count_in(data.splits["train"])
     if shared:
         log(f"{recipe.study.split}: {shared} of {len(judging.samples)} images are training images too")
+    for folder in sorted({made.distill.unlabelled for _, _, made in plan if made.distill.unlabelled}):
+        if known := count_in_folder(judging, folder):
+            log(f"{recipe.study.split}: {known} of {len(judging.samples)} images lie among those of {folder}")
     accuracy = _teacher_accuracy(recipe, teacher, judges, out)
     log(f"teacher: mAP50-95 {accuracy['map50_95']:.4f} on {recipe.study.split}")
     return {
-        "epochs": recipe.distill.epochs,
-        "imgsz": recipe.distill.imgsz,
-        "student": recipe.student.scale,
+        "epochs": shared_by(made.distill.epochs for _, _, made in plan),
+        "imgsz": shared_by(made.distill.imgsz for _, _, made in plan),
+        "student": shared_by(made.student.scale for _, _, made in plan),
         "split": recipe.study.split,
         "images": len(judging.samples),
         "shared_images": shared,
@@ -89,6 +98,18 @@ def _about(
         "teacher": {"fingerprint": teacher.fingerprint, **accuracy},
         "trainings": {arm: training_of(made.student, made.distill) for arm, _, made in plan},
     }
+
+
+def shared_by(values: Iterable[Any]) -> Any:
+    """The value that all arms share; None where they differ."""
+    first, *others = set(values)
+    return None if others else first
+
+
+def count_in_folder(judging: SplitIndex, folder: Path) -> int:
+    """The number of images whose bytes are those of an image below `folder`; none are those of a video's frames."""
+    found = {sha256(file) for file in image_files(folder)} if folder.is_dir() else set()
+    return sum(sample.sha256 in found for sample in judging.samples)
 
 
 def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Path) -> Mapping[str, float]:
@@ -136,6 +157,17 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
     raw["distill"] = {**raw.get("distill", {}), "seed": seed}
     made: Recipe = parse(Recipe, raw, f"study.arms.{arm}")
     return made
+
+
+def check_arm(recipe: Recipe, arm: str, out: Path) -> None:
+    """Judge the settings and files of an arm before anything is trained. Raises the errors of its distillation."""
+    made = arm_recipe(recipe, arm, 0)
+    try:
+        stage("distill").task(made, out)
+        check_image_sizes(made)
+        check_class_map(made)
+    except EdgestillError as error:
+        raise type(error)(f"study.arms.{arm}: {error.message}", error.hint) from None
 
 
 def _without_preset(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,13 @@ def _distilled(terms: Sequence[str]) -> list[str]:
 
 
 def share_column(term: str) -> str:
-    """The column of a distillation loss's gradient at the neck, as a share of the label loss's."""
+    """The column of a distillation loss's gradient at the neck, as a share of the reference's (`gradient_of`)."""
     return f"share/{term}"
+
+
+def gradient_of(reference: str | None) -> str:
+    """The gradient that shares are parts of: the labels', or where no label is known that of the loss `reference`."""
+    return f"the gradient of {reference}" if reference else "the labels' gradient"
 
 
 def write_csv(history: Sequence[Mapping[str, float]], terms: Sequence[str], path: Path) -> None:
@@ -52,12 +57,17 @@ def _cell(name: str, record: Mapping[str, float]) -> str:
     return str(int(record[name])) if name == "epoch" else f"{record[name]:.6g}"
 
 
-def draw_curves(history: Sequence[Mapping[str, float]], terms: Sequence[str], path: Path) -> None:
-    """Publish a PNG with one small chart for each loss, the accuracies and the learning rate."""
+def draw_curves(
+    history: Sequence[Mapping[str, float]], terms: Sequence[str], path: Path, reference: str | None = None
+) -> None:
+    """Publish a PNG with one small chart for each loss, the accuracies and the learning rate.
+
+    `reference` is the loss whose gradient the shares are parts of; None means the labels'.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    charts = _charts(terms)
+    charts = _charts(terms, reference)
     rows = -(-len(charts) // 3)
     figure = Figure(figsize=(12, 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -69,13 +79,13 @@ def draw_curves(history: Sequence[Mapping[str, float]], terms: Sequence[str], pa
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _charts(terms: Sequence[str]) -> dict[str, dict[str, str]]:
+def _charts(terms: Sequence[str], reference: str | None) -> dict[str, dict[str, str]]:
     """`{title: {legend: column}}`."""
     losses = {f"{term} loss": {"train": f"train/{term}_loss", "val": f"val/{term}_loss"} for term in terms}
     shares = {term: share_column(term) for term in _distilled(terms)}
     return (
         losses
-        | ({"share of the labels' gradient": shares} if shares else {})
+        | ({f"share of {gradient_of(reference)}": shares} if shares else {})
         | {
             "mAP": {"0.5": METRICS[2], "0.5:0.95": METRICS[3]},
             "precision and recall": {"precision": METRICS[0], "recall": METRICS[1]},

@@ -190,7 +190,7 @@ class Trainer:
         return {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
 
     def _shares(self) -> Record:
-        """The gradient of each distillation loss as a share of the label loss's, when last measured."""
+        """The gradient of each distillation loss as a share of the reference's, when last measured."""
         measured = self.objective.weights.measured.tolist()
         return {share_column(name): share for name, share in zip(self.objective.losses, measured, strict=True)}
 
@@ -347,7 +347,7 @@ class Trainer:
             self._save_weights(LAST, state.history[-1])
             save_state(self.state_dict(), out / STATE)
         if self.finished:
-            draw_curves(state.history, terms, out / "curves.png")
+            draw_curves(state.history, terms, out / "curves.png", self.objective.reference)
 
     def _save_weights(self, name: str, record: Record) -> None:
         student, *teacher = self.averages

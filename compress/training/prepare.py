@@ -41,8 +41,7 @@ def open_splits(data: Dataset, config: TrainConfig, log: Log) -> Splits:
     """
     require_labels("train", data.splits["train"], data.path, data.root)
     train, val = (_samples(split, data.splits[split], log) for split in ("train", "val"))
-    if shared := data.splits["val"].count_in(data.splits["train"]):
-        log(f"val: {shared} of {len(val)} images are training images too, so its mAP says little about new images")
+    _tell_shared(data.splits["val"], data.splits["train"], "training", log)
     return Splits(TrainDataset(train, config.image_side, config.augment, config.seed), val)
 
 
@@ -55,6 +54,10 @@ def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: Dist
         require_labels("train", data.splits["train"], data.path, data.root)
     val = _samples("val", data.splits["val"], log)
     train = _samples("train", data.splits["train"], log) if config.uses_train_split else ()
+    if train:
+        _tell_shared(data.splits["val"], data.splits["train"], "training", log)
+    if unlabelled:
+        _tell_shared(data.splits["val"], unlabelled, "unlabelled training", log)
     more = unlabelled.samples if unlabelled else ()
     fits = fits_in_memory([*train, *more], config.image_side)
     own, other = (
@@ -62,6 +65,14 @@ def open_distillation(data: Dataset, unlabelled: SplitIndex | None, config: Dist
         for samples, has_labels in ((train, data.splits["train"].boxes > 0), (more, False))
     )
     return Splits(MixedDataset(own, other) if train and more else own if train else other, val)
+
+
+def _tell_shared(val: SplitIndex, trained: SplitIndex, kind: str, log: Log) -> None:
+    """A line where images of val are trained on."""
+    if shared := val.count_in(trained):
+        log(
+            f"val: {shared} of {len(val.samples)} images are {kind} images too, so its mAP says little about new images"
+        )
 
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
@@ -157,6 +168,17 @@ def check_image_sizes(recipe: Recipe) -> None:
         network.require_image_size(recipe.imgsz)
         network.require_image_size(training.imgsz)
         network.require_image_size(*(recipe.export.imgsz or ()))
+
+
+def check_class_map(recipe: Recipe) -> None:
+    """Raises UsageError when the recipe maps classes and no teacher has others than the data: the first one is
+    fine-tuned to them.
+    """
+    if recipe.distill.class_map and not recipe.distill.teachers:
+        raise UsageError(
+            "distill.class_map is for further teachers: a recipe's first one is fine-tuned to the data's classes",
+            "Add distill.teachers, or distil with `edgestill distill --teacher FILE --set class_map=...`",
+        )
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

@@ -65,6 +65,10 @@ def test_the_student_stands_beside_its_teacher(sample: Report) -> None:
     )
 
 
+def test_the_gradient_that_shares_are_parts_of_is_named(sample: Report) -> None:
+    assert "at the neck as a share of the gradient of soft." in to_html(sample)
+
+
 def test_the_page_loads_nothing_from_elsewhere(sample: Report) -> None:
     page = to_html(sample)
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|<script|https?:", page)

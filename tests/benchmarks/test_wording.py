@@ -64,7 +64,7 @@ def test_the_gain_stands_there_with_its_interval_and_its_study(sample: Report) -
         "+2.1 points of mAP50-95 over the same student trained on labels alone "
         "(inherit; a single pair, which has no interval, test split, study conveyor-study).",
     ]
-    assert "+5.1 [3.9, 6.3] points over labels alone" in to_html(sample)
+    assert "+5.1 [3.9, 6.3] points over labels alone (scratch)" in to_html(sample)
 
 
 def test_a_gain_that_nobody_measured_is_said_in_words(sample: Report) -> None:

@@ -40,15 +40,21 @@ def study(trainings: dict[str, Any] = TRAININGS, without: tuple[str, ...] = ()) 
 def test_the_gain_is_over_every_arm_of_the_same_student_on_labels_alone() -> None:
     found = gain_of(study(), training(), **SAME)
     assert (found["arm"], found["missing"]) == ("soft", "")
-    assert [(entry["against"], entry["pairs"]) for entry in found["over"]] == [("scratch", 2), ("inherit", 2)]
-    assert [entry["mean"] for entry in found["over"]] == [pytest.approx(0.05), pytest.approx(0.02)]
+    assert [(entry["against"], entry["pairs"]) for entry in found["over"]] == [("inherit", 2), ("scratch", 2)]
+    assert [entry["mean"] for entry in found["over"]] == [pytest.approx(0.02), pytest.approx(0.05)]
+
+
+def test_the_arm_that_starts_as_the_student_does_comes_first() -> None:
+    from_scratch = study({**TRAININGS, "longer": training("scratch")})
+    found = gain_of(from_scratch, training("scratch"), **SAME)
+    assert [entry["against"] for entry in found["over"]] == ["scratch", "inherit"]
 
 
 @pytest.mark.parametrize("other", [{"strategy": "joint"}, {"strategy": "soft_labels", "losses": {"kd": "auto"}}])
 def test_any_way_to_distil_is_compared_with_labels_alone(other: dict[str, Any]) -> None:
     wanted = training(**other)
     found = gain_of(study({**TRAININGS, "soft": wanted}), wanted, **SAME)
-    assert [entry["against"] for entry in found["over"]] == ["scratch", "inherit"]
+    assert [entry["against"] for entry in found["over"]] == ["inherit", "scratch"]
 
 
 def test_other_unlabelled_images_are_another_training(tmp_path: Path) -> None:
@@ -58,6 +64,18 @@ def test_other_unlabelled_images_are_another_training(tmp_path: Path) -> None:
     one, other = (training(strategy="label_free", unlabelled=tmp_path / name) for name in ("one", "other"))
     assert one != other
     assert one == training(strategy="label_free", unlabelled=tmp_path / "one")
+
+
+def test_further_teachers_are_another_training_wherever_they_lie(tmp_path: Path) -> None:
+    for name, content in (("one.pt", "same"), ("copy.pt", "same"), ("other.pt", "else")):
+        (tmp_path / name).write_text(content)
+    alone, one, copy, other = (
+        training(teachers=[tmp_path / name for name in names]) for names in ([], ["one.pt"], ["copy.pt"], ["other.pt"])
+    )
+    assert one == copy
+    assert one not in (alone, other)
+    found = gain_of(study({**TRAININGS, "longer": one}), one, **SAME)
+    assert (found["arm"], len(found["over"])) == ("longer", 2)
 
 
 def test_an_arm_that_stands_before_its_baseline_is_compared_the_other_way_round() -> None:

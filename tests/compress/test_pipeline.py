@@ -53,6 +53,15 @@ def test_a_mistake_in_a_distillation_loss_is_found_before_the_first_stage_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_class_map_without_a_teacher_of_other_classes_is_found_before_the_first_stage_runs(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate({"data": tiny_data.path, "distill": {"class_map": {"car": "red"}}})
+    with pytest.raises(UsageError, match=r"class_map is for further teachers.*edgestill distill"):
+        run_recipe(recipe, tmp_path / "run", log=print)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_checkpoint_of_the_student_is_found_before_the_first_stage_runs(
     tiny_data: Dataset, tmp_path: Path
 ) -> None:

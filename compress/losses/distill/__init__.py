@@ -82,7 +82,7 @@ def check_losses(config: DistillConfig) -> None:
 def _check_strategy(config: DistillConfig) -> None:
     """Raises UsageError where a strategy lacks what it needs, or something would teach nothing."""
     rules, used = config.rules, {name: LOSSES[name] for name in config.used_losses}
-    name, other_than_labels = f"strategy {config.strategy}", "Name one in losses, for example soft: auto"
+    name, other_than_labels = f"strategy {config.strategy}", f"Name one in losses, for example {rules.losses[0]}: auto"
     if rules.needs_unlabelled and not config.unlabelled:
         raise UsageError(f"{name} learns from unlabelled images, none are given", "Add --unlabelled FOLDER or VIDEO")
     if rules.trains_teacher and not config.uses_train_split:
@@ -98,4 +98,5 @@ def _check_strategy(config: DistillConfig) -> None:
     if config.unlabelled and not used:
         raise UsageError("unlabelled images teach nothing without a distillation loss", other_than_labels)
     if not config.label_weight and not any(kind.compares_heads for kind in used.values()):
-        raise UsageError("label_weight is 0 and no loss compares heads, so nothing trains the head", other_than_labels)
+        hint = "Raise label_weight" if rules.takes == "features" else other_than_labels
+        raise UsageError("label_weight is 0 and no loss compares heads, so nothing trains the head", hint)

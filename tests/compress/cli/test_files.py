@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compress.cli import main
-from compress.cli.files import export, into
+from compress.cli.files import export, into, quantize
 from compress.cli.options import settings
 from compress.config import ExportConfig
+from compress.data import Dataset
 from runtime.errors import InputError, UsageError
 from runtime.identity import OccupiedError
 
@@ -116,3 +118,20 @@ def test_the_batches_of_a_profile_are_three_ascending_numbers(batches: str, caps
         main(["build", "--model", "none.onnx", "--batches", batches])
     assert caught.value.code == 2
     assert "--batches" in capsys.readouterr().err
+
+
+def test_calibration_images_need_no_labels(tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = shutil.copytree(tiny_data.root, tmp_path / "data")
+    shutil.rmtree(root / "labels/train")
+    (tmp_path / "model.onnx").touch()
+    found: list[Any] = []
+
+    def run_alone(_: Any, inputs: Any, *__: Any) -> None:
+        found.append(inputs().data)
+        raise UsageError("seen")
+
+    monkeypatch.setattr("compress.cli.files.run_alone", run_alone)
+    arguments = ["--model", str(tmp_path / "model.onnx"), "--data", str(root / "data.yaml")]
+    with pytest.raises(UsageError, match="seen"):
+        quantize.main(arguments, standalone_mode=False)
+    assert found[0].splits["train"].boxes == 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -767,6 +769,15 @@ def test_a_strategy_that_lacks_something_is_one_line_with_a_remedy(name, more, e
     assert expected in str(caught.value)
     assert caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("more", [{"losses": {}}, {"losses": {"pkd": "auto"}, "label_weight": 0}])
+def test_a_hint_names_only_losses_that_the_strategy_takes(name, more):
+    with pytest.raises(UsageError) as caught:
+        check_losses(_strategy(name, unlabelled="images", **more))
+    for named in re.findall(r"(\w+): auto", caught.value.hint):
+        check_losses(_strategy(name, unlabelled="images", losses={named: "auto"}))
 
 
 def test_losses_that_do_not_belong_to_a_strategy_may_have_a_weight_of_0():

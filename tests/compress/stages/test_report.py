@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from compress.config import DistillConfig
 from compress.data import Dataset
-from compress.stages.report import not_made, require_one_model, shared_images
+from compress.stages.report import not_made, reference_of, require_one_model, shared_images
 from runtime.errors import InputError
 from runtime.files import write_json
 from tests.runtime.toys import card
@@ -36,3 +37,19 @@ def test_training_images_among_those_that_are_measured_are_told(tiny_data: Datas
     mixed = replace(val, samples=(*val.samples, *train.samples[:2]))
     (sentence,) = shared_images(replace(tiny_data, splits={"train": train, "val": mixed}))
     assert sentence.startswith("2 of the 6 images that accuracy is measured on are training images too")
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_labels", "expected"),
+    [
+        ({}, True, None),
+        ({"strategy": "soft_labels"}, True, None),
+        ({"strategy": "soft_labels"}, False, "soft"),
+        ({"strategy": "label_free", "unlabelled": "film.mp4"}, True, "soft"),
+        ({"strategy": "label_free", "unlabelled": "film.mp4", "losses": {"pkd": "auto", "kd": "auto"}}, True, "kd"),
+    ],
+)
+def test_shares_are_of_the_labels_gradient_only_where_labels_are_known(
+    settings: dict[str, object], has_labels: bool, expected: str | None
+) -> None:
+    assert reference_of(DistillConfig.model_validate(settings), has_labels=has_labels) == expected

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from compress.config import Recipe
+from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
-from compress.study import arm_recipe, chosen_arms, run_study
+from compress.recipe import load_recipe, recipe_text
+from compress.study import arm_recipe, check_arm, chosen_arms, count_in_folder, run_study, shared_by
 from runtime.errors import EdgestillError, UsageError
 
 ARMS = {
@@ -88,6 +89,51 @@ def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tm
     with pytest.raises(UsageError, match="no test split"):
         run_study(recipe(tiny_data.path), tmp_path / "out")
     assert not (tmp_path / "out/teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ({"distill": {"strategy": "joint", "losses": {}}}, "strategy joint has no loss"),
+        ({"distill": {"losses": {"sof": "auto"}}}, "loss 'sof' is not known"),
+        ({"distill": {"imgsz": 65}}, "65"),
+        ({"distill": {"class_map": {"car": "red"}}}, "class_map is for further teachers"),
+        ({"student": {"weights": "none.pt"}}, "none.pt cannot be read"),
+    ],
+)
+def test_before_the_teacher_every_arm_is_judged(
+    arm: dict[str, object], says: str, three_splits: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EdgestillError, match=rf"^study\.arms\.odd: .*{says}"):
+        run_study(recipe(three_splits, study={"arms": {**ARMS, "odd": arm}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fact_of_the_study_is_one_that_all_arms_share() -> None:
+    assert shared_by([3, 3]) == 3
+    assert shared_by([3, 5, 3]) is None
+    assert shared_by([None, None]) is None
+
+
+def test_judging_images_among_the_unlabelled_ones_are_counted(tiny_data: Dataset) -> None:
+    val = tiny_data.splits["val"]
+    assert count_in_folder(val, tiny_data.root / "images/train") == 0
+    assert count_in_folder(val, tiny_data.root / "images") == len(val.samples)
+    assert count_in_folder(val, tiny_data.path) == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_arms_of_the_template_suit_every_strategy(strategy: str, three_splits: Path, tmp_path: Path) -> None:
+    text = recipe_text(file="r.yaml", name="r", data=str(three_splits), weights=None, student="p", imgsz=64)
+    file, images = tmp_path / "r.yaml", three_splits.parent / "images/val"
+    file.write_text(text)
+    losses = {"losses": dict.fromkeys(STRATEGIES[strategy].losses, "auto")}
+    changes = {"strategy": strategy, "unlabelled": str(images), **losses}
+    made = load_recipe(file, [f"distill.{key}={json.dumps(value)}" for key, value in changes.items()])
+    for arm in made.study.arms:
+        check_arm(made, arm, tmp_path / "out")
+    baselines = [arm_recipe(made, arm, 0).distill for arm in ("scratch", "inherit")]
+    assert all(one.uses_train_split and one.label_weight and not one.losses for one in baselines)
 
 
 @pytest.mark.slow

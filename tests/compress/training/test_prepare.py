@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.config import AugmentConfig, TrainConfig
+from compress.config import AugmentConfig, DistillConfig, TrainConfig
 from compress.data import Dataset
 from compress.models import Architecture, YOLOv5, save_model
 from compress.models.checkpoint import load
-from compress.training.prepare import adapt_anchors, model_from_state, new_model, open_splits, with_anchors
+from compress.training.prepare import (
+    adapt_anchors,
+    model_from_state,
+    new_model,
+    open_distillation,
+    open_splits,
+    with_anchors,
+)
 from runtime.errors import UsageError
 
 from .toys import NAMES, network, quiet
@@ -70,6 +77,18 @@ def test_training_images_in_the_val_split_are_told(tiny_data: Dataset) -> None:
     same = replace(tiny_data, splits={"train": tiny_data.splits["train"], "val": tiny_data.splits["train"]})
     open_splits(same, TrainConfig(imgsz=64), lines.append)
     assert lines[-1] == "val: 10 of 10 images are training images too, so its mAP says little about new images"
+
+
+def test_training_images_in_the_val_split_of_a_distillation_are_told_labelled_or_not(tiny_data: Dataset) -> None:
+    train, val = tiny_data.splits["train"], tiny_data.splits["val"]
+    settings, lines = DistillConfig(imgsz=64, unlabelled=tiny_data.root), []
+    open_distillation(tiny_data, train, settings, lines.append)
+    assert not any("images too" in line for line in lines)
+    open_distillation(tiny_data, val, settings, lines.append)
+    assert lines[-1].startswith("val: 4 of 4 images are unlabelled training images too")
+    same = replace(tiny_data, splits={"train": val, "val": val})
+    open_distillation(same, None, DistillConfig(imgsz=64), lines.append)
+    assert lines[-1].startswith("val: 4 of 4 images are training images too")
 
 
 def test_a_state_of_other_classes_does_not_continue() -> None:
