@@ -30,6 +30,7 @@ __all__ = [
     "check_losses",
     "detached",
     "make_losses",
+    "require_labels_for",
 ]
 
 LOSSES: dict[str, type[DistillLoss]] = {
@@ -79,6 +80,12 @@ def check_losses(config: DistillConfig) -> None:
     _check_strategy(config)
 
 
+def require_labels_for(loss: str) -> None:
+    """Raises UsageError for a loss that reads labels; to be called where some images have none."""
+    if LOSSES[loss].reads_labels:
+        raise UsageError(f"loss {loss} needs the labels, which some images lack", "Leave it out")
+
+
 def _check_strategy(config: DistillConfig) -> None:
     """Raises UsageError where a strategy lacks what it needs, or something would teach nothing."""
     rules, used = config.rules, {name: LOSSES[name] for name in config.used_losses}
@@ -93,8 +100,8 @@ def _check_strategy(config: DistillConfig) -> None:
         if not issubclass(kind, KINDS[rules.takes]):
             known = [other for other, of in LOSSES.items() if issubclass(of, KINDS[rules.takes])]
             raise UsageError(f"{name} takes no loss such as {loss}", f"It takes {', '.join(known)}")
-        if kind.reads_labels and config.unlabelled:
-            raise UsageError(f"loss {loss} needs the labels, which unlabelled images lack", "Leave out one of both")
+        if config.unlabelled:
+            require_labels_for(loss)
     if config.unlabelled and not used:
         raise UsageError("unlabelled images teach nothing without a distillation loss", other_than_labels)
     if not config.label_weight and not any(kind.compares_heads for kind in used.values()):
