@@ -92,8 +92,6 @@ def _check_strategy(config: DistillConfig) -> None:
     name, other_than_labels = f"strategy {config.strategy}", "Name one in losses, for example soft: auto"
     if rules.needs_unlabelled and not config.unlabelled:
         raise UsageError(f"{name} learns from unlabelled images, none are given", "Add --unlabelled FOLDER or VIDEO")
-    if rules.trains_teacher and not config.uses_train_split:
-        raise UsageError(f"{name} trains the teacher on labels, and label_weight 0 leaves none", "Raise label_weight")
     if config.strategy != DistillConfig().strategy and not used:
         raise UsageError(f"{name} has no loss by which the student learns from the teacher", other_than_labels)
     for loss, kind in used.items():

@@ -752,7 +752,6 @@ def test_every_strategy_works_as_it_is(name):
     [
         ("label_free", {}, "learns from unlabelled images, none are given. Add --unlabelled"),
         ("joint", {"losses": {}}, "strategy joint has no loss by which the student learns from the teacher"),
-        ("joint", {"label_weight": 0, "unlabelled": "x"}, "trains the teacher on labels, and label_weight 0 leaves"),
         ("soft_labels", {"losses": {"pkd": "auto"}}, "strategy soft_labels takes no loss such as pkd. It takes soft"),
         ("features", {"losses": {"soft": "auto"}}, "strategy features takes no loss such as soft. It takes feat_mse"),
         ("features", {"label_weight": 0}, "label_weight is 0 and no loss compares heads"),
