@@ -20,7 +20,17 @@ from compress.compute.device import pick_device, to_device
 from compress.config import DistillConfig
 from compress.data.class_names import class_conflict
 from compress.log import Log
-from compress.losses.distill import LOSSES, DistillLoss, FeatureLoss, Outputs, Shape, make_losses, require_labels_for
+from compress.losses.distill import (
+    LOSSES,
+    DistillLoss,
+    FeatureLoss,
+    Outputs,
+    Shape,
+    make_losses,
+    reference_of,
+    require_labels_for,
+)
+from compress.losses.distill.head import ANCHOR_TOLERANCE
 from compress.losses.maps import coarser, maps_from_boxes, mean_maps, mirrored, pooled
 from compress.models import YOLOv5
 from compress.models.architecture import Anchors, Architecture
@@ -30,8 +40,6 @@ from compress.training.objective import Objective, detection_loss
 from compress.training.onnx_teacher import SUFFIX, OnnxTeacher, open_onnx
 from runtime.errors import InputError, UsageError
 
-ANCHOR_TOLERANCE = 2e-3
-"""Files keep anchors in float16, which moves them by up to 5e-4 of their size."""
 Infer = Callable[[Tensor], Outputs]
 
 
@@ -130,7 +138,7 @@ def distillation(student: YOLOv5, teacher: AnyTeacher, config: DistillConfig, *,
     losses = build_losses(student, teacher, config)
     for name in () if has_labels else losses:
         require_labels_for(name)
-    reference = None if has_labels else next(name for name, loss in losses.items() if loss.compares_heads)
+    reference = None if has_labels else reference_of(losses)
     return Objective(
         student, detection_loss(student, config), losses, label_weight=config.label_weight, reference=reference
     )

@@ -11,6 +11,8 @@ bases), and add it to the table.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, detached
 from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, FeatureLoss
@@ -30,6 +32,7 @@ __all__ = [
     "check_losses",
     "detached",
     "make_losses",
+    "reference_of",
     "require_labels_for",
 ]
 
@@ -78,6 +81,13 @@ def check_losses(config: DistillConfig) -> None:
     if config.losses and not config.used_losses:
         raise UsageError("no distillation loss has a weight above 0", "For labels alone write losses: {}")
     _check_strategy(config)
+
+
+def reference_of(losses: Mapping[str, DistillLoss]) -> str:
+    """Name of the loss whose gradient the weights of the others follow where no label is known: the first that compares
+    heads, else the first.
+    """
+    return next((name for name, loss in losses.items() if loss.compares_heads), next(iter(losses)))
 
 
 def require_labels_for(loss: str) -> None:

@@ -28,8 +28,8 @@ from compress.losses.distill.base import (
 )
 from runtime.errors import UsageError
 
-# Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size.
-_ANCHOR_TOLERANCE = 2e-3
+ANCHOR_TOLERANCE = 2e-3
+"""Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size."""
 
 
 def check_same_head(student: Shape, teacher: Shape) -> None:
@@ -40,7 +40,7 @@ def check_same_head(student: Shape, teacher: Shape) -> None:
             "Fine-tune the teacher on the student's classes, or use a feature loss",
         )
     a, b = student.anchors.float().cpu(), teacher.anchors.float().cpu()
-    if student.na != teacher.na or a.shape != b.shape or not torch.allclose(a, b, rtol=_ANCHOR_TOLERANCE, atol=0):
+    if student.na != teacher.na or a.shape != b.shape or not torch.allclose(a, b, rtol=ANCHOR_TOLERANCE, atol=0):
         raise UsageError(
             "the student's anchors differ from the teacher's, so their boxes cannot be compared cell by cell",
             "Build the student with the teacher's anchors and set autoanchor: false",
