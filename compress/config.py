@@ -351,7 +351,8 @@ class DistillConfig(TrainConfig):
     """Weight of the label loss; by default that of the strategy. At 0 no label is trained on."""
     unlabelled: Annotated[Path | None, NO_RESULT] = None
     """A folder of images, or a video, for the student to learn from without labels: as many of them in a batch as
-    labelled images, or alone where the label loss has weight 0. Results depend on its content, not on its path."""
+    images of the train split, or alone where the strategy is label_free and label_weight 0. Results depend on its
+    content, not on its path."""
     frame_stride: Count = 10
     """Every this many frames of an unlabelled video are looked at."""
     duplicate_threshold: NonNegative = 1.0
@@ -386,7 +387,7 @@ class DistillConfig(TrainConfig):
     @property
     def uses_train_split(self) -> bool:
         """Whether the images of the train split take part; without, the unlabelled ones are alone."""
-        return self.unlabelled is None or self.label_weight > 0
+        return self.label_weight > 0 or not self.rules.needs_unlabelled
 
     @property
     def image_side(self) -> int:

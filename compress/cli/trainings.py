@@ -187,8 +187,8 @@ def distill(
     more["distill.unlabelled"] = unlabelled or begun.origin.get("unlabelled")
     if losses:
         more["distill.losses"] = loss_choices(losses)
-    if teachers:
-        more["distill.teachers"] = [str(file.resolve()) for file in teachers[1:]]
+    further = [str(file.resolve()) for file in teachers[1:]]
+    more["distill.teachers"] = further if teachers else begun.origin.get("teachers", ())
     files = begun.file("data", data), begun.file("teacher", teachers[0] if teachers else None)
     if check:
         _print_checks(more, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1]))

@@ -98,26 +98,27 @@ class TrainDataset:
 class MixedDataset:
     """Items that alternate between the images of two data sets, so that a batch holds as many of one as of the other.
 
-    An epoch has each labelled image once. Epoch by epoch it goes on through the unlabelled ones, each once in a pass,
-    and mosaics join images of the same data set only.
+    An epoch has each image of the first, the train split, once. Epoch by epoch it goes on through the unlabelled ones,
+    each once in a pass, and mosaics join images of the same data set only.
     """
 
-    def __init__(self, labelled: TrainDataset, unlabelled: TrainDataset) -> None:
-        self._labelled, self._unlabelled = labelled, unlabelled
-        self.labelled = len(labelled)
+    def __init__(self, own: TrainDataset, unlabelled: TrainDataset) -> None:
+        self._own, self._unlabelled = own, unlabelled
+        self.labelled = own.labelled
 
     def __len__(self) -> int:
-        return 2 * self.labelled
+        return 2 * len(self._own)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """Indices below `labelled` are those of the labelled images; from there on they count the unlabelled items."""
-        own = self._labelled.order(epoch)
+        """The first indices are those of the train split; from there on they count the unlabelled items."""
+        own = self._own.order(epoch)
         return np.stack([own, np.arange(len(own)) + len(own)], 1).flatten()
 
     def item(self, epoch: int, index: int, *, mosaic: bool = True) -> Item:
         """One augmented image with its labels, if they are known."""
-        if index < self.labelled:
-            return self._labelled.item(epoch, index, mosaic=mosaic)
-        place = epoch * self.labelled + index - self.labelled
+        count = len(self._own)
+        if index < count:
+            return self._own.item(epoch, index, mosaic=mosaic)
+        place = epoch * count + index - count
         passed, place = divmod(place, len(self._unlabelled))
         return self._unlabelled.item(passed, int(self._unlabelled.order(passed)[place]), mosaic=mosaic)

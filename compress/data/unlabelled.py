@@ -55,7 +55,7 @@ def open_unlabelled(config: DistillConfig, out: Path, log: Log) -> SplitIndex | 
     source = config.unlabelled
     if source is None:
         return None
-    settings = repr((unlabelled_digest(source), config.frame_stride, config.duplicate_threshold, config.imgsz))
+    settings = repr((unlabelled_digest(source), config.frame_stride, config.duplicate_threshold, config.image_side))
     place = out / "unlabelled" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not place.is_dir():
         _make(source, config, place, log)
@@ -148,20 +148,20 @@ def _read_image(file: Path, root: Path) -> tuple[Sample, NDArray[np.float32]] | 
 
 
 def _extract(source: Path, config: DistillConfig, folder: Path, log: Log) -> Found:
-    """Frames of a video as JPEG files in `folder`, as large as they are trained."""
+    """Frames of a video as JPEG files in `folder`, as large as they are loaded."""
     reader = FrameReader([Source(str(source), "video", source)], stride=config.frame_stride, log=log)
     is_new, duplicates, samples = new_image_filter(config.duplicate_threshold), 0, []
     for frame in reader:
         if is_new(thumbnail(frame.image)):
-            samples.append(_write_frame(frame.image, folder / f"{frame.number:09d}.jpg", config.imgsz))
+            samples.append(_write_frame(frame.image, folder / f"{frame.number:09d}.jpg", config.image_side))
         else:
             duplicates += 1
     problems = [Problem(source, 0, reason.removeprefix(f"{source}: ")) for reason in reader.failures]
     return Found(SplitIndex(tuple(samples), tuple(problems)), duplicates)
 
 
-def _write_frame(frame: Image, file: Path, imgsz: int) -> Sample:
-    image = resize_longest(frame, imgsz, linear=True)
+def _write_frame(frame: Image, file: Path, side: int) -> Sample:
+    image = resize_longest(frame, side, linear=True)
     data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
     file.write_bytes(data)
     return _sample(file.resolve(), file.name, image, data)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.compute.resize import reduced
-from compress.losses.distill import Context, DistillLoss, Outputs
+from compress.losses.distill import Context, DistillLoss, Outputs, reference_of
 from compress.losses.distill.base import completed
 from compress.losses.gradients import LARGEST_SUM, limited, neck_gradients
 
@@ -49,12 +49,16 @@ class Frozen(Protocol):
 
 
 class Batch(Protocol):
-    """The fields of a batch that are read: images (B, 3, H, W), uint8 0..255 or float 0..1; targets (nt, 6)."""
+    """The fields of a batch that are read: images (B, 3, H, W), uint8 0..255 or float 0..1; targets (nt, 6); the number
+    of images, the first ones, whose labels are known, None if those of all are.
+    """
 
     @property
     def images(self) -> Tensor: ...
     @property
     def targets(self) -> Tensor: ...
+    @property
+    def labelled(self) -> int | None: ...
 
 
 TaskLoss = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
@@ -91,7 +95,7 @@ def preflight(
         teacher_outputs = teacher(images)
     losses = {name: copy.deepcopy(loss) for name, loss in losses.items()}  # some count how often they were computed
     targets = batch.targets.to(images.device)
-    context = Context(targets)
+    context = Context(targets, labelled=batch.labelled)
     checks += [_gives_logits("student", outputs.raw), _gives_logits("teacher", teacher_outputs.raw)]
     terms = {name: loss(outputs, teacher_outputs, context).sum() for name, loss in losses.items()}
     whole = _whole(outputs, teacher_outputs) if heads else teacher_outputs
@@ -203,7 +207,7 @@ def _shares(
     """
     norms, asked = neck_gradients(terms, features), {n: x.share for n, x in losses.items() if x.weight is None}
     shares = dict(zip(asked, limited([*asked.values()]), strict=True))
-    labels = norms.get(LABELS, 1.0)
+    labels = norms[LABELS if LABELS in norms else reference_of(losses)]
     fixed = {name: loss.weight for name, loss in losses.items() if loss.weight is not None}
     weights = {LABELS: label_weight, **fixed}
     weighted = {name: shares[name] * labels if name in shares else weights[name] * norm for name, norm in norms.items()}

@@ -188,8 +188,14 @@ def _checked(
 
 
 def _compare_with_teacher(config: Config, job: Job, result: TrainResult, log: Log) -> None:
-    """Add the trained student's accuracy to teacher.json, measured as the teacher's was."""
+    """Add the trained student's accuracy to teacher.json, measured as the teacher's was; a teacher that trained too is
+    measured again.
+    """
     teacher, reached = read_json(job.out / ACCURACY), result.metrics[METRICS[-1]]
+    if job.objective.teacher:
+        trained = load_model(result.best.with_name(of_teacher(result.best.name)))
+        found = student_accuracy(trained, job.val, config.distill, config.device, rect=teacher["rect"])
+        teacher |= asdict(found)
     if not teacher["rect"]:
         best = load_model(result.best)
         reached = student_accuracy(best, job.val, config.distill, config.device, rect=False).map50_95

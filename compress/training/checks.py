@@ -201,7 +201,7 @@ def check_teacher(
     """The facts that the files tell of themselves, and whether there is something to learn from them."""
     return [
         *(_trained_size(source, config) for source in sources if source.imgsz),
-        *(_classes(source, names) for source in sources if not source.classes.is_identity),
+        *(_classes(source, names, config) for source in sources if not source.classes.is_identity),
         _is_better(teacher, start),
     ]
 
@@ -216,12 +216,12 @@ def _trained_size(source: Source, config: DistillConfig) -> Check:
     return Check(name, True, f"trained at {size} pixels, used at {side}: {' or '.join(ways)}", warns=True)
 
 
-def _classes(source: Source, names: Sequence[str]) -> Check:
+def _classes(source: Source, names: Sequence[str], config: DistillConfig) -> Check:
     classes = source.classes
     lost = [names[index] for index in classes.unknown]
     told = f"{len(names) - len(lost)} of {len(names)} classes, {len(classes.dropped)} of its own left out"
     if lost:
-        told += f"; only the labels teach {', '.join(lost)}"
+        told += f"; {'only the labels teach' if config.label_weight else 'nothing teaches'} {', '.join(lost)}"
     return Check(f"classes of {source.path.name}", True, told, warns=bool(lost))
 
 

@@ -24,7 +24,7 @@ from compress.models.architecture import Anchors
 from runtime.backends import LoadOptions, LoadRequest, TensorSpec
 from runtime.backends.onnx import OnnxBackend, open_session, tensor_spec
 from runtime.bundle import card_inside, metadata_of
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.yolov5_export import STRIDES, parse_names, yolov5_card
 
 SUFFIX = ".onnx"
@@ -55,12 +55,20 @@ class _File(NamedTuple):
     """Pixels of its images; None if they are free."""
 
     def run(self, image: Tensor) -> Arrays:
-        """The outputs for a float RGB image (3, S, S): a float tensor, or a uint8 BGR canvas."""
+        """The outputs for a float RGB image (3, S, S): a float tensor, or a uint8 BGR canvas.
+
+        Raises InputError when the graph fails.
+        """
         if self.input.dtype == np.uint8:
             array = (image.flip(0) * 255).round().byte().permute(1, 2, 0)[None].contiguous().cpu().numpy()
         else:
             array = image[None].contiguous().cpu().numpy().astype(self.input.dtype)
-        return [np.asarray(found) for found in self.session.run(None, {self.input.name: array})]
+        try:
+            found = self.session.run(None, {self.input.name: array})
+        except Exception as error:  # ONNX Runtime's errors share no other base
+            size = "x".join(map(str, image.shape[1:]))
+            raise InputError(f"{self.path}: fails for one image of {size} pixels: {one_line(error)}") from error
+        return [np.asarray(one) for one in found]
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,10 @@ def _side(path: Path, wanted: TensorSpec) -> int | None:
     """Pixels of the square images that the file takes; None if it takes any."""
     is_canvas, shape = wanted.dtype == np.uint8, wanted.shape
     sides, channels = (shape[1:3], shape[3:]) if is_canvas else (shape[2:4], shape[1:2])
-    if len(shape) != 4 or channels[0] not in (3, None) or sides[0] != sides[1]:
+    if len(shape) != 4 or shape[0] not in (1, None) or channels[0] not in (3, None) or sides[0] != sides[1]:
         raise InputError(
             f"{path}: input is {wanted.dtype} {list(shape)}, expected float [1, 3, S, S] or uint8 [1, S, S, 3]",
-            "Export it for square images",
+            "Export it for one square image a call",
         )
     return sides[0]
 

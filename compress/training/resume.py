@@ -30,6 +30,8 @@ class Origin:
     data: str
     weights: str | None
     teacher: str | None
+    teachers: tuple[str, ...]
+    """Further teachers beside the first."""
     scale: str | None
     device: str
     unlabelled: str | None
@@ -67,8 +69,11 @@ def origin_of(
         "init": start.init,
         "processes": process_count(),
     }
-    weights, teacher = _absolute(start.weights), _absolute(next(iter(teachers), None))
-    return Origin(str(data.path), weights, teacher, start.scale, device, _absolute(unlabelled), facts)
+    files = tuple(str(file.resolve()) for file in teachers)
+    return Origin(
+        str(data.path), _absolute(start.weights), next(iter(files), None), files[1:], start.scale, device,
+        _absolute(unlabelled), facts,
+    )  # fmt: skip
 
 
 def _absolute(file: Path | None) -> str | None:

@@ -20,7 +20,17 @@ from compress.compute.device import pick_device, to_device
 from compress.config import DistillConfig
 from compress.data.class_names import class_conflict
 from compress.log import Log
-from compress.losses.distill import LOSSES, DistillLoss, FeatureLoss, Outputs, Shape, make_losses
+from compress.losses.distill import (
+    LOSSES,
+    DistillLoss,
+    FeatureLoss,
+    Outputs,
+    Shape,
+    make_losses,
+    reference_of,
+    require_labels_for,
+)
+from compress.losses.distill.head import ANCHOR_TOLERANCE
 from compress.losses.maps import coarser, maps_from_boxes, mean_maps, mirrored, pooled
 from compress.models import YOLOv5
 from compress.models.architecture import Anchors, Architecture
@@ -30,8 +40,6 @@ from compress.training.objective import Objective, detection_loss
 from compress.training.onnx_teacher import SUFFIX, OnnxTeacher, open_onnx
 from runtime.errors import InputError, UsageError
 
-ANCHOR_TOLERANCE = 2e-3
-"""Files keep anchors in float16, which moves them by up to 5e-4 of their size."""
 Infer = Callable[[Tensor], Outputs]
 
 
@@ -125,10 +133,12 @@ def build_losses(student: YOLOv5, teacher: AnyTeacher, config: DistillConfig) ->
 
 def distillation(student: YOLOv5, teacher: AnyTeacher, config: DistillConfig, *, has_labels: bool = True) -> Objective:
     """The objective of a distillation. Where the images have no labels, the weights of its losses follow the first one
-    that compares heads. Raises UsageError as `build_losses` does.
+    that compares heads. Raises UsageError as `build_losses` does, and when a loss reads labels that are not there.
     """
     losses = build_losses(student, teacher, config)
-    reference = None if has_labels else next(name for name, loss in losses.items() if loss.compares_heads)
+    for name in () if has_labels else losses:
+        require_labels_for(name)
+    reference = None if has_labels else reference_of(losses)
     return Objective(
         student, detection_loss(student, config), losses, label_weight=config.label_weight, reference=reference
     )

@@ -11,6 +11,8 @@ bases), and add it to the table.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, detached
 from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, FeatureLoss
@@ -30,6 +32,8 @@ __all__ = [
     "check_losses",
     "detached",
     "make_losses",
+    "reference_of",
+    "require_labels_for",
 ]
 
 LOSSES: dict[str, type[DistillLoss]] = {
@@ -79,22 +83,33 @@ def check_losses(config: DistillConfig) -> None:
     _check_strategy(config)
 
 
+def reference_of(losses: Mapping[str, DistillLoss]) -> str:
+    """Name of the loss whose gradient the weights of the others follow where no label is known: the first that compares
+    heads, else the first.
+    """
+    return next((name for name, loss in losses.items() if loss.compares_heads), next(iter(losses)))
+
+
+def require_labels_for(loss: str) -> None:
+    """Raises UsageError for a loss that reads labels; to be called where some images have none."""
+    if LOSSES[loss].reads_labels:
+        raise UsageError(f"loss {loss} needs the labels, which some images lack", "Leave it out")
+
+
 def _check_strategy(config: DistillConfig) -> None:
     """Raises UsageError where a strategy lacks what it needs, or something would teach nothing."""
     rules, used = config.rules, {name: LOSSES[name] for name in config.used_losses}
     name, other_than_labels = f"strategy {config.strategy}", f"Name one in losses, for example {rules.losses[0]}: auto"
     if rules.needs_unlabelled and not config.unlabelled:
         raise UsageError(f"{name} learns from unlabelled images, none are given", "Add --unlabelled FOLDER or VIDEO")
-    if rules.trains_teacher and not config.uses_train_split:
-        raise UsageError(f"{name} trains the teacher on labels, and label_weight 0 leaves none", "Raise label_weight")
     if config.strategy != DistillConfig().strategy and not used:
         raise UsageError(f"{name} has no loss by which the student learns from the teacher", other_than_labels)
     for loss, kind in used.items():
         if not issubclass(kind, KINDS[rules.takes]):
             known = [other for other, of in LOSSES.items() if issubclass(of, KINDS[rules.takes])]
             raise UsageError(f"{name} takes no loss such as {loss}", f"It takes {', '.join(known)}")
-        if kind.reads_labels and config.unlabelled:
-            raise UsageError(f"loss {loss} needs the labels, which unlabelled images lack", "Leave out one of both")
+        if config.unlabelled:
+            require_labels_for(loss)
     if config.unlabelled and not used:
         raise UsageError("unlabelled images teach nothing without a distillation loss", other_than_labels)
     if not config.label_weight and not any(kind.compares_heads for kind in used.values()):

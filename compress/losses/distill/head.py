@@ -6,7 +6,7 @@ see a shift common to all classes, which is exactly how a student loses its conf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -28,8 +28,8 @@ from compress.losses.distill.base import (
 )
 from runtime.errors import UsageError
 
-# Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size.
-_ANCHOR_TOLERANCE = 2e-3
+ANCHOR_TOLERANCE = 2e-3
+"""Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size."""
 
 
 def check_same_head(student: Shape, teacher: Shape) -> None:
@@ -40,7 +40,7 @@ def check_same_head(student: Shape, teacher: Shape) -> None:
             "Fine-tune the teacher on the student's classes, or use a feature loss",
         )
     a, b = student.anchors.float().cpu(), teacher.anchors.float().cpu()
-    if student.na != teacher.na or a.shape != b.shape or not torch.allclose(a, b, rtol=_ANCHOR_TOLERANCE, atol=0):
+    if student.na != teacher.na or a.shape != b.shape or not torch.allclose(a, b, rtol=ANCHOR_TOLERANCE, atol=0):
         raise UsageError(
             "the student's anchors differ from the teacher's, so their boxes cannot be compared cell by cell",
             "Build the student with the teacher's anchors and set autoanchor: false",
@@ -76,8 +76,17 @@ pixels 84 to 91 % of all have a gate below 0.01 and hold 4 to 7 % of the sum; co
 """
 
 
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(student's logits, teacher's) -> both as they are compared."""
+
+
+def as_they_are(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The same logits, of a teacher that gives all."""
+    return student, teacher
+
+
 class HeadLoss(DistillLoss):
-    """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `compare` of its own.
+    """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `level` of its own.
 
     Objectness is compared everywhere, but in an unlabelled image only if the teacher is sure of an object in it: else
     that would teach background where nobody knows. The rest is compared where the teacher sees an object: each cell
@@ -104,39 +113,47 @@ class HeadLoss(DistillLoss):
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
         told = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
-        levels = zip(student.raw, told, self.anchors, level_balance(len(student.raw)), strict=True)
-        counted = self._counted_images(teacher.raw, context.labelled)
-        return torch.stack([self._level(*level, counted) for level in levels]).sum()
+        seen = [raw[..., 4] for raw in told]
+        if context.labelled is not None:
+            told = self._without_guessed_background(told, context.labelled)
+        pair = as_they_are if self.tells_all and context.labelled is None else completed
+        levels = zip(student.raw, told, seen, self.anchors, level_balance(len(told)), strict=True)
+        return torch.stack([self.level(*level, pair) for level in levels]).sum()
 
-    def told(self, student: Outputs, teacher: Outputs, context: Context) -> list[tuple[Tensor, Tensor]]:
-        """The maps of both networks, by level: in those of the teacher, the student's own where it tells nothing."""
-        pairs = list(zip(student.raw, teacher.raw, strict=True))
-        if self.tells_all:
-            return pairs
-        return [completed(own, silent_at(raw, context.targets, self.unknown)) for own, raw in pairs]
-
-    def _counted_images(self, teacher: Sequence[Tensor], labelled: int | None) -> Tensor | None:
-        """(B, 1, 1, 1) float32: 0 for each image after the first `labelled` in which the teacher is sure of no object.
-        None where all count.
+    def _without_guessed_background(self, teacher: Sequence[Tensor], labelled: int) -> list[Tensor]:
+        """The maps without objectness in each image after the first `labelled` in which the teacher is sure of no
+        object. A teacher that does not know every class is asked cell by cell: an object of another class may lie
+        anywhere.
         """
-        if labelled is None:
-            return None
-        logits = torch.cat([raw[..., 4].flatten(1) for raw in teacher], 1)
-        best = logits.nan_to_num(-torch.inf).amax(1).float().sigmoid()
-        known = torch.arange(len(best), device=best.device) < labelled
-        return (known | (best >= self.config.unsure)).float().view(-1, 1, 1, 1)
+        sure = [raw[..., 4].float().sigmoid().nan_to_num(0) >= self.config.unsure for raw in teacher]
+        if not len(self.unknown):
+            found = torch.stack([level.flatten(1).any(1) for level in sure]).any(0)
+            sure = [found.view(-1, 1, 1, 1)] * len(teacher)
+        is_objectness = torch.arange(teacher[0].shape[-1], device=teacher[0].device) == 4
+        unlabelled = (torch.arange(len(teacher[0]), device=teacher[0].device) >= labelled).view(-1, 1, 1, 1)
+        return [
+            raw.masked_fill((unlabelled & ~level)[..., None] & is_objectness, torch.nan)
+            for raw, level in zip(teacher, sure, strict=True)
+        ]
 
-    def _level(
-        self, student: Tensor, teacher: Tensor, anchors_wh: Tensor, balance: float, counted: Tensor | None
+    def level(
+        self, student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor, balance: float, pair: Pair
     ) -> Tensor:
-        """() float32: the balanced mean of the objectness term over all cells, plus the gated mean of the others."""
-        gate, s, t, anchors = top_cells(student, teacher, anchors_wh)
-        own, told = student[..., 4], teacher[..., 4]
-        if not self.tells_all:
-            (own, told), (s, t) = completed(own, told), completed(s, t)
-        each = self.objectness(own.float(), told.float())
-        objectness = (each if counted is None else each * counted).mean() * balance
-        return objectness + gated_mean((gate * self.cell(s, t, anchors)).sum(), gate.sum(), len(student))
+        """The loss () float32 of one level: the balanced mean of the objectness term over all cells, plus the gated
+        mean of the others.
+
+        Args:
+            student, teacher: (B, na, H, W, 5 + nc) logits; NaN is one that the teacher does not tell.
+            seen: (B, na, H, W) logits of the objects that the teacher sees, compared or not: those of the gates.
+            anchors_wh: (na, 2) in cells.
+            balance: the level's factor of the objectness in the detection loss.
+            pair: makes of logits of both those that are compared.
+        """
+        gate, s, t, anchors = top_cells(student, teacher, seen, anchors_wh)
+        own, told = pair(student[..., 4], teacher[..., 4])
+        objectness = self.objectness(own.float(), told.float()).mean() * balance
+        each = gate * self.cell(*pair(s, t), anchors)
+        return objectness + gated_mean(each.sum(), gate.sum(), len(student))
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, na, H, W): the objectness term of each cell and anchor, from their logits (B, na, H, W)."""
@@ -150,16 +167,19 @@ class HeadLoss(DistillLoss):
         raise NotImplementedError
 
 
-def top_cells(student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def top_cells(
+    student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cells and anchors of one level with the largest gates: gates (B, k), both networks' logits (B, k, 5 + nc),
     all float32, and their anchors (B, k, 2). k is at most TOP_CELLS.
 
     Args:
         student, teacher: (B, na, H, W, 5 + nc) logits.
+        seen: (B, na, H, W) logits of the gates.
         anchors_wh: (na, 2) in cells.
     """
     height, width = student.shape[2:4]
-    gates = teacher[..., 4].flatten(1).float().sigmoid().nan_to_num(0)
+    gates = seen.flatten(1).float().sigmoid().nan_to_num(0)
     gate, index = gates.topk(min(TOP_CELLS, gates.shape[1]), dim=1)
     rows = index + gates.shape[1] * torch.arange(len(gates), device=gates.device)[:, None]
     # index_select copies whole rows: forward and backward take a third of the time that gather takes on a CPU
@@ -300,10 +320,11 @@ class MSE(HeadLoss):
 
     name = "mse"
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        pairs = self.told(student, teacher, context)
-        return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in pairs]).sum()
+    def level(
+        self, student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor, balance: float, pair: Pair
+    ) -> Tensor:
+        s, t = pair(student, teacher)
+        return F.mse_loss(s.float(), t.float())
 
 
 class CrossEntropy(HeadLoss):
@@ -317,7 +338,8 @@ class CrossEntropy(HeadLoss):
 
     name = "cross_entropy"
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        pairs = self.told(student, teacher, context)
-        return torch.stack([binary_kl(s[..., 4:].float(), t[..., 4:].float()).mean() for s, t in pairs]).sum()
+    def level(
+        self, student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor, balance: float, pair: Pair
+    ) -> Tensor:
+        s, t = pair(student, teacher)
+        return binary_kl(s[..., 4:].float(), t[..., 4:].float()).mean()

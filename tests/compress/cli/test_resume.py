@@ -137,8 +137,13 @@ def test_a_distillation_goes_on_with_its_teacher_and_no_other(
     assert load_state(tmp_path / "runs/distill/exp/state.pt")["config"]["losses"]["cwd"]["weight"] == 0.5
 
 
+@pytest.mark.parametrize("further", [("--teacher", "two.safetensors"), ("--set", "teachers=[two.safetensors]")])
 def test_a_distillation_with_several_teachers_goes_on_with_all_of_them(
-    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    further: tuple[str, str],
+    tiny_data: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch
 
@@ -148,7 +153,7 @@ def test_a_distillation_with_several_teachers_goes_on_with_all_of_them(
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         save_model(YOLOv5(Architecture.of_scale("p", tiny_data.names)).eval(), tmp_path / f"{name}.safetensors", {})
-    both = ["--teacher", "one.safetensors", "--teacher", "two.safetensors"]
+    both = ["--teacher", "one.safetensors", *further]
     begin = ["distill", "--data", tiny_data.path, *both, "--scale", "p", "--init", "scratch", *SETTINGS, "--epochs", 1]
     assert edgestill(*begin) == 0
     (tmp_path / "elsewhere").mkdir()

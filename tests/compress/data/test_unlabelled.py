@@ -112,6 +112,12 @@ def test_the_frames_of_a_video_become_files_as_large_as_they_are_trained(film: P
     assert f"{len(numbers)} images of {film}, one frame in 5; {12 - len(numbers)} near-duplicates" in lines[-1]
 
 
+def test_frames_are_as_large_as_the_teacher_sees_them(film: Path, tmp_path: Path) -> None:
+    small, large = (found(config(film, teacher_imgsz=side), tmp_path / "out") for side in (None, 128))
+    assert {sample.size_hw for sample in small.samples} == {(48, 64)}
+    assert {sample.size_hw for sample in large.samples} == {(96, 128)}
+
+
 def test_another_sampling_takes_other_frames_and_the_same_one_the_same_files(film: Path, tmp_path: Path) -> None:
     one, same, other = (found(config(film, frame_stride=n), tmp_path / "out") for n in (5, 5, 3))
     assert one.sha256 == same.sha256 != other.sha256

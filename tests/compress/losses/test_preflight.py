@@ -20,6 +20,7 @@ NAMES = ("bolt", "nut", "washer")
 class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
+    labelled: int | None = None
 
 
 class Network(nn.Module):
@@ -188,6 +189,29 @@ def test_a_fixed_weight_that_drowns_the_labels_is_told_with_the_remedy(batch):
         told[weight] = [check.detail for check in checks if check.name == f"obj_kd {DROWNS}"]
     assert "times their gradient; obj_kd: auto avoids it" in told[1e6][0]
     assert told[1e-6] == told[None] == []
+
+
+def test_without_labels_shares_refer_to_the_first_head_loss(batch):
+    student, teacher = _pair()
+    losses = {
+        "soft": _losses(student, teacher, ("soft",))["soft"],
+        "same": _losses(student, teacher, ("soft",))["soft"],
+    }
+    losses["same"].weight = 1.0
+    assert preflight(student, teacher, losses, batch)[-1].detail == "soft 50.0%, same 50.0%"
+
+
+def test_losses_are_told_which_images_have_labels(batch):
+    student, teacher = _pair()
+    seen = []
+
+    class Watched(LOSSES["soft"]):
+        def compare(self, student, teacher, context):
+            seen.append(context.labelled)
+            return super().compare(student, teacher, context)
+
+    preflight(student, teacher, {"soft": Watched(_shape(student), _shape(teacher))}, batch._replace(labelled=1))
+    assert set(seen) == {1}
 
 
 def test_shares_that_are_too_large_together_are_told_as_they_will_be(batch):

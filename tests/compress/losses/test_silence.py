@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.config import DistillConfig
 from compress.losses.distill import LOSSES, Context, FeatureLoss, HeadLoss, Outputs, Shape
 from compress.losses.distill.features import teacher_score
 from compress.losses.distill.head import silent_at
@@ -86,6 +87,44 @@ def test_an_object_of_an_unknown_class_is_not_pushed_to_background(shape: Shape,
     assert is_nothing(fine[0, :, 3:5, 3:5])
     assert fine[0, :, 0, 0, 4].all()
     assert fine[1, :, 3:5, 3:5, 4].all()
+
+
+def unlabelled_gradients(name: str, shape: Shape, teacher: Outputs, unsure: float, **told: object) -> list[Tensor]:
+    """At objectness, where only the first of the two images has labels."""
+    student = outputs(shape, 0)
+    for level in student.raw:
+        level.requires_grad_()
+    config = DistillConfig(unsure=unsure)
+    loss = LOSSES[name](shape, shape._replace(**told), config)(student, teacher, Context(torch.zeros(0, 6), labelled=1))
+    loss.backward()
+    return [level.grad[..., 4] for level in student.raw]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_unlabelled_image_teaches_no_background_where_the_teacher_is_sure_of_no_object(
+    shape: Shape, name: str
+) -> None:
+    teacher = outputs(shape, 1)
+    for level in teacher.raw:
+        level[..., 4] = -3.0
+    for labelled, unlabelled in unlabelled_gradients(name, shape, teacher, 0.5):
+        assert labelled.all()
+        assert is_nothing(unlabelled)
+    teacher.raw[0][1, 0, 0, 0, 4] = 3.0
+    assert all(level.all() for level in unlabelled_gradients(name, shape, teacher, 0.5))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_teacher_that_lacks_a_class_teaches_only_objects_in_an_unlabelled_image(shape: Shape, name: str) -> None:
+    teacher = outputs(shape, 1)
+    for level in teacher.raw:
+        level[..., 4] = -3.0
+        level[..., 6] = torch.nan
+    teacher.raw[0][1, 0, 0, 0, 4] = 3.0
+    fine, *coarse = unlabelled_gradients(name, shape, teacher, 0.5, unknown=(1,), tells_all=False)
+    assert fine[0].all()
+    assert (fine[1].abs() > 1e-7).nonzero().tolist() == [[0, 0, 0]]
+    assert all(is_nothing(level[1]) for level in coarse)
 
 
 def test_silence_covers_the_neighbours_that_a_label_is_assigned_to() -> None:

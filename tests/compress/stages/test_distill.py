@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from compress.log import Log
 from compress.losses import distill as losses
 from compress.losses.distill import features
 from compress.losses.distill.features import Level
+from compress.models import YOLOv5
 from compress.models.checkpoint import load, load_model
 from compress.stages.distill import STAGE, Config, Inputs, run
 from compress.stages.teacher import train
+from compress.training.checks import Accuracy
 from compress.training.loop import Job, Trainer
 from compress.training.objective import Objective, detection_loss
 from compress.training.prepare import new_model, open_splits
@@ -279,6 +282,25 @@ def test_teacher_and_student_of_a_joint_training_are_both_saved(
     assert load(tmp_path / "student.safetensors").architecture.scale == "p"
     assert all(float(row["train/teacher_loss"]) > 0 for row in rows(tmp_path))
     assert any("joint: the teacher trains too" in line and "MiB" in line for line in lines)
+
+
+def test_a_student_is_compared_with_the_teacher_that_trained_along(
+    tiny_data: Dataset, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def accuracy(model: YOLOv5, *_: Any, rect: bool) -> Accuracy:
+        measured.append(model.state_dict())
+        return Accuracy(0.25, 0.5, 4, rect)
+
+    monkeypatch.setattr("compress.stages.distill.student_accuracy", accuracy)
+    distill(config(strategy="joint", losses={"soft": "auto"}), tiny_data, teacher_file, tmp_path)
+    told = json.loads((tmp_path / "teacher.json").read_text())
+    assert (told["map50_95"], told["map50"]) == (0.25, 0.5)
+    trained = load(tmp_path / "teacher.safetensors").state_dict
+    same = [torch.equal(value, measured[-1][key]) for key, value in trained.items() if key.endswith(".bias")]
+    assert same
+    assert all(same)
 
 
 def test_labels_that_are_trained_on_must_be_there(without_labels: Dataset, teacher_file: Path, tmp_path: Path) -> None:

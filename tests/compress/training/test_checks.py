@@ -33,9 +33,9 @@ def source(path: str = "big.pt", imgsz: int | None = None, names: tuple[str, ...
     return Source(Path(path), map_classes("it", names, NAMES, {}), None, (), imgsz=imgsz)
 
 
-def warnings(one: Source, teacher: float = 0.5, start: float | None = None) -> list[str]:
+def warnings(one: Source, teacher: float = 0.5, start: float | None = None, **changes: object) -> list[str]:
     begun = None if start is None else Accuracy(start, start, 4, rect=True)
-    checks = check_teacher([one], Accuracy(teacher, teacher, 4, rect=True), begun, config(), NAMES)
+    checks = check_teacher([one], Accuracy(teacher, teacher, 4, rect=True), begun, config(**changes), NAMES)
     assert all(check.ok for check in checks)
     return [check.detail for check in checks if check.warns]
 
@@ -56,6 +56,11 @@ def test_another_size_than_the_teachers_own_is_told_with_the_remedy(size: int, r
 def test_a_map_that_loses_classes_says_which() -> None:
     (told,) = warnings(source(names=("nut", "car", "dog")))
     assert told == "1 of 2 classes, 2 of its own left out; only the labels teach bolt"
+
+
+def test_a_class_that_neither_teacher_nor_labels_teach_is_told() -> None:
+    (told,) = warnings(source(names=("nut", "car", "dog")), label_weight=0)
+    assert told.endswith("; nothing teaches bolt")
 
 
 @pytest.mark.parametrize("start", [0.5, 0.6])

@@ -9,6 +9,7 @@ import torch
 
 from compress.losses.distill import Outputs
 from compress.training.teacher import Teacher, distillation
+from runtime.errors import UsageError
 
 from .toys import batch, config, network
 
@@ -95,3 +96,8 @@ def test_the_soft_loss_sees_which_images_are_labelled() -> None:
     x, teacher = images(), outputs(images())
     a, b = (objective(x, batch(0, 2).targets, teacher, labelled=2).terms[3] for objective in (sure, unsure))
     assert b < a
+
+
+def test_a_loss_that_reads_labels_is_refused_where_there_are_none() -> None:
+    with pytest.raises(UsageError, match=r"loss fgd needs the labels, which some images lack\. Leave it out"):
+        made(has_labels=False, label_weight=0, losses={"soft": "auto", "fgd": "auto"})

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +70,11 @@ def test_rows_whose_anchors_are_not_inside_are_boxes(conventional: onnx.ModelPro
     assert boxes.isfinite().all()
 
 
-def fixed(outputs: dict[str, np.ndarray], **metadata: str) -> onnx.ModelProto:
-    """A graph that gives these arrays for every image (1, 3, 64, 64)."""
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, SIDE, SIDE])
+def fixed(
+    outputs: dict[str, np.ndarray], shape: Sequence[int | str] = (1, 3, SIDE, SIDE), **metadata: str
+) -> onnx.ModelProto:
+    """A graph that gives these arrays for every image of `shape`."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)
     nodes, infos = [], []
     nodes.append(helper.make_node("ReduceMin", ["images"], ["least"], keepdims=0))
     nodes.append(helper.make_node("Mul", ["least", "zero"], ["nothing"]))
@@ -135,6 +137,22 @@ def test_raw_maps_without_their_anchors_are_refused(teacher: YOLOv5, tmp_path: P
 def test_what_is_no_detector_is_refused(outputs: dict[str, np.ndarray], complaint: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=complaint):
         opened(fixed(outputs), tmp_path)
+
+
+def test_a_file_for_several_images_a_call_is_refused(tmp_path: Path) -> None:
+    shape = (4, 3, SIDE, SIDE)
+    with pytest.raises(InputError, match=r"input is float32 \[4, 3, 64, 64\], expected .*\. Export it for one square"):
+        opened(fixed({"output": np.zeros((4, 252, 7))}, shape), tmp_path)
+
+
+def test_a_graph_that_fails_is_one_line(tmp_path: Path) -> None:
+    made = fixed({"map": np.zeros((1, 3, 8, 8, 7))}, ("batch", 3, "side", "side"))
+    made.graph.node.insert(0, helper.make_node("Reshape", ["images", "eight"], ["wrong"]))
+    made.graph.initializer.append(numpy_helper.from_array(np.array([8, 3, SIDE, SIDE]), "eight"))
+    made.graph.node[1].input[0] = "wrong"
+    with pytest.raises(InputError, match=r"teacher\.onnx: fails for one image of 64x64 pixels: ") as failed:
+        opened(made, tmp_path)
+    assert "\n" not in str(failed.value)
 
 
 def test_a_file_that_does_not_load_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from compress.config import AugmentConfig, DistillConfig, TrainConfig
-from compress.data import Dataset
+from compress.data import Dataset, SplitIndex
+from compress.data.unlabelled import NO_LABELS
 from compress.models import Architecture, YOLOv5, save_model
 from compress.models.checkpoint import load
 from compress.training.prepare import (
@@ -96,3 +97,29 @@ def test_a_state_of_other_classes_does_not_continue() -> None:
     assert model_from_state(state, NAMES).arch == network().arch
     with pytest.raises(UsageError, match="Resume with the same data"):
         model_from_state(state, ("bolt", "washer"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "labelled"),
+    [
+        ({}, 20, 10),
+        ({"strategy": "soft_labels"}, 20, 10),
+        ({"strategy": "label_free"}, 4, 0),
+        ({"strategy": "label_free", "label_weight": 0.5}, 20, 10),
+    ],
+)
+def test_the_train_split_takes_part_but_in_a_training_without_labels(
+    changes: dict[str, object], images: int, labelled: int, tiny_data: Dataset
+) -> None:
+    settings = DistillConfig.model_validate({"imgsz": 64, "unlabelled": "images"} | changes)
+    train = open_distillation(tiny_data, tiny_data.splits["val"], settings, quiet).train
+    assert (len(train), train.labelled) == (images, labelled)
+
+
+def test_beside_unlabelled_images_a_train_split_without_labels_counts_as_unlabelled(tiny_data: Dataset) -> None:
+    train = tiny_data.splits["train"]
+    bare = SplitIndex(tuple(replace(sample, labels=NO_LABELS) for sample in train.samples), ())
+    data = replace(tiny_data, splits={**tiny_data.splits, "train": bare})
+    settings = DistillConfig.model_validate({"imgsz": 64, "unlabelled": "images", "strategy": "soft_labels"})
+    found = open_distillation(data, tiny_data.splits["val"], settings, quiet).train
+    assert (len(found), found.labelled) == (20, 0)
