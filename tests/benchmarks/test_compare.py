@@ -115,7 +115,9 @@ def test_what_was_not_measured_breaks_the_rule(sample: Report) -> None:
     assert fail_on("int4.map50_95<0.3", sample) == ["int4.map50_95<0.3: no file of the report has map50_95"]
 
 
-@pytest.mark.parametrize("rule", ["", "map50_95", "map50_95=0.3", "map50_95<abc", "banana<1", "__import__('os')<1"])
+@pytest.mark.parametrize(
+    "rule", ["", "map50_95", "map50_95=0.3", "map50_95<abc", "banana<1", "imgsz<320", "__import__('os')<1"]
+)
 def test_a_rule_that_cannot_be_read_is_a_usage_error(sample: Report, rule: str) -> None:
     with pytest.raises(UsageError):
         fail_on(rule, sample)
