@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.metadata import opset_of
 from compress.graph.parts import GraphParts, sort_topologically
 from compress.graph.ranges import calibrate
 from runtime.errors import EdgestillError
@@ -81,8 +82,7 @@ def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
 def _raise_opset_for_quantised(model: onnx.ModelProto) -> None:
     """FP16 scales of QuantizeLinear need opset 19."""
     quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if quantised and version < 19:
+    if quantised and opset_of(model) < 19:
         model.CopyFrom(onnx.version_converter.convert_version(model, 19))
 
 

@@ -30,7 +30,7 @@ from compress.data import Dataset
 from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.batches import filled_batches
 from compress.graph.builder import write_model
-from compress.graph.metadata import read_card, write_card
+from compress.graph.metadata import opset_of, read_card, write_card
 from compress.graph.parts import GraphParts
 from compress.graph.placement import layers
 from compress.graph.ranges import Ranges, calibrate
@@ -304,7 +304,8 @@ class Origin:
             if flavour.scheme
             else flavour.make(self.source)
         )
-        write_card(made, replace(self.card, precision=flavour.name))
+        provenance = {**self.card.provenance, "opset": opset_of(made)}
+        write_card(made, replace(self.card, precision=flavour.name, provenance=provenance))
         return write_model(made, path)
 
 
