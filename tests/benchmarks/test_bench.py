@@ -20,6 +20,9 @@ from benchmarks.bench import Plan, compare_files, digest, list_images, measure_f
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
 from benchmarks.wording import findings
+from runtime.backends import LoadOptions
+from runtime.backends import onnx as onnx_backend
+from runtime.backends.onnx import session_options
 from runtime.card import METADATA_KEY, Artifact, Batches, ModelCard
 from runtime.detector import Detector
 from runtime.errors import InputError
@@ -306,6 +309,15 @@ def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> Non
     assert "95 % interval" in text
     assert "n = 100" in text
     assert "verdict: " in text
+
+
+def test_the_bare_session_has_the_options_of_the_detectors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[LoadOptions] = []
+    monkeypatch.setattr(onnx_backend, "session_options", lambda load: (used.append(load), session_options(load))[1])
+    Plan([], device="cpu", threads=1).detector(folder / "model.onnx").close()
+    overhead.bare_session(folder / "model.onnx", 1)
+    assert len(used) == 2
+    assert used[0] == used[1]
 
 
 def test_overhead_needs_an_onnx_file(folder: Path, capsys: Any) -> None:
