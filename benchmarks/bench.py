@@ -138,6 +138,7 @@ def _settings(detector: Detector, plan: Plan) -> Row:
         "warmup_ms": plan.warmup_ms,
         "interval_ms": plan.interval_ms,
         "threads": plan.threads,
+        "as_written": plan.as_written,
     }
 
 

@@ -97,8 +97,8 @@ def _models(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _settings(rows: Sequence[Row]) -> Iterator[str]:
-    """One sentence for each setting in which the files differ."""
-    shared = shared_settings(rows)
+    """One sentence for each setting in which the files differ, apart from `as_written`: each row's note tells that."""
+    shared = {"as_written", *shared_settings(rows)}
     for key in rows[0]["settings"] if rows else ():
         if key not in shared:
             files: dict[str, list[str]] = {}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bench import Plan
+from benchmarks.environment import CPU, device_name
 from compress.config import BenchConfig, Recipe
 from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
-from compress.flavours import FILES, REFERENCE
+from compress.flavours import FILES, FLAVOURS, REFERENCE
 from compress.graph.candidates import Validation
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
@@ -49,6 +51,19 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
         accuracy_conf=config.accuracy_conf,
         device=device,
     )
+
+
+def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
+    """The plan with the `as_written` that suits a file or bundle, and the note that belongs beside its figures.
+
+    The CPU computes a flavour that is made for other hardware in float, as it is written: integer kernels that it is
+    not made for would say nothing about it. Raises the errors of `Detector.load`.
+    """
+    with plan.detector(path, spin=False) as detector:
+        flavour, is_cpu = FLAVOURS.get(detector.card.precision), device_name(detector.providers) == CPU
+    if flavour is None or not is_cpu:
+        return replace(plan, as_written=False), ""
+    return replace(plan, as_written=not flavour.for_this_cpu), flavour.note
 
 
 class MeasuredFile(NamedTuple):

@@ -18,8 +18,7 @@ from benchmarks.rows import Row, named_apart, plain
 from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
 from compress.data import Dataset, Sample, SplitIndex
 from compress.evaluate import evaluate
-from compress.flavours import FLAVOURS
-from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, suited
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
@@ -74,17 +73,16 @@ def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
 
 
 def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
-    flavour = FLAVOURS.get(file.precision or "")
-    is_elsewhere = flavour is not None and not flavour.for_this_cpu
+    own_plan, note = suited(plan, file.path)
     row = measure_file(
         file.path,
-        replace(plan, as_written=is_elsewhere and plan.device == "cpu"),
+        own_plan,
         role=file.role,
         precision=file.precision,
         kept=file.kept,
         reason=file.reason,
         loss=file.loss,
-        note=flavour.note if flavour and plan.device == "cpu" else "",
+        note=note,
     )
     latency = row["latency"]["end_to_end"]
     log(
