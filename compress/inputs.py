@@ -19,7 +19,7 @@ from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
 from runtime.errors import InputError
 from runtime.files import read_json
-from runtime.identity import ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
+from runtime.identity import IN_A_FOLDER, ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
@@ -102,7 +102,7 @@ def refuse_another_model(out: Path, card: ModelCard, writes: Collection[str]) ->
         found = _card_at(path)
         if found is None:
             raise OccupiedError(f"{path} is no file that edgestill wrote, or is damaged", f"{hint}, or delete it")
-        common = ROWS_SETTINGS if found.output == "rows" else SETTINGS
+        common = (*(ROWS_SETTINGS if found.output == "rows" else SETTINGS), *IN_A_FOLDER)
         require_same((found, path), (card, "the one to be written"), hint, settings=common, error=OccupiedError)
         if listed := sorted({artifact.file for artifact in found.artifacts} & set(writes)):
             raise OccupiedError(f"{path} lists {listed[0]} by its hash, so it would no longer load", hint)

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench import Plan
-from compress.inputs import kept_files, measured_files, suited
+from compress.inputs import kept_files, measured_files, refuse_another_model, suited
+from runtime.bundle import folder_card
+from runtime.card import CARD_FILE, Batches
 from runtime.errors import InputError
+from runtime.identity import OccupiedError
 from tests.runtime.toys import canvas_model, card
 
 
@@ -63,3 +66,15 @@ def test_the_card_and_the_device_that_runs_decide_what_is_computed_as_written(
     assert (plan.as_written, note != "") == (as_written, as_written)
     monkeypatch.setattr("compress.inputs.device_name", lambda providers: "a GPU")
     assert suited(plan, model) == (Plan([], device=device), "")
+
+
+def test_files_of_other_batches_are_not_written_beside_each_other(tmp_path: Path) -> None:
+    """They would have the same names, or one call of a bundle would take other images than the next."""
+    own, other = card(), card(batches=Batches(4, 4))
+    canvas_model(tmp_path / "model.onnx", own)
+    refuse_another_model(tmp_path, own, ("model.onnx",))
+    with pytest.raises(OccupiedError, match="batches 1 instead of 4"):
+        refuse_another_model(tmp_path, other, ("model.onnx",))
+    other.save(tmp_path / CARD_FILE)
+    with pytest.raises(OccupiedError, match="batches 1 instead of 4"):
+        folder_card(tmp_path, tmp_path / "model.onnx")

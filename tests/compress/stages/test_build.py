@@ -270,5 +270,10 @@ def test_the_profile_of_an_open_batch_is_that_of_the_settings(tmp_path, monkeypa
     monkeypatch.setattr(stage, "build_engine", note)
     for batches in (OPEN, Batches(4, 4)):
         model = write_model(tmp_path / "model.onnx", batches=batches)
-        build(BuildConfig(batches=(2, 3, 5)), models={"fp32": model}, out=tmp_path / "plans", log=lambda _: None)
+        build(
+            BuildConfig(batches=(2, 3, 5)),
+            models={"fp32": model},
+            out=tmp_path / f"plans{batches.most}",
+            log=lambda _: None,
+        )
     assert seen == [{"canvas": ((2, 32, 32, 3), (3, 32, 32, 3), (5, 32, 32, 3))}, {}]
