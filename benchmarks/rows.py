@@ -95,6 +95,11 @@ ap = nested_reader("accuracy", "map50_95")
 """mAP50-95, if the row has it."""
 
 
+def is_timed_here(row: Row) -> bool:
+    """Whether the latency of a row may be compared: that of a file computed as written says nothing of its hardware."""
+    return row["latency"] is not None and not row["settings"].get("as_written", False)
+
+
 def is_kept(row: Row) -> bool:
     return row["gate"] is None or row["gate"]["kept"]
 

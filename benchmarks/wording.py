@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.formats import count, difference, digest_start, milliseconds, moment, number, short_accuracy
-from benchmarks.rows import Row, ap, identities, is_kept, p50, shared_settings
+from benchmarks.rows import Row, ap, identities, is_kept, is_timed_here, p50, shared_settings
 
 FEW_IMAGES = 100
 USELESS = 0.01
@@ -115,8 +115,8 @@ def _refusals(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _quantised(rows: Sequence[Row]) -> Iterator[str]:
-    """Each reduced precision against FP32 of the same role, backend and device."""
-    for row in rows:
+    """Each reduced precision against FP32 of the same role, backend and device, where its latency says something."""
+    for row in filter(is_timed_here, rows):
         full = _full_precision(row, rows)
         if full is None or p50(row) is None or p50(full) is None:
             continue
