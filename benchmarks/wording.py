@@ -36,9 +36,13 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    alone = all(row["settings"]["batch"] == 1 for row in data["models"])
-    span = "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
-    return [*lines, f"Latency is milliseconds from {span}"]
+    return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}"]
+
+
+def timed_span(rows: Sequence[Row]) -> str:
+    """What one latency is the time of: a frame, or all frames of a call."""
+    alone = all(row["settings"]["batch"] == 1 for row in rows)
+    return "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from runtime.backends import onnx as onnx_backend
 from runtime.backends.onnx import session_options
 from runtime.card import METADATA_KEY, Artifact, Batches, ModelCard
 from runtime.detector import Detector
-from runtime.errors import InputError
+from runtime.errors import InputError, UsageError
 from runtime.files import sha256
 from tests.runtime import toys
 
@@ -139,6 +139,12 @@ def test_a_call_is_timed_on_the_batch_of_its_file(
     settings = measure_file(file, plan)["settings"]
     assert (settings["imgsz"], settings["batch"]) == ("32x64", timed)
     assert compare_files(file, file, plan, rounds=10).rounds == 10
+
+
+def test_calls_of_different_numbers_of_frames_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    one, two = (toys.canvas_model(tmp_path / f"{n}.onnx", replace(toys.card(), batches=Batches(n, n))) for n in (1, 2))
+    with pytest.raises(UsageError, match=r"1\.onnx takes 1 frames, one of 2\.onnx 2"):
+        compare_files(one, two, Plan(numbered_images(folder / "images"), warmup_ms=1), rounds=10)
 
 
 def test_a_report_tells_height_width_and_batch(folder: Path, tmp_path: Path, capsys: Any) -> None:
