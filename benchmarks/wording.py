@@ -40,7 +40,7 @@ def summary(data: Mapping[str, Any]) -> list[str]:
 
 
 def timed_span(rows: Sequence[Row]) -> str:
-    """What one latency is the time of: a frame, or all frames of a call."""
+    """The time that one latency covers: that of a frame, or of all frames of a call."""
     alone = all(row["settings"]["batch"] == 1 for row in rows)
     return "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
 

@@ -149,7 +149,7 @@ class Loss:
 
     @property
     def remedy(self) -> str:
-        """What there must be more of for a smaller error: images or draws, whichever has the larger part."""
+        """The larger part of the error, "images" or "draws": more of them make it smaller."""
         return "draws" if (self.standard_error or 0.0) > (self.image_error or 0.0) else "images"
 
     def __str__(self) -> str:
