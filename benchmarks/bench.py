@@ -138,6 +138,7 @@ def _settings(detector: Detector, plan: Plan) -> Row:
         "warmup_ms": plan.warmup_ms,
         "interval_ms": plan.interval_ms,
         "threads": plan.threads,
+        "as_written": plan.as_written,
     }
 
 
@@ -197,10 +198,17 @@ def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) ->
     """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
-    per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`.
+    per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`, and UsageError when a call of
+    the one takes more frames than a call of the other.
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
     with plan.detector(reference) as first, plan.detector(other) as second:
+        batches = batch_of(first, plan), batch_of(second, plan)
+        if len(set(batches)) > 1:
+            raise UsageError(
+                f"A call of {reference.name} takes {batches[0]} frames, one of {other.name} {batches[1]}",
+                "Compare files of one batch",
+            )
         sides = _call_on(first, frames, plan), _call_on(second, frames, plan)
         return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
 

@@ -52,7 +52,19 @@ def distinct(names: Sequence[str]) -> list[str]:
 def warnings(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """One sentence for each fact that must be equal and is not, with every value."""
     facts = [comparable(report) for report in reports]
-    return [sentence for what in facts[0] if (sentence := _difference(what, names, [fact[what] for fact in facts]))]
+    found = [_difference(what, names, [fact[what] for fact in facts]) for what in facts[0]]
+    return [sentence for sentence in (*found, *_as_written(names, reports)) if sentence]
+
+
+def _as_written(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on the precisions of which one report was computed in float and another by integer kernels."""
+    ways: dict[str, dict[str, list[Any]]] = {}
+    for name, data in zip(names, reports, strict=True):
+        for row in data["models"]:
+            way = row["settings"].get("as_written")
+            if way is not None and way not in ways.setdefault(row["precision"], {}).setdefault(name, []):
+                ways[row["precision"]][name].append(way)
+    return [_difference(f"as_written of {key}", list(own), list(own.values())) for key, own in ways.items()]
 
 
 def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:

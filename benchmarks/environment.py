@@ -21,10 +21,14 @@ def environment() -> dict[str, Any]:
     return facts | {"packages": packages} | {key: value for key, value in more.items() if value not in (None, "")}
 
 
+CPU = "cpu"
+"""Name of the device that is no GPU."""
+
+
 def device_name(providers: tuple[str, ...]) -> str:
     """The device that runs a file: "cpu", or the first GPU's name. `providers` are those of the loaded detector."""
     if providers[0] == "CPUExecutionProvider":
-        return "cpu"
+        return CPU
     gpus = machine.facts()["gpus"]
     return gpus[0]["name"] if gpus else providers[0]
 

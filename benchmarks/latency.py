@@ -109,7 +109,12 @@ def measure(
 
     Without `interval_ms` a frame comes when the last one is done. With it, frames come at that interval as from a
     camera, and a latency counts from the moment its frame was due: a slow frame also delays those that wait behind it.
+    Raises UsageError when an interval is given and a call takes several frames, of which each is due at another time.
     """
+    if interval_ms is not None and batch > 1:
+        raise UsageError(
+            f"An interval of {interval_ms:g} ms, and {batch} frames a call", "An interval is for files of one image"
+        )
     queue = in_turn(frames, batch)
     warm = warm_up(lambda: _timestamps(detector, next(queue), clock), warmup_ms, clock)
     due = _due_times(clock(), interval_ms, samples)

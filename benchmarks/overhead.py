@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
 from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
+from runtime.backends import LoadOptions
 from runtime.errors import InputError
 from runtime.numbers import whole
 from runtime.terminal import exit_code_of
@@ -54,12 +55,12 @@ def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame
 
 
 def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
-    """`session.run` of ONNX Runtime on the CPU, with nothing around it."""
+    """`session.run` of ONNX Runtime on the CPU, with nothing around it and the detector's options."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    from runtime.backends.onnx import session_options
+
+    options = session_options(LoadOptions("cpu", threads))
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda array: session.run(None, {name: array})

@@ -77,6 +77,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "machine": flat(data["machine"]),
         "settings": flat(shared_settings(rows) | {"argv": data["argv"] or []}),
         "summary": wording.summary(data),
+        "span": wording.timed_span(rows),
         "findings": wording.findings(data),
         "best": best,
         "gain": wording.first_gain(data["gain"]),

@@ -95,6 +95,11 @@ ap = nested_reader("accuracy", "map50_95")
 """mAP50-95, if the row has it."""
 
 
+def is_timed_here(row: Row) -> bool:
+    """Whether the latency of a row may be compared: that of a file computed as written says nothing of its hardware."""
+    return row["latency"] is not None and not row["settings"].get("as_written", False)
+
+
 def is_kept(row: Row) -> bool:
     return row["gate"] is None or row["gate"]["kept"]
 
@@ -207,7 +212,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("bytes", nested_reader("bytes"), "Size", size),
     Column("parameters", nested_reader("parameters")),
     Column("gflops", nested_reader("gflops")),
-    *map(_setting, ("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "threads")),
+    Column("imgsz", nested_reader("settings", "imgsz"), is_number=False),
+    *map(_setting, ("batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det", "threads")),
     _accuracy("map50_95", "mAP50-95"),
     _accuracy("map50", "mAP50"),
     *map(_accuracy, ("map75", "small", "medium", "large", "recall")),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.formats import count, difference, digest_start, milliseconds, moment, number, short_accuracy
-from benchmarks.rows import Row, ap, identities, is_kept, p50, shared_settings
+from benchmarks.rows import Row, ap, identities, is_kept, is_timed_here, p50, shared_settings
 
 FEW_IMAGES = 100
 USELESS = 0.01
@@ -36,9 +36,13 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    alone = all(row["settings"]["batch"] == 1 for row in data["models"])
-    span = "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
-    return [*lines, f"Latency is milliseconds from {span}"]
+    return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}"]
+
+
+def timed_span(rows: Sequence[Row]) -> str:
+    """The time that one latency covers: that of a frame, or of all frames of a call."""
+    alone = all(row["settings"]["batch"] == 1 for row in rows)
+    return "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:
@@ -103,8 +107,8 @@ def _models(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _settings(rows: Sequence[Row]) -> Iterator[str]:
-    """One sentence for each setting in which the files differ."""
-    shared = shared_settings(rows)
+    """One sentence for each setting in which the files differ, apart from `as_written`: each row's note tells that."""
+    shared = {"as_written", *shared_settings(rows)}
     for key in rows[0]["settings"] if rows else ():
         if key not in shared:
             files: dict[str, list[str]] = {}
@@ -121,8 +125,8 @@ def _refusals(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _quantised(rows: Sequence[Row]) -> Iterator[str]:
-    """Each reduced precision against FP32 of the same role, backend and device."""
-    for row in rows:
+    """Each reduced precision against FP32 of the same role, backend and device, where its latency says something."""
+    for row in filter(is_timed_here, rows):
         full = _full_precision(row, rows)
         if full is None or p50(row) is None or p50(full) is None:
             continue

@@ -46,15 +46,11 @@ class Flavour:
     @property
     def make(self) -> Callable[..., Any]:
         function: Callable[..., Any] = resolve_name(self.maker)
-        return function if self.scheme is None else partial(_of_scheme, function, self.scheme)
+        return function if self.scheme is None else partial(function, scheme=self.scheme)
 
     def fault(self, model: Any, canvases: Any) -> str:
         """The reason why the flavour fails on its own hardware, measured on the FP32 `model`; empty without one."""
         return str(resolve_name(self.check)(model, canvases)) if self.check else ""
-
-
-def _of_scheme(function: Callable[..., Any], scheme: Scheme, model: Any, ranges: Any, **more: Any) -> Any:
-    return function(model, ranges, scheme, **more)
 
 
 QDQ = "compress.graph.qdq:quantised"

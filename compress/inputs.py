@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bench import Plan
+from benchmarks.environment import CPU, device_name
 from compress.config import BenchConfig, Recipe
 from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
-from compress.flavours import FILES, REFERENCE
+from compress.flavours import FILES, FLAVOURS, REFERENCE
 from compress.graph.candidates import Validation
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
 from runtime.errors import InputError
 from runtime.files import read_json
-from runtime.identity import ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
+from runtime.identity import IN_A_FOLDER, ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
@@ -49,6 +51,19 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
         accuracy_conf=config.accuracy_conf,
         device=device,
     )
+
+
+def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
+    """The plan with the `as_written` that suits a file or bundle, and the note that belongs beside its figures.
+
+    The CPU computes a flavour that is made for other hardware in float, as it is written: integer kernels that it is
+    not made for would say nothing about it. Raises the errors of `Detector.load`.
+    """
+    with plan.detector(path, spin=False) as detector:
+        flavour, is_cpu = FLAVOURS.get(detector.card.precision), device_name(detector.providers) == CPU
+    if flavour is None or not is_cpu:
+        return replace(plan, as_written=False), ""
+    return replace(plan, as_written=not flavour.for_this_cpu), flavour.note
 
 
 class MeasuredFile(NamedTuple):
@@ -87,7 +102,7 @@ def refuse_another_model(out: Path, card: ModelCard, writes: Collection[str]) ->
         found = _card_at(path)
         if found is None:
             raise OccupiedError(f"{path} is no file that edgestill wrote, or is damaged", f"{hint}, or delete it")
-        common = ROWS_SETTINGS if found.output == "rows" else SETTINGS
+        common = (*(ROWS_SETTINGS if found.output == "rows" else SETTINGS), *IN_A_FOLDER)
         require_same((found, path), (card, "the one to be written"), hint, settings=common, error=OccupiedError)
         if listed := sorted({artifact.file for artifact in found.artifacts} & set(writes)):
             raise OccupiedError(f"{path} lists {listed[0]} by its hash, so it would no longer load", hint)

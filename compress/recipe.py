@@ -142,7 +142,7 @@ TEMPLATE = """\
 
 name: {name}
 data: {data}            # data.yaml: path, train, val, names
-imgsz: {imgsz}              # pixels; training, calibration, export and measurement share it
+imgsz: {imgsz}              # pixels of training, and of all that follows unless export.imgsz says otherwise
 seed: 0
 device: auto            # auto, cpu, or a GPU number
 

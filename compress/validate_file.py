@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import Accuracy, YoloMetrics, detector_accuracy
+from benchmarks.bench import Plan
 from benchmarks.rows import plain
 from compress.compute.numerics import flush_denormals
 from compress.data import DataConfig, index_dataset, load_data
 from compress.data.class_names import class_conflict
 from compress.evaluate import NmsSettings, evaluate
-from compress.inputs import validation_of
+from compress.inputs import suited, validation_of
 from compress.models import load_model
-from runtime.detector import Detector
 from runtime.errors import InputError, UsageError
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
@@ -32,6 +32,8 @@ class FileAccuracy:
     coco: Accuracy
     yolo: YoloMetrics | None = None
     speed_ms: dict[str, float] | None = None
+    as_written: bool = False
+    """Whether quantised layers were computed in float, because the file is made for other hardware."""
 
     def to_json(self) -> dict[str, Any]:
         return plain(self)
@@ -49,6 +51,8 @@ class FileAccuracy:
         if self.speed_ms:
             spans = "  ".join(f"{name} {ms:.1f}" for name, ms in self.speed_ms.items())
             lines.append(f"speed   {spans}  ms per image")
+        if self.as_written:
+            lines.append("computed in float, as the file is written: it is made for other hardware")
         return "\n".join(lines)
 
 
@@ -98,10 +102,11 @@ def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float) -
     if split != "val":
         raise UsageError(f"--split {split}: shipped files are measured on val", "Leave --split out")
     truth = validation_of(index_dataset(config, ["val"]))
-    with Detector.load(path, spin=False) as detector:
+    plan, _ = suited(Plan(truth.images), path)
+    with plan.detector(path, spin=False) as detector:
         require_same_classes(path, detector.card.names, config)
         found = detector_accuracy(detector, truth.images, truth.ground_truth, conf=conf)
-    return FileAccuracy(path.name, len(truth.images), "the labels", found)
+    return FileAccuracy(path.name, len(truth.images), "the labels", found, as_written=plan.as_written)
 
 
 def require_same_classes(file: Path, names: tuple[str, ...], config: DataConfig) -> None:

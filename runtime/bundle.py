@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from runtime.backends import BACKENDS, BackendSpec, backend_of
 from runtime.card import CARD_FILE, METADATA_KEY, Artifact, FileDigest, ModelCard
 from runtime.errors import EngineError, InputError, UsageError
-from runtime.identity import SHOWN, OccupiedError, difference, require_same
+from runtime.identity import IN_A_FOLDER, SETTINGS, SHOWN, OccupiedError, difference, require_same
 
 MAX_PREFIX_BYTES = 1 << 20
 
@@ -111,7 +111,8 @@ def folder_card(folder: Path, model: Path) -> ModelCard:
     if not beside.is_file():
         return replace(own, artifacts=())
     card = ModelCard.load(beside)
-    require_same((own, model), (card, beside), "Choose another folder with --out", error=OccupiedError)
+    hint, common = "Choose another folder with --out", (*SETTINGS, *IN_A_FOLDER)
+    require_same((own, model), (card, beside), hint, settings=common, error=OccupiedError)
     return card
 
 

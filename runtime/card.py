@@ -74,9 +74,8 @@ class Artifact(FileDigest):
         _require_batches("artifacts.batches", self.batches)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `parts` and `identity` only where there are some, as older readers know neither."""
-        values = asdict(self)
-        return _plain({key: value for key, value in values.items() if key not in ("parts", "identity") or value})
+        """Plain JSON values, without the `DEFAULTS` that older readers do not know."""
+        return _plain(_without_defaults(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,10 @@ class ModelCard:
         return identity_of(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, `schema_version` first; `weights` and `identity` only where they are known."""
-        values = {**asdict(self), "artifacts": [artifact.to_dict() for artifact in self.artifacts]}
-        own = {"identity": self.identity} if self.weights else {}
-        if not self.weights:
-            values.pop("weights")
-        return {"schema_version": SCHEMA_VERSION, **own, **_plain(values)}
+        """Plain JSON values, `schema_version` first, without the `DEFAULTS` that older readers do not know."""
+        values = {"schema_version": SCHEMA_VERSION, "identity": self.identity, **asdict(self)}
+        values["artifacts"] = [artifact.to_dict() for artifact in self.artifacts]
+        return _plain(_without_defaults(values))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
@@ -204,6 +201,14 @@ class ModelCard:
     def artifact(self, file: str) -> Artifact | None:
         """The entry of that file, or None."""
         return next((artifact for artifact in self.artifacts if artifact.file == file), None)
+
+
+DEFAULTS: Mapping[str, object] = {"identity": "", "weights": "", "parts": (), "batches": ONE_IMAGE}
+"""Values of the keys that the first cards had not: written only where they differ, as older readers refuse the keys."""
+
+
+def _without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in DEFAULTS or value != DEFAULTS[key]}
 
 
 def _require(condition: bool, key: str, value: object, expected: object) -> None:

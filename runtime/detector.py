@@ -23,6 +23,8 @@ from runtime.errors import EdgestillError, EngineError, InputError, UnavailableE
 from runtime.image import LETTERBOX_FILL, Geometry, Image, fill_border, geometry, paste, to_tensor
 from runtime.yolov5_export import yolov5_card
 
+OPEN_BATCH = 16
+"""Most images of one call of a file that takes any number: the memory of a call grows with them."""
 MISMATCH = "Build it again on this machine, or give the bundle's ONNX file"
 
 
@@ -131,12 +133,12 @@ class Detector:
     def __call__(self, frames: Image | Sequence[Image]) -> Detections | list[Detections]:
         """The boxes in one uint8 BGR frame (H, W, 3), or those in each of a list, whose frames may differ in size.
 
-        A list runs in as few calls of the model as `card.batches` allows; where it takes more images than are left,
-        grey ones fill it. Raises InputError when a frame is anything else.
+        A list runs in as few calls of the model as `card.batches` allows, of 16 images where that is open; where it
+        takes more images than are left, grey ones fill it. Raises InputError when a frame is anything else.
         """
         if not isinstance(frames, (list, tuple)):
             return self._detect([frames])[0]
-        most = self.card.batches.most or max(len(frames), 1)
+        most = self.card.batches.most or max(OPEN_BATCH, self.card.batches.least)
         return [found for start in range(0, len(frames), most) for found in self._detect(frames[start : start + most])]
 
     def _detect(self, frames: Sequence[Any]) -> list[Detections]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ROWS_SETTINGS = ("names", "size_hw", "stride", "iou", "max_det")
 """Settings that both files of an export have in common: boxes, and rows whose NMS is the host's."""
 SETTINGS = (*ROWS_SETTINGS, "input", "output", "frame_hw", "candidates", "nms_iterations")
+IN_A_FOLDER = ("batches",)
+"""Settings in which the files of one folder agree too, as the files of several batches would have the same names."""
 SHOWN = 12
 """Digits of an identity that are shown to people."""
 
@@ -83,4 +85,4 @@ def _part(key: str, value: Any, other: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else f"{value}"
+    return "x".join(map(str, value)) if type(value) is tuple else "none" if value is None else f"{value}"

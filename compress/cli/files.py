@@ -22,6 +22,7 @@ from compress.cli.options import (
     run_folder,
     say,
     setting,
+    setting_is_given,
     show,
 )
 from runtime.errors import UsageError
@@ -113,10 +114,18 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
 @as_json
 def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool) -> None:
     """ONNX to TensorRT plans with the model.json that they need on the device."""
-    from compress.stages.build import STAGE, by_precision
+    from compress.stages.build import STAGE, Inputs, by_precision, require_open_batches
 
     more = {"build.targets": target.split(",")} if target else {}
-    folder = into(out, Path("runs/build"), lambda folder: run_alone(STAGE, lambda: by_precision(models), folder, more))
+
+    @cache
+    def inputs() -> Inputs:
+        found = by_precision(models)
+        if setting_is_given("build.batches"):
+            require_open_batches(found)
+        return found
+
+    folder = into(out, Path("runs/build"), lambda folder: run_alone(STAGE, inputs, folder, more))
     show(read_json(folder / "build.json"), folder, as_json)
 
 

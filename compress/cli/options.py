@@ -188,6 +188,12 @@ def given_settings() -> tuple[str, ...]:
     return tuple(f"{key}={value}" for key, value in click.get_current_context().meta.get(GIVEN, {}).items())
 
 
+def setting_is_given(key: str) -> bool:
+    """Whether an option or a --set of the running command gave the setting."""
+    written = {change.partition("=")[0].strip() for change in (*given_settings(), *given_changes())}
+    return not written.isdisjoint((key, key.partition(".")[2]))
+
+
 def given_changes() -> tuple[str, ...]:
     """The --set changes of the running command."""
     return tuple(click.get_current_context().meta["edgestill.changes"])

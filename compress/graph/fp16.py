@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from compress.graph.metadata import opset_of
 from compress.graph.parts import GraphParts, sort_topologically
 from compress.graph.ranges import calibrate
 from runtime.errors import EdgestillError
@@ -42,18 +43,23 @@ def body_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_half_input(model: onnx.ModelProto) -> onnx.ModelProto:
-    """As `body_to_fp16`, with an input of float16 that the stem reads: what `--half` means to YOLOv5's tools.
+    """As `body_to_fp16`, with an input of float16: what `--half` means to YOLOv5's tools. Nodes before the body read
+    it as float32.
 
     Rows stay float32: float16 holds no steps finer than half a pixel above 512.
     """
     result = body_to_fp16(model)
     source = result.graph.input[0]
-    cast = next(node for node in result.graph.node if node.op_type == "Cast" and node.input[0] == source.name)
+    casts = [node for node in result.graph.node if node.op_type == "Cast" and node.input[0] == source.name]
+    for cast in casts:
+        result.graph.node.remove(cast)
+    float32 = f"{source.name}.to_fp32"
+    reads = {source.name: float32, **{cast.output[0]: source.name for cast in casts}}
     for node in result.graph.node:
-        for at, name in enumerate(node.input):
-            if name == cast.output[0]:
-                node.input[at] = source.name
-    result.graph.node.remove(cast)
+        node.input[:] = [reads.get(name, name) for name in node.input]
+    if any(float32 in node.input for node in result.graph.node):  # the slices of a Focus are before the body
+        widen = helper.make_node("Cast", [source.name], [float32], name=float32, to=TensorProto.FLOAT)
+        result.graph.node.insert(0, widen)
     source.type.tensor_type.elem_type = TensorProto.FLOAT16
     onnx.checker.check_model(result, full_check=True)
     return result
@@ -76,8 +82,7 @@ def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
 def _raise_opset_for_quantised(model: onnx.ModelProto) -> None:
     """FP16 scales of QuantizeLinear need opset 19."""
     quantised = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if quantised and version < 19:
+    if quantised and opset_of(model) < 19:
         model.CopyFrom(onnx.version_converter.convert_version(model, 19))
 
 

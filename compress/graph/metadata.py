@@ -28,3 +28,8 @@ def read_card(model: onnx.ModelProto, name: str) -> ModelCard:
 def write_card(model: onnx.ModelProto, card: ModelCard) -> None:
     """Replace the metadata of `model` in place."""
     onnx.helper.set_model_props(model, metadata_of(card))
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set that the model uses."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

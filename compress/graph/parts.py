@@ -52,8 +52,8 @@ class GraphParts:
     def body(self) -> frozenset[int]:
         """From the first to the detect convolutions, with all that only they read: the part that may lose precision.
 
-        A quantise or dequantise node belongs to the body if all its readers do. A weight's Q/DQ pair is added together,
-        because a node-by-node search would add neither. The stem's input is cast before its Q.
+        A constant, quantise or dequantise node belongs to the body if all its readers do; readers come first in the
+        search, so the Q of a weight follows its DQ. The stem's input is cast before its Q.
         """
         inside = _closure(self.detect_convs, self.before) & _closure(self.convs[:1], self.after)
         for i in sorted(set(range(len(self.nodes))) - inside, reverse=True):

@@ -43,7 +43,7 @@ Ranges = Mapping[str, Observed]
 def calibrate(model: onnx.ModelProto, canvases: Iterable[np.ndarray], method: str) -> Ranges:
     """The values of every float tensor that a body's node reads or makes; pixels are 0..255 whatever the images hold.
 
-    `canvases` are uint8 (1,S,S,3), what the graph's input takes. They are read one at a time, once for "minmax" and
+    `canvases` are uint8 (B,H,W,3), what the graph's input takes. They are read one at a time, once for "minmax" and
     twice for "mse", so memory does not grow with their number. Raises `EdgestillError` when there are none.
     """
     body = body_model(model)

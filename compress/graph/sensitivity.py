@@ -36,7 +36,7 @@ class LayerError(NamedTuple):
 def rank_layers(
     model: onnx.ModelProto, ranges: Ranges, scheme: Scheme, canvases: Sequence[np.ndarray]
 ) -> tuple[LayerError, ...]:
-    """The layers of a scheme, worst first. `canvases` are uint8 (1,S,S,3), a few are enough."""
+    """The layers of a scheme, worst first. `canvases` are uint8 (B,H,W,3), a few are enough."""
     body, form = body_model(model), number_form(scheme)
     reference = open_session(body)
     exact = [_maps(reference, canvas) for canvas in canvases]
@@ -59,7 +59,7 @@ def remaining_error(ranked: Iterable[LayerError], in_float: Collection[str]) -> 
 
 
 def squared_error(exact: Maps, found: Maps) -> float:
-    """Mean squared difference of maps, a (box, class) pair a level as `split_detect` makes them, (1,C,H,W) each.
+    """Mean squared difference of maps, a (box, class) pair a level as `split_detect` makes them, (B,C,H,W) each.
 
     Each cell counts by the highest objectness that FP32 gives there: most cells are background and alike.
     """

@@ -15,11 +15,10 @@ from benchmarks.bench import Plan, measure_file
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
 from benchmarks.rows import Row, named_apart, plain
-from compress.config import IMGSZ, BenchConfig, Recipe, Settings, Side
+from compress.config import IMGSZ, BenchConfig, ExportConfig, Recipe, Settings, Side
 from compress.data import Dataset, Sample, SplitIndex
 from compress.evaluate import evaluate
-from compress.flavours import FLAVOURS
-from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of
+from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, suited
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
@@ -32,6 +31,8 @@ class Config(Settings):
     bench: BenchConfig = BenchConfig()
     imgsz: Side = IMGSZ
     """Side of the images on which the torch networks are measured."""
+    export: ExportConfig = ExportConfig()
+    """Its `imgsz` is the shape of the files, of which the networks' multiplications are counted."""
 
 
 class Inputs(NamedTuple):
@@ -49,7 +50,10 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     plan, data = plan_of(config.bench, inputs.data, inputs.device), inputs.data
     measured = measured_images(config.bench, data)
     rows = named_apart([_row(file, plan, log) for file in inputs.files], [file.path for file in inputs.files])
-    torch = [torch_row(role, file, measured.samples, config.imgsz, log) for role, file in inputs.networks.items()]
+    size_hw = config.export.imgsz or (config.imgsz, config.imgsz)
+    torch = [
+        torch_row(role, file, measured.samples, config.imgsz, size_hw, log) for role, file in inputs.networks.items()
+    ]
     document = {"models": rows, "torch": torch, "dataset": dataset_row(data, measured), "machine": facts()}
     write_json(out / "bench.json", document)
     return {"files": len(rows)}
@@ -74,17 +78,16 @@ def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
 
 
 def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
-    flavour = FLAVOURS.get(file.precision or "")
-    is_elsewhere = flavour is not None and not flavour.for_this_cpu
+    own_plan, note = suited(plan, file.path)
     row = measure_file(
         file.path,
-        replace(plan, as_written=is_elsewhere and plan.device == "cpu"),
+        own_plan,
         role=file.role,
         precision=file.precision,
         kept=file.kept,
         reason=file.reason,
         loss=file.loss,
-        note=flavour.note if flavour and plan.device == "cpu" else "",
+        note=note,
     )
     latency = row["latency"]["end_to_end"]
     log(
@@ -94,13 +97,16 @@ def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
     return row
 
 
-def torch_row(role: str, file: Path, samples: Sequence[Sample], imgsz: int, log: Log) -> Row:
-    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels per box."""
+def torch_row(role: str, file: Path, samples: Sequence[Sample], imgsz: int, size_hw: tuple[int, int], log: Log) -> Row:
+    """The network before export, by YOLOv5's way of validating: rectangular batches, several labels per box.
+
+    `imgsz` is the longer side of the images; `gflops` are those of one image of `size_hw`, the shape of the files.
+    """
     model = load_model(file)
     found = evaluate(model, samples, imgsz=imgsz, batch=32, rect=True)
     assert found.coco is not None
     log(f"{role} in torch: mAP50-95 {found.coco.map50_95:.4f}, mAP50 {found.coco.map50:.4f}")
-    cost = complexity(model.arch, (imgsz, imgsz))
+    cost = complexity(model.arch, size_hw)
     return {
         "name": role,
         "role": role,
@@ -109,7 +115,7 @@ def torch_row(role: str, file: Path, samples: Sequence[Sample], imgsz: int, log:
         "gflops": 2e-9 * cost.macs,
         "bytes": file.stat().st_size,
         "accuracy": plain(found.coco),
-        "note": "rectangular batches of 32, multi-label",
+        "note": f"rectangular batches of 32 at {imgsz} pixels, multi-label",
     }
 
 

@@ -66,6 +66,16 @@ def by_precision(models: Sequence[Path]) -> Inputs:
     return Inputs(found)
 
 
+def require_open_batches(inputs: Inputs) -> None:
+    """Raises UsageError when a file has a fixed batch: a profile says nothing to it."""
+    for model in inputs.models.values():
+        batches = card_of(model).batches
+        if batches.least == batches.most:
+            raise UsageError(
+                f"--batches: {model} takes {batches} in one call, always", "Leave it out, or export with --dynamic"
+            )
+
+
 @dataclass(frozen=True)
 class EnginePlan:
     """The plan of one precision and the seconds that it took. `skipped` says why there is none."""

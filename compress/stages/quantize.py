@@ -30,7 +30,7 @@ from compress.data import Dataset
 from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.batches import filled_batches
 from compress.graph.builder import write_model
-from compress.graph.metadata import read_card, write_card
+from compress.graph.metadata import opset_of, read_card, write_card
 from compress.graph.parts import GraphParts
 from compress.graph.placement import layers
 from compress.graph.ranges import Ranges, calibrate
@@ -138,17 +138,24 @@ class Loss:
         return cls(float(mean[0]), standard_error(drops[:, 0]), jackknife_error(mean[1:]), len(maps))
 
     @property
-    def error(self) -> float:
-        """Both errors together."""
-        return math.hypot(self.standard_error or 0.0, self.image_error or 0.0)
+    def error(self) -> float | None:
+        """Both errors together; None where neither is known."""
+        known = [error for error in (self.standard_error, self.image_error) if error is not None]
+        return math.hypot(*known) if known else None
 
     def is_resolved(self, limit: float) -> bool:
-        """Whether the 95 % interval lies on one side of the limit."""
-        return abs(self.drop - limit) > TWO_SIDED_95 * self.error
+        """Whether the 95 % interval is known and lies on one side of the limit."""
+        return self.error is not None and abs(self.drop - limit) > TWO_SIDED_95 * self.error
+
+    @property
+    def remedy(self) -> str:
+        """The larger part of the error, "images" or "draws": more of them make it smaller."""
+        return "draws" if (self.standard_error or 0.0) > (self.image_error or 0.0) else "images"
 
     def __str__(self) -> str:
         draws = f"{self.draws} draws" if self.draws > 1 else "1 draw"
-        return f"{self.drop:+.4f} ± {self.error:.4f} mAP50-95 ({draws})"
+        error = "" if self.error is None else f" ± {self.error:.4f}"
+        return f"{self.drop:+.4f}{error} mAP50-95 ({draws})"
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,8 @@ class Origin:
             if flavour.scheme
             else flavour.make(self.source)
         )
-        write_card(made, replace(self.card, precision=flavour.name))
+        provenance = {**self.card.provenance, "opset": opset_of(made)}
+        write_card(made, replace(self.card, precision=flavour.name, provenance=provenance))
         return write_model(made, path)
 
 
@@ -447,7 +455,8 @@ def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: floa
     if max_drop < 1 and found == 0:
         return False, "its mAP50-95 is 0"
     within = loss.drop <= max_drop  # False for NaN
-    unresolved = "" if max_drop >= 1 or loss.is_resolved(max_drop) else ", not resolved: too few images for this limit"
+    is_clear = max_drop >= 1 or loss.is_resolved(max_drop)
+    unresolved = "" if is_clear else f", not resolved: too few {loss.remedy} for this limit"
     return within, f"loses {loss}, {'within' if within else 'more than'} {max_drop:g}{unresolved}"
 
 

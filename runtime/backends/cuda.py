@@ -28,8 +28,14 @@ class Cuda(Protocol):
 
     def free(self, pointer: int) -> None: ...
 
-    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Host:
-        """Page-locked host memory: the GPU copies from it twice as fast and without blocking the host."""
+    def pinned(self, nbytes: int) -> Host:
+        """Page-locked host memory, uint8 (nbytes,): the GPU copies from it twice as fast and without blocking the host.
+
+        It lasts until `free_pinned`.
+        """
+
+    def free_pinned(self, host: Host) -> None:
+        """Give back memory of `pinned`; no view of it may be used afterwards."""
 
     def upload(self, pointer: int, host: Host) -> None:
         """Start copying a contiguous host array to the device."""
@@ -48,7 +54,6 @@ class CudaBindings:
 
     def __init__(self) -> None:
         self._api = import_module("cuda.bindings.runtime" if _exists("cuda.bindings.runtime") else "cuda.cudart")
-        self._pinned: list[int] = []
         self._call("cudaSetDevice", 0)
         self._handle = self._call("cudaStreamCreate")
         self.stream = int(self._handle)
@@ -66,14 +71,14 @@ class CudaBindings:
     def free(self, pointer: int) -> None:
         self._call("cudaFree", pointer)
 
-    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Host:
+    def pinned(self, nbytes: int) -> Host:
         import ctypes
 
-        nbytes = int(np.prod(shape)) * dtype.itemsize
         pointer = int(self._call("cudaMallocHost", nbytes))
-        self._pinned.append(pointer)
-        block = (ctypes.c_uint8 * nbytes).from_address(pointer)
-        return np.ctypeslib.as_array(block).view(dtype).reshape(shape)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
+
+    def free_pinned(self, host: Host) -> None:
+        self._call("cudaFreeHost", host.ctypes.data)
 
     def upload(self, pointer: int, host: Host) -> None:
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -87,9 +92,6 @@ class CudaBindings:
         self._call("cudaStreamSynchronize", self._handle)
 
     def close(self) -> None:
-        for pointer in self._pinned:
-            self._call("cudaFreeHost", pointer)
-        self._pinned.clear()
         self._call("cudaStreamDestroy", self._handle)
 
 
@@ -128,8 +130,12 @@ class PyCuda:
     def free(self, pointer: int) -> None:
         self._inside(self._memory.pop(pointer).free)
 
-    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Host:
-        return self._inside(self._driver.pagelocked_empty, shape, dtype)
+    def pinned(self, nbytes: int) -> Host:
+        return self._inside(self._driver.pagelocked_empty, (nbytes,), np.uint8)
+
+    def free_pinned(self, host: Host) -> None:
+        allocation: Any = host.base
+        self._inside(allocation.free)
 
     def upload(self, pointer: int, host: Host) -> None:
         self._inside(self._driver.memcpy_htod_async, pointer, host, self._handle)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends import CUTOFF, Array, LoadRequest, RawOutput, TensorSpec, closed_error
+from runtime.backends import CUTOFF, Array, LoadOptions, LoadRequest, RawOutput, TensorSpec, closed_error
 from runtime.backends.onnx_child_load import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
@@ -74,22 +74,27 @@ def open_session(request: LoadRequest) -> Any:
     if not request.has_card:
         load_in_child(path)
     providers = choose_providers(request.options.device, onnxruntime.get_available_providers())
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = ONLY_FATAL  # its errors also arrive as exceptions
-    # without a number, ONNX Runtime pins each worker to a core, and the caller's thread may share one of them for the
-    # session's whole life: on two cores the same file then took 13 ms in one session and 6.3 ms in the next
-    options.intra_op_num_threads = request.options.threads or compute_threads()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(request.options.spin)))
-    options.add_session_config_entry("session.x64quantprecision", exact_sums())
-    options.add_session_config_entry("session.disable_quant_qdq", str(int(request.options.as_written)))
     try:
         model = request.data or (str(path) if is_utf8(path) else path.read_bytes())
-        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+        session = onnxruntime.InferenceSession(model, session_options(request.options), providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no other base
         raise InputError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
     require_provider(request.options.device, providers, session.get_providers())
     return session
+
+
+def session_options(load: LoadOptions) -> Any:
+    """`onnxruntime.SessionOptions` of every session: threads, waiting, and how integers are summed."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ONLY_FATAL  # its errors also arrive as exceptions
+    # without a number, ONNX Runtime pins each worker to a core, and the caller's thread may share one of them for the
+    # session's whole life: on two cores the same file then took 13 ms in one session and 6.3 ms in the next
+    options.intra_op_num_threads = load.threads or compute_threads()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(load.spin)))
+    options.add_session_config_entry("session.x64quantprecision", exact_sums())
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(load.as_written)))
+    return options
 
 
 def choose_providers(device: str, available: list[str]) -> tuple[str, ...]:

@@ -64,15 +64,12 @@ def errors_of(logger: Any) -> list[str]:
     return [text for severity, text in logger.lines if severity in ("ERROR", "INTERNAL_ERROR")]
 
 
-class Buffers(NamedTuple):
-    """Device and page-locked host memory of the input and the outputs, for one input shape. Only outputs that are read
-    have host memory; the first is the model's output.
-    """
+class Block(NamedTuple):
+    """Device memory of one tensor, and page-locked host memory of the same size where the host reads or writes it."""
 
-    shape: tuple[int, ...]
-    pointers: dict[str, int]
-    input_host: Host
-    outputs: dict[str, Host]
+    nbytes: int
+    pointer: int
+    host: Host | None
 
 
 class TensorRTBackend:
@@ -88,43 +85,47 @@ class TensorRTBackend:
         if self._context is None:
             raise EngineError(f"{path}: no execution context; the GPU is out of memory", "Close other GPU programs")
         self._extra = [spec for spec in outputs_of(engine, trt) if spec.name != self.output.name]
-        self._buffers: Buffers | None = None
+        self._blocks: dict[str, Block] = {}
+        self._views: dict[str, Host] = {}
         self._lock = threading.Lock()
 
     def run(self, array: Array) -> RawOutput:
         with self._lock:
             if self._context is None:
                 raise closed_error()
-            buffers = self._buffers_for(array.shape)
-            np.copyto(buffers.input_host, array, casting="no")
-            self._cuda.upload(buffers.pointers[self.input.name], buffers.input_host)
+            if self.input.name not in self._views or self._views[self.input.name].shape != array.shape:
+                self._set_shape(array.shape)
+            source, outputs = self._views[self.input.name], [n for n in self._views if n != self.input.name]
+            np.copyto(source, array, casting="no")
+            self._cuda.upload(self._blocks[self.input.name].pointer, source)
             if not self._context.execute_async_v3(self._cuda.stream):
                 raise EngineError(f"{self._path}: the engine refused to run on input {array.shape}")
-            for name, host in buffers.outputs.items():
-                self._cuda.download(host, buffers.pointers[name])
+            for name in outputs:
+                self._cuda.download(self._views[name], self._blocks[name].pointer)
             self._cuda.synchronize()
-            found = (buffers.outputs[name].copy() for name in (self.output.name, CUTOFF) if name in buffers.outputs)
-            return RawOutput(*found)
+            return RawOutput(*(self._views[name].copy() for name in outputs))
 
-    def _buffers_for(self, shape: tuple[int, ...]) -> Buffers:
-        if self._buffers is None or self._buffers.shape != shape:
-            self._release()
-            self._buffers = self._allocate(shape)
-        return self._buffers
-
-    def _allocate(self, shape: tuple[int, ...]) -> Buffers:
+    def _set_shape(self, shape: tuple[int, ...]) -> None:
+        """Make the next runs take an input of this shape. Memory is kept between shapes and grows to the largest."""
+        self._views = {}
         if not self._context.set_input_shape(self.input.name, shape):
             raise InputError(f"{self._path}: takes {self.input.shape}, not input of shape {shape}")
-        input_host = self._cuda.pinned(shape, self.input.dtype)
-        pointers, outputs = {self.input.name: self._cuda.allocate(input_host.nbytes)}, {}
+        self._reserve(self.input, shape)
         for spec in (self.output, *self._extra):  # outputs that are not read need an address too
-            out_shape = self._shape_of(spec.name)
-            pointers[spec.name] = self._cuda.allocate(int(np.prod(out_shape)) * spec.dtype.itemsize)
-            if spec.name in (self.output.name, CUTOFF):
-                outputs[spec.name] = self._cuda.pinned(out_shape, spec.dtype)
-        for name, pointer in pointers.items():
-            self._context.set_tensor_address(name, pointer)
-        return Buffers(shape, pointers, input_host, outputs)
+            self._reserve(spec, self._shape_of(spec.name))
+
+    def _reserve(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+        """Give a tensor memory for this shape, and a view of it where the host reads or writes the tensor."""
+        nbytes = int(np.prod(shape)) * spec.dtype.itemsize
+        if spec.name not in self._blocks or self._blocks[spec.name].nbytes < nbytes:
+            self._free(spec.name)
+            on_host = spec.name in (self.input.name, self.output.name, CUTOFF)
+            host = self._cuda.pinned(nbytes) if on_host else None
+            self._blocks[spec.name] = Block(nbytes, self._cuda.allocate(nbytes), host)
+            self._context.set_tensor_address(spec.name, self._blocks[spec.name].pointer)
+        host = self._blocks[spec.name].host
+        if host is not None:
+            self._views[spec.name] = host[:nbytes].view(spec.dtype).reshape(shape)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -132,16 +133,21 @@ class TensorRTBackend:
             raise InputError(f"{self._path}: the size of output {name} depends on the data", "Export with fixed boxes")
         return shape
 
-    def _release(self) -> None:
-        for pointer in self._buffers.pointers.values() if self._buffers else ():
-            self._cuda.free(pointer)
-        self._buffers = None
+    def _free(self, name: str) -> None:
+        block = self._blocks.pop(name, None)
+        if block is None:
+            return
+        self._cuda.free(block.pointer)
+        if block.host is not None:
+            self._cuda.free_pinned(block.host)
 
     def close(self) -> None:
         with self._lock:
             if self._context is None:
                 return
-            self._release()
+            self._views = {}
+            for name in list(self._blocks):
+                self._free(name)
             self._context = self._loaded = None  # the context goes before its engine, both before the stream
             self._cuda.close()
 

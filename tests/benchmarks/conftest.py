@@ -20,6 +20,7 @@ SETTINGS = {
     **{"imgsz": 320, "batch": 1, "conf": 0.25, "iou": 0.6, "max_det": 300, "accuracy_conf": 0.001},
     **{"accuracy_max_det": 100, "latency_samples": 200, "frames": 64, "warmup_ms": 200.0, "interval_ms": None},
     "threads": None,
+    "as_written": False,
 }
 
 

@@ -20,9 +20,12 @@ from benchmarks.bench import Plan, compare_files, digest, list_images, measure_f
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
 from benchmarks.wording import findings
+from runtime.backends import LoadOptions
+from runtime.backends import onnx as onnx_backend
+from runtime.backends.onnx import session_options
 from runtime.card import METADATA_KEY, Artifact, Batches, ModelCard
 from runtime.detector import Detector
-from runtime.errors import InputError
+from runtime.errors import InputError, UsageError
 from runtime.files import sha256
 from tests.runtime import toys
 
@@ -136,6 +139,12 @@ def test_a_call_is_timed_on_the_batch_of_its_file(
     settings = measure_file(file, plan)["settings"]
     assert (settings["imgsz"], settings["batch"]) == ("32x64", timed)
     assert compare_files(file, file, plan, rounds=10).rounds == 10
+
+
+def test_calls_of_different_numbers_of_frames_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    one, two = (toys.canvas_model(tmp_path / f"{n}.onnx", replace(toys.card(), batches=Batches(n, n))) for n in (1, 2))
+    with pytest.raises(UsageError, match=r"1\.onnx takes 1 frames, one of 2\.onnx 2"):
+        compare_files(one, two, Plan(numbered_images(folder / "images"), warmup_ms=1), rounds=10)
 
 
 def test_a_report_tells_height_width_and_batch(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -306,6 +315,15 @@ def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> Non
     assert "95 % interval" in text
     assert "n = 100" in text
     assert "verdict: " in text
+
+
+def test_the_bare_session_has_the_options_of_the_detectors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[LoadOptions] = []
+    monkeypatch.setattr(onnx_backend, "session_options", lambda load: (used.append(load), session_options(load))[1])
+    Plan([], device="cpu", threads=1).detector(folder / "model.onnx").close()
+    overhead.bare_session(folder / "model.onnx", 1)
+    assert len(used) == 2
+    assert used[0] == used[1]
 
 
 def test_overhead_needs_an_onnx_file(folder: Path, capsys: Any) -> None:

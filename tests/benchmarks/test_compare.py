@@ -48,6 +48,15 @@ def test_a_setting_that_differs_is_a_warning_and_rows_stay_apart(sample: Report,
     assert len(found.rows) == 2 * len(sample.data["models"])
 
 
+def test_one_precision_computed_in_float_and_by_integer_kernels_is_a_warning(sample: Report) -> None:
+    found = compare([sample, with_settings(sample, as_written=True)])
+    assert any(sentence.startswith("as_written of int8-ort differs") for sentence in found.warnings)
+    ways = {row["precision"]: {"as_written": row["precision"] == "int8-ort"} for row in sample.data["models"]}
+    models = [row | {"settings": row["settings"] | ways[row["precision"]]} for row in sample.data["models"]]
+    mixed = Report({**sample.data, "models": models})
+    assert compare([mixed, mixed]).warnings == ()
+
+
 def test_a_setting_that_differs_within_a_report_is_a_warning_with_all_its_values(sample: Report) -> None:
     models = [row | {"settings": row["settings"] | {"iou": 0.45}} for row in sample.data["models"][:1]]
     mixed = Report({**sample.data, "name": "mixed", "models": [*models, *sample.data["models"][1:]]})
@@ -115,7 +124,9 @@ def test_what_was_not_measured_breaks_the_rule(sample: Report) -> None:
     assert fail_on("int4.map50_95<0.3", sample) == ["int4.map50_95<0.3: no file of the report has map50_95"]
 
 
-@pytest.mark.parametrize("rule", ["", "map50_95", "map50_95=0.3", "map50_95<abc", "banana<1", "__import__('os')<1"])
+@pytest.mark.parametrize(
+    "rule", ["", "map50_95", "map50_95=0.3", "map50_95<abc", "banana<1", "imgsz<320", "__import__('os')<1"]
+)
 def test_a_rule_that_cannot_be_read_is_a_usage_error(sample: Report, rule: str) -> None:
     with pytest.raises(UsageError):
         fail_on(rule, sample)

@@ -118,6 +118,11 @@ def test_frames_that_come_slowly_are_waited_for() -> None:
     assert time.now_ns >= 19 * 100e6
 
 
+def test_an_interval_is_refused_where_a_call_takes_several_frames() -> None:
+    with pytest.raises(UsageError, match="10 ms, and 4 frames a call"):
+        measure(FakeDetector(FakeTime()), [np.zeros((4, 4, 3), np.uint8)], batch=4, interval_ms=10)
+
+
 @pytest.mark.parametrize(("n", "given"), [(10, []), (11, ["p50"]), (64, ["p50", "p90"]), (130, ["p50", "p90", "p95"])])
 def test_percentiles_need_enough_samples(n: int, given: list[str]) -> None:
     found = Durations.of(np.ones(n))

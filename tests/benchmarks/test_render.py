@@ -149,3 +149,11 @@ def test_nested_facts_become_pairs() -> None:
 )  # fmt: skip
 def test_the_page_says_who_learned_from_what(sample: Report, strategy: dict[str, object], expected: str) -> None:
     assert expected in to_html(Report({**sample.data, "distillation": {"losses": [], "strategy": strategy}}))
+
+
+def test_the_page_tells_that_a_latency_is_that_of_a_call_of_several_frames(sample: Report) -> None:
+    assert "per call of" not in to_html(sample)
+    models = [row | {"settings": row["settings"] | {"batch": 4}} for row in sample.data["models"]]
+    page = to_html(Report({**sample.data, "models": models}))
+    assert "per call of 4 frames" in page
+    assert "Milliseconds from the decoded frames of a call" in page

@@ -117,3 +117,15 @@ def test_an_absent_report_is_an_input_error(tmp_path: Path) -> None:
 def test_the_moment_is_written_in_utc() -> None:
     report = make_report("x", machine={}, models=[], created=datetime(2026, 1, 2, tzinfo=timezone.utc))
     assert report.data["created"] == "2026-01-02T00:00:00Z"
+
+
+def test_a_file_for_other_hardware_is_neither_the_fastest_nor_called_faster(sample: Report) -> None:
+    models = [
+        row | {"settings": row["settings"] | {"as_written": row["precision"] != "fp32"}}
+        for row in sample.data["models"]
+    ]
+    found = headline(models)
+    assert found is not None
+    assert found["precision"] == "fp32"
+    data = {**sample.data, "models": models}
+    assert not any("fp32 on this machine" in sentence for sentence in findings(data))

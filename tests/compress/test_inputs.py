@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from compress.inputs import kept_files, measured_files
+from benchmarks.bench import Plan
+from compress.inputs import kept_files, measured_files, refuse_another_model, suited
+from runtime.bundle import folder_card
+from runtime.card import CARD_FILE, Batches
 from runtime.errors import InputError
+from runtime.identity import OccupiedError
 from tests.runtime.toys import canvas_model, card
 
 
@@ -48,3 +52,29 @@ def test_a_flavour_of_another_model_is_neither_measured_nor_shipped(tmp_path: Pa
     for read in (kept_files, measured_files):
         with pytest.raises(InputError, match=r"model\.int8-trt\.onnx"):
             read(folders)
+
+
+@pytest.mark.parametrize(
+    ("precision", "as_written"), [("fp32", False), ("int8-ort", False), ("int8-trt", True), ("int8-openvino", True)]
+)
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_the_card_and_the_device_that_runs_decide_what_is_computed_as_written(
+    tmp_path: Path, precision: str, as_written: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = canvas_model(tmp_path / "model.onnx", card(precision=precision))
+    plan, note = suited(Plan([], device=device), model)
+    assert (plan.as_written, note != "") == (as_written, as_written)
+    monkeypatch.setattr("compress.inputs.device_name", lambda providers: "a GPU")
+    assert suited(plan, model) == (Plan([], device=device), "")
+
+
+def test_files_of_other_batches_are_not_written_beside_each_other(tmp_path: Path) -> None:
+    """They would have the same names, or one call of a bundle would take other images than the next."""
+    own, other = card(), card(batches=Batches(4, 4))
+    canvas_model(tmp_path / "model.onnx", own)
+    refuse_another_model(tmp_path, own, ("model.onnx",))
+    with pytest.raises(OccupiedError, match="batches 1 instead of 4"):
+        refuse_another_model(tmp_path, other, ("model.onnx",))
+    other.save(tmp_path / CARD_FILE)
+    with pytest.raises(OccupiedError, match="batches 1 instead of 4"):
+        folder_card(tmp_path, tmp_path / "model.onnx")

@@ -137,6 +137,14 @@ def test_a_conventional_export_takes_lists_too(toys, tmp_path, monkeypatch, batc
         assert calls == ([4, 4] if batch == 4 else [5])
 
 
+def test_a_file_of_any_number_of_images_takes_a_long_list_in_calls_of_sixteen(toys, tmp_path, monkeypatch):
+    card = toys.card(batches=Batches(1, None))
+    with Detector.load(toys.canvas_model(tmp_path / "toy.onnx", card)) as detector:
+        calls = shapes_of_calls(detector, monkeypatch)
+        assert len(detector(FRAMES * 7)) == 35
+        assert calls == [16, 16, 3]
+
+
 def test_a_plans_own_batches_go_before_those_of_its_card(toys, tmp_path, monkeypatch):
     path = toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(1, None)))
     artifact = Artifact(path.name, sha256(path), path.stat().st_size, "fp32", "onnx", batches=Batches(1, 2))

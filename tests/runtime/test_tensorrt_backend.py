@@ -25,7 +25,7 @@ class Memory:
     stream = 77
 
     def __init__(self):
-        self.blocks, self.next, self.closed = {}, 1000, False
+        self.blocks, self.hosts, self.next, self.closed = {}, {}, 1000, False
 
     def allocate(self, nbytes):
         self.next += 1
@@ -35,21 +35,27 @@ class Memory:
     def free(self, pointer):
         del self.blocks[pointer]
 
-    def pinned(self, shape, dtype):
-        return np.zeros(shape, dtype)
+    def pinned(self, nbytes):
+        host = np.zeros(nbytes, np.uint8)
+        self.hosts[host.ctypes.data] = host
+        return host
+
+    def free_pinned(self, host):
+        del self.hosts[host.ctypes.data]
 
     def upload(self, pointer, host):
         assert host.flags.c_contiguous
-        self.blocks[pointer][:] = host.view(np.uint8).ravel()
+        self.blocks[pointer][: host.nbytes] = host.view(np.uint8).ravel()
 
     def download(self, host, pointer):
-        host.view(np.uint8).ravel()[:] = self.blocks[pointer]
+        host.view(np.uint8).ravel()[:] = self.blocks[pointer][: host.nbytes]
 
     def synchronize(self):
         pass
 
     def close(self):
         assert self.blocks == {}
+        assert self.hosts == {}
         self.closed = True
 
 
@@ -104,7 +110,7 @@ class Context:
         assert not self.busy
         self.busy = True
         blocks = self.engine.memory.blocks
-        pixels = blocks[self.addresses["canvas"]].view(np.uint8)
+        pixels = blocks[self.addresses["canvas"]][: np.prod(self.shape)]
         blocks[self.addresses["mean"]][:] = np.full(2, pixels.mean(), np.float32).view(np.uint8)
         if "cutoff" in self.addresses:
             blocks[self.addresses["cutoff"]][:] = np.float32([self.engine.cutoff]).view(np.uint8)
@@ -162,12 +168,17 @@ def test_closing_frees_everything_and_may_be_repeated():
         backend.run(canvas())
 
 
-def test_another_batch_gets_buffers_of_its_own_size():
+def test_batches_that_change_use_the_memory_of_the_largest():
     backend, memory, _ = opened(batch=-1)
-    backend.run(canvas(batch=1))
+    assert backend.run(canvas(1, batch=2)).array.tolist() == [[1, 1]]
     assert backend.run(canvas(8, batch=5)).array.tolist() == [[8, 8]]
-    assert len(memory.blocks) == 3
+    held = set(memory.blocks), set(memory.hosts)
+    assert [len(blocks) for blocks in held] == [3, 2]
+    for batch in (2, 5, 1, 5):
+        assert backend.run(canvas(batch, batch=batch)).array.tolist() == [[batch, batch]]
+    assert (set(memory.blocks), set(memory.hosts)) == held
     backend.close()
+    assert memory.closed
 
 
 def test_the_wrong_shape_or_type_is_refused():
@@ -319,13 +330,14 @@ def bindings(monkeypatch):
 def test_cuda_bindings_allocate_copy_and_give_everything_back(bindings):
     module = bindings()
     cuda = cuda_module.open_cuda()
-    host = cuda.pinned((2, 3), np.dtype(np.float32))
-    assert (host.shape, host.dtype, host.flags.writeable) == ((2, 3), np.float32, True)
+    host = cuda.pinned(24)
+    assert (host.shape, host.dtype, host.flags.writeable) == ((24,), np.uint8, True)
     pointer = cuda.allocate(host.nbytes)
     cuda.upload(pointer, host)
     cuda.download(host, pointer)
     cuda.synchronize()
     cuda.free(pointer)
+    cuda.free_pinned(host)
     cuda.close()
     assert [call for call in module.calls if "Free" in call or "Destroy" in call] == [
         "cudaFree",
@@ -353,7 +365,7 @@ class Driver(ModuleType):
 
     def __init__(self):
         super().__init__("pycuda.driver")
-        self.stack, self.detached = [], False
+        self.stack, self.freed, self.detached = [], [], False
         context = SimpleNamespace(push=lambda: self.stack.append(1), detach=self._detach)
         self.Device = lambda index: SimpleNamespace(retain_primary_context=lambda: context)
         self.Context = SimpleNamespace(pop=self.stack.pop)
@@ -379,8 +391,15 @@ class Driver(ModuleType):
         return type("Allocation", (), {"__int__": lambda _: 64, "free": lambda _: block.free()})()
 
     def pagelocked_empty(self, shape, dtype):
+        """As pycuda: the base of the array is the allocation."""
         self._inside()
-        return np.empty(shape, dtype)
+        host = np.empty(shape, dtype)
+
+        def free():
+            self._inside()
+            self.freed.append(host.nbytes)
+
+        return SimpleNamespace(base=SimpleNamespace(free=free), nbytes=host.nbytes, view=host.view)
 
     def memcpy_htod_async(self, pointer, host, stream):
         self._inside()
@@ -394,7 +413,7 @@ def test_pycuda_enters_its_context_for_each_call_and_leaves_it(monkeypatch):
     monkeypatch.setattr(cuda_module, "_exists", lambda name: name == "pycuda.driver")
     monkeypatch.setattr(cuda_module, "import_module", lambda name: driver)
     cuda = cuda_module.open_cuda()
-    host = cuda.pinned((2,), np.dtype(np.float32))
+    host = cuda.pinned(8)
     pointer = cuda.allocate(host.nbytes)
     cuda.upload(pointer, host)
     cuda.download(host, pointer)
@@ -403,7 +422,9 @@ def test_pycuda_enters_its_context_for_each_call_and_leaves_it(monkeypatch):
         cuda.allocate(10_000)
     assert driver.stack == []
     cuda.free(pointer)
+    cuda.free_pinned(host)
     cuda.close()
+    assert driver.freed == [8]
     assert driver.detached
     assert driver.stack == []
 

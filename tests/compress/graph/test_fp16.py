@@ -6,12 +6,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
-from compress.graph.fp16 import body_to_fp16
+from compress.graph.fp16 import body_to_fp16, with_half_input
+from compress.graph.network import trace
 from compress.graph.parts import GraphParts, op_counts, sort_topologically
 from compress.graph.qdq import quantised
 from compress.graph.ranges import calibrate
 from compress.graph.session import open_session
+from compress.models.blocks import Focus
 from compress.schemes import SCHEMES
 from runtime.errors import EdgestillError
 
@@ -83,6 +86,23 @@ def test_quantised_bodies_become_half_with_no_cast_on_the_weights(case, canvas, 
     assert [n.op_type for n in half.graph.node if entering.output[0] in n.input] == ["QuantizeLinear"]
     a, b = (run(m, canvas, optimise=False) for m in (integers, half))
     assert abs(a[0, 0, 4] - b[0, 0, 4]) < 0.01
+
+
+def test_a_half_input_is_read_as_float_by_the_slices_of_a_focus(case, make, canvas):
+    network = make().network
+    network.stem = Focus(3, 8, nn.SiLU)
+    network.stem.conv = nn.Conv2d(12, 8, 3, padding=1)
+    focused = replace(case, network=network, traced=trace(network.eval(), case.head.size_hw)).conventional()
+    images = canvas.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    half = with_half_input(focused)
+    assert half.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+    assert casts(half) == casts(body_to_fp16(focused)) + 1
+    np.testing.assert_allclose(run(half, images.astype(np.float16))[..., 4:], run(focused, images)[..., 4:], atol=0.05)
+
+
+def test_the_stem_reads_a_half_input_without_a_cast(case):
+    model = case.conventional()
+    assert casts(with_half_input(model)) == casts(body_to_fp16(model)) - 1
 
 
 def quantise_float_weights(model: onnx.ModelProto) -> None:

@@ -12,11 +12,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import compress.stages.build as stage
+from compress.cli import main
 from compress.config import BuildConfig, ExportConfig
 from compress.graph.fp16 import body_to_fp16
 from compress.graph.metadata import metadata_of, write_card
 from compress.models import Architecture, YOLOv5, save_model
-from compress.stages.build import build, by_precision
+from compress.stages.build import Inputs, build, by_precision, require_open_batches
 from compress.stages.export import export
 from runtime.bundle import card_of, model_files, problems
 from runtime.card import Artifact, Batches, ModelCard
@@ -248,6 +249,17 @@ def test_rectangular_batches_build_with_nms_inside(student, tmp_path, settings, 
     assert all(f"batch {Batches(*expected)}" in line for line in lines)
 
 
+def test_a_profile_given_for_a_file_of_fixed_batch_is_refused(tmp_path):
+    require_open_batches(Inputs({"fp32": write_model(tmp_path / "open.onnx", batches=OPEN)}))
+    model = write_model(tmp_path / "model.onnx", batches=Batches(4, 4))
+    with pytest.raises(UsageError, match=r"model\.onnx takes 4 in one call"):
+        require_open_batches(Inputs({"fp32": model}))
+    for given in (["--batches", "1,2,4"], ["--set", "batches=1,2,4"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["build", "--model", str(model), "--out", str(tmp_path / "plans"), *given])
+        assert caught.value.code == 2
+
+
 def test_the_profile_of_an_open_batch_is_that_of_the_settings(tmp_path, monkeypatch):
     seen = []
 
@@ -258,5 +270,10 @@ def test_the_profile_of_an_open_batch_is_that_of_the_settings(tmp_path, monkeypa
     monkeypatch.setattr(stage, "build_engine", note)
     for batches in (OPEN, Batches(4, 4)):
         model = write_model(tmp_path / "model.onnx", batches=batches)
-        build(BuildConfig(batches=(2, 3, 5)), models={"fp32": model}, out=tmp_path / "plans", log=lambda _: None)
+        build(
+            BuildConfig(batches=(2, 3, 5)),
+            models={"fp32": model},
+            out=tmp_path / f"plans{batches.most}",
+            log=lambda _: None,
+        )
     assert seen == [{"canvas": ((2, 32, 32, 3), (3, 32, 32, 3), (5, 32, 32, 3))}, {}]

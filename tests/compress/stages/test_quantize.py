@@ -18,7 +18,7 @@ from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
 from compress.flavours import FLAVOURS
 from compress.graph.assemble import boxes_graph, yolov5_graph
-from compress.graph.metadata import metadata_of, read_card, write_card
+from compress.graph.metadata import metadata_of, opset_of, read_card, write_card
 from compress.graph.network import trace
 from compress.graph.nms import NmsShape
 from compress.graph.parts import GraphParts
@@ -26,7 +26,7 @@ from compress.graph.placement import layer_name
 from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
 from compress.stages.export import RawMaps, head_shape
-from compress.stages.quantize import quantize, spread
+from compress.stages.quantize import Loss, quantize, spread
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EdgestillError, InputError
@@ -390,7 +390,7 @@ def test_rectangular_batches_are_calibrated_and_checked(images, tmp_path, batch)
     traced, head = trace(RawMaps(network.fuse()), (96, 160)), head_shape(network, (96, 160))
     batches, nms = Batches(batch or 1, batch), NmsShape(0.6, 300, 300, 8)
     card = ModelCard("part", ("bolt", "nut"), (96, 160), batches=batches, weights="5" * 64)
-    graph = boxes_graph(traced, head, nms, opset=19, metadata=metadata_of(card), batch=batch)
+    graph = boxes_graph(traced, head, nms, opset=17, metadata=metadata_of(card), batch=batch)
     onnx.save(graph, tmp_path / "model.onnx")
     found, _ = run(CONFIG, tmp_path / "model.onnx", images, tmp_path, {}, FASTER)
     assert {judged.name for judged in found.values() if judged.kept} == {"fp32", *CONFIG.flavours}
@@ -398,4 +398,22 @@ def test_rectangular_batches_are_calibrated_and_checked(images, tmp_path, batch)
     for judged in found.values():
         with Detector.load(judged.path) as detector:
             assert detector.card.batches == batches
+            assert judged.name == "fp32" or detector.card.provenance["opset"] == opset_of(onnx.load(judged.path))
             assert [one.to_list() for one in detector(frames)] == [detector(frame).to_list() for frame in frames]
+
+
+def test_a_loss_of_unknown_error_is_not_resolved_and_shows_none() -> None:
+    loss = Loss(0.0, None, None, draws=1)
+    assert not loss.is_resolved(0.02)
+    assert str(loss) == "+0.0000 mAP50-95 (1 draw)"
+    assert str(Loss(0.01, 0.003, None, draws=3)) == "+0.0100 ± 0.0030 mAP50-95 (3 draws)"
+
+
+@pytest.mark.parametrize(
+    ("draws", "images", "remedy"),
+    [(None, None, "images"), (None, 0.1, "images"), (0.1, 0.2, "images"), (0.2, 0.1, "draws"), (0.1, None, "draws")],
+)
+def test_the_larger_part_of_the_error_says_what_there_are_too_few_of(
+    draws: float | None, images: float | None, remedy: str
+) -> None:
+    assert Loss(0.0, draws, images, 3).remedy == remedy
