@@ -254,7 +254,7 @@ def test_mosaics_join_images_of_one_kind(samples: tuple[Sample, ...]) -> None:
     batches = epoch(dataset)
     assert all(batch.labelled == len(batch.images) / 2 for batch in batches)
     assert all((batch.targets[:, 0] < batch.labelled).all() for batch in batches)
-    assert dataset._labelled.store._images.keys() <= set(range(5))
+    assert dataset._own.store._images.keys() <= set(range(5))
 
 
 @pytest.mark.parametrize("world", [2, 3])
