@@ -43,8 +43,7 @@ def gain_of(study: Document, training: Document, *, teacher: str, data: str) -> 
         data: digest of the run's training and validation images.
 
     Returns `arm`, `over` (the differences, in fractions of 1; first those from arms that start as the run's student
-    does, else in the order of the arms) and `missing`: why there is
-    none, as the end of a sentence.
+    does, else in the order of the arms) and `missing`: why there is none, as the end of a sentence.
     """
     arm = next((name for name in study["arms"] if study["trainings"][name] == training), None)
     if study["data"] != data:

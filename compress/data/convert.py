@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.accuracy import read_coco
 from compress.data.dataset import Problem
-from compress.data.index import decoded_size_hw
+from compress.data.index import decoded_size_hw, image_problem
 from compress.data.labels import label_path
 from compress.data.writing import VAL_EVERY, label_text, new_folder, split_of, write_data_yaml
 from runtime.errors import InputError
@@ -291,7 +291,7 @@ def _write_image(target: Path, source: Path, one: AnnotatedImage, problems: list
         data = read_bytes(source)
         size_hw = decoded_size_hw(data, source)
     except InputError as error:
-        problems.append(Problem(source, 0, error.message.removeprefix(f"{source}: ")))
+        problems.append(image_problem(source, error))
         return None
     if one.size_hw not in (None, size_hw):
         stated, real = one.size_hw[::-1], size_hw[::-1]  # type: ignore[index]

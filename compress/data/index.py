@@ -16,7 +16,7 @@ from compress.data.dataset import Dataset, Problem, Sample, SplitIndex, key_of
 from compress.data.dataset_yaml import DataConfig
 from compress.data.labels import label_path, read_labels
 from runtime.errors import InputError
-from runtime.image import decode_image, read_bytes
+from runtime.image import Image, decode_image, read_bytes
 from runtime.machine import usable_cores
 
 MIN_SIDE = 10
@@ -110,7 +110,7 @@ def index_image(image: Path, config: DataConfig) -> ImageOutcome:
         data = read_bytes(image)
         size_hw = decoded_size_hw(data, image)
     except InputError as error:
-        return ImageOutcome(None, [Problem(image, 0, error.message.removeprefix(f"{image}: "))])
+        return ImageOutcome(None, [image_problem(image, error)])
     labels_file = label_path(image)
     labels, rows = read_labels(labels_file, len(config.names), config.keypoint_values)
     labels.setflags(write=False)
@@ -119,14 +119,26 @@ def index_image(image: Path, config: DataConfig) -> ImageOutcome:
 
 
 def decoded_size_hw(data: bytes, origin: Path) -> tuple[int, int]:
-    """(height, width) in pixels of the decoded image.
+    """(height, width) in pixels of the decoded image. Raises InputError as `usable_image` does."""
+    height, width = usable_image(data, origin).shape[:2]
+    return height, width
+
+
+def usable_image(data: bytes, origin: Path) -> Image:
+    """The decoded image, uint8 BGR (H, W, 3).
 
     Raises InputError when `data` cannot be decoded or has fewer than `MIN_SIDE` pixels on a side.
     """
-    height, width = decode_image(data, origin).shape[:2]
+    image = decode_image(data, origin)
+    height, width = image.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise InputError(f"{origin}: {width}x{height} pixels, expected at least {MIN_SIDE} on each side")
-    return height, width
+    return image
+
+
+def image_problem(image: Path, error: InputError) -> Problem:
+    """The problem of an image file that cannot be used, without its path, which the problem names itself."""
+    return Problem(image, 0, error.message.removeprefix(f"{image}: "))
 
 
 def quick_digest(config: DataConfig) -> str:

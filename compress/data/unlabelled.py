@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from compress.config import DistillConfig
 from compress.data.dataset import INDEX, Problem, Sample, SplitIndex, key_of, split_from_json, split_to_json
 from compress.data.image_store import resize_longest
-from compress.data.index import MIN_SIDE, file_state
+from compress.data.index import file_state, image_problem, usable_image
 from compress.data.loader import map_ahead
 from compress.log import Log
 from compress.processes import process_index
 from runtime.errors import InputError
 from runtime.files import read_json, unwritable
 from runtime.frames import FrameReader
-from runtime.image import IMAGE_SUFFIXES, Image, decode_image, read_bytes
+from runtime.image import IMAGE_SUFFIXES, Image, read_bytes
 from runtime.machine import usable_cores
 from runtime.sources import VIDEO_SUFFIXES, Source, image_files
 
@@ -139,11 +139,9 @@ def _read_image(file: Path, root: Path) -> tuple[Sample, NDArray[np.float32]] | 
     """The sample and its thumbnail."""
     try:
         data = read_bytes(file)
-        image = decode_image(data, file)
+        image = usable_image(data, file)
     except InputError as error:
-        return Problem(file, 0, error.message.removeprefix(f"{file}: "))
-    if min(image.shape[:2]) < MIN_SIDE:
-        return Problem(file, 0, f"{image.shape[1]}x{image.shape[0]} pixels, expected at least {MIN_SIDE} on each side")
+        return image_problem(file, error)
     return _sample(file, key_of(file, root), image, data), thumbnail(image)
 
 

@@ -13,7 +13,8 @@ import onnx
 from compress.graph.builder import FLOAT, GraphBuilder
 from runtime.image import LETTERBOX_FILL, Geometry, geometry
 
-PIXELS = ("letterbox.canvas", "letterbox.rounded", "canvas.nchw")
+CANVAS_PIXELS = "canvas.nchw"
+PIXELS = ("letterbox.canvas", "letterbox.rounded", CANVAS_PIXELS)
 """Tensors that hold the canvas as float32 BGR 0..255; the first that a graph has is the network's input."""
 
 
@@ -38,7 +39,7 @@ class FrameLetterbox:
 def canvas_pixels(builder: GraphBuilder, source: str) -> str:
     """uint8 BGR (B,H,W,3) -> float32 BGR 0..255 (B,3,H,W)."""
     floats = builder.op("Cast", source, name="canvas.float", to=FLOAT)
-    return builder.op("Transpose", floats, name="canvas.nchw", perm=[0, 3, 1, 2])
+    return builder.op("Transpose", floats, name=CANVAS_PIXELS, perm=[0, 3, 1, 2])
 
 
 def frame_pixels(builder: GraphBuilder, source: str, letterbox: FrameLetterbox, batch: int | None = 1) -> str:

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.graph.assemble import CANVAS
 from compress.graph.parts import GraphParts, sort_topologically
+from compress.graph.preprocess import CANVAS_PIXELS
 
-PIXELS = f"{CANVAS}.nchw"
 BLOCKS = f"{CANVAS}.blocks"
 
 
@@ -25,7 +25,7 @@ def space_to_depth(model: onnx.ModelProto) -> None:
     """Rewrite, in place, the stem of a Q/DQ graph that reads a canvas; other stems stay as they are."""
     parts = GraphParts(model.graph)
     quantise = next(
-        (node for node in parts.nodes if node.op_type == "QuantizeLinear" and node.input[0] == PIXELS), None
+        (node for node in parts.nodes if node.op_type == "QuantizeLinear" and node.input[0] == CANVAS_PIXELS), None
     )
     stem = parts.nodes[parts.convs[0]]
     if quantise is None or not _fits(parts, quantise, stem):

@@ -1,4 +1,4 @@
-"""Overlap of paired boxes, differentiable: row i of one tensor against row i of the other."""
+"""Overlap of paired boxes, differentiable: row i of one tensor against row i of the other; and the cells of a box."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ class _Corners(NamedTuple):
     top: Tensor
     right: Tensor
     bottom: Tensor
+
+
+def touched_cells(centre: Tensor, side: Tensor, cells: int, margin: float = 0.0) -> Tensor:
+    """(n, cells) bool: whether an interval of an axis, longer by `margin` cells at both ends, reaches into each cell.
+
+    `centre` and `side` (n,) are fractions of the axis.
+    """
+    low, high = ((centre + sign * side / 2)[:, None] * cells + sign * margin for sign in (-1, 1))
+    cell = torch.arange(cells, device=centre.device)
+    return (cell < high) & (cell + 1 > low)
 
 
 def _corners(boxes_xywh: Tensor) -> _Corners:

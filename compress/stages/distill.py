@@ -90,8 +90,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     can. Before the first epoch the adapters of feature losses are fitted, both networks and every distillation loss are
     checked on one batch, and the teacher's accuracy is measured; without losses the labels alone train the student.
     Raises EdgestillError when the distillation would silently do nothing, UsageError when the strategy lacks something.
-    Other errors as for
-    `compress.stages.teacher.train`.
+    Other errors as for `compress.stages.teacher.train`.
     """
     resume = (out / STATE).is_file() if inputs.resume is None else inputs.resume
     job, state, _, figures = _prepare(config, inputs, out, log, resume=resume)

@@ -21,7 +21,7 @@ from compress.evaluate import fitness
 from compress.gain import gain_of, study_of, training_of
 from compress.inputs import SHIPPED, dataset_of
 from compress.log import Log
-from compress.losses.distill import LOSSES
+from compress.losses.distill import LOSSES, reference_of
 from compress.stages import Figures, Stage
 from compress.store import MANIFEST, Folders
 from compress.training.curves import gradient_of, share_column
@@ -157,11 +157,11 @@ def _point(row: Mapping[str, str]) -> dict[str, Any]:
     return {"epoch": int(row["epoch"]) + 1, **values}
 
 
-def reference_of(config: DistillConfig, *, has_labels: bool) -> str | None:
+def reference_of_run(config: DistillConfig, *, has_labels: bool) -> str | None:
     """The loss whose gradient the shares are parts of; None where that is the label loss, as some label is known."""
     if has_labels and config.uses_train_split:
         return None
-    return next((name for name in config.used_losses if LOSSES[name].compares_heads), None)
+    return reference_of({name: LOSSES[name] for name in config.used_losses}) if config.used_losses else None
 
 
 def _distillation(config: DistillConfig, folder: Path, *, has_labels: bool) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _distillation(config: DistillConfig, folder: Path, *, has_labels: bool) -> d
             for name, choice in config.losses.items()
             if choice.is_used
         ],
-        "shares_of": gradient_of(reference_of(config, has_labels=has_labels)),
+        "shares_of": gradient_of(reference_of_run(config, has_labels=has_labels)),
         "inheritance": _inheritance(folder),
         "teacher": _beside_teacher(folder),
         "strategy": {

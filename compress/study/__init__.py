@@ -29,6 +29,7 @@ from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
 from compress.store import Outcome
 from compress.study.figures import Run, summary
+from compress.study.judge import accuracy_of, measured_once, split_index
 from compress.study.render import draw, to_markdown
 from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.errors import EdgestillError, UsageError
@@ -114,8 +115,6 @@ def count_in_folder(judging: SplitIndex, folder: Path) -> int:
 
 def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Path) -> Mapping[str, float]:
     """`map50_95` and `map50` of the teacher at the students' image size."""
-    from compress.study.judge import accuracy_of, measured_once
-
     of = {"teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": str(recipe.distill.imgsz)}
     weights = teacher.folder / TEACHER
     return measured_once(out / "teacher.json", of, lambda: accuracy_of(weights, recipe, judges))
@@ -188,11 +187,6 @@ def _laid_over(group: type[Settings], raw: Mapping[str, Any], changes: Mapping[s
         else:
             made[key] = value
     return made
-
-
-def split_index(out: Path, split: str) -> Path:
-    """Where the index of the judged split lies."""
-    return out / f"{split}.json"
 
 
 def _index_split(recipe: Recipe, out: Path) -> Dataset:

@@ -10,8 +10,12 @@ from compress.config import Recipe
 from compress.data import Dataset, load_data
 from compress.evaluate import evaluate
 from compress.models import load_model
-from compress.study import split_index
 from runtime.files import read_json, write_json
+
+
+def split_index(study: Path, split: str) -> Path:
+    """Where the index of the judging split lies."""
+    return study / f"{split}.json"
 
 
 def judges_of(recipe: Recipe, study: Path) -> Dataset:

@@ -23,9 +23,6 @@ from compress.training.objective import Objective
 from compress.training.prepare import first_batches
 from compress.training.teacher import AnyTeacher
 
-BATCHES = 4
-"""Training batches that the adapters are fitted to."""
-
 Pairs = Sequence[tuple[Outputs, Outputs]]
 """Outputs of student and teacher for some batches."""
 
@@ -42,7 +39,7 @@ def fit_adapters(
     if not losses:
         return {}
     to_device(objective, teacher.device)
-    batches = first_batches(train, config, teacher.device, BATCHES)
+    batches = first_batches(train, config, teacher.device)
     student = copy.deepcopy(objective.model).train()
     with torch.no_grad():
         pairs = [

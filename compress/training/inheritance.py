@@ -27,9 +27,6 @@ from compress.training.teacher import AnyTeacher, Teacher
 from runtime.errors import UsageError
 from runtime.files import write_json
 
-BATCHES = 4
-"""Training batches that BatchNorm statistics and the head are fitted to."""
-
 INHERITANCE = "inheritance.json"
 """The file beside a training's others that says what its network took over."""
 
@@ -123,7 +120,7 @@ def inherit_from(
     larger = by.teacher if by else Teacher(source, device)
     classes = by.classes if by else classes_by_name(student.arch, source.arch)
     to_device(objective, larger.device)
-    loaded, targets, _, labelled = zip(*first_batches(train, config, larger.device, BATCHES), strict=True)
+    loaded, targets, _, labelled = zip(*first_batches(train, config, larger.device), strict=True)
     images = [reduced(one, config.imgsz) for one in loaded]
     scratch = _label_loss(objective, images, targets, labelled)
     found = inherit(student, source, classes)

@@ -14,9 +14,9 @@ from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.log import Log
 from compress.models import YOLOv5
+from compress.training.checks import PROBE_IMAGES
 from compress.training.objective import Objective, detection_loss
 
-PROBE_IMAGES = 4
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
 """Tensors that an optimiser keeps for each parameter."""
 BYTES = 4

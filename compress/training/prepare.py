@@ -27,6 +27,8 @@ from compress.models.checkpoint import load, transfer
 from runtime.errors import UsageError
 
 SHOWN_PROBLEMS = 5
+FITTED_BATCHES = 4
+"""Training batches to which statistics, head and adapters are fitted before the first step."""
 
 
 class Splits(NamedTuple):
@@ -84,9 +86,9 @@ def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     return index.samples
 
 
-def first_batches(train: TrainItems, config: TrainConfig, device: torch.device, count: int) -> list[Batch]:
-    """The first batches of a training, at most `count`, on the device; their images are float 0..1."""
-    batches = islice(train_batches(train, batch=config.batch, epoch=0), count)
+def first_batches(train: TrainItems, config: TrainConfig, device: torch.device) -> list[Batch]:
+    """The first batches of a training, at most FITTED_BATCHES, on the device; their images are float 0..1."""
+    batches = islice(train_batches(train, batch=config.batch, epoch=0), FITTED_BATCHES)
     return [
         one._replace(images=as_network_input(one.images, device), targets=one.targets.to(device)) for one in batches
     ]

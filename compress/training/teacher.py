@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from compress.losses.distill import (
     reference_of,
     require_labels_for,
 )
-from compress.losses.distill.head import ANCHOR_TOLERANCE
+from compress.losses.distill.head import same_anchors
 from compress.losses.maps import coarser, maps_from_boxes, mean_maps, mirrored, pooled
 from compress.models import YOLOv5
 from compress.models.architecture import Anchors, Architecture
@@ -215,8 +214,8 @@ def _require_usable(source: Source, sources: Sequence[Source], config: DistillCo
 
 def _answers_alike(one: Source, other: Source) -> bool:
     """Whether each cell and anchor of both means the same."""
-    a, b = (np.asarray(source.anchors or (), float) for source in (one, other))
-    return one.strides == other.strides and a.shape == b.shape and np.allclose(a, b, rtol=ANCHOR_TOLERANCE, atol=0)
+    anchors = (torch.tensor(source.anchors or (), dtype=torch.float64) for source in (one, other))
+    return one.strides == other.strides and same_anchors(*anchors)
 
 
 def student_anchors(sources: Sequence[Source], config: DistillConfig) -> Anchors | None:

@@ -83,9 +83,9 @@ def check_losses(config: DistillConfig) -> None:
     _check_strategy(config)
 
 
-def reference_of(losses: Mapping[str, DistillLoss]) -> str:
+def reference_of(losses: Mapping[str, DistillLoss | type[DistillLoss]]) -> str:
     """Name of the loss whose gradient the weights of the others follow where no label is known: the first that compares
-    heads, else the first.
+    heads, else the first. `losses` has one at least; their classes do too.
     """
     return next((name for name, loss in losses.items() if loss.compares_heads), next(iter(losses)))
 

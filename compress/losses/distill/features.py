@@ -25,6 +25,7 @@ from compress.kernels.cwd import cwd
 from compress.kernels.fgd import fgd
 from compress.kernels.pkd import pkd
 from compress.kernels.weighted_mse import weighted_mse
+from compress.losses.boxes import touched_cells
 from compress.losses.distill.base import (
     NO_CONTEXT,
     Context,
@@ -369,15 +370,8 @@ def box_density(feature: Tensor, targets: Tensor | None) -> Tensor:
     if targets is None:
         return density
     image, centre, size = targets[:, 0].long(), targets[:, 2:4].float(), targets[:, 4:6].float()
-    rows = _touched(centre[:, 1], size[:, 1], height)
-    columns = _touched(centre[:, 0], size[:, 0], width)
+    rows = touched_cells(centre[:, 1], size[:, 1], height).float()
+    columns = touched_cells(centre[:, 0], size[:, 0], width).float()
     area = (rows.sum(1) * columns.sum(1)).clamp_min(1)
     boxes = rows[:, :, None] * columns[:, None] / area[:, None, None]
     return density.scatter_reduce(0, image[:, None, None].expand_as(boxes), boxes, "amax")
-
-
-def _touched(centre: Tensor, size: Tensor, cells: int) -> Tensor:
-    """(n, cells) float32, 1 if the interval reaches into the cell. `centre` and `size` (n,) are fractions."""
-    low, high = ((centre + side * size / 2)[:, None] * cells for side in (-1, 1))
-    cell = torch.arange(cells, device=centre.device)
-    return ((cell < high) & (cell + 1 > low)).float()

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.config import DistillConfig, Float, NonNegative, Positive
-from compress.losses.boxes import decode_in_cell, paired_giou_exact
+from compress.losses.boxes import decode_in_cell, paired_giou_exact, touched_cells
 from compress.losses.detection import Gains, level_balance, scaled_gains
 from compress.losses.distill.base import (
     Context,
@@ -32,6 +32,11 @@ ANCHOR_TOLERANCE = 2e-3
 """Checkpoints keep anchors in float16, which moves them by up to 5e-4 of their size."""
 
 
+def same_anchors(one: Tensor, other: Tensor) -> bool:
+    """Whether two tables of anchors (nl, na, 2) are the same as far as files keep them."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=ANCHOR_TOLERANCE, atol=0)
+
+
 def check_same_head(student: Shape, teacher: Shape) -> None:
     """Raises UsageError unless a cell and anchor means the same in both heads."""
     if student.nc != teacher.nc:
@@ -40,7 +45,7 @@ def check_same_head(student: Shape, teacher: Shape) -> None:
             "Fine-tune the teacher on the student's classes, or use a feature loss",
         )
     a, b = student.anchors.float().cpu(), teacher.anchors.float().cpu()
-    if student.na != teacher.na or a.shape != b.shape or not torch.allclose(a, b, rtol=ANCHOR_TOLERANCE, atol=0):
+    if student.na != teacher.na or not same_anchors(a, b):
         raise UsageError(
             "the student's anchors differ from the teacher's, so their boxes cannot be compared cell by cell",
             "Build the student with the teacher's anchors and set autoanchor: false",
@@ -198,17 +203,10 @@ def silent_at(raw: Tensor, targets: Tensor | None, classes: Tensor) -> Tensor:
     batch, _, height, width, _ = raw.shape
     centre, side = targets[:, 2:4].float(), targets[:, 4:6].float()
     of_class = torch.isin(targets[:, 1].long(), classes)
-    rows, columns = (_cells_near(centre[:, i], side[:, i], n) for i, n in ((1, height), (0, width)))
+    rows, columns = (touched_cells(centre[:, i], side[:, i], n, margin=1) for i, n in ((1, height), (0, width)))
     touched = (of_class[:, None, None] & rows[:, :, None] & columns[:, None]).to(raw.dtype)
     silent = raw.new_zeros((batch, height, width)).index_add_(0, targets[:, 0].long(), touched) > 0
     return raw.masked_fill(silent[:, None, :, :, None], torch.nan)
-
-
-def _cells_near(centre: Tensor, side: Tensor, cells: int) -> Tensor:
-    """(n, cells) bool: the interval, a cell wider at both ends, reaches into the cell."""
-    low, high = (centre - side / 2) * cells - 1, (centre + side / 2) * cells + 1
-    cell = torch.arange(cells, device=centre.device)
-    return (cell < high[:, None]) & (cell + 1 > low[:, None])
 
 
 class Soft(HeadLoss):

@@ -68,7 +68,7 @@ def test_a_second_look_decodes_nothing_and_finds_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = found(config(folder), tmp_path / "out")
-    monkeypatch.setattr("compress.data.unlabelled.decode_image", None)
+    monkeypatch.setattr("compress.data.index.decode_image", None)
     again = found(config(folder), tmp_path / "out")
     assert again.sha256 == first.sha256
     assert [sample.image for sample in again.samples] == [sample.image for sample in first.samples]

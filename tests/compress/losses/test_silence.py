@@ -32,6 +32,16 @@ def outputs(shape: Shape, seed: int, size: int = 64) -> Outputs:
     return Outputs(raw, [noise(2, c, n, n) for c, n in zip(shape.channels, cells, strict=True)])
 
 
+def background(shape: Shape, objectness: float, lacks: int | None = None) -> Outputs:
+    """Outputs of one objectness everywhere; the logit at the index `lacks` is not told."""
+    made = outputs(shape, 1)
+    for level in made.raw:
+        level[..., 4] = objectness
+        if lacks is not None:
+            level[..., lacks] = torch.nan
+    return made
+
+
 def gradients(name: str, shape: Shape, teacher: Outputs, targets: Tensor | None = None, **told: object) -> list[Tensor]:
     student = outputs(shape, 0)
     for level in student.raw:
@@ -78,10 +88,7 @@ def test_a_loss_is_exactly_zero_for_equal_logits_where_some_are_not_told(shape: 
 @pytest.mark.parametrize("name", HEADS)
 def test_an_object_of_an_unknown_class_is_not_pushed_to_background(shape: Shape, name: str) -> None:
     """In the middle of the first image lies an object of class 1, which the teacher does not know."""
-    teacher = outputs(shape, 1)
-    for level in teacher.raw:
-        level[..., 4] = -9.0
-        level[..., 6] = torch.nan
+    teacher = background(shape, -9.0, lacks=6)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.2], [1, 0, 0.5, 0.5, 0.2, 0.2]])
     fine = gradients(name, shape, teacher, targets, unknown=(1,), tells_all=False)[0]
     assert is_nothing(fine[0, :, 3:5, 3:5])
@@ -104,9 +111,7 @@ def unlabelled_gradients(name: str, shape: Shape, teacher: Outputs, unsure: floa
 def test_an_unlabelled_image_teaches_no_background_where_the_teacher_is_sure_of_no_object(
     shape: Shape, name: str
 ) -> None:
-    teacher = outputs(shape, 1)
-    for level in teacher.raw:
-        level[..., 4] = -3.0
+    teacher = background(shape, -3.0)
     for labelled, unlabelled in unlabelled_gradients(name, shape, teacher, 0.5):
         assert labelled.all()
         assert is_nothing(unlabelled)
@@ -116,10 +121,7 @@ def test_an_unlabelled_image_teaches_no_background_where_the_teacher_is_sure_of_
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_teacher_that_lacks_a_class_teaches_only_objects_in_an_unlabelled_image(shape: Shape, name: str) -> None:
-    teacher = outputs(shape, 1)
-    for level in teacher.raw:
-        level[..., 4] = -3.0
-        level[..., 6] = torch.nan
+    teacher = background(shape, -3.0, lacks=6)
     teacher.raw[0][1, 0, 0, 0, 4] = 3.0
     fine, *coarse = unlabelled_gradients(name, shape, teacher, 0.5, unknown=(1,), tells_all=False)
     assert fine[0].all()

@@ -7,7 +7,7 @@ import pytest
 
 from compress.config import DistillConfig
 from compress.data import Dataset
-from compress.stages.report import not_made, reference_of, require_one_model, shared_images
+from compress.stages.report import not_made, reference_of_run, require_one_model, shared_images
 from runtime.errors import InputError
 from runtime.files import write_json
 from tests.runtime.toys import card
@@ -52,4 +52,4 @@ def test_training_images_among_those_that_are_measured_are_told(tiny_data: Datas
 def test_shares_are_of_the_labels_gradient_only_where_labels_are_known(
     settings: dict[str, object], has_labels: bool, expected: str | None
 ) -> None:
-    assert reference_of(DistillConfig.model_validate(settings), has_labels=has_labels) == expected
+    assert reference_of_run(DistillConfig.model_validate(settings), has_labels=has_labels) == expected
