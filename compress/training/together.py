@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,8 +29,14 @@ def close_group_at_exit() -> None:
 
 
 def _close_group() -> None:
+    """Close gloo's group and end its threads, which live as long as anything refers to the group."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        group = torch.distributed.group.WORLD
         torch.distributed.destroy_process_group()
+        for name in ("last_exc", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)  # an error that ended the process: its frames hold the training
+        gc.collect()
+        del group  # the last reference: torch waits for the threads without the interpreter's lock only here
 
 
 def decided_by_first(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
 """One of two processes of a training that ends before its last epoch: `python -m ...two_endings HOW FOLDER`.
 
-The process says how it ended in its last line, as the command line does; in a further line, that its connections are
-still open when the interpreter ends, which may abort it.
+The process says how it ended in its last line, as the command line does; in a further line, that threads of its
+connections still run when the interpreter ends, which may abort it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed
-
 from compress.training import loop
 from compress.training.loop import Trainer, run_job
 from runtime.errors import EdgestillError
@@ -25,9 +23,9 @@ from . import toys
 FIRST = os.environ["RANK"] == "0"
 
 
-def fail(error: BaseException) -> Callable[..., Any]:
+def fail(kind: type[BaseException], *text: str) -> Callable[..., Any]:
     def failing(*_: object, **__: object) -> Any:
-        raise error
+        raise kind(*text)
 
     return failing
 
@@ -39,25 +37,26 @@ def worse_each_time() -> Callable[..., Any]:
 
 
 ENDINGS: dict[str, Callable[[], None]] = {
-    "validation": lambda: setattr(loop, "evaluate", fail(EdgestillError("an image cannot be read"))),
-    "bug in validation": lambda: setattr(loop, "evaluate", fail(ValueError("a bug"))),
-    "step of the second": lambda: None if FIRST else setattr(Trainer, "step", fail(EdgestillError("not finite"))),
-    "step of the first": lambda: setattr(Trainer, "step", fail(EdgestillError("not finite"))) if FIRST else None,
-    "interrupt": lambda: setattr(loop, "evaluate", fail(KeyboardInterrupt())),
+    "validation": lambda: setattr(loop, "evaluate", fail(EdgestillError, "an image cannot be read")),
+    "bug in validation": lambda: setattr(loop, "evaluate", fail(ValueError, "a bug")),
+    "step of the second": lambda: None if FIRST else setattr(Trainer, "step", fail(EdgestillError, "not finite")),
+    "step of the first": lambda: setattr(Trainer, "step", fail(EdgestillError, "not finite")) if FIRST else None,
+    "interrupt": lambda: setattr(loop, "evaluate", fail(KeyboardInterrupt)),
     "early stop": lambda: setattr(loop, "evaluate", worse_each_time()),
 }
 
 
 def tell_open_connections() -> None:
-    if torch.distributed.is_initialized():
-        print("connections are open")
+    threads = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    if connections := [name for name in threads if "gloo" in name]:
+        print("still running:", *connections)
 
 
 def main(how: str, out: Path) -> str:
     ENDINGS[how]()
-    made = toys.trainer(toys.config(epochs=9, val_interval=1, patience=2), out)
+    job = toys.trainer(toys.config(epochs=9, val_interval=1, patience=2), out).job
     try:
-        return f"epochs {run_job(made.job, device='cpu', log=toys.quiet).epochs}"
+        return f"epochs {run_job(job, device='cpu', log=toys.quiet).epochs}"
     except EdgestillError as error:
         return str(error)
 
