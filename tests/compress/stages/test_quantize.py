@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
 from compress.flavours import FLAVOURS
+from compress.gate import Loss, spread
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.metadata import metadata_of, opset_of, read_card, write_card
 from compress.graph.network import trace
@@ -26,7 +27,7 @@ from compress.graph.placement import layer_name
 from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
 from compress.stages.export import RawMaps, head_shape
-from compress.stages.quantize import Loss, quantize, spread
+from compress.stages.quantize import quantize
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EdgestillError, InputError
