@@ -268,7 +268,7 @@ def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedF
         ranking = origin.rank(number_form(flavour.scheme))
     calibration = origin.calibration if flavour.scheme else {}
     steps: list[Step] = []
-    for float_layers in _choices(origin.config, flavour, ranking):
+    for float_layers in choices(origin.config, flavour, ranking):
         try:
             origin.write(flavour, path, float_layers)
         except EdgestillError as error:
@@ -291,7 +291,7 @@ def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedF
     return _timed(origin, flavour, judged, path, folder) if judged.kept and flavour.for_this_cpu else judged
 
 
-def _choices(config: QuantizeConfig, flavour: Flavour, ranking: Sequence[LayerError]) -> list[tuple[str, ...]]:
+def choices(config: QuantizeConfig, flavour: Flavour, ranking: Sequence[LayerError]) -> list[tuple[str, ...]]:
     """The layers to leave in float, in the order in which they are tried until the loss is within its limit."""
     if flavour.scheme is None:
         return [()]

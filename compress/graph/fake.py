@@ -24,7 +24,7 @@ from torch import Tensor
 from compress.graph.parts import GraphParts
 from compress.graph.placement import Placement, place
 from compress.graph.preprocess import pixels_tensor
-from compress.graph.ranges import Observed, Ranges, scale_of
+from compress.graph.ranges import PIXEL_RANGE, Observed, Ranges, scale_of
 from compress.schemes import Scheme
 from runtime.errors import EdgestillError
 
@@ -63,7 +63,8 @@ class FakeBody:
     features: tuple[str, ...]
     """Values that the detect convolutions read, finest level first."""
     scaled: tuple[str, ...]
-    """Tensors that have a scale; all that is quantised has the scale of one of them."""
+    """Tensors whose scale is learned; all that is quantised has the scale of one of them, but the pixels, whose range
+    is known."""
     scales: tuple[float, ...]
     """Scales of the calibration."""
     zero_points: tuple[int, ...]
@@ -82,7 +83,8 @@ class FakeBody:
         """Ranges from which `scale_of` gives these scales, and the zero points."""
         least, most = (0, 255) if self.unsigned else (-127, 127)
         ends = zip(self.scaled, scales, self.zero_points, strict=True)
-        return {name: Observed((least - zero) * scale, (most - zero) * scale) for name, scale, zero in ends}
+        learned = {name: Observed((least - zero) * scale, (most - zero) * scale) for name, scale, zero in ends}
+        return {self.pixels: PIXEL_RANGE, **learned}
 
 
 def fake_body(model: onnx.ModelProto, ranges: Ranges, scheme: Scheme, float_layers: Collection[str] = ()) -> FakeBody:
@@ -91,15 +93,16 @@ def fake_body(model: onnx.ModelProto, ranges: Ranges, scheme: Scheme, float_laye
     Raises `EdgestillError` naming the operator when the body has one that is not known here.
     """
     parts = GraphParts(model.graph)
-    placement = place(parts, scheme, float_layers)
+    placement, pixels = place(parts, scheme, float_layers), pixels_tensor(model)
     scaled = tuple(dict.fromkeys(placement.ranged_by[name] for name in placement.readers))
+    scaled = tuple(name for name in scaled if name != pixels)
     made = [scale_of(ranges[name], unsigned=scheme.unsigned) for name in scaled]
     zero_points = tuple(zero for _, zero in made)
-    compiler = _Compiler(model, parts, placement, scheme, scaled, zero_points)
+    compiler = _Compiler(model, parts, placement, scheme, pixels, scaled, zero_points)
     steps = tuple(compiler.steps())
     features = tuple(dict.fromkeys(compiler.read(i, 0) for i in parts.detect_convs))
     return FakeBody(
-        tuple(_with_spent(steps, features)), compiler.pixels, compiler.stem, features, scaled,
+        tuple(_with_spent(steps, features)), pixels, compiler.stem, features, scaled,
         tuple(scale for scale, _ in made), zero_points, scheme.unsigned,
     )  # fmt: skip
 
@@ -112,12 +115,9 @@ class _Compiler:
     parts: GraphParts
     placement: Placement
     scheme: Scheme
+    pixels: str
     scaled: tuple[str, ...]
     zero_points: tuple[int, ...]
-
-    @property
-    def pixels(self) -> str:
-        return pixels_tensor(self.model)
 
     @property
     def stem(self) -> str:
@@ -162,11 +162,14 @@ class _Compiler:
         return sorted(found)
 
     def _rounding(self, name: str) -> Step:
-        position = self.scaled.index(self.placement.ranged_by[name])
+        source, half = self.placement.ranged_by[name], self.scheme.half_body
         least, most = (0, 255) if self.scheme.unsigned else (-128, 127)
+        if source == self.pixels:
+            scale, _ = scale_of(PIXEL_RANGE, unsigned=self.scheme.unsigned)
+            return Step(partial(_round_pixels, scale, least, most), (name,), _rounded(name))
+        position = self.scaled.index(source)
         zero = self.zero_points[position]
-        run = partial(_round_values, position, least - zero, most - zero, self.scheme.half_body)
-        return Step(run, (name,), _rounded(name))
+        return Step(partial(_round_values, position, least - zero, most - zero, half), (name,), _rounded(name))
 
     def _convolution(self, index: int, node: onnx.NodeProto, source: str) -> Step:
         peak = self.scheme.weight_peak if index in self.placement.convs else 0
@@ -236,6 +239,10 @@ def _round_values(
 ) -> Tensor:
     found: Tensor = FakeQuantise.apply(values[0], stored(parameters.scales[position], half), least, most)
     return found
+
+
+def _round_pixels(scale: float, least: int, most: int, _: Parameters, values: Sequence[Tensor]) -> Tensor:
+    return (values[0] / scale).round_().clamp_(least, most).mul_(scale)
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
