@@ -92,5 +92,5 @@ STAGE = Stage(
     settings=NoSettings,
     inputs=lambda _, folders: folders,
     run=run,
-    after=("export", "quantize", "build", "bench", "report"),
+    after=("export", "quantize", "qad", "build", "bench", "report"),
 )

@@ -18,7 +18,7 @@ from compress.data import Dataset
 from compress.flavours import FILES, REFERENCE
 from compress.gate import FileGate, Gate, JudgedFile, boxes_card, describe, flavour_of, judge, origin_of
 from compress.graph.untrusted_onnx import read_model
-from compress.inputs import SHIPPED, dataset_of, plan_of, refuse_another_model
+from compress.inputs import CALIBRATED, SHIPPED, dataset_of, plan_of, refuse_another_model
 from compress.log import Log
 from compress.stages import Figures, Stage, cpu_and_runtime
 from runtime.files import write_json
@@ -44,7 +44,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         gate=FileGate(plan_of(config.bench, inputs.data)),
         log=log,
     )
-    write_json(out / "quantize.json", [file.to_json() for file in judged])
+    write_json(out / CALIBRATED, [file.to_json() for file in judged])
     return {"kept": ", ".join(file.name for file in judged if file.kept)}
 
 
