@@ -17,8 +17,19 @@ from typing import Any, NamedTuple
 from compress.config import IMGSZ, BenchConfig, ExportConfig, QadConfig, QuantizeConfig, Recipe, Settings, Side
 from compress.data import Dataset
 from compress.data.unlabelled import open_unlabelled, unlabelled_digest
-from compress.flavours import FILES, FLAVOURS
-from compress.gate import FileGate, Gate, JudgedFile, boxes_card, choices, describe, flavour_of, judge, origin_of
+from compress.flavours import FILES, FLAVOURS, Flavour
+from compress.gate import (
+    FileGate,
+    Gate,
+    JudgedFile,
+    Origin,
+    boxes_card,
+    choices,
+    describe,
+    flavour_of,
+    judge,
+    origin_of,
+)
 from compress.graph.sensitivity import number_form
 from compress.graph.untrusted_onnx import read_model
 from compress.inputs import (
@@ -37,7 +48,7 @@ from compress.models import network_digest
 from compress.models.checkpoint import load
 from compress.stages import Figures, Stage, cpu_and_runtime, weights_digest
 from compress.store import Folders
-from compress.training.qad import train_for_int8
+from compress.training.qad import Learned, Start, train_for_int8
 from runtime.card import ModelCard
 from runtime.errors import InputError, UsageError
 from runtime.files import sha256, write_json
@@ -92,28 +103,39 @@ def qad(config: Config, inputs: Inputs, *, out: Path, gate: Gate, log: Log) -> l
     origin = origin_of(settings, source, model=inputs.model, images=images, gate=gate)
     unlabelled = open_unlabelled(config.qad, out, log)
     entries = []
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
-        for name in names:
-            flavour = flavour_of(settings, name)
-            assert flavour.scheme
-            float_layers = choices(settings, flavour, origin.rank(number_form(flavour.scheme)))[0]
-            log(f"qad: {name}, layers in float: {', '.join(float_layers) or 'none'}")
-            learned = train_for_int8(
-                config.qad, student=inputs.student, teachers=(*inputs.teachers, *config.qad.teachers), model=source,
-                ranges=origin.ranges, scheme=flavour.scheme, float_layers=float_layers, data=inputs.data,
-                unlabelled=unlabelled, out=out / name, device=config.device, log=log,
-            )  # fmt: skip
-            provenance = {**card.provenance, "qad": sha256(learned.training.best)}
-            trained = replace(
-                origin, config=settings.model_copy(update={"float_layers": float_layers}), source=learned.model,
-                ranges=learned.ranges, card=replace(card, provenance=provenance),
-            )  # fmt: skip
-            judged = judge(trained, flavour, out / FILES[name], Path(folder))
-            entries.append(_entry(judged, inputs.calibrated.get(name), learned.training.figures))
-            log(f"qad: {describe(judged)}{'' if entries[-1]['replaces'] else '; the calibrated file stays'}")
-            if not entries[-1]["replaces"]:
-                (out / FILES[name]).unlink(missing_ok=True)
+    for name in names:
+        flavour = flavour_of(settings, name)
+        start = _start(origin, inputs.student, flavour)
+        log(f"qad: {name}, layers in float: {', '.join(start.float_layers) or 'none'}")
+        learned = train_for_int8(
+            config.qad, start, data=inputs.data, teachers=(*inputs.teachers, *config.qad.teachers),
+            unlabelled=unlabelled, out=out / name, device=config.device, log=log,
+        )  # fmt: skip
+        judged = _judged(origin, start, learned, flavour, out / FILES[name])
+        before = inputs.calibrated.get(name)
+        replaces = before is None or is_better(judged, before)
+        entries.append({**judged.to_json(), "replaces": replaces, "training": learned.training.figures})
+        if not replaces:
+            (out / FILES[name]).unlink(missing_ok=True)
+        log(f"qad: {describe(judged)}{'' if replaces else '; the calibrated file stays'}")
     return entries
+
+
+def _start(origin: Origin, student: Path, flavour: Flavour) -> Start:
+    """As few layers stay in float as calibration tries first."""
+    assert flavour.scheme
+    ranking = origin.rank(number_form(flavour.scheme)) if origin.config.float_layers != 0 else ()
+    float_layers = choices(origin.config, flavour, ranking)[0]
+    return Start(student, origin.source, origin.ranges, flavour.scheme, float_layers)
+
+
+def _judged(origin: Origin, start: Start, learned: Learned, flavour: Flavour, path: Path) -> JudgedFile:
+    """The file with the learned weights and scales, and the verdict."""
+    card = replace(origin.card, provenance={**origin.card.provenance, "qad": sha256(learned.training.best)})
+    config = origin.config.model_copy(update={"float_layers": start.float_layers or 0})
+    trained = replace(origin, config=config, source=learned.model, ranges=learned.ranges, card=card)
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
+        return judge(trained, flavour, path, Path(folder))
 
 
 def wanted(config: Config, calibrated: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
@@ -132,18 +154,12 @@ def _misses(entry: Mapping[str, Any], limit: float) -> bool:
     return bool(entry["steps"]) and entry["steps"][0]["drop"] > limit
 
 
-def _entry(judged: JudgedFile, calibrated: Mapping[str, Any] | None, figures: Figures) -> dict[str, Any]:
-    return {**judged.to_json(), "replaces": _is_better(judged, calibrated), "training": dict(figures)}
-
-
-def _is_better(judged: JudgedFile, calibrated: Mapping[str, Any] | None) -> bool:
+def is_better(judged: JudgedFile, calibrated: Mapping[str, Any]) -> bool:
     """Whether the trained file takes the place of the calibrated one: it passes its gate, and the other does not, has
     more layers in float, or as many and loses more.
     """
-    if calibrated is None or not calibrated["kept"]:
-        return judged.kept or calibrated is None
-    if not judged.kept or judged.loss is None:
-        return False
+    if not calibrated["kept"] or judged.loss is None or not judged.kept:
+        return judged.kept
     layers = sum(layer["is_float"] for layer in calibrated["layers"])
     return (len(judged.float_layers), judged.loss.drop) < (layers, calibrated["loss"]["drop"])
 

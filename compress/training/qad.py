@@ -74,6 +74,24 @@ class FakeQuantised(YOLOv5):
 
 
 @dataclass(frozen=True)
+class Start:
+    """A float network, and the INT8 file that it is trained for."""
+
+    student: Path
+    """Its checkpoint."""
+    model: onnx.ModelProto
+    """Its FP32 graph."""
+    ranges: Ranges
+    """Ranges of a calibration, at which the scales begin."""
+    scheme: Scheme
+    float_layers: Collection[str] = ()
+
+    @property
+    def body(self) -> FakeBody:
+        return fake_body(self.model, self.ranges, self.scheme, self.float_layers)
+
+
+@dataclass(frozen=True)
 class Learned:
     """Everything that the writer of an INT8 file needs, and the training that it comes from."""
 
@@ -85,35 +103,30 @@ class Learned:
 
 def train_for_int8(
     config: QadConfig,
+    start: Start,
     *,
-    student: Path,
-    teachers: Sequence[Path],
-    model: onnx.ModelProto,
-    ranges: Ranges,
-    scheme: Scheme,
-    float_layers: Collection[str],
     data: Dataset,
-    unlabelled: SplitIndex | None,
+    teachers: Sequence[Path] = (),
+    unlabelled: SplitIndex | None = None,
     out: Path,
     device: str,
     log: Log,
 ) -> Learned:
-    """Train the network of the checkpoint `student`, of which `model` is the FP32 graph, for the INT8 file of a scheme.
+    """Train a network for its INT8 file, with itself in float and the `teachers` as teachers.
 
-    `ranges` are those of a calibration: the scales begin there. The `student` itself, in float, is the first of the
-    teachers. A training that is begun in the folder `out` goes on. Raises the errors of a distillation.
+    A training that is begun in the folder `out` goes on. Raises the errors of a distillation.
     """
-    files = (student, *teachers)
+    files = (start.student, *teachers)
     origin = origin_of(
-        config, data, start=StudentConfig(scale=None, weights=student), teachers=files, device=device,
+        config, data, start=StudentConfig(scale=None, weights=start.student), teachers=files, device=device,
         unlabelled=config.unlabelled, unlabelled_images=unlabelled,
     )  # fmt: skip
-    form = {"scheme": str(scheme), "layers in float": ", ".join(float_layers) or "none"}
+    form = {"scheme": str(start.scheme), "layers in float": ", ".join(start.float_layers) or "none"}
     origin = replace(origin, facts=origin.facts | form)
     state = read_resume(out, config, origin) if (out / STATE).is_file() else None
     sources = load_sources(files, data.names, config, device)
     own: Any = sources[0].model
-    network = FakeQuantised(own, fake_body(model, ranges, scheme, float_layers))
+    network = FakeQuantised(own, start.body)
     teacher = make_teacher(sources, network, config, device, log)
     splits = open_distillation(data, unlabelled, config, log)
     objective = distillation(network, teacher, config, has_labels=splits.train.labelled > 0)
@@ -123,7 +136,7 @@ def train_for_int8(
     result = run_job(job, device=device, resume=state, log=log)
     network = network.cpu()
     network.load_state_dict(load_file(result.best))
-    return Learned(graph_of(network, model), ranges_of(network), result)
+    return Learned(graph_of(network, start.model), ranges_of(network), result)
 
 
 def graph_of(network: FakeQuantised, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -12,13 +12,14 @@ import torch
 from benchmarks.latency import LatencyRatio
 from compress.config import ExportConfig, Recipe
 from compress.data import Dataset
+from compress.gate import JudgedFile, Loss, Step
 from compress.graph.metadata import read_card
 from compress.models import Architecture, YOLOv5
 from compress.models.checkpoint import save_model
 from compress.stages.export import export
-from compress.stages.qad import STAGE, Config, Inputs, qad, wanted
+from compress.stages.qad import STAGE, Config, Inputs, is_better, qad, wanted
 from runtime.errors import InputError, UsageError
-from runtime.files import sha256
+from runtime.files import sha256, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
@@ -126,6 +127,48 @@ def test_it_runs_where_calibration_loses_too_much_with_the_fewest_layers_in_floa
 ) -> None:
     found = wanted(settings(qad={"when": when}), {"fp16": {}, "int8-openvino": entry})
     assert found == (("int8-openvino",) if expected else ())
+
+
+def judged(drop: float, *, kept: bool = True, float_layers: tuple[str, ...] = ()) -> JudgedFile:
+    loss = Loss(drop, 0.0, 0.0, 2)
+    return JudgedFile("int8-openvino", Path("file"), kept, "", 0.5, loss, steps=(Step(float_layers, loss=loss),))
+
+
+@pytest.mark.parametrize(
+    ("trained", "before", "expected"),
+    [
+        (judged(0.01), calibrated(0.03, kept=False), True),
+        (judged(0.03, kept=False), calibrated(0.04, kept=False), False),
+        (judged(0.03, kept=False), calibrated(0.01, kept=True), False),
+        (judged(0.01), calibrated(0.02, kept=True), True),
+        (judged(0.01), calibrated(0.005, kept=True), False),
+        (judged(0.01, float_layers=("1",)), calibrated(0.03, kept=True, float_layers=2, found=0.0), True),
+        (judged(0.0, float_layers=("1",)), calibrated(0.01, kept=True), False),
+    ],
+    ids=[
+        "only it passes", "none passes", "only the other passes", "loses less", "loses more", "fewer layers in float",
+        "more layers in float",
+    ],
+)  # fmt: skip
+def test_it_replaces_the_calibrated_file_only_if_it_is_better(
+    trained: JudgedFile, before: dict[str, Any], expected: bool
+) -> None:
+    assert is_better(trained, before) is expected
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_the_teacher_of_the_run_teaches_where_the_recipe_wants_it(
+    tiny_data: Dataset, tmp_path: Path, with_teacher: bool
+) -> None:
+    folders = {name: tmp_path / name for name in STAGE.after}
+    folders["data"].mkdir()
+    tiny_data.save(folders["data"] / "index.json")
+    write_json(folders["quantize"] / "quantize.json", [calibrated(0.1, kept=False)])
+    recipe = Recipe.model_validate({"data": tiny_data.path, "qad": {"with_teacher": with_teacher}})
+    inputs = STAGE.inputs(recipe, folders)
+    assert inputs.teachers == ((folders["teacher"] / "teacher.safetensors",) if with_teacher else ())
+    assert inputs.student == folders["distill"] / "student.safetensors"
+    assert inputs.calibrated["int8-openvino"]["steps"] == [{"drop": 0.1}]
 
 
 def test_nothing_is_read_where_it_is_not_needed(tiny_data: Dataset, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from compress.models.architecture import LAYOUTS
 from compress.models.checkpoint import load, save_model
 from compress.schemes import SCHEMES, Scheme
 from compress.stages.export import RawMaps, head_shape
-from compress.training.qad import FakeQuantised, Learned, graph_of, ranges_of, train_for_int8
+from compress.training.qad import FakeQuantised, Learned, Start, graph_of, ranges_of, train_for_int8
 from runtime.errors import InputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,13 +115,16 @@ def config(**changes: Any) -> QadConfig:
 @pytest.fixture(scope="module")
 def train(tiny_data: Dataset, student: Path, model: onnx.ModelProto, ranges: Ranges) -> Any:
     def run(
-        out: Path, settings: QadConfig, *, data: Dataset = tiny_data, log: Log = lambda _: None, **changes: Any
+        out: Path,
+        settings: QadConfig,
+        *,
+        data: Dataset = tiny_data,
+        float_layers: Sequence[str] = ("2.cv1",),
+        teachers: Sequence[Path] = (),
+        log: Log = lambda _: None,
     ) -> Learned:
-        given: dict[str, Any] = {
-            "student": student, "teachers": (), "model": model, "ranges": ranges, "scheme": SCHEMES["openvino"],
-            "float_layers": ("2.cv1",), "data": data, "unlabelled": None, "out": out, "device": "cpu",
-        }  # fmt: skip
-        return train_for_int8(settings, **(given | changes), log=log)
+        start = Start(student, model, ranges, SCHEMES["openvino"], float_layers)
+        return train_for_int8(settings, start, data=data, teachers=teachers, out=out, device="cpu", log=log)
 
     return run
 
