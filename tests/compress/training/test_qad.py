@@ -24,6 +24,7 @@ from compress.graph.placement import layers
 from compress.graph.ranges import Ranges, calibrate, scale_of
 from compress.log import Log
 from compress.models import Architecture, YOLOv5
+from compress.models.activations import ACTIVATIONS
 from compress.models.architecture import LAYOUTS
 from compress.models.checkpoint import load, save_model
 from compress.schemes import SCHEMES, Scheme
@@ -35,10 +36,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 64
 
 
-def network_of(names: tuple[str, ...], layout: str = "v6") -> YOLOv5:
+def network_of(names: tuple[str, ...], layout: str = "v6", activation: str = "SiLU") -> YOLOv5:
     """Untrained, but with statistics of a batch, so that no signal is lost on its way to the head."""
     torch.manual_seed(0)
-    network = YOLOv5(Architecture.of_scale("p", names, layout=layout))
+    network = YOLOv5(Architecture.of_scale("p", names, layout=layout, activation=activation))
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
@@ -61,10 +62,13 @@ def canvases(size: int = SIZE) -> list[np.ndarray]:
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_without_roundings_it_is_the_network_for_images_of_any_shape(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "activation"),
+    [*((layout, "SiLU") for layout in LAYOUTS), *(("v6", name) for name in ACTIVATIONS if name != "SiLU")],
+)
+def test_without_roundings_it_is_the_network_for_images_of_any_shape(layout: str, activation: str) -> None:
     size = 2 * SIZE if layout == "v6-p6" else SIZE
-    network = network_of(("red", "green"), layout)
+    network = network_of(("red", "green"), layout, activation)
     model = graph(network, size)
     every = list(layers(GraphParts(model.graph), Scheme(operators=())))
     fake = FakeQuantised(network, fake_body(model, {}, Scheme(operators=()), every))
