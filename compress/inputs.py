@@ -145,5 +145,6 @@ def _made_flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
     found = [(entry, folder / entry["file"]) for entry, folder in flavour_entries(folders) if entry["file"]]
     reference = folders["export"] / SHIPPED
     for _, file in found:
-        require_same((card_of(file), file), (card_of(reference), reference), "Run again with --force quantize")
+        hint = f"Run again with --force {file.parent.name}"
+        require_same((card_of(file), file), (card_of(reference), reference), hint)
     return found
