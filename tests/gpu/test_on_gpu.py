@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -264,6 +265,26 @@ def test_a_captured_graph_gives_what_eager_code_gives(name, scale):
         gradients.graph.replay()
         torch.cuda.synchronize()
         assert all(map(torch.equal, gradients.tensors, expected[turn]))
+
+
+@every_loss
+def test_two_captured_graphs_at_once_give_what_each_gives_alone(name):
+    """As they would not with a ticket that both use."""
+    givens = [arguments(name, MEDIUM, seed=seed) for seed in (0, 100)]
+    expected = [differentiated(name, given, 3.0)[0] for given in givens]
+    learners = [learners_of(name, given) for given in givens]
+    wanted, graphs = torch.tensor(3.0, device=TORCH), []
+    for given, own in zip(givens, learners, strict=True):
+        loss = functools.partial(loss_of, name, with_learners(name, given, own))
+        graphs.append(captured(lambda loss=loss, own=own: torch.autograd.grad(loss(), own, wanted)))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for stream, captive in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                captive.graph.replay()
+    torch.cuda.synchronize()
+    for captive, gradients in zip(graphs, expected, strict=True):
+        assert all(map(torch.equal, captive.tensors, gradients))
 
 
 class Captured(NamedTuple):

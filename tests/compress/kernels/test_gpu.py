@@ -169,17 +169,73 @@ def test_the_limit_of_shared_memory_is_raised_and_never_lowered(driver):
     assert [call[3] >> 10 for call in driver.named("cuFuncSetAttribute")] == [100, 120]
 
 
-def test_tickets_are_kept_for_each_stream_and_new_in_a_captured_graph(driver, monkeypatch):
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+@pytest.fixture
+def zeros(monkeypatch):
+    """Tickets on the CPU; the sizes that were asked for."""
+    made, real = [], torch.zeros
+
+    def on_cpu(size, dtype, device):
+        made.append(size)
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", on_cpu)
+    return made
+
+
+def on_stream(monkeypatch, number, *, capturing=False):
+    stream = SimpleNamespace(cuda_stream=number, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+
+def test_a_stream_keeps_its_tickets(driver, zeros, monkeypatch):
     gpu = Gpu(0)
+    on_stream(monkeypatch, 5)
     first = gpu.tickets(3)
     assert gpu.tickets(3) is first
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=6))
+    on_stream(monkeypatch, 6)
     assert gpu.tickets(3) is not first
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert gpu.tickets(3) is not gpu.tickets(3)
-    assert len(gpu.tickets(1000)) == 1000
+
+
+def test_each_call_in_a_graph_has_tickets_that_were_zero_before_the_capture(driver, zeros, monkeypatch):
+    gpu = Gpu(0)
+    on_stream(monkeypatch, 5)
+    eager = gpu.tickets(3)
+    made = len(zeros)
+    on_stream(monkeypatch, 5, capturing=True)
+    calls = [eager, *(gpu.tickets(count) for count in (3, 1000, 3, 1))]
+    assert len(zeros) == made, "the graph would set them to zero in each replay"
+    assert [len(tickets) for tickets in calls[1:]] == [3, 1000, 3, 1]
+    for number, tickets in enumerate(calls):
+        tickets.fill_(1 + number)
+    assert all((tickets == 1 + number).all() for number, tickets in enumerate(calls)), "two calls share a ticket"
+
+
+def test_a_slab_of_tickets_outlives_its_successor(driver, zeros, monkeypatch):
+    """A graph that was captured long ago still counts in it."""
+    gpu = Gpu(0)
+    on_stream(monkeypatch, 5)
+    gpu.tickets(1)
+    on_stream(monkeypatch, 5, capturing=True)
+    address = gpu.tickets(module.SLAB_TICKETS - 1).data_ptr()
+    on_stream(monkeypatch, 5)
+    gpu.tickets(1)
+    on_stream(monkeypatch, 5, capturing=True)
+    assert gpu.tickets(module.SLAB_TICKETS // 2).data_ptr() != address
+    first, _ = gpu._slabs
+    assert first.data_ptr() < address < first.data_ptr() + first.nbytes
+    assert zeros.count(module.SLAB_TICKETS) == 2
+
+
+def test_a_graph_makes_its_own_tickets_where_the_slab_has_too_few(driver, zeros, monkeypatch):
+    gpu = Gpu(0)
+    on_stream(monkeypatch, 5, capturing=True)
+    assert len(gpu.tickets(3)) == 3
+    assert zeros == [3]
+    on_stream(monkeypatch, 5)
+    gpu.tickets(1)
+    on_stream(monkeypatch, 5, capturing=True)
+    assert len(gpu.tickets(module.SLAB_TICKETS + 1)) == module.SLAB_TICKETS + 1
 
 
 def test_a_gpu_that_the_driver_cannot_serve_shows_at_once(driver):
@@ -192,3 +248,26 @@ def test_without_the_bindings_the_remedy_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(UnavailableError, match=r"cuda-bindings is not here.*edgestill\[kernels\]"):
         module.load_driver()
+
+
+def test_without_the_drivers_library_one_line_says_so(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings")
+
+    def open_library():
+        raise RuntimeError("Failed to dlopen libcuda.so.1:\nno such file")
+
+    monkeypatch.setattr(bindings, "driver", SimpleNamespace(cuDriverGetVersion=open_library), raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings.driver)
+    with pytest.raises(UnavailableError, match="the NVIDIA driver is not here: Failed to dlopen") as caught:
+        module.load_driver()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("No GPUs")])
+def test_a_torch_that_sees_no_gpu_is_told_in_one_line(driver, monkeypatch, error):
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UnavailableError, match=f"torch has no GPU here: {error}"):
+        Gpu(0)
