@@ -1,15 +1,17 @@
 """Measure one fused loss against other ways to compute it, on a GPU; `bench.py` starts a process for each loss.
 
-A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each variant does forward and backward
-over several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still
-cached when its turn comes. That pass is captured as one CUDA graph, so that gaps between launches do not count. Then
-all variants of the case take turns in random order. Two of them are upper bounds: `copy` reads one map and writes one;
-`stream`, torch.add(s, t, out=g), reads two and writes one, the least that a fused loss can do.
+A case is a loss, a dtype, a layout and the feature maps of one pyramid level or of all. Each variant does forward and
+backward over several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is
+still cached when its turn comes. That pass is captured as one CUDA graph, so that the host does not count. Then all
+variants of the case take turns in random order. Two of them are upper bounds: `copy` reads one map and writes one;
+`stream`, torch.add(s, t, out=g), reads two and writes one, the least that a fused loss can do. At the end the profiler
+tells how much of a call's time is that of its kernels, and how much lies between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -19,12 +21,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from compress.kernels.fused import SWITCH
 from compress.kernels.gpu import gpu
@@ -36,6 +39,9 @@ LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20
 """Feature maps of a detector at 640 pixels, by stride."""
 SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s32",)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+"""Of the maps; training has them channels last."""
+PROFILED_PASSES = 3
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
 """Least length of a sample: the clock of events has steps of half a microsecond."""
@@ -53,11 +59,12 @@ Call = Callable[[int], Sequence[Tensor]]
 
 
 class Case(NamedTuple):
-    """One comparison: a loss, the sizes of its maps and their dtype."""
+    """One comparison: a loss, and the sizes, the dtype and the layout of its maps."""
 
     loss: str
     size: str
     dtype: str
+    layout: str = "channels_last"
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -78,7 +85,7 @@ class Case(NamedTuple):
 
 def plan(loss: str, *, quick: bool = False) -> list[Case]:
     """The cases of a loss, the most important first."""
-    cases = [Case(loss, size, dtype) for dtype in DTYPES for size in SIZES]
+    cases = [Case(loss, size, dtype, layout) for dtype in DTYPES for layout in LAYOUTS for size in SIZES]
     return cases[:1] if quick else cases
 
 
@@ -115,33 +122,37 @@ def timing(samples_us: Sequence[float], moved_bytes: int) -> dict[str, Any]:
 def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """How `ours` compares, by medians; None if one of the two could not be measured.
 
-    `of_stream` is the share of the upper bound that it reaches, `noise` the difference between two copies of it.
+    `of_stream` is the share of the upper bound that it reaches, `noise` the difference between two copies of it. Those
+    that begin with `kernels_` compare the times of kernels alone.
     """
-    times = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
-    ours = times.get("ours")
-
-    def over_ours(name: str) -> float | None:
-        return times[name] / ours if ours and name in times else None
-
-    again = over_ours("ours_again")
+    calls = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
+    kernels = {name: found["kernels_us"] for name, found in variants.items() if "kernels_us" in found}
+    again = _over_ours(calls, "ours_again")
     return {
-        "of_stream": over_ours("stream"),
+        "of_stream": _over_ours(calls, "stream"),
         "noise": None if again is None else abs(again - 1),
-        **{f"{name}_over_ours": over_ours(name) for name in ("eager", "autocast", "compile", "ours_channels_last")},
+        "eager_over_ours": _over_ours(calls, "eager"),
+        "compile_over_ours": _over_ours(calls, "compile"),
+        "kernels_of_stream": _over_ours(kernels, "stream"),
+        "kernels_compile_over_ours": _over_ours(kernels, "compile"),
     }
+
+
+def _over_ours(times: Mapping[str, float], name: str) -> float | None:
+    return times[name] / times["ours"] if {name, "ours"} <= times.keys() else None
 
 
 # ---- inputs and variants ------------------------------------------------------------------------------------------
 
 
-def arguments(case: Case, device: torch.device, seed: int, *, channels_last: bool = False) -> list[Any]:
+def arguments(case: Case, device: torch.device, seed: int) -> list[Any]:
     """The loss's arguments, the upstream gradient last; those that learn require a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = LAYOUTS[case.layout]
     students = [normal(*shape, dtype=DTYPES[case.dtype]).contiguous(memory_format=layout) for shape in case.shapes]
     teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
     channels = [shape[1] for shape in case.shapes]
@@ -172,30 +183,21 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     plain, ours = FUSED[case.loss].reference, FUSED[case.loss].function
     compiled = torch.compile(plain, dynamic=False, fullgraph=True)
     sets = [arguments(case, device, seed) for seed in range(count)]
-    last = [arguments(case, device, seed, channels_last=True) for seed in range(count)]
-    half = torch.autocast(device.type, dtype=torch.float16, cache_enabled=False)
+    fused = functools.partial(ours, scale=sets[0][-1])
 
-    def backward(loss: Callable[..., Tensor], inputs: list[list[Any]], within: AbstractContextManager[Any]) -> Call:
+    def backward(loss: Callable[..., Tensor]) -> Call:
         def call(index: int) -> Sequence[Tensor]:
-            *given, upstream = inputs[index]
-            with within:
-                value = loss(*given)
-            return torch.autograd.grad(value, learners_of(case.loss, given), upstream)
+            *given, upstream = sets[index]
+            return torch.autograd.grad(loss(*given), learners_of(case.loss, given), upstream)
 
         return call
 
-    def fused(inputs: list[list[Any]]) -> Call:
-        scale = inputs[0][-1]
-        return backward(lambda *given: ours(*given, scale=scale), inputs, nullcontext())
-
     return {
         **upper_bounds(case, device, count),
-        "eager": backward(plain, sets, nullcontext()),
-        "autocast": backward(plain, sets, half),
-        "compile": backward(compiled, sets, nullcontext()),
-        "ours": fused(sets),
-        "ours_again": fused(sets),
-        "ours_channels_last": fused(last),
+        "ours": backward(fused),
+        "ours_again": backward(fused),
+        "eager": backward(plain),
+        "compile": backward(compiled),
     }
 
 
@@ -305,13 +307,32 @@ def times_in_turns(runs: Mapping[str, Callable[[], Any]], samples: int) -> dict[
     return found
 
 
-def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
-    """One case as a JSON object. A variant that fails is there with its error."""
+def kernel_time(call: Call, count: int) -> dict[str, Any]:
+    """Kernels, copies and fills of a call without a graph: their number, and the sum of their times in microseconds.
+
+    Raises RuntimeError where the profiler sees none.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for index in PROFILED_PASSES * [*range(count)]:
+            call(index)
+        torch.cuda.synchronize()
+    spans = [event.time_range.elapsed_us() for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    if not spans:
+        raise RuntimeError("the profiler saw no kernel")
+    calls = PROFILED_PASSES * count
+    return {"kernels_us": sum(spans) / calls, "kernels": len(spans) / calls}
+
+
+def measure(case: Case, device: torch.device, samples: int) -> Iterator[dict[str, Any]]:
+    """One case as a JSON object: as soon as its calls are timed, and again with the times of their kernels, since the
+    profiler may cost the process its life. A variant that fails is there with its error.
+    """
     torch.compiler.reset()  # past 8 shapes of one function torch would run it uncompiled
     count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, PreparedVariant] = {}
-    for name, call in variants(case, device, count).items():
+    calls = variants(case, device, count)
+    for name, call in calls.items():
         try:
             ready[name] = prepare(call, count)
         except Exception as error:  # whatever it is, the other variants can still be measured
@@ -320,6 +341,17 @@ def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
     for name, variant in ready.items():
         moved = MAPS_MOVED.get(name, 3) * case.map_bytes
         found[name] = timing([1e3 * ms / count for ms in times[name]], moved) | variant.notes
+    yield described(case, count, found)
+    for name in ready:
+        try:
+            found[name] |= kernel_time(calls[name], count)
+        except Exception as error:  # what was timed is worth more than the profiler's reasons
+            found[name]["why_no_kernel_time"] = one_line(error)
+    yield described(case, count, found)
+
+
+def described(case: Case, count: int, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON object of a case."""
     return {
         **case._asdict(),
         "shapes": case.shapes,
@@ -334,22 +366,26 @@ def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
 
 
 def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until: float, lines: Path) -> None:
-    """Add a line to `lines` for each case that there is time for before `until`, on the monotonic clock."""
+    """Add a line to `lines` whenever more is known of a case, for each that there is time for before `until`, on the
+    monotonic clock.
+    """
     longest = 0.0
     for case in cases:
         started = time.monotonic()
         if started + longest > until:
             continue
-        row = measure(case, device, samples)
+        for row in measure(case, device, samples):
+            with lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"seconds": time.monotonic() - started}, allow_nan=False) + "\n")
         longest = max(longest, time.monotonic() - started)
-        with lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"seconds": time.monotonic() - started}, allow_nan=False) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench_case", description="A part of bench.py.")
     parser.add_argument("loss", choices=FUSED)
-    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one per case, are added to it")
+    parser.add_argument(
+        "--lines", type=Path, required=True, help="JSON lines are added to it; the last of a case counts"
+    )
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
@@ -360,6 +396,7 @@ def run(loss: str, seconds: float, lines: Path, *, quick: bool) -> None:
     """Measure the cases of one loss. Raises EdgestillError when the kernels cannot run here."""
     until = time.monotonic() + seconds
     os.environ.pop(SWITCH, None)
+    os.environ["TEARDOWN_CUPTI"] = "0"  # a profiler that is closed and opened again crashes beside CUDA graphs
     gpu(0)  # where the kernels cannot run, `ours` would be the definition
     gc.freeze()  # each capture collects garbage, and torch's own objects are many
     samples = QUICK_SAMPLES if quick else SAMPLES
