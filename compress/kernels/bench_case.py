@@ -40,7 +40,7 @@ LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20
 SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s32",)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
-"""Of the maps; training has them channels last."""
+"""Name -> layout of the maps; training has them channels last."""
 PROFILED_PASSES = 3
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
