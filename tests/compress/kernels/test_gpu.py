@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -271,3 +275,49 @@ def test_a_torch_that_sees_no_gpu_is_told_in_one_line(driver, monkeypatch, error
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(UnavailableError, match=f"torch has no GPU here: {error}"):
         Gpu(0)
+
+
+LAUNCHES = """
+from types import SimpleNamespace
+import torch
+from compress.kernels import gpu
+from compress.kernels.losses import FUSED
+from shim.cases import arguments
+
+class Noting(gpu.Gpu):
+    def launch(self, launch):
+        print("asked", launch.kernel, launch.grid, launch.block, launch.shared, launch.cluster, 5, flush=True)
+        super().launch(launch)
+
+    def _zeros(self, count):
+        return torch.zeros(count, dtype=torch.int32)
+
+gpu.toolchain.cubin = lambda source, architecture: b"machine code"
+torch.cuda.init = lambda: None
+torch.cuda.current_stream = lambda index: SimpleNamespace(cuda_stream=5, synchronize=lambda: None)
+torch.cuda.is_current_stream_capturing = lambda: False
+device = Noting(0)
+print(*device.facts, flush=True)
+for name in FUSED:
+    for layout in ("nchw", "channels_last"):
+        FUSED[name].run(device, arguments(name, torch.float16, layout=layout, scale=8.0))
+FUSED["pkd"].run(device, arguments("pkd", shapes=[(5, 2, 160, 160)], scale=8.0))
+"""
+
+
+def test_the_real_bindings_hand_every_launch_to_the_driver_as_it_was_asked_for(tmp_path):
+    """NVIDIA's bindings with a driver that only prints, in a process of its own, since they look for it once."""
+    pytest.importorskip("cuda.bindings")
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    source, library = Path(__file__).with_name("stub_driver.c"), tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    here = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], env=os.environ | here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts, *lines = done.stdout.splitlines()
+    assert facts == f"(9, 0) {50 << 20} {227 << 10}"
+    asked = [line.removeprefix("asked ") for line in lines[::2]]
+    assert asked == [line.removeprefix("launched ") for line in lines[1::2]]
+    assert {"cwd_rows_f16", "pkd_gradient_last_f16", "adapter_sums"} <= {line.split()[0] for line in asked}
+    assert asked[-1].startswith("pkd_cluster_f32")
+    assert asked[-1].endswith(" 8 5"), "a cluster of 8 blocks, on torch's stream"
