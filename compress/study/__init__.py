@@ -53,13 +53,8 @@ class Failed(NamedTuple):
     """The last lines that it printed."""
 
 
-class Unfinished(NamedTuple):
-    """A run for which no time was left."""
-
-    is_begun: bool
-
-
-End = Run | Failed | Unfinished
+End = Run | Failed | None
+"""None is a run for which too little time was left."""
 
 
 def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = print) -> Path:
@@ -78,13 +73,13 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     judges = _index_split(recipe, out)
     teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
     about = _about(recipe, plan, judges, teacher, out, log)
-    ends = {f"{arm}-{seed}": end for arm, seed, end in _in_processes(plan, recipe.study.jobs, out, until, log)}
+    ends = _in_processes(plan, recipe.study.jobs, out, until, log)
     failed = {name: end.reason for name, end in ends.items() if isinstance(end, Failed)}
-    unfinished = [name for name, end in ends.items() if isinstance(end, Unfinished)]
+    unfinished = [name for name, end in ends.items() if end is None]
     document = summary(
         {arm: recipe.study.arms[arm] for arm in chosen},
         [end for end in ends.values() if isinstance(end, Run)],
-        seeds=_seeds_begun(plan, ends),
+        seeds=max((seed for arm, seed, _ in plan if ends[f"{arm}-{seed}"]), default=0) + 1,
         failed=failed,
         **about,
     )
@@ -97,12 +92,6 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
             f"{len(failed)} of {len(plan)} runs failed; {name}: {reason}", "Run the study again: the others are kept"
         )
     return out / STUDY
-
-
-def _seeds_begun(plan: Sequence[tuple[str, int, Recipe]], ends: Mapping[str, End]) -> int:
-    """The number of seeds with which a run was begun; those before the last one are whole."""
-    begun = [seed for arm, seed, _ in plan if ends[f"{arm}-{seed}"] != Unfinished(is_begun=False)]
-    return max(begun, default=0) + 1
 
 
 def _about(
@@ -234,28 +223,28 @@ def _index_split(recipe: Recipe, out: Path) -> Dataset:
 
 def _in_processes(
     plan: Sequence[tuple[str, int, Recipe]], jobs: int, out: Path, until: float | None, log: Log
-) -> list[tuple[str, int, End]]:
-    """Each run of the plan and how it ended. `until`, on the monotonic clock, is when the time is up; None is never."""
+) -> dict[str, End]:
+    """How each run of the plan ended, by its name. `until`, on the monotonic clock, is when the time is up."""
     pool = ThreadPoolExecutor(jobs)
     try:
         ends = list(pool.map(lambda job: _run_apart(*job, out=out, until=until, log=log), plan))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted study starts no further run
-    return [(arm, seed, end) for (arm, seed, _), end in zip(plan, ends, strict=True)]
+    return {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True)}
 
 
 def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float | None, log: Log) -> End:
     """One run in a process of its own."""
     left = None if until is None else until - time.monotonic()
     if left is not None and left <= 0:
-        return Unfinished(is_begun=False)
+        return None
     folder = out / "runs" / f"{arm}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     job = {"arm": arm, "seed": seed, "recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     write_json(folder / JOB, job)
     status = _status_of([sys.executable, "-m", "compress.study", str(folder), str(out)], folder / PROTOCOL, left)
     if status is None:
-        return Unfinished(is_begun=True)
+        return None
     if status:
         printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")

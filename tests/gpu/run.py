@@ -159,7 +159,7 @@ def correctness(losses: Sequence[str], kernels: Sequence[str]) -> list[Part]:
 def tests(name: str, chosen: str) -> Part:
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore")  # torch warns of its own settings
     return Part(
-        f"tests: {name}", (*pytest, "tests/gpu/test_on_gpu.py", "-k", chosen), 150, shown=500,
+        f"tests: {name}", (*pytest, "tests/gpu/test_on_gpu.py", "-k", chosen), 150, shown=400,
         lines="^(FAILED|ERROR|largest)", is_wrong=bool,
         environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
     )  # fmt: skip
@@ -280,7 +280,7 @@ def measure(out: Path, seconds: int, console: Console, environment: Mapping[str,
 
     compiled = run(builds(), alone)
     console.tell(compiled)
-    kernels = compiled.output.split("\n")[-2].split() if compiled.status == 0 else []
+    kernels = compiled.output.strip().splitlines()[-1].split() if compiled.status == 0 else []
     together = correctness([*FUSED], kernels)
     with ThreadPoolExecutor(len(together)) as pool:
         ended = list(pool.map(lambda part: run(part, alone), together))

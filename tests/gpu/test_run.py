@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import sys
 import time
@@ -214,6 +215,28 @@ def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started(monkeypatc
 def test_a_program_that_is_not_there_costs_the_others_nothing() -> None:
     ended = run_part(Part("memcheck", ("no-such-sanitizer", "x"), 60), 50, ENVIRONMENT)
     assert (ended.status, ended.output) == (run.NOT_FOUND, "no-such-sanitizer is not here")
+
+
+def test_kernels_are_compiled_then_proven_all_at_once_and_only_then_timed(monkeypatch, tmp_path, capsys) -> None:
+    trace = tmp_path / "trace"
+
+    def noting(name: str, script: str = "true", **changes) -> Part:
+        return sh(f"echo {name} >> {trace}; {script}", **changes)._replace(name=name)
+
+    def correctness(losses, kernels) -> list[Part]:
+        assert (losses, kernels) == ([*FUSED], ["cwd_rows", "rescale"])
+        meet = f"while [ $(grep -c meets {trace}) -lt 2 ]; do sleep 0.01; done"  # for ever, if one came after the other
+        return [noting("meets", meet), noting("meets", f"{meet}; exit 1", is_wrong=bool)]
+
+    monkeypatch.setattr(run, "builds", lambda: noting("builds", "echo 7 builds; echo cwd_rows rescale"))
+    monkeypatch.setattr(run, "correctness", correctness)
+    monkeypatch.setattr(run, "timings", lambda out: [noting("traffic"), noting("bench", "exit 3"), noting("step")])
+    assert run.measure(tmp_path, 300, Console(tmp_path / "run.log"), ENVIRONMENT) == 1
+    assert trace.read_text().split() == ["builds", "meets", "meets", "traffic", "bench", "step"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["correct"] is False
+    assert [part["status"] for part in summary["parts"]] == [0, 0, 1, 0, 3, 0]
+    assert "not done: bench (status 3)" in capsys.readouterr().out
 
 
 def test_no_more_is_printed_than_a_short_reply_holds(tmp_path, capsys) -> None:
