@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 """Name -> layout of the maps; training has them channels last."""
 PROFILED_PASSES = 3
+MARK = "spin_kernel"
+"""In the name of the kernel of `torch.cuda._sleep`."""
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
 """Least length of a sample: the clock of events has steps of half a microsecond."""
@@ -307,27 +309,34 @@ def times_in_turns(runs: Mapping[str, Callable[[], Any]], samples: int) -> dict[
     return found
 
 
-def kernel_time(call: Call, count: int) -> dict[str, Any]:
-    """Kernels, copies and fills of a call without a graph: their number, and the sum of their times in microseconds.
+class Timed(NamedTuple):
+    """A case whose calls are timed."""
 
-    Raises RuntimeError where the profiler sees none.
-    """
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for index in PROFILED_PASSES * [*range(count)]:
-            call(index)
-        torch.cuda.synchronize()
-    spans = [event.time_range.elapsed_us() for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    if not spans:
-        raise RuntimeError("the profiler saw no kernel")
-    calls = PROFILED_PASSES * count
-    return {"kernels_us": sum(spans) / calls, "kernels": len(spans) / calls}
+    case: Case
+    sets: int
+    """Number of sets of inputs."""
+    calls: dict[str, Call]
+    """By the variant's name; those that failed are left out."""
+    found: dict[str, dict[str, Any]]
+    """Figures by the variant's name; the error of one that failed."""
+    seconds: float
+
+    def row(self) -> dict[str, Any]:
+        """The case as a JSON object."""
+        return {
+            **self.case._asdict(),
+            "shapes": self.case.shapes,
+            "map_bytes": self.case.map_bytes,
+            "input_sets": self.sets,
+            "variants": self.found,
+            "ratios": ratios(self.found),
+            "seconds": self.seconds,
+        }
 
 
-def measure(case: Case, device: torch.device, samples: int) -> Iterator[dict[str, Any]]:
-    """One case as a JSON object: as soon as its calls are timed, and again with the times of their kernels, since the
-    profiler may cost the process its life. A variant that fails is there with its error.
-    """
-    torch.compiler.reset()  # past 8 shapes of one function torch would run it uncompiled
+def measure(case: Case, device: torch.device, samples: int) -> Timed:
+    """Time the calls of all variants of a case."""
+    started = time.monotonic()
     count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, PreparedVariant] = {}
@@ -341,43 +350,75 @@ def measure(case: Case, device: torch.device, samples: int) -> Iterator[dict[str
     for name, variant in ready.items():
         moved = MAPS_MOVED.get(name, 3) * case.map_bytes
         found[name] = timing([1e3 * ms / count for ms in times[name]], moved) | variant.notes
-    yield described(case, count, found)
-    for name in ready:
-        try:
-            found[name] |= kernel_time(calls[name], count)
-        except Exception as error:  # what was timed is worth more than the profiler's reasons
-            found[name]["why_no_kernel_time"] = one_line(error)
-    yield described(case, count, found)
+    return Timed(case, count, {name: calls[name] for name in ready}, found, time.monotonic() - started)
 
 
-def described(case: Case, count: int, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The JSON object of a case."""
-    return {
-        **case._asdict(),
-        "shapes": case.shapes,
-        "map_bytes": case.map_bytes,
-        "input_sets": count,
-        "variants": found,
-        "ratios": ratios(found),
-    }
+def add_kernel_times(timed: Sequence[Timed]) -> None:
+    """Profile every call, and enter what its kernels take beside its time."""
+    entries = [(one.found[name], call, one.sets) for one in timed for name, call in one.calls.items()]
+    try:
+        times: Sequence[dict[str, Any]] = kernel_times([(call, sets) for _, call, sets in entries])
+    except Exception as error:  # what was timed is worth more than the profiler's reasons
+        times = [{"why_no_kernel_time": one_line(error)}] * len(entries)
+    for (entry, _, _), found in zip(entries, times, strict=True):
+        entry.update(found)
+
+
+def kernel_times(calls: Sequence[tuple[Call, int]]) -> list[dict[str, Any]]:
+    """The sum of the times of each call's kernels, copies and fills, in microseconds, and their number, without graph.
+    A call comes with its number of input sets.
+
+    All are profiled in one session, since a second one in the same process may see nothing or slow its launches down.
+    Raises RuntimeError where the profiler does not see every call.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for call, sets in calls:
+            torch.cuda._sleep(1)  # the mark between them, a kernel of its own name
+            for index in PROFILED_PASSES * [*range(sets)]:
+                call(index)
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    spans = [(e.name, e.time_range.elapsed_us()) for e in sorted(events, key=lambda e: e.time_range.start)]
+    return times_between_marks(spans, [PROFILED_PASSES * sets for _, sets in calls])
+
+
+def times_between_marks(spans: Iterable[tuple[str, float]], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """The sum of the times and the number of the spans behind each mark, divided by the number of calls there."""
+    groups: list[list[float]] = []
+    for name, us in spans:
+        if MARK in name:
+            groups.append([])
+        elif groups:
+            groups[-1].append(us)
+    if len(groups) != len(counts) or not all(groups):
+        raise RuntimeError(f"the profiler saw {sum(map(bool, groups))} of {len(counts)} variants")
+    pairs = zip(groups, counts, strict=True)
+    return [{"kernels_us": sum(group) / count, "kernels": len(group) / count} for group, count in pairs]
 
 
 # ---- the process --------------------------------------------------------------------------------------------------
 
 
 def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until: float, lines: Path) -> None:
-    """Add a line to `lines` whenever more is known of a case, for each that there is time for before `until`, on the
-    monotonic clock.
+    """Add a line to `lines` for each case that there is time for before `until`, on the monotonic clock, and one more
+    with the times of its kernels, since the profiler may cost the process its life.
     """
+    timed: list[Timed] = []
     longest = 0.0
     for case in cases:
-        started = time.monotonic()
-        if started + longest > until:
+        if time.monotonic() + longest > until:
             continue
-        for row in measure(case, device, samples):
-            with lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | {"seconds": time.monotonic() - started}, allow_nan=False) + "\n")
-        longest = max(longest, time.monotonic() - started)
+        timed.append(measure(case, device, samples))
+        longest = max(longest, timed[-1].seconds)
+        add_line(lines, timed[-1].row())
+    add_kernel_times(timed)
+    for one in timed:
+        add_line(lines, one.row())
+
+
+def add_line(file: Path, row: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -396,8 +437,8 @@ def run(loss: str, seconds: float, lines: Path, *, quick: bool) -> None:
     """Measure the cases of one loss. Raises EdgestillError when the kernels cannot run here."""
     until = time.monotonic() + seconds
     os.environ.pop(SWITCH, None)
-    os.environ["TEARDOWN_CUPTI"] = "0"  # a profiler that is closed and opened again crashes beside CUDA graphs
     gpu(0)  # where the kernels cannot run, `ours` would be the definition
+    torch._dynamo.config.cache_size_limit = len(plan(loss))  # past so many shapes torch would compile no more
     gc.freeze()  # each capture collects garbage, and torch's own objects are many
     samples = QUICK_SAMPLES if quick else SAMPLES
     measure_all(plan(loss, quick=quick), torch.device("cuda:0"), samples, until, lines)

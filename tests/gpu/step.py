@@ -9,6 +9,7 @@ step it is.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import random
@@ -128,16 +129,24 @@ class Steps:
             self.ms[name] += spent
             self.peaks[name].append(torch.cuda.max_memory_allocated() - before if on_gpu else 0)
 
-    def gpu_work(self, name: str) -> dict[str, Any]:
-        """The time of a step's kernels and their number, by the profiler; why not, where it sees none."""
-        from compress.kernels.bench_case import kernel_time
+    def add_gpu_work(self, ways: Mapping[str, dict[str, Any]]) -> None:
+        """Enter the time of a step's kernels, their number, and the share of the step in which the GPU works."""
+        from compress.kernels.bench_case import kernel_times
         from runtime.errors import one_line
 
-        switch(WAYS[name].switch)
         try:
-            return kernel_time(lambda _: self.step(name), 1)
+            found = kernel_times([(functools.partial(self.profiled, name), 1) for name in ways])
         except Exception as error:  # what was timed is worth more than the profiler's reasons
-            return {WHY: one_line(error)}
+            found = [{WHY: one_line(error)}] * len(ways)
+        for way, work in zip(ways.values(), found, strict=True):
+            way.update(work)
+            if WHY not in work:
+                way["busy"] = work["kernels_us"] / 1e3 / way["ms"]["p50"]
+
+    def profiled(self, name: str, _: int) -> tuple[()]:
+        switch(WAYS[name].switch)
+        self.step(name)
+        return ()
 
     def step(self, name: str) -> float:
         """Take a step. Returns its milliseconds."""
@@ -171,6 +180,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name in shuffled_rounds(list(WAYS), options.steps // size, random.Random(0)):
         steps.block(name, size)
     ways = {name: found(steps, name) for name in WAYS}
+    steps.add_gpu_work(ways)
     bare = next(iter(ways.values()))["ms"]["p50"]
     return {
         "measured": "tests/gpu/step.py",
@@ -184,16 +194,12 @@ def found(steps: Steps, name: str) -> dict[str, Any]:
     """The figures of one way."""
     from compress.kernels.bench_case import quantiles
 
-    ms, work = quantiles(steps.ms[name]), steps.gpu_work(name)
-    busy = {"busy": work["kernels_us"] / 1e3 / ms["p50"]} if "kernels_us" in work else {}
     return {
         "losses": dict(WAYS[name].losses),
-        "ms": ms,
+        "ms": quantiles(steps.ms[name]),
         "samples": len(steps.ms[name]),
         "peak_extra_bytes": max(steps.peaks[name]),
         "terms": [str(term) for term in steps.terms[name]],
-        **work,
-        **busy,
     }
 
 

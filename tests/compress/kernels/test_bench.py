@@ -13,6 +13,7 @@ import torch
 from compress.kernels import bench, bench_case
 from compress.kernels.bench_case import (
     Case,
+    Timed,
     arguments,
     input_sets,
     learners_of,
@@ -134,9 +135,10 @@ def test_the_ceilings_write_each_set_to_a_place_of_its_own(small_levels) -> None
 
 
 def test_a_case_that_would_not_end_in_time_is_left_out(monkeypatch, tmp_path) -> None:
-    clock = iter([0.0, 4.0, 8.0, 8.0, 8.0, 9.0])
+    clock = iter([0.0, 8.0, 9.0])
     monkeypatch.setattr(bench_case.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(bench_case, "measure", lambda case, device, samples: [case._asdict(), case._asdict()])
+    monkeypatch.setattr(bench_case, "measure", lambda case, device, samples: Timed(case, 2, {}, {}, 8.0))
+    monkeypatch.setattr(bench_case, "kernel_times", list)
     measure_all(plan("cwd")[:3], CPU, 3, 15.0, tmp_path / "lines")
     assert [bench.case_of(row) for row in bench.read_cases(tmp_path / "lines")] == plan("cwd")[:1]
 
@@ -187,28 +189,61 @@ def test_the_last_whole_line_of_a_case_counts(tmp_path) -> None:
     assert bench.read_cases(path) == [first | {"a": 2}, other]
 
 
-def test_calls_are_timed_before_the_profiler_may_end_the_process(monkeypatch) -> None:
+@pytest.fixture
+def timed_case(monkeypatch) -> Timed:
     properties = types.SimpleNamespace(L2_cache_size=1)
     monkeypatch.setattr(bench_case.torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(bench_case, "variants", lambda case, device, count: {"ours": abs, "eager": abs, "copy": len})
-    monkeypatch.setattr(bench_case, "prepare", lambda call, count: bench_case.PreparedVariant(call, {"host_us": 1.0}))
-    monkeypatch.setattr(bench_case, "times_in_turns", lambda runs, samples: {name: [2.0, 2.0] for name in runs})
 
-    def profiled(call, count):
+    def prepare(call, count):
         if call is len:
-            raise RuntimeError("CUPTI is busy")
-        return {"kernels_us": 5.0, "kernels": 2.0}
+            raise RuntimeError("no memory")
+        return bench_case.PreparedVariant(call, {"host_us": 1.0})
 
-    monkeypatch.setattr(bench_case, "kernel_time", profiled)
-    timed_only, whole = ({**row} for row in copied(bench_case.measure(Case("cwd", "s8", "fp16"), CPU, 2)))
-    assert timed_only["variants"]["ours"]["us"]["p50"] == 1000
-    assert "kernels_us" not in timed_only["variants"]["ours"]
-    assert whole["variants"]["ours"]["kernels_us"] == 5
-    assert whole["variants"]["copy"]["why_no_kernel_time"] == "CUPTI is busy"
+    monkeypatch.setattr(bench_case, "prepare", prepare)
+    monkeypatch.setattr(bench_case, "variants", lambda case, device, count: {"ours": abs, "eager": max, "copy": len})
+    monkeypatch.setattr(bench_case, "times_in_turns", lambda runs, samples: {name: [2.0, 2.0] for name in runs})
+    return bench_case.measure(Case("cwd", "s8", "fp16"), CPU, 2)
 
 
-def copied(rows):
-    return [json.loads(json.dumps(row)) for row in rows]
+def test_a_variant_that_fails_costs_the_others_nothing(timed_case) -> None:
+    assert timed_case.found["copy"] == {"error": "RuntimeError: no memory"}
+    assert timed_case.calls == {"ours": abs, "eager": max}
+    assert timed_case.found["ours"]["us"]["p50"] == 1000
+
+
+def test_the_times_of_kernels_stand_beside_those_of_their_calls(timed_case, monkeypatch) -> None:
+    def profiled(calls):
+        assert calls == [(abs, 2), (max, 2)]
+        return [{"kernels_us": 800.0, "kernels": 2.0}, {"kernels_us": 1600.0, "kernels": 9.0}]
+
+    monkeypatch.setattr(bench_case, "kernel_times", profiled)
+    bench_case.add_kernel_times([timed_case])
+    row = timed_case.row()
+    assert [row["variants"][name]["kernels_us"] for name in ("ours", "eager")] == [800, 1600]
+    assert row["ratios"]["eager_over_ours"] == 1
+
+
+def test_a_profiler_that_fails_costs_the_timings_nothing(timed_case, monkeypatch) -> None:
+    def profiled(calls):
+        raise RuntimeError("CUPTI is busy")
+
+    monkeypatch.setattr(bench_case, "kernel_times", profiled)
+    bench_case.add_kernel_times([timed_case])
+    assert timed_case.found["ours"]["why_no_kernel_time"] == "CUPTI is busy"
+    assert timed_case.found["ours"]["us"]["p50"] == 1000
+
+
+def test_kernels_belong_to_the_call_whose_mark_they_follow() -> None:
+    mark = ("void at::cuda::spin_kernel(long)", 1.0)
+    spans = [("before", 5.0), mark, ("a", 2.0), ("b", 4.0), mark, ("c", 9.0)]
+    assert bench_case.times_between_marks(spans, [2, 3]) == [
+        {"kernels_us": 3.0, "kernels": 1.0},
+        {"kernels_us": 3.0, "kernels": 1 / 3},
+    ]
+    with pytest.raises(RuntimeError, match="saw 1 of 2 variants"):
+        bench_case.times_between_marks([mark, mark, ("c", 9.0)], [2, 3])
+    with pytest.raises(RuntimeError, match="saw 0 of 2 variants"):
+        bench_case.times_between_marks([], [2, 3])
 
 
 def test_a_loss_whose_process_fails_or_hangs_is_told_and_keeps_its_cases(monkeypatch) -> None:
