@@ -14,7 +14,8 @@ import subprocess
 import weakref
 from collections.abc import Sequence
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from selectors import EVENT_READ, BaseSelector, DefaultSelector
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -60,7 +61,10 @@ class WorkerPool:
         self._pieces = os.fdopen(write_fd, "wb", buffering=0)
         with os.fdopen(read_fd, "rb", buffering=0):
             self._processes = _started(Work(dataset, images, tasks, decoded, read_fd), workers)
-        self._close = weakref.finalize(self, _end, dict(self._processes), self._pieces)
+        self._selector = DefaultSelector()
+        for connection in self._processes:
+            self._selector.register(connection, EVENT_READ)
+        self._close = weakref.finalize(self, _end, dict(self._processes), self._pieces, self._selector)
 
     def close(self) -> None:
         """End the processes. Nothing of them stays; nor does it where this process is killed before it can do so."""
@@ -85,8 +89,8 @@ class WorkerPool:
         Raises EdgestillError when a worker has ended.
         """
         while self._missing[slot]:
-            for connection in wait([*self._processes]):
-                self._take(connection)
+            for ready, _ in self._selector.select():
+                self._take(ready.fileobj)
         return np.concatenate([targets for _, targets in sorted(self._targets[slot].items())])
 
     def _take(self, connection: Any) -> None:
@@ -132,7 +136,8 @@ def _started(work: Work, workers: int) -> dict[Connection, subprocess.Popen[byte
     return found
 
 
-def _end(processes: dict[Connection, subprocess.Popen[bytes]], pieces: BinaryIO) -> None:
+def _end(processes: dict[Connection, subprocess.Popen[bytes]], pieces: BinaryIO, selector: BaseSelector) -> None:
+    selector.close()
     pieces.close()
     for connection, process in processes.items():
         connection.close()

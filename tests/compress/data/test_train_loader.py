@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from compress.config import AugmentConfig
+from compress.data import shared_array, train_loader
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, epoch_tasks
 from compress.data.train_dataset import Task, TrainDataset, TrainItems
@@ -221,6 +223,12 @@ def test_memory_and_files_stay_the_same_over_epochs(samples: tuple[Sample, ...])
     assert files_after == files
 
 
+def test_a_worker_needs_no_torch() -> None:
+    """Without it a process starts in a second and takes 65 MB."""
+    code = "import sys, compress.data.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 # -- choices --------------------------------------------------------------------------------------
 
 
@@ -234,6 +242,21 @@ def test_beside_a_cpu_threads_load_the_data(samples: tuple[Sample, ...]) -> None
         for epoch in (1, 2):
             assert_equal(list(loader.epoch(epoch)), by_threads(dataset, epoch))
         loader.close()
+
+
+def test_beside_a_gpu_processes_do_where_the_system_has_memory_to_share(
+    samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(train_loader, "ProcessLoader", lambda *_, **options: asked.append(options))
+    ask = partial(
+        open_loader, TrainDataset(samples, 64, PLAIN), batch=7, epochs=1, mosaic_epochs=1, device=torch.device("cuda")
+    )
+    ask(workers=5, rank=1, world=2)
+    assert asked == [{"batch": 4, "workers": 5, "device": torch.device("cuda")}]
+    assert isinstance(ask(workers=0), ThreadLoader)
+    monkeypatch.setattr(shared_array, "AVAILABLE", False)
+    assert isinstance(ask(workers=5), ThreadLoader)
 
 
 @pytest.mark.parametrize(
