@@ -24,11 +24,11 @@ import torch
 from compress.config import AugmentConfig
 from compress.data import shared_array, train_loader
 from compress.data.dataset import Sample
-from compress.data.loader import Batch, epoch_tasks
+from compress.data.loader import Batch, as_tensor, epoch_tasks, train_batch
 from compress.data.train_dataset import Task, TrainDataset, TrainItems
 from compress.data.train_loader import SLOTS, ProcessLoader, ThreadLoader, open_loader, worker_count
 from compress.data.worker import PIECE
-from compress.data.worker_pool import piece_size
+from compress.data.worker_pool import WorkerPool, piece_size
 from runtime.errors import EdgestillError
 from tests.compress.data.conftest import PLAIN, assert_equal, mixed
 
@@ -92,18 +92,26 @@ def test_an_epoch_can_be_left_repeated_and_chosen(samples: tuple[Sample, ...]) -
         assert list(loader.epoch(EPOCHS)) == []
 
 
-def test_processes_share_the_images_that_one_of_them_decoded(samples: tuple[Sample, ...]) -> None:
-    """Without the files they can make another epoch only if each reads what the others decoded."""
-    expected = by_threads(TrainDataset(samples, 64, PLAIN), 1)
-    dataset = TrainDataset(samples, 64, PLAIN, cache=True)
-    dataset.load(0)
-    with processes(dataset, 2) as loader:
-        list(loader.epoch(0))
-        for sample in samples:
-            sample.image.unlink()
-        assert_equal(list(loader.epoch(1)), expected)
-    assert_equal(by_threads(dataset, 1), expected)
-    assert len(dataset.stores[0].shared.decoded) == 1  # type: ignore[union-attr]
+def test_a_process_reads_the_images_that_another_decoded(samples: tuple[Sample, ...]) -> None:
+    """The second works only when the files are gone."""
+    count = len(samples)
+    dataset, untouched = (TrainDataset(samples, 64, PLAIN, cache=True) for _ in range(2))
+    tasks = [epoch_tasks(dataset, epoch, batch=count, rank=0, world=1, mosaic=True)[0] for epoch in (0, 1)]
+    expected = [train_batch(untouched, task) for task in tasks]
+    dataset.load(0)  # before there are processes
+    with closing(WorkerPool(dataset, workers=2, batch=count, slots=1)) as pool:
+        first, second = pool._processes.values()
+        for working, stopped, task, batch in zip((first, second), (second, first), tasks, expected, strict=True):
+            stopped.send_signal(signal.SIGSTOP)
+            os.waitpid(stopped.pid, os.WUNTRACED)  # only now it takes no more work
+            working.send_signal(signal.SIGCONT)
+            pool.start(0, task)
+            assert torch.equal(torch.from_numpy(pool.finish(0)), batch.targets)
+            assert torch.equal(as_tensor(pool.images[0]), batch.images)
+            for sample in samples:
+                sample.image.unlink(missing_ok=True)
+    assert_equal([train_batch(dataset, tasks[1])], expected[1:])
+    assert not dataset.store.problems
 
 
 def test_a_broken_image_is_reported_once_and_loses_its_labels(
