@@ -1,8 +1,8 @@
 """The speed of loading: `python -m compress.data.load_speed --data D --imgsz 640 --batch 32 --workers 1 2`.
 
 Makes augmented batches by threads, then by processes, and prints for each number of them what an image takes. The first
-epoch, which decodes the images, does not count. Images from processes are not copied out of the shared memory, since a
-GPU fetches them itself.
+epoch, which decodes the images, does not count. Images from processes travel to --device; without one they stay in the
+shared memory, from which a GPU fetches them itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compress.data.train_dataset import Task, TrainDataset
 from compress.data.train_loader import ProcessLoader, ThreadLoader, TrainLoader
 from runtime.numbers import real, whole
 
-NOWHERE = torch.device("meta")
+NOWHERE = "meta"
 """A device to which torch copies nothing."""
 HEAD = ("workers", "images/s", "CPU ms/image", "images/s a core", "here ms/image")
 """The last is the CPU time of the process that trains, a part of the second."""
@@ -68,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=whole(1), default=32)
     parser.add_argument("--epochs", type=whole(1), default=3)
     parser.add_argument("--workers", type=whole(1, 256), nargs="+", default=[1, 2])
+    parser.add_argument("--device", default=NOWHERE, help="where the batches of processes travel")
     parser.add_argument("--step-ms", type=real(0), default=0, help="time of a step between two batches")
     asked = parser.parse_args(arguments)
     samples = index_dataset(load_data(asked.data), ("train",)).splits["train"].samples
+    device = torch.device(asked.device)
     dataset = TrainDataset(samples, asked.imgsz, AugmentConfig(), cache=True)
 
     def tasks(epoch: int) -> list[Task]:
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def processes(workers: int) -> TrainLoader:
         ends = asked.epochs + 2  # an epoch behind the last: its first batches are made as those of the others were
-        return ProcessLoader(dataset, tasks, ends, batch=asked.batch, workers=workers, device=NOWHERE)
+        return ProcessLoader(dataset, tasks, ends, batch=asked.batch, workers=workers, device=device)
 
     def show(name: str, loader: TrainLoader) -> None:
         seconds = measure(loader, asked.epochs, asked.step_ms / 1e3)

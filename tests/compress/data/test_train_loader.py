@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -90,6 +90,30 @@ def test_an_epoch_can_be_left_repeated_and_chosen(samples: tuple[Sample, ...]) -
             assert_equal(found, by_threads(TrainDataset(samples, 64, HARD), epoch))
         assert_equal([first], by_threads(TrainDataset(samples, 64, HARD), 0)[:1])
         assert list(loader.epoch(EPOCHS)) == []
+
+
+class LateUpload:
+    """A copy that arrives only when it is waited for, as one to a GPU may."""
+
+    def __init__(self, sources: Sequence[torch.Tensor]) -> None:
+        self._sources, self._copies = sources, [torch.empty_like(source) for source in sources]
+
+    def wait(self) -> None:
+        for copy, source in zip(self._copies, self._sources, strict=True):
+            copy.copy_(source)
+
+    def copies(self) -> list[torch.Tensor]:
+        return self._copies
+
+
+def test_no_batch_is_made_where_another_still_has_to_leave(
+    samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with processes(TrainDataset(samples, 64, HARD)) as loader:
+        monkeypatch.setattr(loader._uploader, "start", lambda *tensors: LateUpload(tensors))
+        found = [list(loader.epoch(epoch)) for epoch in range(EPOCHS)]
+    for epoch in range(EPOCHS):
+        assert_equal(found[epoch], by_threads(TrainDataset(samples, 64, HARD), epoch))
 
 
 def test_a_process_reads_the_images_that_another_decoded(samples: tuple[Sample, ...]) -> None:
