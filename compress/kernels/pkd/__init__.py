@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.kernels.device import (
     MAX_LEVELS,
+    RESERVED_SHARED_BYTES,
     SUFFIX,
     VECTOR_BYTES,
     Device,
@@ -62,8 +63,6 @@ CLUSTER_SIZES = (1, 2, 4, 8)
 """Sizes that every GPU with clusters supports."""
 CLUSTER_HEAD_BYTES = 768
 """Bytes of shared memory before the maps that a block of a cluster keeps."""
-RESERVED_SHARED_BYTES = 1024
-"""Shared memory of a multiprocessor that the system takes for each block."""
 SOURCE = with_constants(
     "pkd",
     EPS=EPS,

@@ -377,9 +377,11 @@ template <class T, int V> __device__ __forceinline__ void tile_gradient(const Pk
     for (int k = 0; k < V; ++k)
 #pragma unroll
         for (int i = 0; i < kCoefficients; ++i) c[k][i] = table[(tile.column * V + k) * kCoefficients + i];
-    const uint32 samples = level.images * level.pixels;
-    for (uint32 i = tile.split * tile.rows + tile.row; i < samples; i += level.splits * tile.rows) {
-        const uint64 at = static_cast<uint64>(i) * level.channels + tile.channel;
+    const uint32 samples = level.images * level.pixels, step = level.splits * tile.rows;
+    const uint32 first = tile.split * tile.rows + tile.row;
+    // Backwards: the L2 cache still holds what pkd_statistics_last read last.
+    for (uint32 left = first < samples ? (samples - first - 1) / step + 1 : 0; left > 0; --left) {
+        const uint64 at = static_cast<uint64>(first + (left - 1) * step) * level.channels + tile.channel;
         float s[V], t[V];
         read(static_cast<const T*>(level.student) + at, s);
         read(static_cast<const T*>(level.teacher) + at, t);
@@ -434,16 +436,25 @@ template <class T> __device__ __forceinline__ void pkd_cluster(const PkdArgs& ar
     const T* const from_s = static_cast<const T*>(level.student) + base;
     const T* const from_t = static_cast<const T*>(level.teacher) + base;
 
-    for (uint32 i = threadIdx.x; i < count; i += kClusterThreads) {  // a thread keeps, and later reads, its own vectors
+    uint4 next_s, next_t;  // under way while the shift is found, and the vectors before them are added up
+    const auto fetch = [&](uint32 i) {
+        next_s = next_t = {};  // and not what they were, which would have to arrive first
+        if (i >= count) return;
         const uint64 at = offset_of<V>(level, first + i);
-        kept_s[i] = read_raw(from_s + at);
-        kept_t[i] = read_raw(from_t + at);
-    }
+        next_s = read_raw<V>(from_s + at);
+        next_t = read_raw<V>(from_t + at);
+    };
+    fetch(threadIdx.x);
     const Shift shift = channel_shift(level, from_s, from_t, head.scratch);
     float m[kMoments] = {}, s[V], t[V];
-    for (uint32 i = threadIdx.x; i < count; i += kClusterThreads) {
-        unpack<V, T>(kept_s[i], s);
-        unpack<V, T>(kept_t[i], t);
+#pragma unroll 2  // or what was fetched would be copied, and waited for, to make room for the next
+    for (uint32 i = threadIdx.x; i < count; i += kClusterThreads) {  // a thread keeps, and later reads, its own vectors
+        const uint4 raw_s = next_s, raw_t = next_t;
+        fetch(i + kClusterThreads);
+        kept_s[i] = raw_s;
+        kept_t[i] = raw_t;
+        unpack<V, T>(raw_s, s);
+        unpack<V, T>(raw_t, t);
 #pragma unroll
         for (int k = 0; k < V; ++k) add_sample<1>(s[k], t[k], shift, m);
     }

@@ -16,7 +16,7 @@ from runtime.errors import EdgestillError, UnavailableError
 
 REGISTERS = {
     "adapter_mse": 192,
-    "cwd": 80,
+    "cwd": 128,
     "pkd": 80,
 }
 """Most registers per thread, by source; 64 if nothing is said, which keep four blocks of 256 on a multiprocessor."""
