@@ -53,7 +53,7 @@ in registers, at 128 registers per thread; others would spill, and have 192."""
 TILES = 4
 """Least tiles per block, if a level has that many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
 SUM_THREADS, SUM_ENTRIES = 256, 4 * WARP
-"""Of a block of `adapter_sums`: threads, and numbers that it adds up."""
+"""Threads of a block of `adapter_sums`, and numbers that it adds up."""
 SOURCE = with_constants(
     "adapter_mse",
     MAX_CHANNELS=MAX_CHANNELS,
