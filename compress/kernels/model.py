@@ -40,8 +40,9 @@ L2_KEPT = 0.6
 """Share of the L2 cache that still holds what the kernel before has read last; written gradients take the rest."""
 EXPONENTIALS_PER_CLOCK = 16
 """Exponentials of a multiprocessor."""
-TENSOR_SHARE = 0.4
-"""Share of the tensor cores' peak that `mma.sync` reaches from shared memory with a barrier between products."""
+TENSOR_SHARE = 0.25
+"""Share of the tensor cores' peak that `mma.sync` reaches with eight warps on a multiprocessor, and barriers between
+products."""
 REGISTERS, THREADS, MOST_BLOCKS, SHARED_BYTES = 65536, 2048, 32, 228 << 10
 """Limits of a multiprocessor of sm_90."""
 REGISTERS_TOGETHER = 8
@@ -105,8 +106,8 @@ KERNELS = {
     "pkd_cluster": Kernel(2, 1, registers=64, loads=4, trips=TOTAL),
     "pkd_statistics": Kernel(2, 0, registers=32, loads=2, static_shared=1 << 10, trips=1 + TOTAL),
     "pkd_gradient": Kernel(2, 1, registers=32, loads=2, static_shared=1 << 10, trips=2, again=True),
-    "pkd_statistics_last": Kernel(2, 0, registers=80, loads=2, static_shared=11 << 10, trips=1 + TOTAL),
-    "pkd_gradient_last": Kernel(2, 1, registers=80, loads=2, static_shared=2 << 10, trips=2, again=True),
+    "pkd_statistics_last": Kernel(2, 0, registers=128, loads=4, static_shared=11 << 10, trips=1 + TOTAL),
+    "pkd_gradient_last": Kernel(2, 1, registers=128, loads=4, static_shared=2 << 10, trips=2, again=True),
     "fgd_sums": Kernel(2, 0, registers=64, loads=4, static_shared=33 << 10, trips=12),
     "fgd_gradient": Kernel(2, 1, registers=64, loads=2, static_shared=3 << 10, trips=1 + TOTAL, again=True),
     "rescale": Kernel(0, 0, registers=40, loads=1),

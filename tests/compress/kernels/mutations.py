@@ -275,6 +275,12 @@ FAULTS: dict[str, Fault] = {
         "i += level.splits * kThreads) {\n        const uint64 at = offset_of<V>(level, i);",
         "i += kThreads) {\n        const uint64 at = offset_of<V>(level, i);",
     ),
+    "PKD: the last pixel of a thread left out": Fault(
+        "pkd/kernel.cu",
+        "pkd",
+        "(samples - first - 1) / (level.splits * rows) + 1 : 0",
+        "(samples - first - 1) / (level.splits * rows) : 0",
+    ),
     "PKD: offset across images": Fault(
         "pkd/kernel.cu",
         "pkd",
