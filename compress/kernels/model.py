@@ -104,22 +104,19 @@ KERNELS = {
         2, 1, registers=128, loads=4, static_shared=1 << 10, trips=1 + TOTAL, again=True, exponentials=2
     ),
     "pkd_cluster": Kernel(2, 1, registers=64, loads=4, trips=TOTAL),
-    "pkd_statistics": Kernel(2, 0, registers=32, loads=2, static_shared=1 << 10, trips=1 + TOTAL),
-    "pkd_gradient": Kernel(2, 1, registers=32, loads=2, static_shared=1 << 10, trips=2, again=True),
     "pkd_statistics_last": Kernel(2, 0, registers=128, loads=4, static_shared=11 << 10, trips=1 + TOTAL),
     "pkd_gradient_last": Kernel(2, 1, registers=128, loads=4, static_shared=2 << 10, trips=2, again=True),
     "fgd_sums": Kernel(2, 0, registers=64, loads=4, static_shared=33 << 10, trips=12),
     "fgd_gradient": Kernel(2, 1, registers=64, loads=2, static_shared=3 << 10, trips=1 + TOTAL, again=True),
-    "rescale": Kernel(0, 0, registers=40, loads=1),
 }
-"""Every kernel of a feature loss without weights of pixels, and of its backward pass. `fgd_sums` has 12 round trips: a
-ticket, and for each of two axes the partial sums and three passes over the attention."""
+"""Every kernel of a feature loss without weights of pixels on these cards. `fgd_sums` has 12 round trips: a ticket, and
+for each of two axes the partial sums and three passes over the attention."""
 MODELLED = {
-    "weighted_mse": ("all", "s8", "s16", "s32"),
+    "weighted_mse": tuple(SIZES),
     "adapter_mse": ("s8",),  # wider maps go through torch's products
-    "cwd": ("all", "s8", "s16", "s32"),
-    "pkd": ("all", "s8", "s16", "s32"),
-    "fgd": ("all", "s8", "s16", "s32"),
+    "cwd": tuple(SIZES),
+    "pkd": tuple(SIZES),
+    "fgd": tuple(SIZES),
 }
 """Losses whose kernels the table has, and the sizes of their maps."""
 

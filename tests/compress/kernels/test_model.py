@@ -111,7 +111,7 @@ def test_every_launch_has_a_row_and_no_loss_is_faster_than_the_stream(loss, size
 
 def test_every_row_is_a_kernel_that_is_launched():
     launched = {model.kernel_of(one) for case in CASES for one in model.launches_of(*case)}
-    assert launched | {"rescale"} == set(KERNELS) - {"pkd_statistics", "pkd_gradient"}  # PKD's form without clusters
+    assert launched == set(KERNELS)
     assert set(MODELLED) <= set(FUSED)
 
 
