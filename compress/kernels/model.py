@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.kernels.bench_case import LEVELS, SIZES
+from compress.kernels.bench_case import LAYOUTS, LEVELS, SIZES
 from compress.kernels.device import RESERVED_SHARED_BYTES, SUFFIX, VECTOR_BYTES, WARP, Facts, Launch
 from compress.kernels.losses import FUSED
 from compress.kernels.sass import disassemble, loads_under_way
@@ -28,7 +28,6 @@ from compress.kernels.toolchain import compile_cubin
 
 DTYPE = torch.float16
 ARCHITECTURE = "sm_90"
-LAYOUTS = {"channels last": torch.channels_last, "NCHW": torch.contiguous_format}
 LAUNCH_US = 2.3
 """From the end of a kernel of a CUDA graph to the full speed of the next."""
 TRIP_US = 0.6

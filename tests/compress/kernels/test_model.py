@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress.kernels import model
+from compress.kernels.bench_case import LAYOUTS, LEVELS
 from compress.kernels.device import Launch
 from compress.kernels.losses import FUSED
 from compress.kernels.model import CARDS, KERNELS, LATENCY_US, LAUNCH_US, MODELLED, TRIP_US, Kernel
@@ -15,7 +16,7 @@ from compress.kernels.weighted_mse import SOURCE, Args
 H100 = CARDS["H100"]
 STREAMING = Kernel(2, 1, registers=32, loads=4)
 """Eight blocks of 256 threads have 128 KB under way on each multiprocessor."""
-CASES = [(loss, size, layout) for loss, sizes in MODELLED.items() for size in sizes for layout in model.LAYOUTS]
+CASES = [(loss, size, layout) for loss, sizes in MODELLED.items() for size in sizes for layout in LAYOUTS]
 
 
 def launch(grid=8 * H100.multiprocessors, block=256, **more):
@@ -116,16 +117,16 @@ def test_every_row_is_a_kernel_that_is_launched():
 
 
 def test_launches_of_one_kernel_move_all_maps_once():
-    found = model.estimates(H100, "pkd", "all", "NCHW")
+    found = model.estimates(H100, "pkd", "all", "nchw")
     assert len(found) == 3
-    elements = sum(n * c * h * w for n, c, h, w in model.LEVELS.values())
+    elements = sum(n * c * h * w for n, c, h, w in LEVELS.values())
     assert sum(one.moved_bytes for one in found) == pytest.approx(3 * 2 * elements)
 
 
 def test_channels_last_all_blocks_run_at_once_and_have_enough_under_way():
     needed = 1e6 * H100.stream_tb_s * LATENCY_US / H100.multiprocessors
     for loss, size in product(("weighted_mse", "cwd", "pkd", "fgd"), ("s8", "all")):
-        for one in model.estimates(H100, loss, size, "channels last"):
+        for one in model.estimates(H100, loss, size, "channels_last"):
             assert 0.9 < one.waves <= 1.0, one.launch.kernel
             assert one.under_way_bytes >= needed, one.launch.kernel
 
