@@ -33,6 +33,7 @@ from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
+from runtime.layers import facts_of, read_layers
 from runtime.sources import image_files
 
 FRAMES = 64
@@ -193,6 +194,7 @@ def engine_row(file: ModelFile, note: str) -> Row:
         "bytes": artifact.bytes if artifact else None,
         "ran": False,
         "note": note,
+        **facts_of(read_layers(file.path, artifact.sha256) if artifact else ()),
     }
 
 

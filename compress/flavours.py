@@ -7,7 +7,7 @@ A new flavour is a module with its maker and one row here. Nothing here imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -38,8 +38,6 @@ class Flavour:
     and its latency counts in the gate; elsewhere the accuracy is that of the graph as it is written."""
     engine: bool = False
     """TensorRT plans are built from it."""
-    not_for: Mapping[str, str] = field(default_factory=dict)
-    """Builder of plans -> why no plan is built with it."""
     note: str = ""
     """Printed in the report beside its latency on a CPU, where another library than its own was timed."""
     check: str = ""
@@ -73,10 +71,6 @@ FP16_OVERFLOW = "compress.graph.fp16:overflow"
 FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU"
 FOR_OPENVINO = "made for OpenVINO (pip install 'edgestill[openvino]'); its latency in another library says nothing"
 FOR_ORT = "made for ONNX Runtime; its latency in another library says nothing"
-RTX_WRITES_FLOATS = (
-    "TensorRT-RTX fuses no INT8 convolution with its activation and writes FP32 behind each: "
-    "176 MB a frame where FP16 moves 116 (YOLOv5n, 640 pixels), so FP16 is the faster plan"
-)
 
 _ROWS = (
     Flavour("fp16", "compress.graph.fp16:body_to_fp16", engine=True, note=FOR_TENSORRT, check=FP16_OVERFLOW),
@@ -85,7 +79,6 @@ _ROWS = (
         QDQ,
         SCHEMES["tensorrt"],
         engine=True,
-        not_for={"tensorrt_rtx": RTX_WRITES_FLOATS},
         note=FOR_TENSORRT,
         check=FP16_OVERFLOW,
     ),
@@ -99,11 +92,6 @@ for accuracy, and INT8 by explicit Q/DQ is often no faster."""
 
 FILES: Mapping[str, str] = {name: f"model.{name}.onnx" for name in FLAVOURS}
 """Name of the file of each flavour."""
-
-NOT_FOR: Mapping[tuple[str, str], str] = {
-    (row.name, builder): reason for row in _ROWS for builder, reason in row.not_for.items()
-}
-"""(Flavour, builder of plans) -> why no plan is built."""
 
 PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
 """TensorRT plans are built from these, best first."""

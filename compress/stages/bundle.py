@@ -23,6 +23,7 @@ from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
+from runtime.layers import layers_file
 
 README = """\
 edgestill bundle "{name}": {classes} classes, {size} pixels, mAP and latency in report.html.
@@ -54,7 +55,9 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     bench = read_json(folders["bench"] / "bench.json")
     onnx = [_copied(precision, models[precision], out) for precision in _by_latency(models, bench["models"])]
     for plan in plans:
-        shutil.copyfile(folders["build"] / plan.file, out / plan.file)
+        for file in (folders["build"] / plan.file, layers_file(folders["build"] / plan.file)):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
     cpu = f"{bench['machine']['cpu']} ({bench['machine']['platform']})"
     provenance = {**reference.provenance, "order_measured_on": cpu}
     card = replace(reference, artifacts=(*plans, *onnx), provenance=provenance)

@@ -12,6 +12,7 @@ from runtime.bundle import model_files
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
+from runtime.layers import EngineLayer, TensorType, read_layers, save_layers
 from tests.runtime.toys import canvas_model, card
 
 MINE = card()
@@ -64,8 +65,12 @@ def bundle(folders: dict[str, Path], out: Path) -> Path:
 
 
 def test_every_file_of_a_bundle_is_of_its_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = folders["build"] / "toy.fp32.plan"
+    layers = (EngineLayer("c", "correlation", ("stem",), (TensorType("Half", (1, 8)),), ()),)
+    save_layers(plan, sha256(plan), layers)
     files = model_files(bundle(folders, tmp_path / "bundle"))
     assert [file.path.name for file in files] == ["toy.fp32.plan", "model.onnx"]
+    assert read_layers(files[0].path, sha256(plan)) == layers
     assert {file.artifact.identity for file in files if file.artifact} == {MINE.identity}
     assert ModelCard.load(tmp_path / "bundle").identity == MINE.identity
 
