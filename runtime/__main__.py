@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from runtime import __version__
 from runtime.detect import add_detect_options, detect
@@ -14,9 +14,6 @@ from runtime.errors import EngineError, InputError, UsageError
 from runtime.identity import SHOWN
 from runtime.numbers import batches, whole
 from runtime.terminal import exit_code_of, log, print_json, print_line
-
-if TYPE_CHECKING:
-    from runtime.layers import EngineLayer
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
 
@@ -78,11 +75,11 @@ def parser() -> argparse.ArgumentParser:
 
 def build(options: argparse.Namespace) -> None:
     from runtime.bundle import card_of, folder_card, list_files
-    from runtime.engine import build_engine, profile_of, resolve_backend
+    from runtime.engine import build_engine, fp16_layers, profile_of, resolve_backend
     from runtime.layers import moved_bytes
 
     out = options.out or options.onnx.with_suffix(".plan")
-    folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
+    card = folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
     backend = resolve_backend(options.backend)
     report = build_engine(
         options.onnx,
@@ -93,7 +90,7 @@ def build(options: argparse.Namespace) -> None:
         shapes=profile_of(card_of(options.onnx), options.batches),
         timing_cache=options.timing_cache,
         dla_core=options.dla_core,
-        fp16=fp16_layers(out.parent, options.onnx, backend),
+        fp16=fp16_layers(out.parent, card, backend),
     )
     for line in report.log:
         log(f"warning: {line}")
@@ -103,15 +100,6 @@ def build(options: argparse.Namespace) -> None:
     print_line(
         f"{out}: {report.bytes / 1e6:.1f} MB for {targets}{moved}, {report.seconds:.1f} s, sha256 {report.sha256}"
     )
-
-
-def fp16_layers(folder: Path, onnx: Path, backend: str) -> tuple[EngineLayer, ...]:
-    """Layers of the backend's FP16 plan that the card of the folder lists for the model; empty without one."""
-    from runtime.bundle import folder_card
-    from runtime.layers import FP16, read_layers
-
-    plans = (item for item in folder_card(folder, onnx).artifacts if (item.precision, item.backend) == (FP16, backend))
-    return next((found for plan in plans if (found := read_layers(folder / plan.file, plan.sha256))), ())
 
 
 def info(options: argparse.Namespace) -> None:

@@ -27,7 +27,16 @@ from runtime.card import Artifact, Batches, ModelCard
 from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
-from runtime.layers import EngineLayer, layer_of, layers_in_json, layers_in_log, moves_more, save_layers
+from runtime.layers import (
+    FP16,
+    EngineLayer,
+    layer_of,
+    layers_in_json,
+    layers_in_log,
+    moves_more,
+    read_layers,
+    save_layers,
+)
 from runtime.onnx_file import read_metadata
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
@@ -154,6 +163,12 @@ def build_engine(
             raise SlowerError(f"{onnx_path.name}: {reason}", "Use the FP16 plan")
     save_layers(out_path, report.sha256, report.layers)
     return report
+
+
+def fp16_layers(folder: Path, card: ModelCard, backend: str) -> tuple[EngineLayer, ...]:
+    """Layers of the FP16 plan of this builder that the card of the folder lists; empty where they are not known."""
+    plans = (artifact for artifact in card.artifacts if (artifact.precision, artifact.backend) == (FP16, backend))
+    return next((found for plan in plans if (found := read_layers(folder / plan.file, plan.sha256))), ())
 
 
 def resolve_backend(backend: str) -> str:

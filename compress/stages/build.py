@@ -20,8 +20,8 @@ from compress.log import Log
 from compress.stages import Figures, Stage, packages
 from runtime.backends import BACKENDS
 from runtime.bundle import card_of, folder_card, list_files
-from runtime.card import ONE_IMAGE, Artifact
-from runtime.engine import NO_INT8, SlowerError, build_engine, profile_of, resolve_backend
+from runtime.card import ONE_IMAGE, Artifact, ModelCard
+from runtime.engine import NO_INT8, SlowerError, build_engine, fp16_layers, profile_of, resolve_backend
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256, write_json
 from runtime.identity import require_same
@@ -119,7 +119,7 @@ def build(
     first = next(iter(models.values()))
     for precision, model in models.items():
         _check(model, precision, first)
-    name = folder_card(out, first).name
+    card = folder_card(out, first)
     wanted = [precision for precision in PLAN_PRECISIONS if precision in config.precisions and precision in models]
     if config.backend == "none":
         plans = [EnginePlan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
@@ -127,7 +127,7 @@ def build(
         plans = []
         for precision in wanted:
             fp16 = next((plan.layers for plan in plans if plan.precision == FP16), ())
-            plans.append(_plan(config, precision, models[precision], out / f"{name}.{precision}.plan", fp16))
+            plans.append(_plan(config, models[precision], out, card, fp16))
     for plan in plans:
         log(describe(plan))
     list_files(out, first, [plan.artifact for plan in plans if plan.artifact], _preference)
@@ -151,10 +151,11 @@ def describe(plan: EnginePlan) -> str:
     return f"{plan.precision}: {made.file}, {size} for {targets}{batches}{moved}, {plan.seconds:.1f} s"
 
 
-def _plan(config: BuildConfig, precision: str, model: Path, target: Path, fp16: Sequence[EngineLayer]) -> EnginePlan:
-    """The plan of one precision. `fp16` are the layers of the FP16 plan, if there is one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _plan(config: BuildConfig, model: Path, out: Path, listed: ModelCard, fp16: Sequence[EngineLayer]) -> EnginePlan:
+    """The plan of one file. `fp16` are the layers of the FP16 plan; without them, those that the card `listed` has."""
+    out.mkdir(parents=True, exist_ok=True)
     card = card_of(model)
+    precision, target = card.precision, out / f"{listed.name}.{card.precision}.plan"
     try:
         builder = resolve_backend(config.backend)
         if _is_int8(precision) and builder in NO_INT8:
@@ -166,7 +167,7 @@ def _plan(config: BuildConfig, precision: str, model: Path, target: Path, fp16: 
             targets=config.targets,
             workspace_mib=config.workspace_mib,
             shapes=profile_of(card, config.batches),
-            fp16=fp16,
+            fp16=fp16 or fp16_layers(out, listed, builder),
         )
     except SlowerError as error:
         return EnginePlan(precision, None, 0.0, f"left out: {error.message}")
@@ -203,5 +204,5 @@ STAGE = Stage(
     run=run,
     after=("export", "quantize"),
     facts={"tensorrt": lambda: packages("tensorrt", "tensorrt_rtx")},
-    version=2,
+    version=3,
 )

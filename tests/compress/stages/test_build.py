@@ -25,7 +25,7 @@ from runtime.engine import BuildReport, SlowerError
 from runtime.errors import EdgestillError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
 from runtime.identity import OccupiedError
-from runtime.layers import EngineLayer, TensorType
+from runtime.layers import EngineLayer, TensorType, save_layers
 
 NAMES = ("bolt", "nut")
 CARD = ModelCard("part", NAMES, (32, 32), weights="5" * 64)
@@ -146,7 +146,12 @@ def test_an_int8_plan_that_moves_more_than_fp16_is_left_out_with_the_reason(tmp_
     assert given == {"part.fp16.plan": (), "part.int8-trt.plan": half}
     assert [plan.to_json()["moved_bytes"] for plan in plans] == [16, None]
     assert lines[1] == "int8-trt: left out: its INT8 moves 2.0 MB a call, FP16 moves 1.0"
-    assert [artifact.precision for artifact in ModelCard.load(tmp_path / "out").artifacts] == ["fp16"]
+    (listed,) = ModelCard.load(tmp_path / "out").artifacts
+    assert listed.precision == "fp16"
+    given.clear()
+    save_layers(tmp_path / "out" / listed.file, listed.sha256, half)
+    build(BuildConfig(), models={"int8-trt": models["int8-trt"]}, out=tmp_path / "out", log=lines.append)
+    assert given == {"part.int8-trt.plan": half}, "those of the plan that an earlier build listed"
 
 
 def fake_build(model: Path, target: Path, **_: Any) -> BuildReport:
