@@ -13,6 +13,7 @@ from compress.cli.options import (
     FILE,
     SCALE,
     as_json,
+    backend,
     changes,
     data,
     device,
@@ -245,6 +246,7 @@ def _print_best(out: Path) -> None:
 @click.option("--annotations", type=FILE, help="COCO JSON for the COCO figures, in place of the text labels.")
 @click.option("--half", is_flag=True, help="float16 network; GPU only.")
 @device
+@backend
 @as_json
 def val(as_json: bool, **options: Any) -> None:
     """Measure mAP by YOLOv5's protocol and by COCO's."""

@@ -37,7 +37,7 @@ from compress.graph.ranges import Ranges, calibrate
 from compress.graph.sensitivity import LayerError, number_form, rank_layers, remaining_error
 from compress.graph.session import open_session
 from compress.graph.untrusted_onnx import read_model
-from compress.inputs import SHIPPED, dataset_of, plan_of, refuse_another_model
+from compress.inputs import SHIPPED, dataset_of, own_plan, plan_of, refuse_another_model
 from compress.log import Log
 from compress.schemes import Scheme, seven_bit_weights
 from compress.stages import Figures, Stage, cpu_and_runtime
@@ -92,15 +92,15 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
 class Gate(Protocol):
     """The two measurements that judge a flavour."""
 
-    def maps(self, path: Path, *, as_written: bool) -> Floats:
+    def maps(self, path: Path, flavour: Flavour | None = None) -> Floats:
         """mAP50-95 of a file on all images, and with each group of images left out; see `jackknife_maps`.
 
-        With `as_written` the Q/DQ pairs are computed in float: the file is for kernels that are not here.
+        A flavour is measured in its own library if that is here.
         """
         ...
 
-    def latency(self, reference: Path, other: Path) -> LatencyRatio:
-        """Time of `other` over time of `reference`, taken in turns on this machine."""
+    def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
+        """Time of `other`, in the flavour's library, over time of `reference`, taken in turns on this machine."""
         ...
 
 
@@ -110,11 +110,11 @@ class FileGate:
 
     plan: Plan
 
-    def maps(self, path: Path, *, as_written: bool) -> Floats:
-        return file_maps(path, replace(self.plan, as_written=as_written))
+    def maps(self, path: Path, flavour: Flavour | None = None) -> Floats:
+        return file_maps(path, own_plan(self.plan, flavour) if flavour else self.plan)
 
-    def latency(self, reference: Path, other: Path) -> LatencyRatio:
-        return compare_files(reference, other, self.plan)
+    def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
+        return compare_files(reference, other, self.plan, backend=flavour.backend)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def quantize(
     has_int8 = any(FLAVOURS[name].scheme for name in config.flavours)
     ranges = calibrate(source, canvases, config.method) if has_int8 else {}
     rank = cache(lambda form: rank_layers(source, ranges, form, canvases.some(RANKING_IMAGES)))
-    reference = gate.maps(model, as_written=False)
+    reference = gate.maps(model)
     origin = Origin(config, model, source, card, canvases, ranges, rank, gate, reference)
     log(f"{REFERENCE}: mAP50-95 {origin.reference[0]:.4f}")
     judged = [JudgedFile(REFERENCE, model, True, "the reference", float(origin.reference[0]))]
@@ -331,12 +331,14 @@ def _judged(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> Judge
         if loss.drop <= origin.config.max_map_drop:
             break
     found = float(maps[0][0])
-    within, reason = _accuracy_verdict(loss, found, float(origin.reference[0]), origin.config.max_map_drop)
+    within, reason = _accuracy_verdict(
+        loss, found, float(origin.reference[0]), origin.config.max_map_drop, flavour.judge
+    )
     fault = _fault(flavour, origin.source, path, origin.canvases.some(SANITY_IMAGES))
     judged = JudgedFile(
         flavour.name, path, within and not fault, fault or reason, found, loss, calibration, None, ranking, tuple(steps)
     )
-    return _timed(origin, flavour, judged, path, folder) if judged.kept and flavour.for_this_cpu else judged
+    return _timed(origin, flavour, judged, path, folder) if judged.kept and flavour.is_run_here else judged
 
 
 def _choices(config: QuantizeConfig, flavour: Flavour, ranking: Sequence[LayerError]) -> list[tuple[str, ...]]:
@@ -359,12 +361,12 @@ def _draw_maps(
 ) -> Floats:
     """Draw 0 is the file itself."""
     drawn = origin.write(flavour, folder / "draw.onnx", float_layers, draw) if draw else path
-    return origin.gate.maps(drawn, as_written=not flavour.for_this_cpu)
+    return origin.gate.maps(drawn, flavour)
 
 
 def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, folder: Path) -> JudgedFile:
     """With the latency of the file, which counts, and that of the steps before it, which say what each costs."""
-    latency = origin.gate.latency(origin.model, path)
+    latency = origin.gate.latency(origin.model, path, flavour)
     verdict = latency.verdict(origin.config.max_latency_ratio)
     reason = f"{judged.reason}; latency against FP32 {latency}, {SPEED[verdict]} {origin.config.max_latency_ratio:g}"
     before = judged.steps[:-1]
@@ -373,7 +375,9 @@ def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, fol
     earlier = [
         replace(
             step,
-            latency=origin.gate.latency(origin.model, origin.write(flavour, folder / "step.onnx", step.float_layers)),
+            latency=origin.gate.latency(
+                origin.model, origin.write(flavour, folder / "step.onnx", step.float_layers), flavour
+            ),
         )
         for step in before
     ]
@@ -446,9 +450,11 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
     return np.concatenate([session.run(None, {model.graph.input[0].name: canvas})[0] for canvas in canvases])
 
 
-def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: float) -> tuple[bool, str]:
-    """Whether a file with mAP50-95 `found` passes against FP32's, and why. One that finds nothing passes no limit
-    below 1: otherwise every flavour of a network that learnt nothing would pass, with a loss of 0 out of 0.
+def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: float, judge: str) -> tuple[bool, str]:
+    """Whether a file with mAP50-95 `found` passes against FP32's, and why. `judge` says what computed it.
+
+    A file that finds nothing passes no limit below 1: otherwise every flavour of a network that learnt nothing would
+    pass, with a loss of 0 out of 0.
     """
     if max_drop < 1 and not reference > 0:
         return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss can be measured"
@@ -457,7 +463,7 @@ def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: floa
     within = loss.drop <= max_drop  # False for NaN
     is_clear = max_drop >= 1 or loss.is_resolved(max_drop)
     unresolved = "" if is_clear else f", not resolved: too few {loss.remedy} for this limit"
-    return within, f"loses {loss}, {'within' if within else 'more than'} {max_drop:g}{unresolved}"
+    return within, f"loses {loss} {judge}, {'within' if within else 'more than'} {max_drop:g}{unresolved}"
 
 
 STAGE = Stage(
