@@ -32,6 +32,7 @@ from compress.data.loader import Batch, batch_count, train_batches
 from compress.data.train_dataset import TrainItems
 from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
+from compress.losses.detection import targets_on
 from compress.losses.distill import Outputs
 from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
@@ -211,7 +212,7 @@ class Trainer:
         rates = self.schedule.at(iteration)
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
-        images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
+        images, targets = as_network_input(batch.images, self.device), targets_on(self.device, batch.targets)
         with self._exchange_gradients(due or last):
             teacher_outputs = self.teacher_outputs(images)
             seen = reduced(images, self.config.imgsz)
