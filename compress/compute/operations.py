@@ -23,14 +23,16 @@ _SCATTERS = {
 _CREATE = {_aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.zeros_like, _aten.ones_like, _aten.full_like}
 """Read nothing: their tensor only lends its shape or device."""
 _ALLOCATE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
-_NO_WORK = _ALLOCATE | {_aten.detach, _aten.lift_fresh, _aten._unsafe_view, _aten.alias}
+_NO_WORK = _ALLOCATE | {_aten.detach, _aten.lift_fresh, _aten._unsafe_view, _aten.alias, _aten.promote_types}
+_HOST = {"prim", "profiler"}
+"""Namespaces of operations that the host does for itself."""
 BACKWARD = " backward"
 """End of the name of a phase's backward pass."""
 
 
 @dataclass
 class Work:
-    """What one phase gives to the device."""
+    """The operations of one phase."""
 
     operations: int = 0
     bytes: int = 0
@@ -72,7 +74,8 @@ class OperationCount(TorchDispatchMode):
         self._starts.append(torch.autograd._get_sequence_nr())
         self._names.append(self._open[-1])
 
-    def _phase_of_now(self) -> str:
+    def phase_of(self, arguments: Any) -> str:
+        """The phase of an operation with these arguments that runs now."""
         node = torch._C._current_autograd_node()
         if node is None:
             return self._open[-1]
@@ -80,8 +83,8 @@ class OperationCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if not (function.is_view or function.overloadpacket in _NO_WORK):
-            work = self.work.setdefault(self._phase_of_now(), Work())
+        if not (function.is_view or function.overloadpacket in _NO_WORK or function.namespace in _HOST):
+            work = self.work.setdefault(self.phase_of((args, kwargs)), Work())
             work.operations += 1
             work.bytes += moved_bytes(function.overloadpacket, (args, kwargs), result)
         return result
