@@ -181,6 +181,13 @@ def test_all_levels_and_their_gradients_take_150_operations_at_most(anchors_grid
     assert count.total.operations <= 150
 
 
+def test_the_loss_compiles_as_one_graph_to_the_same_bits(anchors_grid):
+    raw, targets, loss = _head(), _targets(), DetectionLoss(anchors_grid, STRIDES, 3)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected, found = (torch.autograd.grad(function(raw, targets)[0], raw) for function in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_a_training_takes_up_the_numbers_that_a_validation_has_made(anchors_grid):
     loss, raw = DetectionLoss(anchors_grid, STRIDES, 3), _head()
     with torch.inference_mode():
