@@ -57,7 +57,12 @@ def paired_giou_exact(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
     A distillation loss must be 0 if student equals teacher, also in float32. Every area comes from the same corners,
     and eps is added to both sides of the fraction: (inter + eps) / (union + eps).
 
-    Args and returns as `paired_ciou`.
+    Args:
+        a_xywh: (..., 4) centre x, y, width, height in any one unit; predictions go here.
+        b_xywh: (..., 4) in the same unit; targets go here.
+
+    Returns:
+        (...) at most 1. Finite for every finite input with non-negative sizes, and so is its gradient.
     """
     a, b = _corners(a_xywh), _corners(b_xywh)
     inter = _intersection(a, b)
