@@ -1,15 +1,19 @@
-"""Overlap of paired boxes, differentiable: row i of one tensor against row i of the other; and the cells of a box."""
+"""Overlap of paired boxes, differentiable: each box of one tensor with its own in the other; and the cells of a box."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-7
 """Added to denominators, as in YOLOv5."""
+_TINY = torch.finfo(torch.float32).tiny
+"""The smallest normal number: what is above -_TINY is not negative."""
 
 
 class _Corners(NamedTuple):
@@ -47,22 +51,11 @@ def _enclosing_wh(a: _Corners, b: _Corners) -> tuple[Tensor, Tensor]:
     return width, height
 
 
-def _aspect_angle(boxes_xywh: Tensor) -> Tensor:
-    """atan(w / h). Sizes are floored: a saturated logit gives w = h = 0, whose quotient has no finite gradient."""
-    w, h = boxes_xywh[..., 2:].clamp_min(EPS).unbind(-1)
-    return torch.atan(w / h)
+def paired_giou_exact(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
+    """GIoU that is exactly 1 for equal boxes, however small.
 
-
-def _aspect_penalty(a_xywh: Tensor, b_xywh: Tensor, iou: Tensor) -> Tensor:
-    """The penalty alpha * v of CIoU; alpha carries no gradient."""
-    v = (4 / math.pi**2) * (_aspect_angle(b_xywh) - _aspect_angle(a_xywh)).square()
-    with torch.no_grad():
-        alpha = v / (v - iou + (1 + EPS))
-    return alpha * v
-
-
-def paired_ciou(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
-    """CIoU of boxes pair by pair: IoU - (centre distance / enclosing diagonal)^2 - alpha * v.
+    A distillation loss must be 0 if student equals teacher, also in float32. Every area comes from the same corners,
+    and eps is added to both sides of the fraction: (inter + eps) / (union + eps).
 
     Args:
         a_xywh: (..., 4) centre x, y, width, height in any one unit; predictions go here.
@@ -70,24 +63,6 @@ def paired_ciou(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
 
     Returns:
         (...) at most 1. Finite for every finite input with non-negative sizes, and so is its gradient.
-    """
-    a, b = _corners(a_xywh), _corners(b_xywh)
-    inter = _intersection(a, b)
-    union = a_xywh[..., 2] * a_xywh[..., 3] + b_xywh[..., 2] * b_xywh[..., 3] - inter + EPS
-    iou = inter / union
-    enclosing_w, enclosing_h = _enclosing_wh(a, b)
-    distance2 = (b_xywh[..., :2] - a_xywh[..., :2]).square().sum(-1)
-    distance_iou = iou - distance2 / (enclosing_w.square() + enclosing_h.square() + EPS)
-    return distance_iou - _aspect_penalty(a_xywh, b_xywh, iou)
-
-
-def paired_giou_exact(a_xywh: Tensor, b_xywh: Tensor) -> Tensor:
-    """GIoU that is exactly 1 for equal boxes, however small.
-
-    A distillation loss must be 0 if student equals teacher, also in float32. Every area comes from the same corners,
-    and eps is added to both sides of the fraction: (inter + eps) / (union + eps).
-
-    Args and returns as `paired_ciou`.
     """
     a, b = _corners(a_xywh), _corners(b_xywh)
     inter = _intersection(a, b)
@@ -109,3 +84,127 @@ def decode_in_cell(logits: Tensor, anchors_wh: Tensor) -> Tensor:
     """
     twice = logits.float().sigmoid() * 2
     return torch.cat((twice[..., :2] - 0.5, twice[..., 2:].square() * anchors_wh), -1)
+
+
+class CellCIoU(nn.Module):
+    """CIoU of decoded boxes with their targets: IoU - (centre distance / enclosing diagonal)^2 - alpha * v.
+
+    v = 4 / pi^2 * (atan(w_T / h_T) - atan(w / h))^2, alpha = v / (v - IoU + 1 + EPS) without a gradient.
+
+    Args:
+        anchors_wh: (nl, na, 2) float32, cells.
+    """
+
+    largest: Tensor
+    slopes: Tensor
+    signs: Tensor
+    tie: Tensor
+    eps: Tensor
+
+    def __init__(self, anchors_wh: Tensor) -> None:
+        super().__init__()
+        # numbers become tensors here: in `forward`, a GPU would wait for each
+        for name, value in {
+            "largest": 4 * anchors_wh,
+            "slopes": -2 * F.pad(4 * anchors_wh, (2, 0), value=1.0),
+            "signs": torch.tensor([[2.0], [-2.0]]),
+            "tie": torch.tensor(0.5),
+            "eps": torch.tensor([[EPS], [EPS / 2]]),
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, logits: Tensor, centres: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - CIoU with a gradient at the logits, and CIoU without; both (nl, copies, na, nt) float32.
+
+        Finite for every finite input with non-negative sides, and so is the gradient.
+
+        Args:
+            logits: (nl, copies, na, nt, 4) float32 tx, ty, tw, th; see `decode_in_cell`.
+            centres: broadcastable to (2, nl, copies, na, nt): x and y of the targets relative to the logits' own cells.
+            sides: broadcastable to the same: width and height of the targets in cells.
+        """
+        largest, slopes = (table[:, None, :, None] for table in (self.largest, self.slopes))
+        constants = largest, slopes, self.signs, self.tie, self.eps
+        shortfall, ciou = _CellCIoU.apply(logits, centres, sides, constants)  # type: ignore[no-untyped-call]
+        return shortfall, ciou
+
+
+class _CellCIoU(torch.autograd.Function):
+    """Decode and compare, with the backward pass written out: 34 operations, where autograd takes 128 on each level.
+
+    Inside, boxes are (2 of prediction and target, 2 axes, R). Corners are (2, 2 of right and -left, 2 axes, R) and
+    doubled, so that the smaller one is always the inner one, and no side is halved. The squares of the diagonal and of
+    the distance are halved, so that their slopes need no factor. Powers of two change no rounding: on a CPU, values and
+    gradients are those of the formula's autograd to the bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, centres: Tensor, sides: Tensor, constants: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        largest, *ctx.constants, eps = constants
+        _, signs, _ = ctx.constants
+        shape = logits.shape[:-1]
+        share = logits.sigmoid()
+        own_centres = torch.rsub(share[..., :2], -0.5, alpha=-2)  # 2 * share - 0.5
+        own_sides = share[..., 2:].square() * largest
+        own = own_centres.movedim(-1, 0), own_sides.movedim(-1, 0)
+        boxes = torch.cat((*own, centres.expand(2, *shape), sides.expand(2, *shape))).reshape(2, 2, 2, -1)
+        centres, sides = boxes[:, 0], boxes[:, 1]
+
+        corners = torch.addcmul(sides[:, None], centres[:, None], signs[:, None])
+        inner, outer = torch.aminmax(corners, dim=0)
+        overlap, hull = inner.mean(0), outer.mean(0)
+        extents = torch.cat((sides, overlap.clamp_min(0)[None]))
+        areas = extents[:, 0] * extents[:, 1]
+        gap = centres[1] - centres[0]
+        squares = torch.stack((gap, hull)).square().mean(1)
+        below = torch.stack((areas[:2].sum(0) - areas[2], squares[1])) + eps
+        ratios = torch.stack((areas[2], squares[0])) / below  # IoU; the distance by the diagonal, squared
+
+        # a saturated logit gives w = h = 0, whose quotient has no finite gradient
+        floored = sides.clamp_min(EPS)
+        aspects = floored[:, 0] / floored[:, 1]
+        angles = aspects.atan()
+        turn = angles[1] - angles[0]
+        v = turn.square() * (4 / math.pi**2)
+        alpha = v / (v - ratios[0] + (1 + EPS))
+        ciou = (ratios[0] - ratios[1] - alpha * v).view(shape)
+
+        ctx.save_for_backward(
+            share, corners, overlap, hull, extents, gap, below, ratios, floored[0, 1], aspects[0], turn, alpha
+        )
+        ctx.mark_non_differentiable(ciou)
+        ctx.set_materialize_grads(False)
+        return 1 - ciou, ciou
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        share, corners, overlap, hull, extents, gap, below, ratios, height, aspect, turn, alpha = ctx.saved_tensors
+        slopes, signs, tie = ctx.constants
+        # of CIoU: the sign of 1 - CIoU is that of the slopes at the end
+        g = gradient.reshape(-1)
+        by_above, by_below = g / below, ratios / below * g  # the latter negated
+        across = extents[::2].flip(1)  # the other side of the predicted box and of the overlap
+
+        # a corner bounds the overlap or the hull; where it meets the target's corner, it bounds each by half
+        by_overlap = _passed((by_above[0] + by_below[0]) * across[1], overlap, -_TINY)
+        bounds_overlap = torch.heaviside(corners[1] - corners[0], tie)
+        by_corner = torch.lerp(by_below[1] * hull, by_overlap, bounds_overlap)
+        by_centre = by_corner[0] - by_corner[1] + by_above[1] * gap
+
+        by_aspect = g * alpha * (8 / math.pi**2) * turn / (aspect.square() + 1)
+        by_floored = torch.stack((by_aspect / height, by_aspect * (aspect / height)))  # the height's negated
+        by_area = torch.addcmul(by_below[0] * across[0], _passed(by_floored, extents[0], EPS), signs, value=-0.5)
+        by_side = by_corner.mean(0) - by_area
+
+        by_share = torch.cat((by_centre.T, by_side.T), 1).view(share.shape).mul_(slopes)
+        by_share[..., 2:].mul_(share[..., 2:])
+        return torch.ops.aten.sigmoid_backward(by_share, share), None, None, None
+
+
+def _passed(gradient: Tensor, value: Tensor, floor: float) -> Tensor:
+    """The gradient where the value is above the floor that it was clamped to, else 0."""
+    passed: Tensor = torch.ops.aten.threshold_backward(gradient, value, floor)
+    return passed

@@ -34,6 +34,7 @@ from compress.data.train_dataset import TrainItems
 from compress.data.train_loader import TrainLoader, open_loader, worker_count
 from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
+from compress.losses.detection import targets_on
 from compress.losses.distill import Outputs
 from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
@@ -223,7 +224,7 @@ class Trainer:
         rates = self.schedule.at(iteration)
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
-        images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
+        images, targets = as_network_input(batch.images, self.device), targets_on(self.device, batch.targets)
         with self._exchange_gradients(due or last):
             teacher_outputs = self.teacher_outputs(images)
             seen = reduced(images, self.config.imgsz)

@@ -10,6 +10,7 @@ from shim.cases import SHAPES, arguments, with_learners
 from shim.oracle import LAYOUTS, by_autograd, gradient_error
 from torch import Tensor
 
+from compress.compute.operations import OperationCount
 from compress.kernels import cwd, fused
 from compress.kernels.adapter_mse import adapter_mse
 from compress.kernels.fused import FusedLoss
@@ -37,6 +38,15 @@ def true_gradients(name: str, given: list, upstream: float) -> list[Tensor]:
 
 def agree(found, true, tolerance=4e-6) -> bool:
     return all(gradient_error(f, t) <= tolerance for f, t in zip(found, true, strict=True))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_counted_loss_is_one_operation_and_no_kernel(name):
+    given = arguments(name, torch.float32)
+    with OperationCount() as count, fused.as_operations():
+        loss = FUSED[name].by_torch(given)
+    assert count.total.operations == 1
+    torch.testing.assert_close(loss, FUSED[name].by_torch(given))
 
 
 # ---- the eager path -----------------------------------------------------------------------------------------------
