@@ -31,6 +31,9 @@ def foreign() -> Iterator[Any]:
     sys.modules.update(modules)
 
     def class_of(module: nn.Module) -> type:
+        """torch's class of this name, such as BatchNorm2d, else a new one."""
+        if hasattr(nn, type(module).__name__):
+            return getattr(nn, type(module).__name__)
         home, name = HOMES.get(type(module).__name__, ("models.common", type(module).__name__))
         if (home, name) not in created:
             created[home, name] = type(name, (nn.Module,), {"__module__": home})
@@ -38,11 +41,8 @@ def foreign() -> Iterator[Any]:
         return created[home, name]
 
     def convert(module: nn.Module) -> nn.Module:
-        if type(module).__module__.startswith("torch."):
-            made = module
-        else:
-            made = class_of(module).__new__(class_of(module))
-            made.__dict__.update(module.__dict__)
+        made = class_of(module).__new__(class_of(module))
+        made.__dict__.update(module.__dict__)
         made._modules = {name: convert(child) for name, child in module._modules.items()}
         return made
 
