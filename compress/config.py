@@ -84,6 +84,10 @@ STUDENT_ACTIVATIONS = {"silu": "SiLU", "relu": "ReLU"}
 ActivationName: TypeAlias = Literal[tuple(STUDENT_ACTIVATIONS)]  # type: ignore[valid-type]
 """One of `STUDENT_ACTIVATIONS`."""
 
+PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+PrecisionName: TypeAlias = Literal[PRECISIONS]  # type: ignore[valid-type]
+"""One of `PRECISIONS`; auto is float16 on a GPU and float32 on a CPU."""
+
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
 training looks at it."""
@@ -238,8 +242,8 @@ class TrainConfig(Settings):
     """Validate every this many epochs and always after the last."""
     checkpoint_interval: Annotated[Count, NO_RESULT] = 1
     """Save the state to resume from every this many epochs and always after the last."""
-    amp: bool = True
-    """float16 arithmetic on a GPU; a CPU computes in float32."""
+    precision: PrecisionName = "auto"
+    """Arithmetic of the networks; auto is float16 on a GPU and float32 on a CPU. Weights and losses are float32."""
     workers: Annotated[Workers, NO_RESULT] = 1
     """Threads that load data."""
     threads: Annotated[Workers, NO_RESULT] = 0

@@ -51,6 +51,7 @@ def training_options(stage: str, project: str) -> Callable[[Any], Any]:
         device,
         setting("--workers", key=f"{stage}.workers", help="Threads that load data."),
         setting("--threads", key=f"{stage}.threads", help="Compute threads on a CPU; 0 measures how many are best."),
+        setting("--precision", key=f"{stage}.precision", help="Arithmetic; auto: float16 on a GPU, float32 on a CPU."),
         setting("--seed", key=f"{stage}.seed", help="Seed of every random number."),
         setting("--preset", key=f"{stage}.preset", help="Hyper-parameters to start from."),
         click.option(

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from compress.compute.device import pick_device, to_device
+from compress.compute.device import convolutions_measured, pick_device, to_device
+from compress.compute.precision import pick_precision
 from compress.compute.resize import reduced
 from compress.compute.threads import ThreadChoice, fixed_threads, threads_restored
-from compress.config import TrainConfig
+from compress.config import PrecisionName, TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
 from compress.data.train_dataset import TrainItems
@@ -45,6 +47,7 @@ from compress.training.ratio import is_due
 from compress.training.resume import LAST, Origin
 from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
+from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
 from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
 from runtime.errors import EdgestillError
@@ -130,7 +133,7 @@ class Trainer:
 
     def __init__(self, job: Job, device: str, log: Log) -> None:
         self.job, self.config, self.state = job, job.config, TrainState()
-        self.accelerator = _accelerator(pick_device(device), half=self.config.amp)
+        self.accelerator = _accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.log: Log = log if self.is_main else lambda _: None
@@ -141,17 +144,25 @@ class Trainer:
         self.thread_choice = ThreadChoice()
         own = self.config.optimizer
         self.averages = [Ema(part.model, own.ema_decay, own.ema_ramp) for part in self.objective.parts]
+        # each part's gradients are clipped apart, so that large ones of a teacher do not slow the student
+        self.clipped = [self.objective.own_parameters(), *([*o.parameters()] for o in self.objective.parts[1:])]
         optimizer = build_optimizer(
             self.objective, own, self.schedule.weight_decay, slower=self.objective.teacher, rate=job.teacher_rate
         )
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.statistics = [SoundStatistics(part.model) for part in self.objective.parts] if self.skips else []
         self._counted_until = time.perf_counter()
 
     @property
     def ema(self) -> Ema[YOLOv5]:
         """The average that is validated and shipped: the student's."""
         return self.averages[0]
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step without finite gradients moves no weight: only a gradient scaler sees to that."""
+        return self.accelerator.scaler is not None
 
     @property
     def finished(self) -> bool:
@@ -180,14 +191,19 @@ class Trainer:
     def train_epoch(self, progress: Progress) -> Record:
         """Train on every batch of the epoch. Returns its losses and learning rates."""
         epoch = self.state.epoch
-        losses = EpochLosses(self.objective.terms, epoch, self.device, cheap=self.device.type == "cpu")
+        cheap = self.device.type == "cpu"
+        losses = EpochLosses(self.objective.terms, epoch, self.device, cheap=cheap, skips=self.skips)
         self.wrapped.train()
         progress.epoch(epoch + 1, self.batches)
-        for number, batch in enumerate(self.epoch_batches()):
-            losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
-            progress.batch(losses.means_if_cheap())
+        with convolutions_measured():
+            for number, batch in enumerate(self.epoch_batches()):
+                losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
+                progress.batch(losses.means_if_cheap())
         rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=False)}
-        return {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
+        record = {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
+        if losses.skipped:
+            self.log(f"epoch {epoch + 1}: {losses.skipped} of {self.batches} batches overflowed and were skipped")
+        return record
 
     def _shares(self) -> Record:
         """The gradient of each distillation loss as a share of the reference's, when last measured."""
@@ -203,7 +219,7 @@ class Trainer:
             augment_mosaic=epoch < mosaic_epochs(self.config.augment, self.config.epochs),
         )  # fmt: skip
 
-    def train_batch(self, batch: Batch, iteration: int, *, last: bool = True) -> torch.Tensor:
+    def train_batch(self, batch: Batch, iteration: int, *, last: bool = True) -> Tensor:
         """Forward and backward, and a step of the optimiser where one is due. Returns the loss terms, detached.
 
         `iteration` counts batches over the whole training; `last` says that the batch is the last of its epoch.
@@ -211,40 +227,45 @@ class Trainer:
         rates = self.schedule.at(iteration)
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
-        images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
         with self._exchange_gradients(due or last):
-            teacher_outputs = self.teacher_outputs(images)
-            seen = reduced(images, self.config.imgsz)
-            loss = self.wrapped(
-                seen, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration),
-                labelled=batch.labelled,
-            )  # fmt: skip
-            self.backward(loss.total)
+            terms = self.add_gradients(batch.images, batch.targets, self._factors(), batch.labelled, is_due(iteration))
         if due:
             self.step(iteration)
+        return terms
+
+    def add_gradients(
+        self, images: Tensor, targets: Tensor, factors: tuple[float, ...], labelled: int | None, measure: bool
+    ) -> Tensor:
+        """Add the gradients of one batch, as `Batch` has it, to the pending ones. Returns the loss terms, detached."""
+        pixels, targets = as_network_input(images, self.device), targets.to(self.device)
+        teacher_outputs, seen = self.teacher_outputs(pixels), reduced(pixels, self.config.imgsz)
+        loss = self.wrapped(seen, targets, teacher_outputs, factors, self._upstream(), measure, labelled)
+        self.backward(loss.total)
+        for statistics in self.statistics:
+            statistics.keep_if(loss.total.isfinite())
         return loss.terms
 
     def _exchange_gradients(self, wanted: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients only where a step, or a saved state, needs them."""
         return nullcontext() if wanted else self.accelerator.no_sync(self.wrapped)
 
-    def teacher_outputs(self, images: torch.Tensor) -> Outputs | None:
+    def teacher_outputs(self, images: Tensor) -> Outputs | None:
         """The teacher's outputs for float images (B, 3, S, S) as loaded, without gradient; None without a teacher."""
         return self.job.teacher(images) if self.job.teacher else None
 
-    def _factors(self) -> list[float]:
+    def _factors(self) -> tuple[float, ...]:
         """The factor of each distillation loss in the running epoch."""
         losses: Iterable[Any] = self.objective.losses.values()
-        return [fading_factor(self.state.epoch, self.config.epochs, loss.until) for loss in losses]
+        return tuple(fading_factor(self.state.epoch, self.config.epochs, loss.until) for loss in losses)
 
-    def _upstream(self) -> torch.Tensor | None:
+    def _upstream(self) -> Tensor | None:
         """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
-        scaler, where gradients are float32 and need no such care.
+        scaler, where gradients have float32's range and need no such care.
         """
         scaler = self.accelerator.scaler
         return scaler.scale(torch.ones((), device=self.device)) * self.processes if scaler else None
 
-    def backward(self, total: torch.Tensor) -> None:
+    def backward(self, total: Tensor) -> None:
         """Add the loss's gradients to the pending ones.
 
         The processes' gradients are averaged; times their number they add up, as one process would have it.
@@ -253,13 +274,13 @@ class Trainer:
 
     def step(self, iteration: int) -> None:
         """Move the weights by the pending gradients, clear these, and let the average follow."""
-        self.accelerator.clip_grad_norm_(self.objective.own_parameters(), self.config.optimizer.clip_norm)
-        for other in self.objective.parts[1:]:  # apart, so that large gradients of one do not slow the other
-            clip_grad_norm_(other.parameters(), self.config.optimizer.clip_norm)  # the line above has unscaled them all
+        self.accelerator.unscale_gradients()
+        for parameters in self.clipped:
+            clip_grad_norm_(parameters, self.config.optimizer.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for part, average in zip(self.objective.parts, self.averages, strict=True):
-            average.update(part.model)
+        for average in self.averages:
+            average.update()
         self.state.last_step = iteration
 
     # -- compute threads --------------------------------------------------------------------------
@@ -335,7 +356,7 @@ class Trainer:
     def _accuracy(self) -> ValResult:
         return evaluate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
-            device=self.device, half=self.config.amp, workers=self.config.workers,
+            device=self.device, precision=self.config.precision, workers=self.config.workers,
             loss=self.objective.detection, coco=False,
         )  # fmt: skip
 
@@ -390,6 +411,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        for statistics in self.statistics:
+            statistics.keep()
         restore_random_state(state["random"])
         self.state = TrainState(**state["train_state"])
 
@@ -399,11 +422,16 @@ def of_teacher(name: str) -> str:
     return f"teacher_{name}"
 
 
-def _accelerator(device: torch.device, *, half: bool) -> Accelerator:
-    """The accelerator of one training on `device`; float16 arithmetic on GPUs only, and only with `half`."""
+MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""Type of the networks' arithmetic -> accelerate's word for it."""
+
+
+def _accelerator(device: torch.device, precision: PrecisionName) -> Accelerator:
+    """The accelerator of one training. Raises UnavailableError when the device does not compute in the precision."""
+    mixed = MIXED[pick_precision(precision, device)]
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current GPU
     # a second training in this process may differ in device or arithmetic, which accelerate's shared state forbids
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     close_group_at_exit()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if half and device.type == "cuda" else "no")
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)

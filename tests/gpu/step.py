@@ -38,7 +38,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = [f"class {i}" for i in range(CLASSES)]
     teacher = YOLOv5(Architecture.of_scale(options.teacher, names))
     config = DistillConfig(losses=LOSSES, batch=options.batch, imgsz=options.imgsz, tensorboard=False)
-    frozen = Teacher(teacher, options.device, half=config.amp)
+    frozen = Teacher(teacher, options.device, precision=config.precision)
 
     def trainer(distils: bool) -> Any:
         student = YOLOv5(Architecture.of_scale(options.student, names))

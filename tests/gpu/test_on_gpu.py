@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -518,3 +519,65 @@ def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
     assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_TOLERANCE
     for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
         assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6
+
+
+# ---- the training step --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toys() -> Any:
+    """Trainings of tiny networks, where the packages that a training needs are installed."""
+    return pytest.importorskip("tests.compress.training.toys")
+
+
+def training(toys: Any, out: Path, **settings: Any) -> Any:
+    """A tiny distillation on the GPU that is about to take its first batch."""
+    asked = toys.config(losses={"soft": "auto", "cwd": "auto"}, **settings)
+    made = toys.trainer(asked, out, distils=True, device="cuda")
+    made.wrapped.train()
+    return made
+
+
+def batches_on_gpu(toys: Any, count: int) -> list[Any]:
+    made = map(toys.batch, range(count))
+    return [one._replace(images=one.images.to(TORCH), targets=one.targets.to(TORCH)) for one in made]
+
+
+def terms_of(made: Any, batches: Sequence[Any], first: int = 0) -> Tensor:
+    """(batches, terms) of steps that begin with iteration `first`."""
+    return torch.stack([made.train_batch(one, number) for number, one in enumerate(batches, first)])
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_teacher_in_half_precision_gives_what_autocast_gives(toys, precision):
+    from compress.training.teacher import Teacher
+
+    model, images = toys.network("n"), torch.rand(2, 3, 64, 64, device=TORCH).to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", getattr(torch, precision)):
+        expected = Teacher(model, "cuda", precision="float32")(images)
+    for found, wanted in zip(Teacher(model, "cuda", precision=precision)(images), expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_path):
+    made, batches = training(toys, tmp_path, precision="float16"), batches_on_gpu(toys, 10)
+    terms_of(made, batches)
+    stem, scale = made.objective.model.model[0].conv.weight, made.accelerator.scaler.get_scale()
+    before = {name: value.clone() for name, value in made.objective.model.state_dict().items()}
+    stem.data.mul_(2.0**40)
+    assert not terms_of(made, batches[:1], 11).isfinite().all()
+    stem.data.mul_(2.0**-40)
+    assert all(torch.equal(value, before[name]) for name, value in made.objective.model.state_dict().items())
+    assert made.accelerator.scaler.get_scale() == scale / 2
+    assert terms_of(made, batches[:3], 12).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_never_waits_for_the_gpu(toys, tmp_path, precision):
+    made, batches = training(toys, tmp_path, precision=precision), batches_on_gpu(toys, 4)
+    terms_of(made, batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms_of(made, batches, 16)  # the first of them measures gradients
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
