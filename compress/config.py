@@ -244,6 +244,12 @@ class TrainConfig(Settings):
     """Save the state to resume from every this many epochs and always after the last."""
     precision: PrecisionName = "auto"
     """Arithmetic of the networks; auto is float16 on a GPU and float32 on a CPU. Weights and losses are float32."""
+    compile: bool = False
+    """Compile student and teacher by torch.compile: minutes at the start, and fewer passes over memory then. Compiled
+    code rounds at other places, in half precision at fewer, so results depend on it."""
+    cuda_graph: Annotated[bool, NO_RESULT] = False
+    """Launch forward and backward of a batch as one CUDA graph, for a GPU that waits for the host; left out with more
+    than one process, the loss mgd, or a teacher's ONNX file. Only the last bits of the results depend on it."""
     workers: Annotated[Workers, NO_RESULT] = 1
     """Threads that load data."""
     threads: Annotated[Workers, NO_RESULT] = 0

@@ -37,9 +37,11 @@ from compress.log import Log
 from compress.losses.distill import Outputs
 from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
+from compress.training.compiled import compile_failures_named, compiled
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
 from compress.training.epoch_losses import EpochLosses
+from compress.training.graphs import BatchGraphs
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
@@ -121,7 +123,7 @@ def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = N
     if resume:
         trainer.load_state_dict(resume)
     try:
-        with lost_processes_named():
+        with lost_processes_named(), compile_failures_named():
             return trainer.run()
     except torch.OutOfMemoryError as error:
         where = f"batch {job.config.batch} at {job.config.imgsz} pixels"
@@ -152,6 +154,10 @@ class Trainer:
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.statistics = [SoundStatistics(part.model) for part in self.objective.parts] if self.skips else []
+        self.teacher: Callable[[Tensor], Outputs] | None = job.teacher
+        if self.config.compile:
+            self._compile()
+        self.graphs = BatchGraphs(self.add_gradients, self.device) if self._records_graphs() else None
         self._counted_until = time.perf_counter()
 
     @property
@@ -167,6 +173,28 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.state.stopped or self.state.epoch >= self.config.epochs
+
+    def _compile(self) -> None:
+        """Run the networks as compiled code; a teacher with files of other libraries stays as it is."""
+        self.objective.compile_networks()
+        if self.job.teacher and self.job.teacher.runs_in_torch:
+            self.teacher = compiled(self.job.teacher.__call__)
+
+    def _records_graphs(self) -> bool:
+        """Whether batches run as CUDA graphs. Logs what stands against it where the settings ask for them."""
+        obstacles = {
+            "the device is a CPU": self.device.type == "cpu",
+            f"{self.processes} processes exchange gradients": self.processes > 1,
+            "a teacher is an ONNX file": self.job.teacher is not None and not self.job.teacher.runs_in_torch,
+            **{f"loss {name} draws random numbers": not loss.replays for name, loss in self._losses()},
+        }
+        found = [obstacle for obstacle, stands in obstacles.items() if stands]
+        if self.config.cuda_graph and found:
+            self.log(f"cuda_graph is left out: {found[0]}")
+        return self.config.cuda_graph and not found
+
+    def _losses(self) -> Iterable[tuple[str, Any]]:
+        return self.objective.losses.items()
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -227,8 +255,9 @@ class Trainer:
         rates = self.schedule.at(iteration)
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
+        run = self.graphs or self.add_gradients
         with self._exchange_gradients(due or last):
-            terms = self.add_gradients(batch.images, batch.targets, self._factors(), batch.labelled, is_due(iteration))
+            terms = run(batch.images, batch.targets, self._factors(), batch.labelled, is_due(iteration))
         if due:
             self.step(iteration)
         return terms
@@ -251,12 +280,11 @@ class Trainer:
 
     def teacher_outputs(self, images: Tensor) -> Outputs | None:
         """The teacher's outputs for float images (B, 3, S, S) as loaded, without gradient; None without a teacher."""
-        return self.job.teacher(images) if self.job.teacher else None
+        return self.teacher(images) if self.teacher else None
 
     def _factors(self) -> tuple[float, ...]:
         """The factor of each distillation loss in the running epoch."""
-        losses: Iterable[Any] = self.objective.losses.values()
-        return tuple(fading_factor(self.state.epoch, self.config.epochs, loss.until) for loss in losses)
+        return tuple(fading_factor(self.state.epoch, self.config.epochs, loss.until) for _, loss in self._losses())
 
     def _upstream(self) -> Tensor | None:
         """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
@@ -278,7 +306,7 @@ class Trainer:
         for parameters in self.clipped:
             clip_grad_norm_(parameters, self.config.optimizer.clip_norm, foreach=True)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)  # a graph adds to the gradients where they are
         for average in self.averages:
             average.update()
         self.state.last_step = iteration

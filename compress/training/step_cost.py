@@ -76,7 +76,8 @@ class Steps:
         student.init_detect_bias()
         config = DistillConfig.model_validate(
             {"losses": dict.fromkeys(way.losses, "auto"), "batch": options.batch, "imgsz": options.imgsz,
-             "tensorboard": False, "precision": options.precision}
+             "tensorboard": False, "precision": options.precision, "compile": options.compile,
+             "cuda_graph": options.cuda_graph}
         )  # fmt: skip
         frozen = Teacher(teacher, options.device, precision=config.precision) if way.has_teacher else None
         losses = build_losses(student, frozen, config) if frozen and way.losses else {}
@@ -190,6 +191,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=whole(1), default=1, help="compute threads on a CPU (default: 1)")
     made.add_argument("--device", default="auto")
     made.add_argument("--precision", choices=PRECISIONS, default="auto")
+    made.add_argument("--compile", action="store_true", help="run the networks through torch.compile")
+    made.add_argument("--cuda-graph", action="store_true", help="launch forward and backward as one CUDA graph")
     made.add_argument("--out", type=Path, help="folder for step_cost.json and step_cost.md")
     return made
 

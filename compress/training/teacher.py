@@ -72,6 +72,8 @@ class Teacher:
 
     takes_any_size = True
     """Whether images may have any height and width that are multiples of the strides."""
+    runs_in_torch = True
+    """Whether no other library computes a part of it."""
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in the student's backward
     def __call__(self, images: Tensor) -> Outputs:
@@ -106,6 +108,7 @@ class TeacherGroup:
         *,
         takes_any_size: bool,
     ) -> None:
+        self.runs_in_torch = len(networks) == len(members)
         self._members, self.arch, self.shape = members, terms, shape
         self.networks, self.device, self.takes_any_size = tuple(networks), device, takes_any_size
 

@@ -559,8 +559,29 @@ def test_a_teacher_in_half_precision_gives_what_autocast_gives(toys, precision):
         assert all(map(torch.equal, found, wanted))
 
 
-def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_path):
-    made, batches = training(toys, tmp_path, precision="float16"), batches_on_gpu(toys, 10)
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("float32", {"cuda_graph": True}),
+        ("float16", {"cuda_graph": True}),
+        ("bfloat16", {"cuda_graph": True}),
+        ("float16", {"cuda_graph": True, "compile": True}),
+    ],
+    ids=str,
+)
+def test_graphs_and_compiled_networks_learn_as_plain_steps_do(toys, tmp_path, precision, settings):
+    """Steps with and without a measurement of gradients, so each kind of batch runs, is recorded and replayed."""
+    batches = batches_on_gpu(toys, 10)
+    expected = terms_of(training(toys, tmp_path, precision=precision), batches)
+    made = training(toys, tmp_path, precision=precision, **settings)
+    rtol = 1e-2 if precision == "float32" else 5e-2
+    torch.testing.assert_close(terms_of(made, batches), expected, rtol=rtol, atol=1e-3)
+    assert len(made.graphs._graphs) == 2
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_path, graph):
+    made, batches = training(toys, tmp_path, precision="float16", cuda_graph=graph), batches_on_gpu(toys, 10)
     terms_of(made, batches)
     stem, scale = made.objective.model.model[0].conv.weight, made.accelerator.scaler.get_scale()
     before = {name: value.clone() for name, value in made.objective.model.state_dict().items()}

@@ -50,7 +50,7 @@ def foreign() -> Iterator[Any]:
         arch, made = model.arch, convert(model.half())
         for index, (layer, row) in enumerate(zip(made.model, arch.layers, strict=True)):
             layer.i, layer.f = index, row.source[0] if len(row.source) == 1 else list(row.source)
-        for name in ("arch", "feature_channels", "_sources", "_kept"):
+        for name in ("arch", "feature_channels", "_sources", "_kept", "_sections"):
             del made.__dict__[name]
         made.yaml = {"nc": arch.nc, "depth_multiple": arch.depth, "width_multiple": arch.width}
         made.names = dict(enumerate(arch.names))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -213,6 +214,33 @@ def test_an_epoch_tells_how_many_batches_overflowed(scaled: Trainer) -> None:
     record = scaled.train_epoch(Progress())
     assert told == ["epoch 1: 1 of 2 batches overflowed and were skipped"]
     assert record["train/box_loss"] > 0
+
+
+# -- compiled networks ----------------------------------------------------------------------------
+
+
+def test_compiled_networks_train_as_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as by torch.compile, and run by torch: machine code takes minutes. Gradients are
+    measured in both batches, at features that lie between compiled sections.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ends = []
+    for compiled in (False, True):
+        made = trainer(config(compile=compiled, losses={"soft": "auto", "pkd": "auto"}), tmp_path, distils=True)
+        made.wrapped.train()
+        terms = [made.train_batch(batch(number), number) for number in range(2)]
+        ends.append((terms, made.objective.weights.measured, weights(made), made.ema.module.state_dict()))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_that_fails_is_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    job = trainer(config(compile=True), tmp_path).job
+    with pytest.raises(EdgestillError, match=r"torch.compile failed: .*no C\+\+ compiler.*Set compile=false"):
+        run_job(job, device="cpu", log=quiet)
 
 
 # -- epochs ---------------------------------------------------------------------------------------
