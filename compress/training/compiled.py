@@ -19,7 +19,11 @@ VARIANTS = 64
 
 def compiled(function: Function) -> Function:
     """The function, compiled anew for each shape of its inputs when it first meets it: a training has two or three."""
-    torch._dynamo.config.recompile_limit = VARIANTS
+    from torch._dynamo import config as tracing  # takes seconds, and only those who compile need it
+    from torch._functorch import config as differentiation
+
+    tracing.recompile_limit = VARIANTS
+    differentiation.donated_buffer = False  # a measurement of gradients runs the same backward pass once before
     return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 

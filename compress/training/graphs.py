@@ -3,7 +3,7 @@
 A graph replays the same kernels on the same memory. So each kind of batch, by its shapes and by what is computed of it,
 has a graph of its own, and a batch's tensors are copied to where the graph reads them. Labels are filled up to few
 different lengths. The optimiser and the average stay outside, with learning rates and momenta that are the host's: they
-are some twenty launches, which the host makes while the GPU still computes the gradients.
+are a few dozen launches, which the host makes while the GPU still computes the gradients.
 """
 
 from __future__ import annotations
