@@ -223,10 +223,9 @@ class Trainer:
         losses = EpochLosses(self.objective.terms, epoch, self.device, cheap=cheap, skips=self.skips)
         self.wrapped.train()
         progress.epoch(epoch + 1, self.batches)
-        with convolutions_measured():
-            for number, batch in enumerate(self.epoch_batches()):
-                losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
-                progress.batch(losses.means_if_cheap())
+        for number, batch in enumerate(self.epoch_batches()):
+            losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
+            progress.batch(losses.means_if_cheap())
         rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=False)}
         record = {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
         if losses.skipped:
@@ -256,7 +255,7 @@ class Trainer:
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
         run = self.graphs or self.add_gradients
-        with self._exchange_gradients(due or last):
+        with self._exchange_gradients(due or last), convolutions_measured():
             terms = run(batch.images, batch.targets, self._factors(), batch.labelled, is_due(iteration))
         if due:
             self.step(iteration)
