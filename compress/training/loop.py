@@ -146,7 +146,6 @@ class Trainer:
         self.thread_choice = ThreadChoice()
         own = self.config.optimizer
         self.averages = [Ema(part.model, own.ema_decay, own.ema_ramp) for part in self.objective.parts]
-        # each part's gradients are clipped apart, so that large ones of a teacher do not slow the student
         self.clipped = [self.objective.own_parameters(), *([*o.parameters()] for o in self.objective.parts[1:])]
         optimizer = build_optimizer(
             self.objective, own, self.schedule.weight_decay, slower=self.objective.teacher, rate=job.teacher_rate
@@ -302,13 +301,17 @@ class Trainer:
     def step(self, iteration: int) -> None:
         """Move the weights by the pending gradients, clear these, and let the average follow."""
         self.accelerator.unscale_gradients()
-        for parameters in self.clipped:
-            clip_grad_norm_(parameters, self.config.optimizer.clip_norm, foreach=True)
+        self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.graphs is None)  # a graph adds to the gradients where they are
         for average in self.averages:
             average.update()
         self.state.last_step = iteration
+
+    def clip(self) -> None:
+        """Limit the norm of each network's gradients: apart, so that large ones of a teacher do not slow the student."""
+        for parameters in self.clipped:
+            clip_grad_norm_(parameters, self.config.optimizer.clip_norm, foreach=True)
 
     # -- compute threads --------------------------------------------------------------------------
 

@@ -53,10 +53,14 @@ class Teacher:
         self, model: YOLOv5, device: str | torch.device = "auto", *, precision: PrecisionName = "float32"
     ) -> None:
         self.device = device if isinstance(device, torch.device) else pick_device(device)
-        self._dtype = pick_precision(precision, self.device)
         self.model = to_device(model.fuse().eval().requires_grad_(False), self.device)
-        for parameter in self.model.parameters():  # autocast would do it in each forward; anchors stay float32
-            parameter.data = parameter.data.to(self._dtype)
+        self.compute_in(pick_precision(precision, self.device))
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Bring the weights to `dtype`, once: autocast would do it in each forward. Anchors stay float32."""
+        self._dtype = dtype
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     @property
     def arch(self) -> Architecture:
