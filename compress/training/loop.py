@@ -309,7 +309,7 @@ class Trainer:
         self.state.last_step = iteration
 
     def clip(self) -> None:
-        """Limit the norm of each network's gradients: apart, so that large ones of a teacher do not slow the student."""
+        """Limit the norm of each network's gradients apart: large ones of a teacher must not slow the student."""
         for parameters in self.clipped:
             clip_grad_norm_(parameters, self.config.optimizer.clip_norm, foreach=True)
 
