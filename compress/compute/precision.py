@@ -1,7 +1,7 @@
 """The arithmetic of networks by its name in a recipe, and where it runs.
 
 Weights, losses, gradients and averages stay float32. Convolutions and maps have the precision; float16 is right only
-with a gradient scaler, bfloat16 has float32's range and a quarter of float16's digits.
+with a gradient scaler, bfloat16 has float32's range and three binary digits less than float16.
 """
 
 from __future__ import annotations
