@@ -78,8 +78,8 @@ def validate_file(
 ) -> FileAccuracy:
     """Measure a checkpoint by both protocols; an ONNX file, engine or bundle by COCO's, as it runs on the device.
 
-    Raises InputError when the file knows other classes than the data, UsageError when a checkpoint is to be run by a
-    backend of files.
+    Raises InputError when the file knows other classes than the data, UnavailableError for `half` without a GPU,
+    UsageError when a checkpoint is to be run by a backend of files.
     """
     config = load_data(data)
     if weights.suffix.lower() not in CHECKPOINTS:
@@ -93,8 +93,9 @@ def validate_file(
     samples = index_dataset(config, [split]).splits[split].samples
     nms = NmsSettings(conf, iou, max_det, not single_label)
     found = evaluate(
-        model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device, half=half, annotations=truth
-    )
+        model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device,
+        precision="float16" if half else "float32", annotations=truth,
+    )  # fmt: skip
     assert found.coco is not None
     named = truth.name if truth else "the labels"
     return FileAccuracy(weights.name, found.images, named, found.coco, found.yolo, dict(found.speed_ms))

@@ -74,8 +74,8 @@ class OperationCount(TorchDispatchMode):
         self._starts.append(torch.autograd._get_sequence_nr())
         self._names.append(self._open[-1])
 
-    def phase_of(self, arguments: Any) -> str:
-        """The phase of an operation with these arguments that runs now."""
+    def _phase(self) -> str:
+        """The phase of an operation that runs now."""
         node = torch._C._current_autograd_node()
         if node is None:
             return self._open[-1]
@@ -84,7 +84,7 @@ class OperationCount(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if not (function.is_view or function.overloadpacket in _NO_WORK or function.namespace in _HOST):
-            work = self.work.setdefault(self.phase_of((args, kwargs)), Work())
+            work = self.work.setdefault(self._phase(), Work())
             work.operations += 1
             work.bytes += moved_bytes(function.overloadpacket, (args, kwargs), result)
         return result

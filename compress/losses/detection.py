@@ -132,14 +132,14 @@ def scaled_gains(config: LossConfig, nc: int, levels: int, imgsz: int) -> Gains:
 
 
 def padded(targets: Tensor, least: int = 64) -> Tensor:
-    """Targets (nt, 6) on the host, followed by boxes of no size outside of the image, up to a power of two.
+    """Targets (nt, 6), followed by boxes of no size outside of the image, up to a power of two.
 
     So few shapes serve all batches. A box that is assigned to no cell and touches none changes no loss by more than
     rounding.
     """
     rows = max(least, 1 << max(len(targets) - 1, 0).bit_length())
-    filled = targets.new_tensor((0, 0, -1, -1, 0, 0)).repeat(rows, 1)
-    filled[: len(targets)] = targets
+    filled = F.pad(targets, (0, 0, 0, rows - len(targets)))
+    filled[len(targets) :, 2:4].fill_(-1)
     return filled
 
 

@@ -9,13 +9,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._foreach_utils import _foreach_supported_types
-from torch.utils._pytree import tree_leaves
 
 from compress.compute.operations import BACKWARD, OperationCount, Work
 from compress.compute.timing import attach
@@ -29,15 +27,6 @@ from compress.training.step_cost import BOXES
 from compress.training.teacher import Teacher, distillation
 
 
-class StepCount(OperationCount):
-    """Counts the counters of BatchNorm, int64 numbers, for themselves."""
-
-    def phase_of(self, arguments: Any) -> str:
-        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        counters = tensors and all(x.dtype == torch.int64 and x.dim() == 0 for x in tensors)
-        return "counters" if counters else super().phase_of(arguments)
-
-
 def attach_count(count: OperationCount, trainer: Trainer) -> None:
     """Let `count` tell the phases of every step of the trainer apart from now on."""
     objective: Any = trainer.objective
@@ -47,7 +36,7 @@ def attach_count(count: OperationCount, trainer: Trainer) -> None:
         ("weights", objective, "loss"),
         ("detection", objective, "label_loss"),
         *((name, loss, "forward") for name, loss in objective.losses.items()),
-        ("clip", trainer.accelerator, "clip_grad_norm_"),
+        ("clip", trainer, "clip"),
         ("optimiser", trainer.optimizer, "step"),
         *(("EMA", average, "update") for average in trainer.averages),
     ):
@@ -61,12 +50,12 @@ def count_step(trainer: Trainer, *, half: bool = True, fused: bool = False) -> O
     losses with kernels are the one operation that they are on a GPU.
     """
     batch, side = trainer.config.batch, trainer.config.image_side
-    fake, count = FakeTensorMode(allow_non_fake_inputs=True), StepCount()
+    fake, count = FakeTensorMode(allow_non_fake_inputs=True), OperationCount()
     objective: Any = trainer.objective
     attach_count(count, trainer)
     if half:  # as a training on a GPU has it
         objective.forward = torch.autocast("cpu", torch.float16)(objective.forward)
-        vars(trainer.job.teacher)["_half"] = True
+        cast(Teacher, trainer.job.teacher).compute_in(torch.float16)
     trainer.wrapped.train()
     with _foreach_for_fakes(), fake, as_operations() if fused else nullcontext():
         images = torch.empty((batch, 3, side, side), dtype=torch.uint8)

@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -532,3 +533,86 @@ def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
     assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_TOLERANCE
     for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
         assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6
+
+
+# ---- the training step --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toys() -> Any:
+    """Trainings of tiny networks, where the packages that a training needs are installed."""
+    return pytest.importorskip("tests.compress.training.toys")
+
+
+def training(toys: Any, out: Path, **settings: Any) -> Any:
+    """A tiny distillation on the GPU that is about to take its first batch."""
+    asked = toys.config(losses={"soft": "auto", "cwd": "auto"}, **settings)
+    made = toys.trainer(asked, out, distils=True, device="cuda")
+    made.wrapped.train()
+    return made
+
+
+def batches_on_gpu(toys: Any, count: int) -> list[Any]:
+    made = map(toys.batch, range(count))
+    return [one._replace(images=one.images.to(TORCH), targets=one.targets.to(TORCH)) for one in made]
+
+
+def terms_of(made: Any, batches: Sequence[Any], first: int = 0) -> Tensor:
+    """(batches, terms) of steps that begin with iteration `first`."""
+    return torch.stack([made.train_batch(one, number) for number, one in enumerate(batches, first)])
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_teacher_in_half_precision_gives_what_autocast_gives(toys, precision):
+    from compress.training.teacher import Teacher
+
+    model, images = toys.network("n"), torch.rand(2, 3, 64, 64, device=TORCH).to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", getattr(torch, precision)):
+        expected = Teacher(model, "cuda", precision="float32")(images)
+    for found, wanted in zip(Teacher(model, "cuda", precision=precision)(images), expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("float32", {"cuda_graph": True}),
+        ("float16", {"cuda_graph": True}),
+        ("bfloat16", {"cuda_graph": True}),
+        ("float16", {"cuda_graph": True, "compile": True}),
+    ],
+    ids=str,
+)
+def test_graphs_and_compiled_networks_learn_as_plain_steps_do(toys, tmp_path, precision, settings):
+    """Steps with and without a measurement of gradients, so each kind of batch runs, is recorded and replayed."""
+    batches = batches_on_gpu(toys, 10)
+    expected = terms_of(training(toys, tmp_path, precision=precision), batches)
+    made = training(toys, tmp_path, precision=precision, **settings)
+    rtol = 1e-2 if precision == "float32" else 5e-2
+    torch.testing.assert_close(terms_of(made, batches), expected, rtol=rtol, atol=1e-3)
+    assert len(made.graphs._graphs) == 2
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_path, graph):
+    made, batches = training(toys, tmp_path, precision="float16", cuda_graph=graph), batches_on_gpu(toys, 10)
+    terms_of(made, batches)
+    stem, scale = made.objective.model.model[0].conv.weight, made.accelerator.scaler.get_scale()
+    before = {name: value.clone() for name, value in made.objective.model.state_dict().items()}
+    stem.data.mul_(2.0**40)
+    assert not terms_of(made, batches[:1], 11).isfinite().all()
+    stem.data.mul_(2.0**-40)
+    assert all(torch.equal(value, before[name]) for name, value in made.objective.model.state_dict().items())
+    assert made.accelerator.scaler.get_scale() == scale / 2
+    assert terms_of(made, batches[:3], 12).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_never_waits_for_the_gpu(toys, tmp_path, precision):
+    made, batches = training(toys, tmp_path, precision=precision), batches_on_gpu(toys, 4)
+    terms_of(made, batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms_of(made, batches, 16)  # the first of them measures gradients
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -75,6 +75,8 @@ class DistillLoss(nn.Module):
     """Whether cells, anchors and classes must mean the same in both networks."""
     reads_labels = False
     """Whether it reads the labels, so that an image without them would count as background."""
+    replays = True
+    """Whether a CUDA graph can repeat it: all that changes from batch to batch is in tensors on the device."""
     weight: float | None = None
     """A fixed weight; None lets it follow the gradients, so that they have `share`."""
     share = 1.0

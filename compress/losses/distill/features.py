@@ -228,6 +228,7 @@ class MGD(FeatureLoss):
     """
 
     name = "mgd"
+    replays = False
 
     class Settings(LossSettings):
         mask: Annotated[Float, Field(ge=0, lt=1)] = 0.65

@@ -20,8 +20,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Work]:
 def test_every_phase_of_a_step_is_counted(work: dict[str, Work]) -> None:
     forward = {name for name in work if not name.endswith(BACKWARD)}
     losses = {"detection", "weights", "cwd"}
-    losses = {"detection", "weights", "cwd"}
-    assert forward == {"input", "teacher", "student", "counters", *losses, "clip", "optimiser", "EMA"}
+    assert forward == {"input", "teacher", "student", *losses, "clip", "optimiser", "EMA"}
     assert all(work[name + BACKWARD].operations for name in ("student", *losses))
     assert "teacher" + BACKWARD not in work
 
