@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.compute.boxes import decode_in_cell, paired_ciou
 from compress.config import LossConfig
-from compress.losses.boxes import decode_in_cell, paired_ciou
 from runtime.errors import UsageError
 
 # (offset of the centre in cells) for: the own cell, then its left, upper, right and lower neighbour

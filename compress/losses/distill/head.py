@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from compress.compute.boxes import decode_in_cell, paired_giou_exact, touched_cells
 from compress.config import DistillConfig, Float, NonNegative, Positive
-from compress.losses.boxes import decode_in_cell, paired_giou_exact, touched_cells
 from compress.losses.detection import Gains, level_balance, scaled_gains
 from compress.losses.distill.base import (
     Context,
