@@ -34,6 +34,8 @@ from runtime.terminal import exit_code_of
 
 LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
 """Feature maps of a detector at 640 pixels, by stride."""
+HEAD_ANCHORS, HEAD_LOGITS = 3, 85
+"""A head of 80 classes has these on each level."""
 SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s32",)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 SAMPLES, QUICK_SAMPLES = 30, 10
@@ -61,7 +63,10 @@ class Case(NamedTuple):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return [LEVELS[level] for level in SIZES[self.size]]
+        maps = [LEVELS[level] for level in SIZES[self.size]]
+        if self.loss == "soft_head":
+            return [(n, HEAD_ANCHORS, h, w, HEAD_LOGITS) for n, _, h, w in maps]
+        return list(maps)
 
     @property
     def elements(self) -> int:
@@ -141,11 +146,12 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    students = [normal(*shape, dtype=DTYPES[case.dtype]).contiguous(memory_format=layout) for shape in case.shapes]
+    students = [normal(*shape, dtype=DTYPES[case.dtype]) for shape in case.shapes]
+    if channels_last:
+        students = [pixels_first(s) for s in students]
     teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
     channels = [shape[1] for shape in case.shapes]
-    masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w in case.shapes]
+    masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w, *_ in case.shapes]
     values: dict[str, Any] = {
         "students": students,
         "teachers": teachers,
@@ -156,11 +162,21 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "anchors": [normal(HEAD_ANCHORS, 2).exp() for _ in case.shapes],
+        "balance": [4.0, 1.0, 0.4][: len(case.shapes)],
+        "obj": 1.0,
+        "cls": 0.5,
+        "box": 0.05,
     }
     made = [*(values[name] for name in FUSED[case.loss].parameters), torch.tensor(UPSTREAM, device=device)]
     for learner in learners_of(case.loss, made):
         learner.requires_grad_()
     return made
+
+
+def pixels_first(maps: Tensor) -> Tensor:
+    """(N, C, H, W), or a head's (N, na, H, W, logits), with what belongs to a pixel side by side."""
+    return maps.movedim(1, 3).contiguous().movedim(3, 1)
 
 
 def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:

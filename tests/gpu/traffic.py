@@ -17,7 +17,7 @@ from typing import Any
 from runtime.files import write_json
 
 METRICS = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written", "gpu__time_duration.sum": "ns"}
-OWNERS = ("weighted_mse", "adapter", "cwd", "pkd", "fgd")
+OWNERS = ("weighted_mse", "adapter", "cwd", "pkd", "fgd", "soft_head")
 """The beginnings of the names of each loss's kernels."""
 PROFILER = [
     "ncu", "--clock-control", "none", "--cache-control", "none", "--metrics", ",".join(METRICS),

@@ -6,7 +6,7 @@ see a shift common to all classes, which is exactly how a student loses its conf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,8 +14,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from compress.compute.boxes import decode_in_cell, paired_giou_exact, touched_cells
+from compress.compute.boxes import touched_cells
 from compress.config import DistillConfig, Float, NonNegative, Positive
+from compress.kernels.soft_head import (
+    Pair,
+    as_they_are,
+    binary_kl,
+    classes_and_box,
+    gated_level,
+    overlap,
+    soft_head,
+)
 from compress.losses.detection import Gains, level_balance, scaled_gains
 from compress.losses.distill.base import (
     Context,
@@ -62,34 +71,6 @@ def scaled_bce(student: Tensor, teacher: Tensor, beta: float, detach_scale: bool
     )
 
 
-def binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(Bernoulli(sigmoid(z_T)) || Bernoulli(sigmoid(z_S))), element-wise, of float32 logits; exactly 0 if equal."""
-    return teacher.sigmoid() * (teacher - student) + F.softplus(student) - F.softplus(teacher)
-
-
-def gated_mean(sums: Tensor, gate_sum: Tensor, batch: int) -> Tensor:
-    """Sum over gate sum. Below one confident cell an image the denominator stands still.
-
-    Without that floor a batch of pure background would copy the teacher's noise at full strength.
-    """
-    return sums / gate_sum.clamp_min(batch)
-
-
-TOP_CELLS = 1000
-"""Cells and anchors of an image and level, by the teacher's objectness, whose classes and boxes are compared. At 640
-pixels 84 to 91 % of all have a gate below 0.01 and hold 4 to 7 % of the sum; comparing them costs six times the memory.
-"""
-
-
-Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(student's logits, teacher's) -> both as they are compared."""
-
-
-def as_they_are(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The same logits, of a teacher that gives all."""
-    return student, teacher
-
-
 class HeadLoss(DistillLoss):
     """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `level` of its own.
 
@@ -121,9 +102,13 @@ class HeadLoss(DistillLoss):
         seen = [raw[..., 4] for raw in told]
         if context.labelled is not None:
             told = self._without_guessed_background(told, context.labelled)
-        pair = as_they_are if self.tells_all and context.labelled is None else completed
+        pair = as_they_are if self.compares_all(context) else completed
         levels = zip(student.raw, told, seen, self.anchors, level_balance(len(told)), strict=True)
         return torch.stack([self.level(*level, pair) for level in levels]).sum()
+
+    def compares_all(self, context: Context) -> bool:
+        """Whether every logit of the teacher is compared."""
+        return self.tells_all and context.labelled is None
 
     def _without_guessed_background(self, teacher: Sequence[Tensor], labelled: int) -> list[Tensor]:
         """The maps without objectness in each image after the first `labelled` in which the teacher is sure of no
@@ -144,8 +129,7 @@ class HeadLoss(DistillLoss):
     def level(
         self, student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor, balance: float, pair: Pair
     ) -> Tensor:
-        """The loss () float32 of one level: the balanced mean of the objectness term over all cells, plus the gated
-        mean of the others.
+        """The loss () float32 of one level, as `gated_level` makes it of `objectness` and `cell`.
 
         Args:
             student, teacher: (B, na, H, W, 5 + nc) logits; NaN is one that the teacher does not tell.
@@ -154,11 +138,7 @@ class HeadLoss(DistillLoss):
             balance: the level's factor of the objectness in the detection loss.
             pair: makes of logits of both those that are compared.
         """
-        gate, s, t, anchors = top_cells(student, teacher, seen, anchors_wh)
-        own, told = pair(student[..., 4], teacher[..., 4])
-        objectness = self.objectness(own.float(), told.float()).mean() * balance
-        each = gate * self.cell(*pair(s, t), anchors)
-        return objectness + gated_mean(each.sum(), gate.sum(), len(student))
+        return gated_level(student, teacher, seen, anchors_wh, balance, self.objectness, self.cell, pair)
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, na, H, W): the objectness term of each cell and anchor, from their logits (B, na, H, W)."""
@@ -170,26 +150,6 @@ class HeadLoss(DistillLoss):
         Both are logits (B, k, 5 + nc) float32; `anchors_wh` (B, k, 2) are in cells.
         """
         raise NotImplementedError
-
-
-def top_cells(
-    student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cells and anchors of one level with the largest gates: gates (B, k), both networks' logits (B, k, 5 + nc),
-    all float32, and their anchors (B, k, 2). k is at most TOP_CELLS.
-
-    Args:
-        student, teacher: (B, na, H, W, 5 + nc) logits.
-        seen: (B, na, H, W) logits of the gates.
-        anchors_wh: (na, 2) in cells.
-    """
-    height, width = student.shape[2:4]
-    gates = seen.flatten(1).float().sigmoid().nan_to_num(0)
-    gate, index = gates.topk(min(TOP_CELLS, gates.shape[1]), dim=1)
-    rows = index + gates.shape[1] * torch.arange(len(gates), device=gates.device)[:, None]
-    # index_select copies whole rows: forward and backward take a third of the time that gather takes on a CPU
-    s, t = (z.flatten(0, 3).index_select(0, rows.flatten()).view(*rows.shape, -1).float() for z in (student, teacher))
-    return gate, s, t, anchors_wh[index // (height * width)]
 
 
 def silent_at(raw: Tensor, targets: Tensor | None, classes: Tensor) -> Tensor:
@@ -221,22 +181,25 @@ class Soft(HeadLoss):
 
     obj, cls and box are the detection loss's scaled gains. The gradient by a logit is p_S - p_T: smooth, and zero at
     agreement.
+
+    On an NVIDIA GPU it runs as a fused kernel (`compress/kernels/soft_head`) if every logit of the teacher is compared.
     """
 
     name = "soft"
+
+    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
+        if not self.compares_all(context):
+            return super().compare(student, teacher, context)
+        check_same_images(student.raw, teacher.raw, slice(1, None), "head")
+        balance, (box, obj, cls) = level_balance(len(teacher.raw)), self.gains
+        upstream = None if context.upstream is None else context.upstream.view(())
+        return soft_head(student.raw, teacher.raw, [*self.anchors], balance, obj, cls, box, scale=upstream)
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
         return self.gains.obj * binary_kl(student, teacher)
 
     def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
-        classes = binary_kl(student[..., 5:], teacher[..., 5:]).mean(-1)
-        return self.gains.cls * classes + self.gains.box * (1 - overlap(student, teacher, anchors_wh))
-
-
-def overlap(student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
-    """GIoU of the boxes of both networks, from logits (..., 5 + nc) and anchors (..., 2)."""
-    boxes, targets = (decode_in_cell(z[..., :4], anchors_wh) for z in (student, teacher))
-    return paired_giou_exact(boxes, targets)
+        return classes_and_box(student, teacher, anchors_wh, self.gains.cls, self.gains.box)
 
 
 class ObjKD(HeadLoss):
