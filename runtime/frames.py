@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 import threading
 import time
@@ -223,8 +224,15 @@ def newest(frames: Iterator[Frame]) -> Iterator[Frame]:
             ended.append(error)
             changed.notify()
 
+    def stop() -> None:
+        stopped.set()
+        thread.join(timeout=STREAM_PATIENCE_S)
+
     thread = threading.Thread(target=read, name="newest-frame", daemon=True)
     thread.start()
+    # a generator that is still referred to is not closed before the interpreter ends, and a thread that returns from
+    # OpenCV's code after that aborts the process
+    atexit.register(stop)
     try:
         while True:
             with changed:
@@ -234,7 +242,7 @@ def newest(frames: Iterator[Frame]) -> Iterator[Frame]:
                 break
             yield frame
     finally:
-        stopped.set()
-        thread.join(timeout=STREAM_PATIENCE_S)
+        atexit.unregister(stop)
+        stop()
     if ended[0] is not None:
         raise ended[0]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import http.server
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -155,6 +157,25 @@ def test_only_the_newest_frame_is_given_and_those_passed_over_are_counted():
     assert 2 <= len(given) < 20
     assert sum(frame.repeat for frame in given) == 40
     assert given[-1].number == 39
+
+
+READER_LEFT_OPEN = """
+import atexit, itertools, threading, time
+from runtime.frames import Frame, newest
+
+def feed():
+    for number in itertools.count():
+        time.sleep(0.01)
+        yield Frame("0", number, None, 25.0)
+
+atexit.register(lambda: print(sum(thread.name == "newest-frame" for thread in threading.enumerate())))
+frames = newest(feed())
+next(frames)
+"""
+
+
+def test_the_reading_thread_ends_before_an_interpreter_whose_reader_was_left_open():
+    assert subprocess.check_output([sys.executable, "-c", READER_LEFT_OPEN], text=True).strip() == "0"
 
 
 def test_an_error_of_the_feed_arrives_at_the_reader():
