@@ -162,6 +162,8 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
         "anchors": [normal(HEAD_ANCHORS, 2).exp() for _ in case.shapes],
         "balance": [4.0, 1.0, 0.4][: len(case.shapes)],
         "obj": 1.0,

@@ -101,6 +101,8 @@ def arguments(
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
         "anchors": [a.to(device) for a in head_anchors(len(shapes))],
         **HEAD,
         "balance": HEAD["balance"][: len(shapes)],

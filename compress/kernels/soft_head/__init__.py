@@ -52,16 +52,18 @@ Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def soft_head(
     students: Maps,
     teachers: Maps,
+    seen: Maps,
     anchors: Maps,
     balance: Sequence[float],
     obj: float,
     cls: float,
     box: float,
+    tells_all: bool = True,
     *,
     scale: Tensor | None = None,
 ) -> Tensor:
     """The divergence of the teacher's probabilities from the student's, and the overlap of their boxes. With logits
-    z = (b, o, c) of cell and anchor i, gate g_i = sigmoid(o_T), binary KL of logits, on each level:
+    z = (b, o, c) of cell and anchor i, gate g_i = sigmoid(o), 0 if it is NaN, binary KL of logits, on each level:
 
         obj * balance * mean_i KL(o_T || o_S)
         + sum_i g_i (cls * mean_k KL(c_T || c_S) + box * (1 - GIoU(box_S, box_T))) / max(sum_i g_i, B)
@@ -71,30 +73,32 @@ def soft_head(
 
     Args:
         students, teachers: (B, na, H, W, 5 + nc) logits per level, in any float dtype. Only students get a gradient.
+        seen: maps like the teacher's, whose logits of objectness are those of the gates; mostly the teacher's own.
         anchors: (na, 2) per level, in cells.
         balance: factor of each level's objectness.
         obj, cls, box: factors of the parts.
+        tells_all: whether the teacher gives every logit; if not, those that are NaN pull nowhere.
         scale: () float32, the upstream gradient to expect; None is 1.
 
     Returns the loss () float32 (float64 for float64 maps). Raises UsageError for maps of unlike shapes.
     """
-    _check(students, teachers, anchors, balance)
-    arguments = ([*students], [*teachers], [*anchors], [*balance], obj, cls, box, scale)
+    _check(students, teachers, seen, anchors, balance)
+    arguments = ([*students], [*teachers], [*seen], [*anchors], [*balance], obj, cls, box, tells_all, scale)
     device = SOFT_HEAD.device(arguments)
     if device is None:
         return SOFT_HEAD.by_torch(arguments)
     return SOFT_HEAD.differentiable(device, SOFT_HEAD.run(device, arguments), arguments)
 
 
-def _check(students: Maps, teachers: Maps, anchors: Maps, balance: Sequence[float]) -> None:
+def _check(students: Maps, teachers: Maps, seen: Maps, anchors: Maps, balance: Sequence[float]) -> None:
     """Raises UsageError unless every level has maps of one shape, that shape's anchors, and a balance."""
-    counts = [len(given) for given in (students, teachers, anchors, balance)]
+    counts = [len(given) for given in (students, teachers, seen, anchors, balance)]
     if len({*counts}) != 1 or not counts[0]:
-        told = "{} student maps, {} teacher maps, {} tables of anchors, {} balances".format(*counts)
+        told = "{} student maps, {} teacher maps, {} maps of gates, {} tables of anchors, {} balances".format(*counts)
         raise UsageError(told, "Give one of each per level")
-    for level, (s, t, a) in enumerate(zip(students, teachers, anchors, strict=True)):
-        if s.shape != t.shape or s.dim() != 5 or a.shape != (s.shape[1], 2):
-            told = ", ".join(str(tuple(shape)) for shape in (s.shape, t.shape, a.shape))
+    for level, (s, t, gates, a) in enumerate(zip(students, teachers, seen, anchors, strict=True)):
+        if not s.shape == t.shape == gates.shape or s.dim() != 5 or a.shape != (s.shape[1], 2):
+            told = ", ".join(str(tuple(tensor.shape)) for tensor in (s, t, gates, a))
             raise UsageError(f"level {level} has maps and anchors of unlike shapes: {told}", "Compare maps of one head")
 
 
@@ -102,9 +106,18 @@ def _check(students: Maps, teachers: Maps, anchors: Maps, balance: Sequence[floa
 
 
 def reference(
-    students: Maps, teachers: Maps, anchors: Maps, balance: Sequence[float], obj: float, cls: float, box: float
+    students: Maps,
+    teachers: Maps,
+    seen: Maps,
+    anchors: Maps,
+    balance: Sequence[float],
+    obj: float,
+    cls: float,
+    box: float,
+    tells_all: bool = True,
 ) -> Tensor:
     """`soft_head` in plain torch."""
+    pair = as_they_are if tells_all else completed
 
     def objectness(student: Tensor, teacher: Tensor) -> Tensor:
         return obj * binary_kl(student, teacher)
@@ -112,13 +125,24 @@ def reference(
     def cell(student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
         return classes_and_box(student, teacher, anchors_wh, cls, box)
 
-    levels = zip(students, teachers, anchors, balance, strict=True)
-    return sum_of_levels(gated_level(s, t, t[..., 4], a, factor, objectness, cell) for s, t, a, factor in levels)
+    levels = zip(students, teachers, seen, anchors, balance, strict=True)
+    return sum_of_levels(
+        gated_level(s, t, gates[..., 4], a, factor, objectness, cell, pair) for s, t, gates, a, factor in levels
+    )
 
 
 def as_they_are(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The same logits, of a teacher that gives all."""
     return student, teacher
+
+
+def completed(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of both networks; those that the teacher does not give are the student's own, which pull nowhere.
+
+    Both are contiguous: where they are equal, so is all that is computed of them, to the last bit.
+    """
+    student = student.contiguous()
+    return student, torch.where(teacher.isnan(), student.detach(), teacher).contiguous()
 
 
 def gated_level(
@@ -129,7 +153,7 @@ def gated_level(
     balance: float,
     objectness: Callable[[Tensor, Tensor], Tensor],
     cell: Callable[[Tensor, Tensor, Tensor], Tensor],
-    pair: Pair = as_they_are,
+    pair: Pair,
 ) -> Tensor:
     """The loss () float32 of one level: the balanced mean of the objectness term over all cells, plus the gated mean of
     the others.
@@ -202,10 +226,11 @@ def overlap(student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
 
 class _Level(ctypes.Structure):
     _fields_ = (
-        *fields(ctypes.c_void_p, "student teacher gradient anchors weights gate_sums norm ticket"),
+        *fields(ctypes.c_void_p, "student teacher seen gradient anchors weights gate_sums norm ticket"),
         *fields(ctypes.c_uint32, "images anchor_count pixels logits top first_block blocks tile"),
-        *fields(ctypes.c_uint32, "student_last teacher_last"),
+        *fields(ctypes.c_uint32, "student_last teacher_last seen_last"),
         *fields(ctypes.c_float, "objectness classes"),
+        ("unused", ctypes.c_uint32),
     )
 
 
@@ -214,6 +239,7 @@ class Args(ctypes.Structure):
         ("levels", _Level * MAX_LEVELS),
         *fields(ctypes.c_void_p, "scale partials ticket loss"),
         ("box", ctypes.c_float),
+        ("tells_all", ctypes.c_uint32),
         ("count", ctypes.c_int32),
     )
 
@@ -223,6 +249,7 @@ class Level(NamedTuple):
 
     student: Tensor
     teacher: Tensor
+    seen: Tensor
     gradient: Tensor
     """The student's gradient, to be written."""
     anchors: Tensor
@@ -255,23 +282,34 @@ def launches(
     device: Device,
     students: Maps,
     teachers: Maps,
+    seen: Maps,
     anchors: Maps,
     balance: Sequence[float],
     obj: float,
     cls: float,
     box: float,
+    tells_all: bool = True,
     scale: Tensor | None = None,
 ) -> Launches:
     """One launch that finds the top cells, and one for loss and gradient. The gradient has the student's layout."""
     check_levels(students, teachers)
-    levels = [_level(*maps) for maps in zip(students, teachers, anchors, strict=True)][::-1]  # coarse ones take longest
+    given = zip(students, teachers, seen, anchors, strict=True)
+    levels = [_level(*maps) for maps in given][::-1]  # blocks of coarse levels take longest, so they begin
     like, grid = levels[0].student, sum(level.tiles for level in levels)
     sizes = [grid, *(size for level in levels for size in (level.images * level.rows, level.images, 1))]
     workspace, loss = like.new_empty(sum(sizes), dtype=torch.float32), like.new_empty((), dtype=torch.float32)
     tickets = device.tickets(len(levels) + 1)
     ticket, *level_tickets = addresses(tickets, [1] * (len(levels) + 1))
     partials, *areas = addresses(workspace, sizes)
-    args = Args(scale=pointer(scale), partials=partials, ticket=ticket, loss=pointer(loss), box=box, count=len(levels))
+    args = Args(
+        scale=pointer(scale),
+        partials=partials,
+        ticket=ticket,
+        loss=pointer(loss),
+        box=box,
+        tells_all=tells_all,
+        count=len(levels),
+    )
     for index, (entry, level, factor) in enumerate(zip(args.levels, levels, balance[::-1], strict=False)):
         _describe(entry, level)
         entry.weights, entry.gate_sums, entry.norm = areas[3 * index : 3 * index + 3]
@@ -286,10 +324,15 @@ def launches(
     return loss, [level.gradient for level in levels[::-1]]
 
 
-def _level(student: Tensor, teacher: Tensor, anchors: Tensor) -> Level:
+def _level(student: Tensor, teacher: Tensor, seen: Tensor, anchors: Tensor) -> Level:
     """The maps with dense rows in the student's dtype; what is already so is not copied."""
-    s, t = (maps if maps.is_contiguous() or is_cells_first(maps) else maps.contiguous() for maps in (student, teacher))
-    return Level(s, t.to(s.dtype), torch.empty_like(s), anchors.float().contiguous())
+    s, t = _dense(student), _dense(teacher.to(student.dtype))
+    gates = t if seen is teacher else _dense(seen.to(student.dtype))
+    return Level(s, t, gates, torch.empty_like(s), anchors.float().contiguous())
+
+
+def _dense(maps: Tensor) -> Tensor:
+    return maps if maps.is_contiguous() or is_cells_first(maps) else maps.contiguous()
 
 
 def is_cells_first(maps: Tensor) -> bool:
@@ -301,15 +344,16 @@ def is_cells_first(maps: Tensor) -> bool:
 
 def _describe(entry: _Level, level: Level) -> None:
     images, anchors, height, width, logits = level.student.shape
-    entry.student, entry.teacher, entry.gradient, entry.anchors = map(pointer, level)
+    entry.student, entry.teacher, entry.seen, entry.gradient, entry.anchors = map(pointer, level)
     entry.images, entry.anchor_count, entry.pixels, entry.logits = images, anchors, height * width, logits
     entry.top, entry.tile = min(TOP_CELLS, level.rows), level.tile
-    entry.student_last, entry.teacher_last = is_cells_first(level.student), is_cells_first(level.teacher)
+    entry.student_last, entry.teacher_last, entry.seen_last = map(is_cells_first, level[:3])
 
 
 SOFT_HEAD = FusedLoss(
     "soft_head",
-    "Tensor[] students, Tensor[] teachers, Tensor[] anchors, float[] balance, float obj, float cls, float box",
+    "Tensor[] students, Tensor[] teachers, Tensor[] seen, Tensor[] anchors, float[] balance, float obj, float cls, "
+    "float box, bool tells_all",
     function=soft_head,
     source=SOURCE,
     launches=launches,

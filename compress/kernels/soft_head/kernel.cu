@@ -2,7 +2,7 @@
 //
 //     L = sum over levels  obj balance / (B R) * sum over all rows KL(o_T || o_S)
 //                          + norm * sum over top rows g (cls mean_k KL(c_T || c_S) + box (1 - GIoU))
-//     g = sigmoid(o_T), norm = 1 / max(sum over top rows g, B), KL of Bernoulli distributions, by logits
+//     g = sigmoid(o), o mostly o_T, norm = 1 / max(sum over top rows g, B), KL of Bernoulli distributions, by logits
 //     gradient by a logit of objectness or of a class = scale * factor * (sigmoid(z_S) - sigmoid(z_T))
 //
 // A row is the logits x, y, w, h, o, c of one cell and anchor; each of the B images has R of them, and its `top` rows
@@ -33,6 +33,7 @@ static_assert(kGateDigits * kDigitBits >= 30 && 2 * kDigitBits < 32, "three digi
 struct SoftHeadLevel {
     const void* student;
     const void* teacher;
+    const void* seen;  // a map whose objectness is that of the gates
     void* gradient;
     const float* anchors;  // (anchor_count, 2)
     float* weights;        // (images, rows): gates, or kNoTop
@@ -42,10 +43,11 @@ struct SoftHeadLevel {
     uint32 images, anchor_count, pixels, logits;
     uint32 top;  // of an image
     uint32 first_block, blocks;
-    uint32 tile;                         // rows of a block
-    uint32 student_last, teacher_last;  // rows in the order (pixel, anchor), else (anchor, pixel)
-    float objectness;                   // obj balance / (images * rows)
-    float classes;                      // cls / number of classes
+    uint32 tile;                                   // rows of a block
+    uint32 student_last, teacher_last, seen_last;  // rows in the order (pixel, anchor), else (anchor, pixel)
+    float objectness;                              // obj balance / (images * rows)
+    float classes;                                 // cls / number of classes
+    uint32 unused;
 
     /// Of an image.
     __device__ __forceinline__ uint32 rows() const { return anchor_count * pixels; }
@@ -58,6 +60,7 @@ struct SoftHeadArgs {
     uint32* ticket;
     float* loss;
     float box;
+    uint32 tells_all;  // else NaN is a logit that the teacher does not give, and pulls nowhere
     int count;
 };
 
@@ -142,11 +145,11 @@ template <class T> __device__ __forceinline__ void soft_head_select(const SoftHe
     const SoftHeadLevel& level = level_of_block(args.levels, args.count);
     const uint32 image = blockIdx.x - level.first_block, rows = level.rows();
     float* const weights = level.weights + static_cast<uint64>(image) * rows;
-    const T* const logits = static_cast<const T*>(level.teacher) + static_cast<uint64>(image) * rows * level.logits + kObjectness;
+    const T* const logits = static_cast<const T*>(level.seen) + static_cast<uint64>(image) * rows * level.logits + kObjectness;
     shared.histogram[threadIdx.x] = 0;
 #pragma unroll 4
     for (uint32 row = threadIdx.x; row < rows; row += kSelectThreads) {  // a thread reads later what it writes here
-        const uint32 place = level.teacher_last ? row % level.pixels * level.anchor_count + row / level.pixels : row;
+        const uint32 place = level.seen_last ? row % level.pixels * level.anchor_count + row / level.pixels : row;
         float logit[1];
         read(logits + static_cast<uint64>(place) * level.logits, logit);
         write_result(weights + row, gate_of(logit[0]));
@@ -201,6 +204,11 @@ struct Sigmoid {
 struct Term {
     float value, slope;
 };
+
+/// A logit of the teacher, or the student's own in place of one that is not given.
+__device__ __forceinline__ float given(float teacher, float student, bool tells_all) {
+    return tells_all || teacher == teacher ? teacher : student;
+}
 
 /// KL(sigmoid(t) || sigmoid(s)).
 __device__ __forceinline__ Term divergence(float s, float t) {
@@ -303,7 +311,7 @@ template <class T> __device__ __forceinline__ void read_box(const T* from, float
 /// The classes of the tile's top rows: their share of the loss; the gradient goes to the tile.
 template <class T>
 __device__ __forceinline__ float compare_classes(const SoftHeadLevel& level, const T* student, const TopRow* top,
-                                                 uint32 count, float factor, float scale, T* tile) {
+                                                 uint32 count, float factor, float scale, bool tells_all, T* tile) {
     const T* const teacher = static_cast<const T*>(level.teacher);
     const uint32 classes = level.logits - kClasses, rows_a_step = kThreads / classes, rest = kThreads % classes;
     uint32 row = threadIdx.x / classes, index = threadIdx.x % classes;
@@ -326,7 +334,7 @@ __device__ __forceinline__ float compare_classes(const SoftHeadLevel& level, con
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
             if (weight[k] < 0.0f) continue;
-            const Term term = divergence(s[k][0], t[k][0]);
+            const Term term = divergence(s[k][0], given(t[k][0], s[k][0], tells_all));
             sum = fmaf(weight[k], term.value, sum);
             tile[place[k]] = from_float<T>(scale * weight[k] * term.slope);
         }
@@ -382,7 +390,7 @@ template <class T> __device__ __forceinline__ void soft_head(const SoftHeadArgs&
     __syncthreads();  // the tile is 0
     float sum[1] = {0.0f};
     if (threadIdx.x < rows) {
-        const Term term = divergence(s[0], t[0]);
+        const Term term = divergence(s[0], given(t[0], s[0], args.tells_all));
         sum[0] = level.objectness * term.value;
         tile[threadIdx.x * level.logits + kObjectness] = from_float<T>(scale * level.objectness * term.slope);
     }
@@ -396,13 +404,15 @@ template <class T> __device__ __forceinline__ void soft_head(const SoftHeadArgs&
         float s_box[4], t_box[4], slopes[4];
         read_box(own, s_box);
         read_box(teacher, t_box);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) t_box[k] = given(t_box[k], s_box[k], args.tells_all);
         const float factor = args.box * norm * weight;
         sum[0] = fmaf(factor, box_distance(s_box, t_box, anchor, slopes), sum[0]);
 #pragma unroll
         for (int k = 0; k < 4; ++k) tile[threadIdx.x * level.logits + k] = from_float<T>(scale * factor * slopes[k]);
     }
     __syncthreads();  // the top rows are known
-    sum[0] += compare_classes(level, student, top, count, level.classes * norm, scale, tile);
+    sum[0] += compare_classes(level, student, top, count, level.classes * norm, scale, args.tells_all, tile);
     __syncthreads();  // the gradient is whole
     write_tile(tile, rows * level.logits, static_cast<T*>(level.gradient) + static_cast<uint64>(first) * level.logits);
     block_reduce<Sum>(sum, scratch);

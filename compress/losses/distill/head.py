@@ -20,7 +20,7 @@ from compress.kernels.soft_head import (
     Pair,
     as_they_are,
     binary_kl,
-    classes_and_box,
+    completed,
     gated_level,
     overlap,
     soft_head,
@@ -33,7 +33,6 @@ from compress.losses.distill.base import (
     Outputs,
     Shape,
     check_same_images,
-    completed,
 )
 from runtime.errors import UsageError
 
@@ -98,17 +97,32 @@ class HeadLoss(DistillLoss):
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        told = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
-        seen = [raw[..., 4] for raw in told]
-        if context.labelled is not None:
-            told = self._without_guessed_background(told, context.labelled)
-        pair = as_they_are if self.compares_all(context) else completed
-        levels = zip(student.raw, told, seen, self.anchors, level_balance(len(told)), strict=True)
-        return torch.stack([self.level(*level, pair) for level in levels]).sum()
+        seen = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
+        told = seen if context.labelled is None else self._without_guessed_background(seen, context.labelled)
+        tells_all = self.tells_all and context.labelled is None
+        upstream = None if context.upstream is None else context.upstream.view(())
+        return self.compare_maps(student.raw, told, seen, tells_all, upstream)
 
-    def compares_all(self, context: Context) -> bool:
-        """Whether every logit of the teacher is compared."""
-        return self.tells_all and context.labelled is None
+    def compare_maps(
+        self,
+        student: Sequence[Tensor],
+        told: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        tells_all: bool,
+        upstream: Tensor | None,
+    ) -> Tensor:
+        """The loss () float32 of maps (B, na, H, W, 5 + nc) of logits, one a level.
+
+        Args:
+            told: the teacher's; NaN is a logit that it does not tell.
+            seen: the teacher's, with the objectness of all objects that it sees, compared or not: that of the gates.
+            tells_all: whether none of `told` is NaN.
+            upstream: see `Context`; ().
+        """
+        pair = as_they_are if tells_all else completed
+        gates = [raw[..., 4] for raw in seen]
+        levels = zip(student, told, gates, self.anchors, level_balance(len(told)), strict=True)
+        return torch.stack([self.level(*level, pair) for level in levels]).sum()
 
     def _without_guessed_background(self, teacher: Sequence[Tensor], labelled: int) -> list[Tensor]:
         """The maps without objectness in each image after the first `labelled` in which the teacher is sure of no
@@ -182,24 +196,21 @@ class Soft(HeadLoss):
     obj, cls and box are the detection loss's scaled gains. The gradient by a logit is p_S - p_T: smooth, and zero at
     agreement.
 
-    On an NVIDIA GPU it runs as a fused kernel (`compress/kernels/soft_head`) if every logit of the teacher is compared.
+    On an NVIDIA GPU it runs as a fused kernel (`compress/kernels/soft_head`).
     """
 
     name = "soft"
 
-    def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
-        if not self.compares_all(context):
-            return super().compare(student, teacher, context)
-        check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        balance, (box, obj, cls) = level_balance(len(teacher.raw)), self.gains
-        upstream = None if context.upstream is None else context.upstream.view(())
-        return soft_head(student.raw, teacher.raw, [*self.anchors], balance, obj, cls, box, scale=upstream)
-
-    def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.gains.obj * binary_kl(student, teacher)
-
-    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
-        return classes_and_box(student, teacher, anchors_wh, self.gains.cls, self.gains.box)
+    def compare_maps(
+        self,
+        student: Sequence[Tensor],
+        told: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        tells_all: bool,
+        upstream: Tensor | None,
+    ) -> Tensor:
+        balance, (box, obj, cls) = level_balance(len(told)), self.gains
+        return soft_head(student, told, seen, [*self.anchors], balance, obj, cls, box, tells_all, scale=upstream)
 
 
 class ObjKD(HeadLoss):

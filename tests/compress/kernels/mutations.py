@@ -380,7 +380,7 @@ FAULTS: dict[str, Fault] = {
     "soft head: gates in another order than their rows": Fault(
         "soft_head/kernel.cu",
         "soft_head",
-        "level.teacher_last ? row % level.pixels",
+        "level.seen_last ? row % level.pixels",
         "false ? row % level.pixels",
     ),
     "soft head: barrier before the objectness dropped": Fault(
@@ -437,6 +437,18 @@ FAULTS: dict[str, Fault] = {
         "(s_low > t_low) + (s_low >= t_low)",
         "2 * (s_low > t_low)",
     ),
+    "soft head: gates of the teacher's map": Fault(
+        "soft_head/kernel.cu",
+        "soft_head",
+        "static_cast<const T*>(level.seen)",
+        "static_cast<const T*>(level.teacher)",
+    ),
+    "soft head: logits that are not told in boxes": Fault(
+        "soft_head/kernel.cu",
+        "soft_head",
+        "given(t_box[k], s_box[k], args.tells_all)",
+        "t_box[k]",
+    ),
     "soft head: gates not in the boxes' factor": Fault(
         "soft_head/kernel.cu",
         "soft_head",
@@ -469,6 +481,8 @@ def _of_loss(loss: str, replaced: dict[str, str]) -> Iterator[str]:
         given = arguments(loss, dtype, shapes, layout, scale=512.0, mean=mean)
         if loss.endswith("_mse") and dtype == torch.float16:
             given[-2] = []  # no weights, which would hide what lies beyond the last pixel
+        if loss == "soft_head" and dtype == torch.float32:
+            given[1], given[-2] = [_with_holes(teacher) for teacher in given[1]], False
         true = truth(fused.reference, given, fused.learns)
         for facts in (H100, A100, CLUSTERS) if loss == "pkd" else (H100,):
             runs = [kernels(_device(replaced, seed, facts), *given) for seed in host.SEEDS]
@@ -486,13 +500,20 @@ def _of_loss(loss: str, replaced: dict[str, str]) -> Iterator[str]:
             yield f"{shapes} {dtype} {layout}: not the first of equal gates"
 
 
+def _with_holes(teacher: torch.Tensor) -> torch.Tensor:
+    """The map without a third of its logits. With some seeds an edge of two boxes is equal in float32 but not in float64."""
+    generator = torch.Generator().manual_seed(11)
+    return teacher.masked_fill(torch.rand(teacher.shape, generator=generator) < 1 / 3, torch.nan)
+
+
 def _takes_the_first_of_equal_gates(kernels: Any, given: list[Any], replaced: dict[str, str]) -> bool:
     """Of rows with equal gates, after a few with smaller ones."""
-    teacher, smaller = given[1][0].clone(), 7
-    gates = torch.full((len(teacher), teacher[0, ..., 0].numel()), 0.5)
+    seen, smaller = given[2][0].clone(), 7
+    gates = torch.full((len(seen), seen[0, ..., 0].numel()), 0.5)
     gates[:, :smaller] = -5
-    teacher[..., 4] = gates.view(teacher.shape[:-1])
-    gradient = kernels(_device(replaced, 0, H100), given[0], [teacher, *given[1][1:]], *given[2:]).gradients[0]
+    seen[..., 4] = gates.view(seen.shape[:-1])
+    changed = [given[0], given[2], [seen, *given[2][1:]], *given[3:]]
+    gradient = kernels(_device(replaced, 0, H100), *changed).gradients[0]
     wanted = torch.zeros_like(gates, dtype=torch.bool)
     wanted[:, smaller : smaller + soft_head.TOP_CELLS] = True
     return torch.equal((gradient[..., 5:] != 0).any(-1).flatten(1), wanted)

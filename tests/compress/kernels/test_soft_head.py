@@ -46,9 +46,11 @@ def arguments(shapes, dtype, **options):
     return given(*head_pairs(shapes, dtype, **options))
 
 
-def given(students, teachers):
+def given(students, teachers, seen=None):
+    """The teacher's own gates, and every logit told; or the gates of `seen`, and NaN for what is not told."""
     levels = len(students)
-    return [students, teachers, head_anchors(levels), HEAD["balance"][:levels], *FACTORS, upstream(students)]
+    factors = (head_anchors(levels), HEAD["balance"][:levels], *FACTORS)
+    return [students, teachers, seen or teachers, *factors, seen is None, upstream(students)]
 
 
 def top_rows(gradient: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def test_boxes_that_touch_or_are_apart_are_drawn_together(shim_device, apart):
     for maps, x in ((students, -30.0), (teachers, 0.0)):
         maps[0][..., :4] = torch.tensor([x, 0.0, 0.0, 0.0])
     found = given(students, teachers)
-    found[2] = [torch.full((ANCHORS, 2), 1 - apart / 2)]
+    found[3] = [torch.full((ANCHORS, 2), 1 - apart / 2)]
     check(soft_head, reference, shim_device(), found)
 
 
@@ -185,10 +187,32 @@ def test_a_gradient_beyond_float16_becomes_infinite(shim_device):
     assert soft_head(shim_device(), *found).gradients[0].isinf().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_that_the_teacher_does_not_tell_pull_nowhere(shim_device, dtype, layout):
+    """The gates come from other maps, in another layout here."""
+    students, seen = head_pairs([(2, 8, 9, 7), (2, 8, 5, 3)], dtype, layout=layout)
+    generator = torch.Generator().manual_seed(5)
+    holes = [torch.rand(t.shape, generator=generator) < 0.3 for t in seen]
+    teachers = [t.masked_fill(hole, torch.nan) for t, hole in zip(seen, holes, strict=True)]
+    found = given(students, teachers, [laid(z, "nchw") for z in seen])
+    check(soft_head, reference, shim_device(), found)
+    gradients = soft_head(shim_device(), *found).gradients
+    for gradient, hole in zip(gradients, holes, strict=True):
+        assert not gradient[..., 4:][hole[..., 4:]].any()
+        assert gradient[..., 4:][~hole[..., 4:]].any()
+
+
+def test_a_teacher_that_should_tell_all_and_does_not_is_seen(shim_device):
+    found = arguments([(1, 8, 3, 4)], torch.float32)
+    found[1][0][0, 0, 0, 0, 5] = torch.nan
+    assert not soft_head(shim_device(), *found).loss.isfinite()
+
+
 @pytest.mark.parametrize("part", range(3))
 def test_a_part_that_weighs_0_has_no_gradient(shim_device, part):
     found = arguments([(2, 8, 3, 4)], torch.float32)
-    found[4 + part] = 0.0
+    found[5 + part] = 0.0
     gradient = soft_head(shim_device(), *found).gradients[0]
     own, others = ([slice(4, 5), slice(5, None), slice(0, 4)][i] for i in (part, (part + 1) % 3))
     assert not gradient[..., own].any()
@@ -232,7 +256,8 @@ def test_gates_are_equal_as_float32_has_them_not_the_logits(shim_device):
 
 def test_a_gate_that_is_no_number_counts_as_0(shim_device):
     found = arguments([(1, 3, 8, 8)], torch.float32)
-    found[1][0][0, 1, 2, 3, 4] = torch.nan
+    found[2] = [found[1][0].clone()]
+    found[2][0][0, 1, 2, 3, 4] = torch.nan
     gradient = soft_head(shim_device(), *found).gradients[0]
     assert not top_rows(gradient)[0, 64 + 2 * 8 + 3]
     assert top_rows(gradient).sum() == room.TOP_CELLS
@@ -301,11 +326,12 @@ def test_the_structs_are_those_of_the_source(shim):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda given: given[1].pop(), "1 student maps, 0 teacher maps, 1 tables of anchors"),
-        (lambda given: [given[i].clear() for i in range(3)], "0 student maps"),
+        (lambda given: given[3].pop(), "1 student maps, 1 teacher maps, 1 maps of gates, 0 tables of anchors"),
+        (lambda given: [given.__setitem__(i, []) for i in range(5)], "0 student maps"),
         (lambda given: given[1].__setitem__(0, given[1][0][..., :6]), r"level 0 .*\(2, 3, 4, 4, 6\)"),
-        (lambda given: given[2].__setitem__(0, given[2][0][:2]), r"level 0 .*\(2, 2\)"),
-        (lambda given: given.__setitem__(3, ()), "0 balances"),
+        (lambda given: given.__setitem__(2, [given[2][0][:, :, :3]]), r"level 0 .*\(2, 3, 3, 4, 8\)"),
+        (lambda given: given[3].__setitem__(0, given[3][0][:2]), r"level 0 .*\(2, 2\)"),
+        (lambda given: given.__setitem__(4, ()), "0 balances"),
     ],
 )
 def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(change, says):
@@ -321,9 +347,9 @@ def test_maps_of_unlike_shapes_are_refused_before_a_kernel_reads_beyond_one(chan
 SHAPE = Shape((6, 8), 4, ANCHORS, torch.stack(head_anchors(2)), (8, 16))
 
 
-def outputs(seed: int, dtype=torch.float32) -> Outputs:
+def outputs(seed: int) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
-    raw = [torch.randn(2, ANCHORS, side, side, 9, generator=generator).to(dtype) for side in (8, 4)]
+    raw = [torch.randn(2, ANCHORS, side, side, 9, generator=generator) for side in (8, 4)]
     return Outputs([level.requires_grad_(seed == 0) for level in raw], [])
 
 
@@ -362,17 +388,33 @@ def test_an_upstream_gradient_that_is_known_is_folded_in(on_shim):
     assert all(torch.allclose(g, p, rtol=1e-5, atol=1e-7) for g, p in zip(gradients, plain, strict=True))
 
 
+LABELS = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.3]])
+
+
 @pytest.mark.parametrize(
     ("terms", "context"),
-    [({"tells_all": False}, Context()), ({}, Context(labelled=1)), ({"unknown": (1,), "tells_all": False}, Context())],
-    ids=["untold logits", "unlabelled images", "unknown classes"],
+    [
+        ({"tells_all": False}, Context()),
+        ({}, Context(labelled=1)),
+        ({"unknown": (1,), "tells_all": False}, Context(LABELS)),
+        ({"unknown": (1,), "tells_all": False}, Context(LABELS, labelled=1)),
+    ],
+    ids=["untold logits", "unlabelled images", "unknown classes", "both"],
 )
-def test_where_a_logit_is_left_out_plain_torch_compares(on_shim, terms, context):
-    teacher = outputs(1)
+def test_what_the_teacher_does_not_tell_is_left_out_as_in_plain_torch(on_shim, monkeypatch, terms, context):
+    monkeypatch.setattr(room, "TOP_CELLS", 1000)
+    loss, student, teacher = soft_loss(**terms), outputs(0), outputs(1)
+    teacher.raw[1][1][..., 4] = BACKGROUND
     if terms:
         teacher.raw[0][0, 0, 0, 0, 5] = torch.nan
-    assert soft_loss(**terms)(outputs(0), teacher, context).isfinite().all()
-    assert not on_shim.launches
+    found = loss(student, teacher, context)
+    gradients = torch.autograd.grad(found, student.raw)
+    assert len(on_shim.launches) == 3
+    monkeypatch.undo()
+    true = loss(student, teacher, context)
+    assert torch.allclose(found, true, rtol=1e-5)
+    for g, t in zip(gradients, torch.autograd.grad(true, student.raw), strict=True):
+        assert torch.allclose(g, t, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_at_the_neck_can_be_measured_before_the_backward_pass(on_shim):

@@ -55,6 +55,8 @@ def arguments(
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
         "anchors": to_device([a.to(wide) for a in head_anchors(len(shapes))]),
         **HEAD,
         "balance": HEAD["balance"][: len(shapes)],
