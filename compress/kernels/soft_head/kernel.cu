@@ -358,6 +358,44 @@ template <class T> __device__ __forceinline__ void write_tile(const T* tile, uin
     }
 }
 
+/// The objectness of a row of the tile: its share of the loss; the gradient goes to the row.
+template <class T>
+__device__ __forceinline__ float compare_objectness(float s, float t, float factor, float scale, bool tells_all, T* row) {
+    const Term term = divergence(s, given(t, s, tells_all));
+    row[kObjectness] = from_float<T>(scale * factor * term.slope);
+    return factor * term.value;
+}
+
+/// The boxes of a top row: their share of the loss; the gradient goes to the tile's row.
+template <class T>
+__device__ __forceinline__ float compare_boxes(const T* student, const T* teacher, const float (&anchor)[2], float factor,
+                                               float scale, bool tells_all, T* row) {
+    float s[4], t[4], slopes[4];
+    read_box(student, s);
+    read_box(teacher, t);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) t[k] = given(t[k], s[k], tells_all);
+    const float distance = box_distance(s, t, anchor, slopes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) row[k] = from_float<T>(scale * factor * slopes[k]);
+    return factor * distance;
+}
+
+/// How many threads of the block before this one are `chosen`, and `count` of all. Has a barrier.
+__device__ __forceinline__ uint32 place_among(bool chosen, uint32 (&counts)[kThreads / kWarp], uint32& count) {
+    const uint32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const uint32 lanes = __ballot_sync(kAllLanes, chosen);
+    if (lane == 0) counts[warp] = __popc(lanes);
+    __syncthreads();  // all counts are there
+    uint32 before = __popc(lanes & ((1u << lane) - 1));
+    count = 0;
+    for (uint32 w = 0; w < kThreads / kWarp; ++w) {
+        if (w < warp) before += counts[w];
+        count += counts[w];
+    }
+    return before;
+}
+
 /// Block: a tile of rows of the student's map, in its order.
 template <class T> __device__ __forceinline__ void soft_head(const SoftHeadArgs& args) {
     DYNAMIC_SHARED(T, tile);  // (rows, logits)
@@ -383,33 +421,15 @@ template <class T> __device__ __forceinline__ void soft_head(const SoftHeadArgs&
     }
     const float scale = assumed_scale(args.scale), norm = read_broadcast(level.norm, threadIdx.x == 0);
     clear(tile, level.tile * level.logits * sizeof(T));
-    const uint32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    uint32 count;
     const bool is_top = weight >= 0.0f;
-    const uint32 tops = __ballot_sync(kAllLanes, is_top);
-    if (lane == 0) counts[warp] = __popc(tops);
-    __syncthreads();  // the tile is 0
+    const uint32 place = place_among(is_top, counts, count);  // after its barrier the tile is 0
+    T* const gradient = tile + threadIdx.x * level.logits;  // of this thread's row
     float sum[1] = {0.0f};
-    if (threadIdx.x < rows) {
-        const Term term = divergence(s[0], given(t[0], s[0], args.tells_all));
-        sum[0] = level.objectness * term.value;
-        tile[threadIdx.x * level.logits + kObjectness] = from_float<T>(scale * level.objectness * term.slope);
-    }
-    uint32 count = 0, before = __popc(tops & ((1u << lane) - 1));
-    for (uint32 w = 0; w < kThreads / kWarp; ++w) {
-        if (w < warp) before += counts[w];
-        count += counts[w];
-    }
+    if (threadIdx.x < rows) sum[0] = compare_objectness(s[0], t[0], level.objectness, scale, args.tells_all, gradient);
     if (is_top) {
-        top[before] = {threadIdx.x, teacher_row, weight};
-        float s_box[4], t_box[4], slopes[4];
-        read_box(own, s_box);
-        read_box(teacher, t_box);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) t_box[k] = given(t_box[k], s_box[k], args.tells_all);
-        const float factor = args.box * norm * weight;
-        sum[0] = fmaf(factor, box_distance(s_box, t_box, anchor, slopes), sum[0]);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) tile[threadIdx.x * level.logits + k] = from_float<T>(scale * factor * slopes[k]);
+        top[place] = {threadIdx.x, teacher_row, weight};
+        sum[0] += compare_boxes(own, teacher, anchor, args.box * norm * weight, scale, args.tells_all, gradient);
     }
     __syncthreads();  // the top rows are known
     sum[0] += compare_classes(level, student, top, count, level.classes * norm, scale, args.tells_all, tile);

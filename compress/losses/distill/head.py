@@ -71,7 +71,7 @@ def scaled_bce(student: Tensor, teacher: Tensor, beta: float, detach_scale: bool
 
 
 class HeadLoss(DistillLoss):
-    """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `level` of its own.
+    """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `level` or `compare_maps` of its own.
 
     Objectness is compared everywhere, but in an unlabelled image only if the teacher is sure of an object in it: else
     that would teach background where nobody knows. The rest is compared where the teacher sees an object: each cell

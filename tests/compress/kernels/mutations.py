@@ -326,8 +326,8 @@ FAULTS: dict[str, Fault] = {
     "soft head: the scale not folded in": Fault(
         "soft_head/kernel.cu",
         "soft_head",
-        "scale * level.objectness * term.slope",
-        "level.objectness * term.slope",
+        "from_float<T>(scale * factor * term.slope)",
+        "from_float<T>(factor * term.slope)",
     ),
     "soft head: histogram read before all have counted": Fault(
         "soft_head/kernel.cu",
@@ -386,7 +386,7 @@ FAULTS: dict[str, Fault] = {
     "soft head: barrier before the objectness dropped": Fault(
         "soft_head/kernel.cu",
         "soft_head",
-        "    __syncthreads();  // the tile is 0\n",
+        "    __syncthreads();  // all counts are there\n",
         "",
     ),
     "soft head: barrier before the classes dropped": Fault(
@@ -446,8 +446,8 @@ FAULTS: dict[str, Fault] = {
     "soft head: logits that are not told in boxes": Fault(
         "soft_head/kernel.cu",
         "soft_head",
-        "given(t_box[k], s_box[k], args.tells_all)",
-        "t_box[k]",
+        "given(t[k], s[k], tells_all)",
+        "t[k]",
     ),
     "soft head: gates not in the boxes' factor": Fault(
         "soft_head/kernel.cu",
