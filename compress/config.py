@@ -554,6 +554,9 @@ class StudyConfig(Settings):
     """Trainings of each arm; more make the intervals narrower."""
     jobs: Annotated[Count, NO_RESULT] = 1
     """Trainings at a time, each with one CPU thread."""
+    time_limit_s: Annotated[Positive | None, NO_RESULT] = None
+    """Seconds from the start of the study, its teacher included, after which trainings are stopped, to be gone on with
+    next time. The study is written with those that are done."""
 
 
 class ReportConfig(Settings):

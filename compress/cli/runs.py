@@ -90,6 +90,7 @@ def demo(out: Path, as_json: bool) -> None:
 @click.option("--arms", default="", metavar="NAME,...", help="Arms to run; default all of the recipe's study.")
 @setting("--seeds", key="study.seeds", help="Trainings of each arm; more make the intervals narrower.")
 @setting("--jobs", key="study.jobs", help="Trainings at a time, each with one CPU thread.")
+@setting("--time-limit", key="study.time_limit_s", help="Seconds after which trainings stop; the next call goes on.")
 @click.option("--out", type=FILE, help="Folder of the study; default runs/<name of the recipe>-study.")
 @as_json
 def study(file: Path, arms: str, out: Path | None, as_json: bool) -> None:

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from compress.kernels.bench_case import L2_TIMES, SAMPLES, UPSTREAM, plan
+from compress.kernels.bench_case import L2_TIMES, SAMPLES, UPSTREAM, Case, plan
 from compress.kernels.losses import FUSED
 from runtime import machine
 from runtime.errors import UnavailableError
@@ -38,15 +39,14 @@ METHOD = {
     "gb_s": "3 maps (2 for copy) over the median, whatever the variant really moves",
     "stream": "torch.add(s, t, out=g) over as many elements in one launch: reads two maps and writes one",
     "ours_again": "the same kernels under another name: the difference is noise",
-    "cuda_graph": "in a graph our kernels also clear their tickets each time: a small launch that eager code has once",
+    "kernels_us": "sum of the times of a call's kernels, copies and fills by the profiler, without a graph; the rest "
+    "of a call's time lies between them",
+    "layout": "of all maps and gradients, the rivals' too; training has them channels last",
     "peak_extra_bytes": "of one call without a graph, beside its inputs, its gradients included",
     "host_us": "the host's time to queue one call without a graph; wall_us: the same until the GPU has done it",
 }
-COLUMNS = (
-    "loss         dtype size  stream   ours noise    GB/s    of   eager/ autocast/ compile/ chan.last/   extra  host\n"
-    "                             us     us     %        stream    ours      ours     ours       ours     MiB    us"
-)
-"""`extra`: peak memory of a call beyond its gradients."""
+LAYOUT_NAMES = {"channels_last": "last", "nchw": "nchw"}
+"""Layout -> its word in the table."""
 
 
 def run(seconds: float, out: Path | None, *, quick: bool) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run(seconds: float, out: Path | None, *, quick: bool) -> dict[str, Any]:
     started = time.monotonic()
     document = {"measured": "compress.kernels.bench", **facts(), "method": METHOD, "cases": [], "missing": []}
     document["clocks"] = {"before": clocks()}
-    print(f"{document['gpu']['name']}, torch {document['torch']}\n{COLUMNS}", flush=True)
+    print(f"{document['gpu']['name']}, torch {document['torch']}\n{header()}", flush=True)
     for index, loss in enumerate(FUSED):
         share = (seconds - (time.monotonic() - started)) / (len(FUSED) - index)
         found, why = measure_loss(loss, share, quick=quick)
@@ -82,19 +82,24 @@ def measure_loss(loss: str, seconds: float, *, quick: bool) -> tuple[list[dict[s
             why = f"its process ended with status {status}" if status else "no time was left"
         except subprocess.TimeoutExpired:
             why = "it took too long"
-        return read_lines(lines), why
+        return read_cases(lines), why
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that a process may have left in the middle of one; none without a file."""
+def read_cases(path: Path) -> list[dict[str, Any]]:
+    """The last whole line of each case in a file that a process may have left in the middle of one; none without it."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return list({case_of(row): row for row in rows}.values())
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    return Case(*(row[name] for name in Case._fields))
 
 
 def missing(loss: str, found: Sequence[Mapping[str, Any]], why: str, *, quick: bool) -> list[dict[str, str]]:
     """The cases that were not measured."""
-    done = {(case["size"], case["dtype"]) for case in found}
-    left = [case for case in plan(loss, quick=quick) if (case.size, case.dtype) not in done]
+    done = {case_of(row) for row in found}
+    left = [case for case in plan(loss, quick=quick) if case not in done]
     return [{**case._asdict(), "why": why} for case in left]
 
 
@@ -131,35 +136,82 @@ def clocks() -> dict[str, str]:
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 
+class Column(NamedTuple):
+    """A column of numbers."""
+
+    group: str
+    """The first line of its title."""
+    title: str
+    width: int
+    read: Callable[[Mapping[str, Any]], float | None]
+    """From a case; None for what was not measured."""
+    factor: float = 1
+    places: int = 2
+
+
 def row(case: Mapping[str, Any]) -> str:
-    """One line under `COLUMNS`; `-` for what was not measured."""
-    variants, ratios = case["variants"], case["ratios"]
-    ours, stream = variants.get("ours", {}), variants.get("stream", {})
-    extra = (ours["peak_extra_bytes"] - case["map_bytes"]) / 2**20 if "peak_extra_bytes" in ours else None
-    cells = (
-        (median_us(stream), 7, 1, 1), (median_us(ours), 7, 1, 1), (ratios["noise"], 6, 100, 1),
-        (ours.get("gb_s"), 8, 1, 0), (ratios["of_stream"], 8, 1, 2), (ratios["eager_over_ours"], 8, 1, 2),
-        (ratios["autocast_over_ours"], 10, 1, 2), (ratios["compile_over_ours"], 9, 1, 2),
-        (ratios["ours_channels_last_over_ours"], 11, 1, 2), (extra, 8, 1, 2), (ours.get("host_us"), 6, 1, 0),
-    )  # fmt: skip
-    numbers = "".join("-".rjust(width) if x is None else f"{k * x:{width}.{p}f}" for x, width, k, p in cells)
-    return f"{case['loss']:12} {case['dtype']:5} {case['size']:4}{numbers}"
+    """One line under `header`; `-` for what was not measured."""
+    values = ((column, column.read(case)) for column in COLUMNS)
+    cells = ["-".rjust(c.width) if x is None else f"{c.factor * x:{c.width}.{c.places}f}" for c, x in values]
+    return f"{case['loss']:12} {case['dtype']:5} {case['size']:4} {LAYOUT_NAMES[case['layout']]:6}" + "".join(cells)
+
+
+def header() -> str:
+    """Two lines of titles."""
+    groups = "".join(column.group.rjust(column.width) for column in COLUMNS)
+    titles = "".join(column.title.rjust(column.width) for column in COLUMNS)
+    return f"{'':30}{groups}\n{'loss':12} {'dtype':5} {'size':4} {'layout':6}{titles}"
 
 
 def median_us(variant: Mapping[str, Any]) -> float | None:
     return variant["us"]["p50"] if "us" in variant else None
 
 
+def extra_bytes(case: Mapping[str, Any]) -> float | None:
+    """Peak memory of one of our calls beyond its gradients."""
+    peak = case["variants"].get("ours", {}).get("peak_extra_bytes")
+    return None if peak is None else peak - case["map_bytes"]
+
+
+def _of(variant: str, key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda case: case["variants"].get(variant, {}).get(key)
+
+
+def _ratio(name: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda case: case["ratios"][name]
+
+
+COLUMNS = (
+    Column("call", "stream", 8, lambda case: median_us(case["variants"].get("stream", {})), places=1),
+    Column("us", "ours", 8, lambda case: median_us(case["variants"].get("ours", {})), places=1),
+    Column("kernels", "stream", 8, _of("stream", "kernels_us"), places=1),
+    Column("us", "ours", 8, _of("ours", "kernels_us"), places=1),
+    Column("of", "call", 6, _ratio("of_stream")),
+    Column("stream", "kernels", 8, _ratio("kernels_of_stream")),
+    Column("noise", "%", 6, _ratio("noise"), factor=100, places=1),
+    Column("eager/", "ours", 7, _ratio("eager_over_ours")),
+    Column("compile/", "ours", 9, _ratio("compile_over_ours")),
+    Column("extra", "MiB", 7, extra_bytes, factor=2**-20),
+    Column("host", "us", 6, _of("ours", "host_us"), places=0),
+)
+
+
 def remarks(document: Mapping[str, Any]) -> str:
-    """Lines for variants that failed and for cases that were not reached, which the table does not show."""
+    """Lines for what failed and for cases that were not reached, which the table does not show."""
     lines = [
-        f"{case['loss']} {case['dtype']} {case['size']}: {name} failed: {variant['error']}"
+        f"{_named(case)}: {name} {words}: {variant[key]}"
         for case in document["cases"]
         for name, variant in case["variants"].items()
-        if "error" in variant
+        for key, words in (("error", "failed"), ("why_no_kernel_time", "without the time of its kernels"))
+        if key in variant
     ]
-    lines += [f"{m['loss']} {m['dtype']} {m['size']}: not measured: {m['why']}" for m in document["missing"]]
+    reasons: dict[tuple[str, str], int] = Counter((m["loss"], m["why"]) for m in document["missing"])
+    lines += [f"{loss}: {n} cases not measured: {why}" for (loss, why), n in reasons.items()]
     return "\n".join([*lines, f"{len(document['cases'])} cases in {document['seconds']:.0f} s"])
+
+
+def _named(case: Mapping[str, Any]) -> str:
+    return " ".join(case[name] for name in Case._fields)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,15 +1,17 @@
 """Measure one fused loss against other ways to compute it, on a GPU; `bench.py` starts a process for each loss.
 
-A case is a loss, a dtype and the feature maps of one pyramid level or of all. Each variant does forward and backward
-over several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is still
-cached when its turn comes. That pass is captured as one CUDA graph, so that gaps between launches do not count. Then
-all variants of the case take turns in random order. Two of them are upper bounds: `copy` reads one map and writes one;
-`stream`, torch.add(s, t, out=g), reads two and writes one, the least that a fused loss can do.
+A case is a loss, a dtype, a layout and the feature maps of one pyramid level or of all. Each variant does forward and
+backward over several sets of inputs, whose maps and gradients together are four times the L2 cache, so that nothing is
+still cached when its turn comes. That pass is captured as one CUDA graph, so that the host does not count. Then all
+variants of the case take turns in random order. Two of them are upper bounds: `copy` reads one map and writes one;
+`stream`, torch.add(s, t, out=g), reads two and writes one, the least that a fused loss can do. At the end the profiler
+tells how much of a call's time is that of its kernels, and how much lies between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -18,13 +20,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from compress.kernels.fused import SWITCH
 from compress.kernels.gpu import gpu
@@ -34,10 +37,17 @@ from runtime.terminal import exit_code_of
 
 LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
 """Feature maps of a detector at 640 pixels, by stride."""
+HEAD_LOSS = "soft_head"
+"""The loss that compares the maps of heads; training has them as rows of logits, whatever the network's layout."""
 HEAD_ANCHORS, HEAD_LOGITS = 3, 85
 """A head of 80 classes has these on each level."""
 SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s32",)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+"""Name -> layout of the maps; training has them channels last."""
+PROFILED_PASSES = 3
+MARK = "spin_kernel"
+"""In the name of the kernel of `torch.cuda._sleep`."""
 SAMPLES, QUICK_SAMPLES = 30, 10
 SAMPLE_MS = 3.0
 """Least length of a sample: the clock of events has steps of half a microsecond."""
@@ -55,16 +65,17 @@ Call = Callable[[int], Sequence[Tensor]]
 
 
 class Case(NamedTuple):
-    """One comparison: a loss, the sizes of its maps and their dtype."""
+    """One comparison: a loss, and the sizes, the dtype and the layout of its maps."""
 
     loss: str
     size: str
     dtype: str
+    layout: str = "channels_last"
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         maps = [LEVELS[level] for level in SIZES[self.size]]
-        if self.loss == "soft_head":
+        if self.loss == HEAD_LOSS:
             return [(n, HEAD_ANCHORS, h, w, HEAD_LOGITS) for n, _, h, w in maps]
         return list(maps)
 
@@ -83,7 +94,8 @@ class Case(NamedTuple):
 
 def plan(loss: str, *, quick: bool = False) -> list[Case]:
     """The cases of a loss, the most important first."""
-    cases = [Case(loss, size, dtype) for dtype in DTYPES for size in SIZES]
+    layouts = [*LAYOUTS][: 1 if loss == HEAD_LOSS else None]
+    cases = [Case(loss, size, dtype, layout) for dtype in DTYPES for layout in layouts for size in SIZES]
     return cases[:1] if quick else cases
 
 
@@ -120,26 +132,30 @@ def timing(samples_us: Sequence[float], moved_bytes: int) -> dict[str, Any]:
 def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """How `ours` compares, by medians; None if one of the two could not be measured.
 
-    `of_stream` is the share of the upper bound that it reaches, `noise` the difference between two copies of it.
+    `of_stream` is the share of the upper bound that it reaches, `noise` the difference between two copies of it. Those
+    that begin with `kernels_` compare the times of kernels alone.
     """
-    times = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
-    ours = times.get("ours")
-
-    def over_ours(name: str) -> float | None:
-        return times[name] / ours if ours and name in times else None
-
-    again = over_ours("ours_again")
+    calls = {name: found["us"]["p50"] for name, found in variants.items() if "us" in found}
+    kernels = {name: found["kernels_us"] for name, found in variants.items() if "kernels_us" in found}
+    again = _over_ours(calls, "ours_again")
     return {
-        "of_stream": over_ours("stream"),
+        "of_stream": _over_ours(calls, "stream"),
         "noise": None if again is None else abs(again - 1),
-        **{f"{name}_over_ours": over_ours(name) for name in ("eager", "autocast", "compile", "ours_channels_last")},
+        "eager_over_ours": _over_ours(calls, "eager"),
+        "compile_over_ours": _over_ours(calls, "compile"),
+        "kernels_of_stream": _over_ours(kernels, "stream"),
+        "kernels_compile_over_ours": _over_ours(kernels, "compile"),
     }
+
+
+def _over_ours(times: Mapping[str, float], name: str) -> float | None:
+    return times[name] / times["ours"] if {name, "ours"} <= times.keys() else None
 
 
 # ---- inputs and variants ------------------------------------------------------------------------------------------
 
 
-def arguments(case: Case, device: torch.device, seed: int, *, channels_last: bool = False) -> list[Any]:
+def arguments(case: Case, device: torch.device, seed: int) -> list[Any]:
     """The loss's arguments, the upstream gradient last; those that learn require a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -147,8 +163,8 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     students = [normal(*shape, dtype=DTYPES[case.dtype]) for shape in case.shapes]
-    if channels_last:
-        students = [pixels_first(s) for s in students]
+    if case.loss != HEAD_LOSS:
+        students = [s.contiguous(memory_format=LAYOUTS[case.layout]) for s in students]
     teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
     channels = [shape[1] for shape in case.shapes]
     masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w, *_ in case.shapes]
@@ -176,11 +192,6 @@ def arguments(case: Case, device: torch.device, seed: int, *, channels_last: boo
     return made
 
 
-def pixels_first(maps: Tensor) -> Tensor:
-    """(N, C, H, W), or a head's (N, na, H, W, logits), with what belongs to a pixel side by side."""
-    return maps.movedim(1, 3).contiguous().movedim(3, 1)
-
-
 def learners_of(loss: str, made: Sequence[Any]) -> list[Tensor]:
     return FUSED[loss].learners(made)
 
@@ -190,30 +201,21 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
     plain, ours = FUSED[case.loss].reference, FUSED[case.loss].function
     compiled = torch.compile(plain, dynamic=False, fullgraph=True)
     sets = [arguments(case, device, seed) for seed in range(count)]
-    last = [arguments(case, device, seed, channels_last=True) for seed in range(count)]
-    half = torch.autocast(device.type, dtype=torch.float16, cache_enabled=False)
+    fused = functools.partial(ours, scale=sets[0][-1])
 
-    def backward(loss: Callable[..., Tensor], inputs: list[list[Any]], within: AbstractContextManager[Any]) -> Call:
+    def backward(loss: Callable[..., Tensor]) -> Call:
         def call(index: int) -> Sequence[Tensor]:
-            *given, upstream = inputs[index]
-            with within:
-                value = loss(*given)
-            return torch.autograd.grad(value, learners_of(case.loss, given), upstream)
+            *given, upstream = sets[index]
+            return torch.autograd.grad(loss(*given), learners_of(case.loss, given), upstream)
 
         return call
 
-    def fused(inputs: list[list[Any]]) -> Call:
-        scale = inputs[0][-1]
-        return backward(lambda *given: ours(*given, scale=scale), inputs, nullcontext())
-
     return {
         **upper_bounds(case, device, count),
-        "eager": backward(plain, sets, nullcontext()),
-        "autocast": backward(plain, sets, half),
-        "compile": backward(compiled, sets, nullcontext()),
-        "ours": fused(sets),
-        "ours_again": fused(sets),
-        "ours_channels_last": fused(last),
+        "ours": backward(fused),
+        "ours_again": backward(fused),
+        "eager": backward(plain),
+        "compile": backward(compiled),
     }
 
 
@@ -323,13 +325,39 @@ def times_in_turns(runs: Mapping[str, Callable[[], Any]], samples: int) -> dict[
     return found
 
 
-def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
-    """One case as a JSON object. A variant that fails is there with its error."""
-    torch.compiler.reset()  # past 8 shapes of one function torch would run it uncompiled
+class Timed(NamedTuple):
+    """A case whose calls are timed."""
+
+    case: Case
+    sets: int
+    """Number of sets of inputs."""
+    calls: dict[str, Call]
+    """By the variant's name; those that failed are left out."""
+    found: dict[str, dict[str, Any]]
+    """Figures by the variant's name; the error of one that failed."""
+    seconds: float
+
+    def row(self) -> dict[str, Any]:
+        """The case as a JSON object."""
+        return {
+            **self.case._asdict(),
+            "shapes": self.case.shapes,
+            "map_bytes": self.case.map_bytes,
+            "input_sets": self.sets,
+            "variants": self.found,
+            "ratios": ratios(self.found),
+            "seconds": self.seconds,
+        }
+
+
+def measure(case: Case, device: torch.device, samples: int) -> Timed:
+    """Time the calls of all variants of a case."""
+    started = time.monotonic()
     count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, PreparedVariant] = {}
-    for name, call in variants(case, device, count).items():
+    calls = variants(case, device, count)
+    for name, call in calls.items():
         try:
             ready[name] = prepare(call, count)
         except Exception as error:  # whatever it is, the other variants can still be measured
@@ -338,36 +366,83 @@ def measure(case: Case, device: torch.device, samples: int) -> dict[str, Any]:
     for name, variant in ready.items():
         moved = MAPS_MOVED.get(name, 3) * case.map_bytes
         found[name] = timing([1e3 * ms / count for ms in times[name]], moved) | variant.notes
-    return {
-        **case._asdict(),
-        "shapes": case.shapes,
-        "map_bytes": case.map_bytes,
-        "input_sets": count,
-        "variants": found,
-        "ratios": ratios(found),
-    }
+    return Timed(case, count, {name: calls[name] for name in ready}, found, time.monotonic() - started)
+
+
+def add_kernel_times(timed: Sequence[Timed]) -> None:
+    """Profile every call, and enter what its kernels take beside its time."""
+    entries = [(one.found[name], call, one.sets) for one in timed for name, call in one.calls.items()]
+    try:
+        times: Sequence[dict[str, Any]] = kernel_times([(call, sets) for _, call, sets in entries])
+    except Exception as error:  # what was timed is worth more than the profiler's reasons
+        times = [{"why_no_kernel_time": one_line(error)}] * len(entries)
+    for (entry, _, _), found in zip(entries, times, strict=True):
+        entry.update(found)
+
+
+def kernel_times(calls: Sequence[tuple[Call, int]]) -> list[dict[str, Any]]:
+    """The sum of the times of each call's kernels, copies and fills, in microseconds, and their number, without graph.
+    A call comes with its number of input sets.
+
+    All are profiled in one session, since a second one in the same process may see nothing or slow its launches down.
+    Raises RuntimeError where the profiler does not see every call.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for call, sets in calls:
+            torch.cuda._sleep(1)  # the mark between them, a kernel of its own name
+            for index in PROFILED_PASSES * [*range(sets)]:
+                call(index)
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    spans = [(e.name, e.time_range.elapsed_us()) for e in sorted(events, key=lambda e: e.time_range.start)]
+    return times_between_marks(spans, [PROFILED_PASSES * sets for _, sets in calls])
+
+
+def times_between_marks(spans: Iterable[tuple[str, float]], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """The sum of the times and the number of the spans behind each mark, divided by the number of calls there."""
+    groups: list[list[float]] = []
+    for name, us in spans:
+        if MARK in name:
+            groups.append([])
+        elif groups:
+            groups[-1].append(us)
+    if len(groups) != len(counts) or not all(groups):
+        raise RuntimeError(f"the profiler saw {sum(map(bool, groups))} of {len(counts)} variants")
+    pairs = zip(groups, counts, strict=True)
+    return [{"kernels_us": sum(group) / count, "kernels": len(group) / count} for group, count in pairs]
 
 
 # ---- the process --------------------------------------------------------------------------------------------------
 
 
 def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until: float, lines: Path) -> None:
-    """Add a line to `lines` for each case that there is time for before `until`, on the monotonic clock."""
+    """Add a line to `lines` for each case that there is time for before `until`, on the monotonic clock, and one more
+    with the times of its kernels, since the profiler may cost the process its life.
+    """
+    timed: list[Timed] = []
     longest = 0.0
     for case in cases:
-        started = time.monotonic()
-        if started + longest > until:
+        if time.monotonic() + longest > until:
             continue
-        row = measure(case, device, samples)
-        longest = max(longest, time.monotonic() - started)
-        with lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"seconds": time.monotonic() - started}, allow_nan=False) + "\n")
+        timed.append(measure(case, device, samples))
+        longest = max(longest, timed[-1].seconds)
+        add_line(lines, timed[-1].row())
+    add_kernel_times(timed)
+    for one in timed:
+        add_line(lines, one.row())
+
+
+def add_line(file: Path, row: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.kernels.bench_case", description="A part of bench.py.")
     parser.add_argument("loss", choices=FUSED)
-    parser.add_argument("--lines", type=Path, required=True, help="JSON lines, one per case, are added to it")
+    parser.add_argument(
+        "--lines", type=Path, required=True, help="JSON lines are added to it; the last of a case counts"
+    )
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
@@ -379,6 +454,7 @@ def run(loss: str, seconds: float, lines: Path, *, quick: bool) -> None:
     until = time.monotonic() + seconds
     os.environ.pop(SWITCH, None)
     gpu(0)  # where the kernels cannot run, `ours` would be the definition
+    torch._dynamo.config.cache_size_limit = len(plan(loss))  # past so many shapes torch would compile no more
     gc.freeze()  # each capture collects garbage, and torch's own objects are many
     samples = QUICK_SAMPLES if quick else SAMPLES
     measure_all(plan(loss, quick=quick), torch.device("cuda:0"), samples, until, lines)

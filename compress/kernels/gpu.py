@@ -25,6 +25,8 @@ STATIC_SHARED_BYTES = 48 << 10
 """Dynamic shared memory that a kernel may have without setting an attribute."""
 PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run together."""
+SLAB_TICKETS = 1 << 16
+"""Tickets that captured graphs share out among them before new ones are made: 256 KiB, enough for a hundred calls."""
 
 
 class Gpu:
@@ -33,8 +35,8 @@ class Gpu:
     def __init__(self, index: int) -> None:
         self.index = index
         self._driver = load_driver()
-        torch.cuda.init()
         self._call("cuInit", 0)
+        start_torch()
         device = self._call("cuDeviceGet", index)
         self._context = int(self._call("cuDevicePrimaryCtxRetain", device))
         self.facts = self._facts(device)
@@ -43,6 +45,9 @@ class Gpu:
         self._shared: dict[tuple[Source, str], int] = {}
         self._raising = Lock()
         self._tickets: dict[int, Tensor] = {}
+        self._slabs: list[Tensor] = []  # all are kept: graphs write into them
+        self._slab_tickets_left = 0
+        self._sharing_out = Lock()
         self._library(rescale.SOURCE)  # every loss needs it; fails now if compiler or driver do not support the GPU
 
     def _facts(self, device: Any) -> Facts:
@@ -74,17 +79,42 @@ class Gpu:
                 self._call("cuLaunchKernelEx", self._clustered(launch, stream), function, address, 0)
 
     def tickets(self, count: int) -> Tensor:
-        """See `Device.tickets`. A stream has its own, kept from call to call; a captured graph gets new ones, since it
-        may be replayed on any stream beside others.
+        """See `Device.tickets`. A stream has its own, kept from call to call. A call in a captured graph has its own
+        for good, since the graph may be replayed on any stream beside others.
         """
-        new = lambda size: torch.zeros(size, dtype=torch.int32, device=f"cuda:{self.index}")  # noqa: E731
         if torch.cuda.is_current_stream_capturing():
-            return new(count)
+            return self._tickets_of_a_graph(count)
+        if self._slab_tickets_left < SLAB_TICKETS // 2:
+            self._add_slab()
         stream = torch.cuda.current_stream(self.index).cuda_stream
         kept = self._tickets.get(stream)
         if kept is None or len(kept) < count:
-            kept = self._tickets[stream] = new(max(count, 64))
+            kept = self._tickets[stream] = self._zeros(max(count, 64))
         return kept
+
+    def _tickets_of_a_graph(self, count: int) -> Tensor:
+        """The next tickets of the slab. Without an eager call before, or beyond the slab, the graph sets its own to
+        zero, which costs a launch in each replay.
+        """
+        with self._sharing_out:
+            left = self._slab_tickets_left
+            if count > left:
+                return self._zeros(count)
+            self._slab_tickets_left -= count
+            return self._slabs[-1][left - count : left]
+
+    def _add_slab(self) -> None:
+        """New tickets for graphs, zero before any stream can use them. A capture could not make them: it would set them
+        to zero in each replay.
+        """
+        slab = self._zeros(SLAB_TICKETS)
+        torch.cuda.current_stream(self.index).synchronize()
+        with self._sharing_out:
+            self._slabs.append(slab)
+            self._slab_tickets_left = SLAB_TICKETS
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=f"cuda:{self.index}")
 
     @contextmanager
     def _current(self) -> Iterator[None]:
@@ -141,12 +171,26 @@ class Gpu:
 
 
 def load_driver() -> Any:
-    """The bindings to the CUDA driver. Raises UnavailableError when they are not installed."""
+    """The bindings to the CUDA driver, whose library was found. Raises UnavailableError when one of them is missing."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
         raise UnavailableError(f"cuda-bindings is not here: {one_line(error)}", toolchain.REMEDY) from error
+    try:
+        driver.cuDriverGetVersion()  # opens the library
+    except (RuntimeError, OSError) as error:
+        raise UnavailableError(
+            f"the NVIDIA driver is not here: {one_line(error)}", "Install it, or use a CPU"
+        ) from error
     return driver
+
+
+def start_torch() -> None:
+    """Have torch open the GPU. Raises UnavailableError when it has no CUDA or sees no GPU."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA, a machine without GPU
+        raise UnavailableError(f"torch has no GPU here: {one_line(error)}", "Install a CUDA build of torch") from error
 
 
 @cache

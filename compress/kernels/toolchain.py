@@ -24,6 +24,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100",
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 REMEDY = "pip install 'edgestill[kernels]'"
 _DIGEST_BYTES = 32
+_KERNEL_SECTION = re.compile(rb"\0\.text\.(\w+)\0")
 _REPORTED = re.compile(r"(\d+) (registers|bytes spill stores|bytes smem)")
 
 
@@ -54,6 +55,11 @@ def cubin(source: Source, architecture: str) -> bytes:
     """
     path = cache_folder() / f"{source.folder}-{architecture}-{_key(source, architecture)[:24]}.cubin"
     return _read(path) or _keep(path, compile_cubin(source, architecture)[0])
+
+
+def kernel_names(code: bytes) -> list[str]:
+    """The kernels of a cubin, from the names of its sections."""
+    return sorted({name.decode() for name in _KERNEL_SECTION.findall(code)})
 
 
 class Resources(NamedTuple):

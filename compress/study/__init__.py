@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from compress.config import PRESETS, DistillConfig, Recipe, Settings
 from compress.data import Dataset, index_dataset, load_data
@@ -41,15 +42,30 @@ ARM_KEYS = ("student", "distill")
 JOB, RESULT, PROTOCOL = "job.json", "result.json", "log.txt"
 SHOWN_LINES = 3
 """Last lines of a failed run that its error shows."""
+GRACE_S = 10
+"""Seconds that a run has to end when the study's time is up."""
+
+
+class Failed(NamedTuple):
+    """A run that ended with an error."""
+
+    reason: str
+    """The last lines that it printed."""
+
+
+End = Run | Failed | None
+"""None is a run for which too little time was left."""
 
 
 def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = print) -> Path:
     """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
 
-    A run that is done is not repeated; one that was killed goes on. A run that fails costs the others nothing: the
-    study is written without it. Raises UsageError when arms or split are unknown or an arm cannot be trained as it is
-    set, EdgestillError when a run failed.
+    A run that is done is not repeated; one that was killed, or stopped because the time was up, goes on. A run that
+    fails costs the others nothing: the study is written without it. Raises UsageError when arms or split are unknown or
+    an arm cannot be trained as it is set, EdgestillError when a run failed.
     """
+    limit = recipe.study.time_limit_s
+    until = None if limit is None else time.monotonic() + limit
     chosen = chosen_arms(recipe, arms)
     for arm in chosen:
         check_arm(recipe, arm, out)
@@ -57,16 +73,19 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     judges = _index_split(recipe, out)
     teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
     about = _about(recipe, plan, judges, teacher, out, log)
-    ends = _in_processes(plan, recipe.study.jobs, out, log)
-    failed = {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True) if isinstance(end, str)}
+    ends = _in_processes(plan, recipe.study.jobs, out, until, log)
+    failed = {name: end.reason for name, end in ends.items() if isinstance(end, Failed)}
+    unfinished = [name for name, end in ends.items() if end is None]
     document = summary(
         {arm: recipe.study.arms[arm] for arm in chosen},
-        [end for end in ends if isinstance(end, Run)],
-        seeds=recipe.study.seeds,
+        [end for end in ends.values() if isinstance(end, Run)],
+        seeds=max((seed for arm, seed, _ in plan if ends[f"{arm}-{seed}"]), default=0) + 1,
         failed=failed,
         **about,
     )
     write(document, out)
+    if unfinished:
+        log(f"the time is up: {len(unfinished)} of {len(plan)} runs are not done; run the study again to go on")
     if failed:
         name, reason = next(iter(failed.items()))
         raise EdgestillError(
@@ -202,28 +221,54 @@ def _index_split(recipe: Recipe, out: Path) -> Dataset:
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
-def _in_processes(plan: Sequence[tuple[str, int, Recipe]], jobs: int, out: Path, log: Log) -> list[Run | str]:
+def _in_processes(
+    plan: Sequence[tuple[str, int, Recipe]], jobs: int, out: Path, until: float | None, log: Log
+) -> dict[str, End]:
+    """How each run of the plan ended, by its name. `until`, on the monotonic clock, is when the time is up."""
     pool = ThreadPoolExecutor(jobs)
     try:
-        return list(pool.map(lambda job: _run_apart(*job, out=out, log=log), plan))
+        ends = list(pool.map(lambda job: _run_apart(*job, out=out, until=until, log=log), plan))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted study starts no further run
+    return {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True)}
 
 
-def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, log: Log) -> Run | str:
-    """One run in a process of its own: what it reached, or the last lines that it printed."""
+def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float | None, log: Log) -> End:
+    """One run in a process of its own."""
+    left = None if until is None else until - time.monotonic()
+    if left is not None and left <= 0:
+        return None
     folder = out / "runs" / f"{arm}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     job = {"arm": arm, "seed": seed, "recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     write_json(folder / JOB, job)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    with (folder / PROTOCOL).open("a", encoding="utf-8") as lines:
-        command = [sys.executable, "-m", "compress.study", str(folder), str(out)]
-        ended = subprocess.run(command, stdout=lines, stderr=lines, env=environment, check=False)  # noqa: S603
-    if ended.returncode:
+    status = _status_of([sys.executable, "-m", "compress.study", str(folder), str(out)], folder / PROTOCOL, left)
+    if status is None:
+        return None
+    if status:
         printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")
-        return " / ".join(printed) or f"ended with {ended.returncode}"
+        return Failed(" / ".join(printed) or f"ended with {status}")
     run = Run(**read_json(folder / RESULT)["found"])
     log(f"{arm} seed {seed}: mAP50-95 {run.map50_95:.4f}, {1e3 * run.seconds_per_step:.0f} ms a step")
     return run
+
+
+def _status_of(command: Sequence[str], protocol: Path, seconds: float | None) -> int | None:
+    """Run a command, what it prints added to `protocol`. Returns its exit status; None when it was stopped after
+    `seconds`.
+    """
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with (
+        protocol.open("a", encoding="utf-8") as lines,
+        subprocess.Popen(command, stdout=lines, stderr=lines, env=environment) as process,  # noqa: S603
+    ):
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return None

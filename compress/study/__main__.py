@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: D
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what it started is ended, too
     try:
         main(*map(Path, sys.argv[1:3]))
     except EdgestillError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
+from shapes import SANITIZED
 from shim.cases import arguments
 from shim.oracle import LAYOUTS
 
@@ -12,14 +13,12 @@ from compress.kernels.gpu import gpu
 from compress.kernels.losses import FUSED
 from compress.kernels.rescale import rescale
 
-SHAPES = {"round": [(2, 16, 8, 8), (2, 64, 4, 6), (5, 2, 80, 80)], "odd": [(3, 5, 7, 9), (2, 13, 5, 5)]}
-"""A channel of the third is more than one block's shared memory holds, so that PKD forms clusters."""
 DTYPES = (torch.float16, torch.float32)
 
 
 def main() -> None:
     device = gpu(0)
-    for name, shapes, dtype, layout in product(FUSED, SHAPES.values(), DTYPES, LAYOUTS):
+    for name, shapes, dtype, layout in product(FUSED, SANITIZED.values(), DTYPES, LAYOUTS):
         given = arguments(name, dtype, shapes, layout, scale=8.0, device="cuda")
         loss, gradients = FUSED[name].run(device, given)
         made = rescale(device, gradients, torch.tensor(3.0).cuda(), given[-1], in_place=False)

@@ -1,25 +1,47 @@
-"""One real distillation step with and without the kernels: `python3 tests/gpu/step.py [--out FILE.json]`.
+"""One real training step, way by way: `python3 tests/gpu/step.py [--out FILE.json]`.
 
-A yolov5l teaches a yolov5s by feat_mse and cwd, 32 random images of 640 pixels, mixed precision, by the product's own
-training loop. Three ways take turns in blocks: the loss left out (the teacher still runs), plain torch, the kernels.
+A yolov5s learns from 32 random images of 640 pixels, mixed precision, by the product's own training loop. The ways take
+turns in blocks: labels alone; beside a yolov5l that teaches nothing; taught by its outputs; taught by feat_mse and cwd,
+in plain torch and by the kernels. At the end the profiler tells how long the GPU works in a step, and how much of the
+step it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NEEDED = ("accelerate", "cv2", "pydantic", "safetensors", "torch", "yaml")
-MODES = {"loss off": None, "reference": "off", "kernels": None}
-"""Name -> value of the switch."""
-LOSSES = {"feat_mse": 1.0, "cwd": 10.0}
+FEATURES = {"feat_mse": 1.0, "cwd": 10.0}
+
+
+class Way(NamedTuple):
+    """One way to train."""
+
+    losses: Mapping[str, float] = {}
+    """Distillation losses and their weights."""
+    has_teacher: bool = True
+    switch: str | None = None
+    """Value of the kernels' switch."""
+
+
+WAYS = {
+    "labels": Way(has_teacher=False),
+    "teacher": Way(),
+    "soft": Way({"soft": 1.0}),
+    "features by torch": Way(FEATURES, switch="off"),
+    "features by kernels": Way(FEATURES),
+}
+WHY = "why_no_kernel_time"
 CLASSES = 80
 BOXES = 8
 """Labelled boxes of an image."""
@@ -28,7 +50,7 @@ WARM_UP = 3
 
 
 def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A trainer of plain training beside the teacher, and one of distillation, which two ways share."""
+    """A trainer for each way, with a student of its own; they share the teacher."""
     from compress.config import DistillConfig
     from compress.models import Architecture, YOLOv5
     from compress.training.loop import Job, Trainer
@@ -37,22 +59,21 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     names = [f"class {i}" for i in range(CLASSES)]
     teacher = YOLOv5(Architecture.of_scale(options.teacher, names))
-    config = DistillConfig(losses=LOSSES, batch=options.batch, imgsz=options.imgsz, tensorboard=False)
+    config = DistillConfig(batch=options.batch, imgsz=options.imgsz, tensorboard=False)
     frozen = Teacher(teacher, options.device, half=config.amp)
 
-    def trainer(distils: bool) -> Any:
+    def trainer(way: Way) -> Any:
+        own = DistillConfig.model_validate(config.model_dump() | {"losses": way.losses})
         student = YOLOv5(Architecture.of_scale(options.student, names))
         student.init_detect_bias()
-        detection = detection_loss(student, config)
-        losses = build_losses(student, frozen, config) if distils else {}
-        objective = Objective(student, detection, losses)
-        job = Job(config, objective, range(100 * options.batch), (), folder, teacher=frozen)  # type: ignore[arg-type]
-        made = Trainer(job, options.device, print)
+        losses = build_losses(student, frozen, own) if way.losses else {}
+        objective = Objective(student, detection_loss(student, own), losses)
+        items, beside = range(100 * options.batch), frozen if way.has_teacher else None
+        made = Trainer(Job(own, objective, items, (), folder, teacher=beside), options.device, print)  # type: ignore[arg-type]
         made.wrapped.train()
         return made
 
-    plain, distilling = trainer(False), trainer(True)
-    return {name: plain if name == "loss off" else distilling for name in MODES}
+    return {name: trainer(way) for name, way in WAYS.items()}
 
 
 def batch_of(options: argparse.Namespace, device: Any) -> Any:
@@ -84,11 +105,11 @@ class Steps:
 
         torch.manual_seed(0)
         self.trainers = trainers_of(options, folder)
-        self.device = self.trainers["kernels"].device
+        self.device = self.trainers["teacher"].device
         self.batch = batch_of(options, self.device)
         self.taken = 0
-        self.ms: dict[str, list[float]] = {name: [] for name in MODES}
-        self.peaks: dict[str, list[int]] = {name: [] for name in MODES}
+        self.ms: dict[str, list[float]] = {name: [] for name in WAYS}
+        self.peaks: dict[str, list[int]] = {name: [] for name in WAYS}
         self.terms: dict[str, list[float]] = {}
 
     def block(self, name: str, count: int, *, counts: bool = True) -> None:
@@ -97,7 +118,7 @@ class Steps:
 
         from compress.compute.device import synchronize
 
-        switch(MODES[name])
+        switch(WAYS[name].switch)
         on_gpu = self.device.type == "cuda"
         synchronize(self.device)
         before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -108,8 +129,27 @@ class Steps:
             self.ms[name] += spent
             self.peaks[name].append(torch.cuda.max_memory_allocated() - before if on_gpu else 0)
 
+    def add_gpu_work(self, ways: Mapping[str, dict[str, Any]]) -> None:
+        """Enter the time of a step's kernels, their number, and the share of the step in which the GPU works."""
+        from compress.kernels.bench_case import kernel_times
+        from runtime.errors import one_line
+
+        try:
+            found = kernel_times([(functools.partial(self.profiled, name), 1) for name in ways])
+        except Exception as error:  # what was timed is worth more than the profiler's reasons
+            found = [{WHY: one_line(error)}] * len(ways)
+        for way, work in zip(ways.values(), found, strict=True):
+            way.update(work)
+            if WHY not in work:
+                way["busy"] = work["kernels_us"] / 1e3 / way["ms"]["p50"]
+
+    def profiled(self, name: str, _: int) -> tuple[()]:
+        switch(WAYS[name].switch)
+        self.step(name)
+        return ()
+
     def step(self, name: str) -> float:
-        """Milliseconds."""
+        """Take a step. Returns its milliseconds."""
         from compress.compute.device import synchronize
 
         started = time.perf_counter()
@@ -130,40 +170,62 @@ def switch(value: str | None) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from compress.kernels.bench_case import quantiles, shuffled_rounds
+    from compress.kernels.bench_case import shuffled_rounds
     from runtime import machine
 
     steps = Steps(options, folder)
-    for name in MODES:
+    for name in WAYS:
         steps.block(name, WARM_UP, counts=False)
     size = min(BLOCK, options.steps)
-    for name in shuffled_rounds(list(MODES), options.steps // size, random.Random(0)):
+    for name in shuffled_rounds(list(WAYS), options.steps // size, random.Random(0)):
         steps.block(name, size)
+    ways = {name: found(steps, name) for name in WAYS}
+    steps.add_gpu_work(ways)
+    bare = next(iter(ways.values()))["ms"]["p50"]
     return {
         "measured": "tests/gpu/step.py",
         "machine": machine.facts(),
-        "settings": {k: v for k, v in vars(options).items() if k != "out"} | {"losses": LOSSES},
-        "ways": {
-            name: {
-                "ms": quantiles(steps.ms[name]),
-                "samples": len(steps.ms[name]),
-                "peak_extra_bytes": max(steps.peaks[name]),
-                "terms": [str(term) for term in steps.terms[name]],
-            }
-            for name in MODES
-        },
+        "settings": {k: v for k, v in vars(options).items() if k != "out"},
+        "ways": {name: way | {"more_ms": way["ms"]["p50"] - bare} for name, way in ways.items()},
     }
 
 
+def found(steps: Steps, name: str) -> dict[str, Any]:
+    """The figures of one way."""
+    from compress.kernels.bench_case import quantiles
+
+    return {
+        "losses": dict(WAYS[name].losses),
+        "ms": quantiles(steps.ms[name]),
+        "samples": len(steps.ms[name]),
+        "peak_extra_bytes": max(steps.peaks[name]),
+        "terms": [str(term) for term in steps.terms[name]],
+    }
+
+
+COLUMNS = {
+    "p20 ms": (1, 1, lambda way: way["ms"]["p20"]),
+    "p50": (1, 1, lambda way: way["ms"]["p50"]),
+    "p80": (1, 1, lambda way: way["ms"]["p80"]),
+    "more": (1, 1, lambda way: way["more_ms"]),
+    "GPU ms": (1e-3, 1, lambda way: way.get("kernels_us")),
+    "busy %": (100, 0, lambda way: way.get("busy")),
+    "kernels": (1, 0, lambda way: way.get("kernels")),
+    "MiB": (2**-20, 0, lambda way: way["peak_extra_bytes"]),
+}
+"""Title -> factor, decimals, and the value of a way: of a step, beyond the first way's, and beside all that stays."""
+
+
 def table(document: dict[str, Any]) -> str:
-    """A line for each way; the last words are what the loss costs beyond the step without it."""
+    """A line for each way, and one for each whose kernels could not be timed."""
     ways = document["ways"]
-    bare = ways["loss off"]["ms"]["p50"]
-    return "\n".join(
-        f"{name:10} {way['ms']['p20']:8.1f} {way['ms']['p50']:8.1f} {way['ms']['p80']:8.1f} ms per step (p20 p50 p80), "
-        f"{way['peak_extra_bytes'] / 2**20:8.0f} MiB at the peak, loss {way['ms']['p50'] - bare:+.1f} ms"
-        for name, way in ways.items()
-    )
+    lines = [f"{'a step':20}" + "".join(f"{title:>9}" for title in COLUMNS)]
+    for name, way in ways.items():
+        values = [(factor, places, read(way)) for factor, places, read in COLUMNS.values()]
+        cells = [f"{'-':>9}" if x is None else f"{factor * x:9.{places}f}" for factor, places, x in values]
+        lines.append(f"{name:20}" + "".join(cells))
+    lines += [f"{name}: {way[WHY]}" for name, way in ways.items() if WHY in way]
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from shapes import DETECTOR, EXTREME, LEVELS, MEDIUM, OPCHECK, SELECTIONS, SHAPES, UNLIKE, even
 from shim.cases import HEAD, with_learners
 from shim.oracle import (
     DTYPES,
@@ -40,14 +42,6 @@ from compress.kernels.rescale import SOURCE as RESCALE
 if not torch.cuda.is_available():
     pytest.skip("torch sees no NVIDIA GPU", allow_module_level=True)
 
-SHAPES = [(2, 8, 20, 20), (3, 5, 7, 9), (1, 4, 16, 16), (2, 13, 11, 5), (2, 72, 12, 10)]
-"""Round, odd, square, prime, and wide: several tiles of whatever a kernel tiles."""
-LEVELS = [(2, 8, 20, 20), (2, 13, 10, 10), (2, 32, 7, 5)]
-DETECTOR = [(32, 128, 80, 80), (32, 256, 40, 40), (32, 512, 20, 20)]
-"""A detector's maps at 640 pixels."""
-MEDIUM = [(8, 64, 40, 40), (8, 128, 20, 20)]
-EXTREME = [(64, 1024, 4, 4), (1, 8, 160, 160), (1, 3, 157, 163)]
-"""More than 65 535 rows; rows longer than what registers hold, round and prime."""
 WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20, "soft_head": 5 << 20}
 """Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block; the
 head's gates."""
@@ -78,7 +72,7 @@ def arguments(
     """The arguments of `name`; without `scale` the upstream gradient is one that gives gradients normal sizes."""
     generator = torch.Generator().manual_seed(9 + seed)
     if name == "adapter_mse" and dtype != torch.float32:  # others go the general way, which rounds as eager code does
-        shapes = [(n, -(-c // 8) * 8, h, w) for n, c, h, w in shapes]
+        shapes = [*map(even, shapes)]
     if name == "soft_head":
         shapes = [head_shape(shape) for shape in shapes]
     large = sum(map(torch.Size.numel, map(torch.Size, shapes))) > 1 << 22
@@ -279,6 +273,26 @@ def test_a_captured_graph_gives_what_eager_code_gives(name, scale):
         assert all(map(torch.equal, gradients.tensors, expected[turn]))
 
 
+@every_loss
+def test_two_captured_graphs_at_once_give_what_each_gives_alone(name):
+    """As they would not with a ticket that both use."""
+    givens = [arguments(name, MEDIUM, seed=seed) for seed in (0, 100)]
+    expected = [differentiated(name, given, 3.0)[0] for given in givens]
+    learners = [learners_of(name, given) for given in givens]
+    wanted, graphs = torch.tensor(3.0, device=TORCH), []
+    for given, own in zip(givens, learners, strict=True):
+        loss = functools.partial(loss_of, name, with_learners(name, given, own))
+        graphs.append(captured(lambda loss=loss, own=own: torch.autograd.grad(loss(), own, wanted)))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(20):
+        for stream, captive in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                captive.graph.replay()
+    torch.cuda.synchronize()
+    for captive, gradients in zip(graphs, expected, strict=True):
+        assert all(map(torch.equal, captive.tensors, gradients))
+
+
 class Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     tensors: Sequence[Tensor]
@@ -447,7 +461,7 @@ def test_compiled_code_gives_what_eager_code_gives(name):
 @every_loss
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_the_registered_op_is_sound(name, scale):
-    given = arguments(name, [(2, 16, 8, 8), (2, 32, 4, 4)], torch.float32, scale=3.0)
+    given = arguments(name, OPCHECK, torch.float32, scale=3.0)
     given[-1] = None if scale is None else given[-1]
     inputs = with_learners(name, given, learners_of(name, given))
     torch.library.opcheck(getattr(torch.ops.edgestill, name).default, tuple(inputs))
@@ -494,7 +508,7 @@ def test_soft_head_compares_the_cells_that_topk_takes_of_equal_gates(shape, layo
 
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [(128, 128), (64, 64), (64, 128), (96, 48), (16, 80)], ids=str)
+@pytest.mark.parametrize("channels", SELECTIONS, ids=str)
 def test_adapter_mse_multiplies_the_elements_that_the_shim_says(channels, dtype, layout):
     """The layouts of ldmatrix and mma.sync: with a selection as matrix, every product is one element, exactly."""
     into, out = channels
@@ -520,7 +534,7 @@ def test_adapter_mse_multiplies_the_elements_that_the_shim_says(channels, dtype,
 
 @every_layout
 @every_dtype
-@pytest.mark.parametrize("channels", [(64, 128), (128, 64), (96, 48), (128, 256), (40, 24)], ids=str)
+@pytest.mark.parametrize("channels", UNLIKE, ids=str)
 def test_adapter_mse_brings_other_numbers_of_channels_into_the_teachers(channels, dtype, layout, note):
     given = arguments("adapter_mse", [(2, channels[0], 12, 10)], dtype, layout=layout)
     _, teachers = pair((2, channels[1], 12, 10), dtype, seed=7, layout=layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from compress.kernels import bench, bench_case
 from compress.kernels.bench_case import (
     Case,
+    Timed,
     arguments,
     input_sets,
     learners_of,
@@ -28,6 +30,7 @@ from runtime.errors import EdgestillError
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
+CASE = Case("cwd", "all", "fp16")._asdict()
 
 
 @pytest.fixture
@@ -43,10 +46,11 @@ def timed(us: float, **notes) -> dict:
 # ---- plan and figures ---------------------------------------------------------------------------------------------
 
 
-def test_all_levels_in_half_precision_come_first() -> None:
+def test_all_levels_in_half_precision_and_the_layout_of_training_come_first() -> None:
     cases = plan("cwd")
-    assert cases[0] == Case("cwd", "all", "fp16")
-    assert len(set(cases)) == 8
+    assert cases[:2] == [Case("cwd", "all", "fp16", "channels_last"), Case("cwd", "s8", "fp16", "channels_last")]
+    assert [case.dtype for case in cases] == 8 * ["fp16"] + 8 * ["fp32"]
+    assert len(set(cases)) == 16
     assert plan("cwd", quick=True) == cases[:1]
 
 
@@ -79,11 +83,17 @@ def test_bandwidth_is_bytes_over_the_median() -> None:
 
 
 def test_ratios_compare_medians_with_ours() -> None:
-    found = ratios({"ours": timed(100), "ours_again": timed(97), "stream": timed(90), "eager": timed(500)})
+    found = ratios(
+        {
+            "ours": timed(100, kernels_us=80), "ours_again": timed(97), "stream": timed(90, kernels_us=76),
+            "eager": timed(500),
+        }
+    )  # fmt: skip
     assert found["of_stream"] == pytest.approx(0.9)
+    assert found["kernels_of_stream"] == pytest.approx(0.95)
     assert found["noise"] == pytest.approx(0.03)
     assert found["eager_over_ours"] == pytest.approx(5)
-    assert found["compile_over_ours"] is None
+    assert found["compile_over_ours"] is found["kernels_compile_over_ours"] is None
 
 
 def test_without_ours_nothing_is_compared() -> None:
@@ -95,22 +105,23 @@ def test_without_ours_nothing_is_compared() -> None:
 
 @pytest.mark.parametrize("loss", FUSED)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_all_variants_of_a_loss_give_its_gradient(small_levels, loss, dtype) -> None:
-    case = Case(loss, "all", dtype)
+@pytest.mark.parametrize("layout", bench_case.LAYOUTS)
+def test_all_variants_of_a_loss_give_its_gradient(small_levels, loss, dtype, layout) -> None:
+    case = Case(loss, "all", dtype, layout)
     calls = variants(case, CPU, 2)
     expected = calls["eager"](1)
     assert [g.shape for g in expected] == [x.shape for x in learners_of(loss, arguments(case, CPU, 1))]
-    for name in ("autocast", "ours", "ours_again"):
+    for name in ("ours", "ours_again"):
         for found, true in zip(calls[name](1), expected, strict=True):
             assert torch.allclose(found.float(), true.float(), rtol=0.05, atol=0.05 * true.abs().max().item()), name
 
 
-def test_sets_of_inputs_differ_and_layouts_hold_other_numbers_of_the_same_kind(small_levels) -> None:
-    case = Case("cwd", "s8", "fp16")
-    first, second, last = arguments(case, CPU, 0), arguments(case, CPU, 1), arguments(case, CPU, 0, channels_last=True)
+def test_sets_of_inputs_differ_and_have_the_layout_of_the_case(small_levels) -> None:
+    last, nchw = (Case("cwd", "s8", "fp16", layout) for layout in ("channels_last", "nchw"))
+    first, second, other = arguments(last, CPU, 0), arguments(last, CPU, 1), arguments(nchw, CPU, 0)
     assert not torch.equal(first[0][0], second[0][0])
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*last[0], *last[1]))
-    assert first[0][0].is_contiguous()
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*first[0], *first[1]))
+    assert all(x.is_contiguous() for x in (*other[0], *other[1]))
     assert first[0][0].requires_grad
     assert not first[1][0].requires_grad
 
@@ -124,11 +135,12 @@ def test_the_ceilings_write_each_set_to_a_place_of_its_own(small_levels) -> None
 
 
 def test_a_case_that_would_not_end_in_time_is_left_out(monkeypatch, tmp_path) -> None:
-    clock = iter([0.0, 8.0, 8.0, 10.0, 20.0])
+    clock = iter([0.0, 8.0, 9.0])
     monkeypatch.setattr(bench_case.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(bench_case, "measure", lambda case, device, samples: case._asdict())
+    monkeypatch.setattr(bench_case, "measure", lambda case, device, samples: Timed(case, 2, {}, {}, 8.0))
+    monkeypatch.setattr(bench_case, "kernel_times", list)
     measure_all(plan("cwd")[:3], CPU, 3, 15.0, tmp_path / "lines")
-    assert len(bench.read_lines(tmp_path / "lines")) == 1
+    assert [bench.case_of(row) for row in bench.read_cases(tmp_path / "lines")] == plan("cwd")[:1]
 
 
 # ---- the document -------------------------------------------------------------------------------------------------
@@ -136,59 +148,112 @@ def test_a_case_that_would_not_end_in_time_is_left_out(monkeypatch, tmp_path) ->
 
 def case_row(**variants_found) -> dict:
     case = Case("cwd", "s8", "fp16")
-    found = {"stream": timed(50), "ours": timed(60, peak_extra_bytes=case.map_bytes + MIB, host_us=20.0)}
+    found = {"stream": timed(50, kernels_us=45.0)}
+    found["ours"] = timed(60, kernels_us=50.0, peak_extra_bytes=case.map_bytes + MIB, host_us=20.0)
     found |= variants_found
     return {**case._asdict(), "map_bytes": case.map_bytes, "variants": found, "ratios": ratios(found)}
 
 
-def test_a_row_has_a_cell_under_every_column() -> None:
+def test_a_row_has_a_cell_under_every_title() -> None:
     line = bench.row(case_row(eager=timed(600)))
-    assert line.split() == [
-        "cwd",
-        "fp16",
-        "s8",
-        "50.0",
-        "60.0",
-        "-",
-        "52",
-        "0.83",
-        "10.00",
-        "-",
-        "-",
-        "-",
-        "1.00",
-        "20",
-    ]
+    assert line.split()[:8] == ["cwd", "fp16", "s8", "last", "50.0", "60.0", "45.0", "50.0"]
+    assert line.split()[8:] == ["0.83", "0.90", "-", "10.00", "-", "1.00", "20"]
+    assert {len(title) for title in bench.header().splitlines()} == {len(line)}
 
 
 def test_what_could_not_be_measured_is_a_dash_and_a_remark() -> None:
-    case = case_row(ours={"error": "EdgestillError: no compiler"})
-    assert bench.row(case).split()[4:] == ["-"] * 10
+    case = case_row(ours={"error": "EdgestillError: no compiler"}, eager=timed(70, why_no_kernel_time="no CUPTI"))
+    assert bench.row(case).split()[5:] == ["-", "45.0", *["-"] * 8]
     told = bench.remarks({"cases": [case], "missing": [], "seconds": 3.0})
-    assert told.splitlines() == ["cwd fp16 s8: ours failed: EdgestillError: no compiler", "1 cases in 3 s"]
+    assert told.splitlines() == [
+        "cwd s8 fp16 channels_last: ours failed: EdgestillError: no compiler",
+        "cwd s8 fp16 channels_last: eager without the time of its kernels: no CUPTI",
+        "1 cases in 3 s",
+    ]
 
 
-def test_cases_that_were_not_reached_are_named() -> None:
+def test_cases_that_were_not_reached_are_named_in_the_document_and_counted_in_the_remarks() -> None:
     left = bench.missing("cwd", [case_row()], "no time was left", quick=False)
-    assert len(left) == 7
+    assert len(left) == 15
     assert {m["why"] for m in left} == {"no time was left"}
+    told = bench.remarks({"cases": [], "missing": left, "seconds": 3.0})
+    assert told.splitlines()[0] == "cwd: 15 cases not measured: no time was left"
 
 
-def test_half_a_line_of_a_process_that_was_ended_is_ignored(tmp_path) -> None:
+def test_the_last_whole_line_of_a_case_counts(tmp_path) -> None:
     path = tmp_path / "lines"
-    assert bench.read_lines(path) == []
-    path.write_text(json.dumps({"a": 1}) + "\n" + '{"a": ')
-    assert bench.read_lines(path) == [{"a": 1}]
+    assert bench.read_cases(path) == []
+    first, other = Case("cwd", "s8", "fp16")._asdict(), Case("cwd", "s16", "fp16")._asdict()
+    lines = [first | {"a": 1}, other, first | {"a": 2}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"a": ')
+    assert bench.read_cases(path) == [first | {"a": 2}, other]
+
+
+@pytest.fixture
+def timed_case(monkeypatch) -> Timed:
+    properties = types.SimpleNamespace(L2_cache_size=1)
+    monkeypatch.setattr(bench_case.torch.cuda, "get_device_properties", lambda device: properties)
+
+    def prepare(call, count):
+        if call is len:
+            raise RuntimeError("no memory")
+        return bench_case.PreparedVariant(call, {"host_us": 1.0})
+
+    monkeypatch.setattr(bench_case, "prepare", prepare)
+    monkeypatch.setattr(bench_case, "variants", lambda case, device, count: {"ours": abs, "eager": max, "copy": len})
+    monkeypatch.setattr(bench_case, "times_in_turns", lambda runs, samples: {name: [2.0, 2.0] for name in runs})
+    return bench_case.measure(Case("cwd", "s8", "fp16"), CPU, 2)
+
+
+def test_a_variant_that_fails_costs_the_others_nothing(timed_case) -> None:
+    assert timed_case.found["copy"] == {"error": "RuntimeError: no memory"}
+    assert timed_case.calls == {"ours": abs, "eager": max}
+    assert timed_case.found["ours"]["us"]["p50"] == 1000
+
+
+def test_the_times_of_kernels_stand_beside_those_of_their_calls(timed_case, monkeypatch) -> None:
+    def profiled(calls):
+        assert calls == [(abs, 2), (max, 2)]
+        return [{"kernels_us": 800.0, "kernels": 2.0}, {"kernels_us": 1600.0, "kernels": 9.0}]
+
+    monkeypatch.setattr(bench_case, "kernel_times", profiled)
+    bench_case.add_kernel_times([timed_case])
+    row = timed_case.row()
+    assert [row["variants"][name]["kernels_us"] for name in ("ours", "eager")] == [800, 1600]
+    assert row["ratios"]["eager_over_ours"] == 1
+
+
+def test_a_profiler_that_fails_costs_the_timings_nothing(timed_case, monkeypatch) -> None:
+    def profiled(calls):
+        raise RuntimeError("CUPTI is busy")
+
+    monkeypatch.setattr(bench_case, "kernel_times", profiled)
+    bench_case.add_kernel_times([timed_case])
+    assert timed_case.found["ours"]["why_no_kernel_time"] == "CUPTI is busy"
+    assert timed_case.found["ours"]["us"]["p50"] == 1000
+
+
+def test_kernels_belong_to_the_call_whose_mark_they_follow() -> None:
+    mark = ("void at::cuda::spin_kernel(long)", 1.0)
+    spans = [("before", 5.0), mark, ("a", 2.0), ("b", 4.0), mark, ("c", 9.0)]
+    assert bench_case.times_between_marks(spans, [2, 3]) == [
+        {"kernels_us": 3.0, "kernels": 1.0},
+        {"kernels_us": 3.0, "kernels": 1 / 3},
+    ]
+    with pytest.raises(RuntimeError, match="saw 1 of 2 variants"):
+        bench_case.times_between_marks([mark, mark, ("c", 9.0)], [2, 3])
+    with pytest.raises(RuntimeError, match="saw 0 of 2 variants"):
+        bench_case.times_between_marks([], [2, 3])
 
 
 def test_a_loss_whose_process_fails_or_hangs_is_told_and_keeps_its_cases(monkeypatch) -> None:
     def run(command, timeout, check):
         path = Path(command[command.index("--lines") + 1])
-        path.write_text('{"size": "all"}\n')
+        path.write_text(json.dumps(CASE) + "\n")
         raise bench.subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(bench.subprocess, "run", run)
-    assert bench.measure_loss("cwd", 1.0, quick=True) == ([{"size": "all"}], "it took too long")
+    assert bench.measure_loss("cwd", 1.0, quick=True) == ([CASE], "it took too long")
 
 
 def test_the_document_is_published_after_each_loss(monkeypatch, tmp_path, capsys) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -169,17 +173,73 @@ def test_the_limit_of_shared_memory_is_raised_and_never_lowered(driver):
     assert [call[3] >> 10 for call in driver.named("cuFuncSetAttribute")] == [100, 120]
 
 
-def test_tickets_are_kept_for_each_stream_and_new_in_a_captured_graph(driver, monkeypatch):
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: zeros(size, dtype=dtype))
+@pytest.fixture
+def zeros(monkeypatch):
+    """Tickets on the CPU; the sizes that were asked for."""
+    made, real = [], torch.zeros
+
+    def on_cpu(size, dtype, device):
+        made.append(size)
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", on_cpu)
+    return made
+
+
+def on_stream(monkeypatch, number, *, capturing=False):
+    stream = SimpleNamespace(cuda_stream=number, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+
+def test_a_stream_keeps_its_tickets(driver, zeros, monkeypatch):
     gpu = Gpu(0)
+    on_stream(monkeypatch, 5)
     first = gpu.tickets(3)
     assert gpu.tickets(3) is first
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=6))
+    on_stream(monkeypatch, 6)
     assert gpu.tickets(3) is not first
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert gpu.tickets(3) is not gpu.tickets(3)
-    assert len(gpu.tickets(1000)) == 1000
+
+
+def test_each_call_in_a_graph_has_tickets_that_were_zero_before_the_capture(driver, zeros, monkeypatch):
+    gpu = Gpu(0)
+    on_stream(monkeypatch, 5)
+    eager = gpu.tickets(3)
+    made = len(zeros)
+    on_stream(monkeypatch, 5, capturing=True)
+    calls = [eager, *(gpu.tickets(count) for count in (3, 1000, 3, 1))]
+    assert len(zeros) == made, "the graph would set them to zero in each replay"
+    assert [len(tickets) for tickets in calls[1:]] == [3, 1000, 3, 1]
+    for number, tickets in enumerate(calls):
+        tickets.fill_(1 + number)
+    assert all((tickets == 1 + number).all() for number, tickets in enumerate(calls)), "two calls share a ticket"
+
+
+def test_a_slab_of_tickets_outlives_its_successor(driver, zeros, monkeypatch):
+    """A graph that was captured long ago still counts in it."""
+    gpu = Gpu(0)
+    on_stream(monkeypatch, 5)
+    gpu.tickets(1)
+    on_stream(monkeypatch, 5, capturing=True)
+    address = gpu.tickets(module.SLAB_TICKETS - 1).data_ptr()
+    on_stream(monkeypatch, 5)
+    gpu.tickets(1)
+    on_stream(monkeypatch, 5, capturing=True)
+    assert gpu.tickets(module.SLAB_TICKETS // 2).data_ptr() != address
+    first, _ = gpu._slabs
+    assert first.data_ptr() < address < first.data_ptr() + first.nbytes
+    assert zeros.count(module.SLAB_TICKETS) == 2
+
+
+def test_a_graph_makes_its_own_tickets_where_the_slab_has_too_few(driver, zeros, monkeypatch):
+    gpu = Gpu(0)
+    on_stream(monkeypatch, 5, capturing=True)
+    assert len(gpu.tickets(3)) == 3
+    assert zeros == [3]
+    on_stream(monkeypatch, 5)
+    gpu.tickets(1)
+    on_stream(monkeypatch, 5, capturing=True)
+    assert len(gpu.tickets(module.SLAB_TICKETS + 1)) == module.SLAB_TICKETS + 1
 
 
 def test_a_gpu_that_the_driver_cannot_serve_shows_at_once(driver):
@@ -192,3 +252,72 @@ def test_without_the_bindings_the_remedy_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(UnavailableError, match=r"cuda-bindings is not here.*edgestill\[kernels\]"):
         module.load_driver()
+
+
+def test_without_the_drivers_library_one_line_says_so(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings")
+
+    def open_library():
+        raise RuntimeError("Failed to dlopen libcuda.so.1:\nno such file")
+
+    monkeypatch.setattr(bindings, "driver", SimpleNamespace(cuDriverGetVersion=open_library), raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings.driver)
+    with pytest.raises(UnavailableError, match="the NVIDIA driver is not here: Failed to dlopen") as caught:
+        module.load_driver()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("No GPUs")])
+def test_a_torch_that_sees_no_gpu_is_told_in_one_line(driver, monkeypatch, error):
+    def init():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UnavailableError, match=f"torch has no GPU here: {error}"):
+        Gpu(0)
+
+
+LAUNCHES = """
+from types import SimpleNamespace
+import torch
+from compress.kernels import gpu
+from compress.kernels.losses import FUSED
+from shim.cases import arguments
+
+class Noting(gpu.Gpu):
+    def launch(self, launch):
+        print("asked", launch.kernel, launch.grid, launch.block, launch.shared, launch.cluster, 5, flush=True)
+        super().launch(launch)
+
+    def _zeros(self, count):
+        return torch.zeros(count, dtype=torch.int32)
+
+gpu.toolchain.cubin = lambda source, architecture: b"machine code"
+torch.cuda.init = lambda: None
+torch.cuda.current_stream = lambda index: SimpleNamespace(cuda_stream=5, synchronize=lambda: None)
+torch.cuda.is_current_stream_capturing = lambda: False
+device = Noting(0)
+print(*device.facts, flush=True)
+for name in FUSED:
+    for layout in ("nchw", "channels_last"):
+        FUSED[name].run(device, arguments(name, torch.float16, layout=layout, scale=8.0))
+FUSED["pkd"].run(device, arguments("pkd", shapes=[(5, 2, 160, 160)], scale=8.0))
+"""
+
+
+def test_the_real_bindings_hand_every_launch_to_the_driver_as_it_was_asked_for(tmp_path):
+    """NVIDIA's bindings with a driver that only prints, in a process of its own, since they look for it once."""
+    pytest.importorskip("cuda.bindings")
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    source, library = Path(__file__).with_name("stub_driver.c"), tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    here = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], env=os.environ | here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts, *lines = done.stdout.splitlines()
+    assert facts == f"(9, 0) {50 << 20} {227 << 10}"
+    asked = [line.removeprefix("asked ") for line in lines[::2]]
+    assert asked == [line.removeprefix("launched ") for line in lines[1::2]]
+    assert {"cwd_rows_f16", "pkd_gradient_last_f16", "adapter_sums"} <= {line.split()[0] for line in asked}
+    assert asked[-1].startswith("pkd_cluster_f32")
+    assert asked[-1].endswith(" 8 5"), "a cluster of 8 blocks, on torch's stream"

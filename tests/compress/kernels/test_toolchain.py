@@ -49,6 +49,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(nvrtc, sour
     assert kernels
     most = REGISTERS.get(source.folder, 64)
     figures.compiled.setdefault(architecture, set()).update(kernels)
+    assert toolchain.kernel_names(code) == sorted(kernels)
     for name, resources in kernels.items():
         assert resources.spill_bytes == 0, name
         assert resources.registers <= most, (name, resources)

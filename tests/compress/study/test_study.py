@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
 from compress.recipe import load_recipe, recipe_text
-from compress.study import arm_recipe, check_arm, chosen_arms, count_in_folder, run_study, shared_by
+from compress.study import (
+    _run_apart,
+    _status_of,
+    arm_recipe,
+    check_arm,
+    chosen_arms,
+    count_in_folder,
+    run_study,
+    shared_by,
+)
 from runtime.errors import EdgestillError, UsageError
 
 ARMS = {
@@ -168,6 +178,36 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
     for one, other in zip(results, others, strict=True):
         assert one["of"]["training"] == other["of"]["training"]
         assert one["of"]["judges"] != other["of"]["judges"]
+
+
+def test_a_process_is_stopped_when_its_time_is_up_even_if_it_does_not_listen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("compress.study.GRACE_S", 0.2)
+    log = tmp_path / "log"
+    assert _status_of(["sh", "-c", "echo a; exit 3"], log, None) == 3
+    assert _status_of(["sh", "-c", "echo b"], log, 50) == 0
+    assert _status_of(["sh", "-c", "trap '' TERM; echo c; exec sleep 600"], log, 2) is None
+    assert log.read_text().split() == ["a", "b", "c"]
+
+
+def test_no_run_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
+    made = recipe(tmp_path)
+    assert _run_apart("soft", 0, made, out=tmp_path, until=time.monotonic(), log=print) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_study_whose_time_is_up_is_written_with_what_is_done_and_goes_on(three_splits: Path, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", []
+    study = {"arms": ARMS, "jobs": 2}
+    limited = recipe(three_splits, study={**study, "seeds": 3, "time_limit_s": 0.1})  # only the teacher is trained
+    document = json.loads(run_study(limited, out, log=lines.append).read_text())
+    assert lines[-1] == "the time is up: 6 of 6 runs are not done; run the study again to go on"
+    assert (document["runs"], document["differences"], document["failed"], document["seeds"]) == ([], [], {}, 1)
+    assert (out / "study.md").read_text().count("seed 0") == 1
+    whole = recipe(three_splits, study={**study, "seeds": 1, "time_limit_s": 1e6})
+    assert len(json.loads(run_study(whole, out, log=lines.append).read_text())["runs"]) == 2
 
 
 @pytest.mark.slow
