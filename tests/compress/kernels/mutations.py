@@ -507,7 +507,7 @@ def _with_holes(teacher: torch.Tensor) -> torch.Tensor:
 
 
 def _takes_the_first_of_equal_gates(kernels: Any, given: list[Any], replaced: dict[str, str]) -> bool:
-    """Of rows with equal gates, after a few with smaller ones."""
+    """Whether it takes the first rows with equal gates, which follow a few with smaller ones."""
     seen, smaller = given[2][0].clone(), 7
     gates = torch.full((len(seen), seen[0, ..., 0].numel()), 0.5)
     gates[:, :smaller] = -5
