@@ -240,8 +240,9 @@ class TrainConfig(Settings):
     """Save the state to resume from every this many epochs and always after the last."""
     amp: bool = True
     """float16 arithmetic on a GPU; a CPU computes in float32."""
-    workers: Annotated[Workers, NO_RESULT] = 1
-    """Threads that load data."""
+    workers: Annotated[Workers | None, NO_RESULT] = None
+    """Threads, or beside a GPU processes, that load data; 0 loads between the steps. None takes one thread, and beside
+    a GPU a process for each core but one, 16 at most."""
     threads: Annotated[Workers, NO_RESULT] = 0
     """Compute threads on a CPU; 0 takes OMP_NUM_THREADS, else measures them at the start and again now and then.
 

@@ -199,8 +199,7 @@ class _Runner:
 
 def as_network_input(images: Tensor, device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) RGB -> float32 0..1, channels last, on `device`."""
-    # this order is twice as fast on a CPU as changing layout and type at once
-    return images.to(device, non_blocking=True).float().div_(255).contiguous(memory_format=torch.channels_last)
+    return images.to(device, non_blocking=True).div(255).contiguous(memory_format=torch.channels_last)
 
 
 def to_original(boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int) -> NDArray[np.float32]:

@@ -1,12 +1,17 @@
-"""Run work that may crash, leak or never end in a fresh interpreter, so that the caller's process survives it."""
+"""Run work in a fresh interpreter: work that may crash, leak or never end, or that goes on beside the caller's."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
+
+HOME = Path(__file__).resolve().parent.parent
+"""The folder that holds this package."""
 
 
 def run_child(
@@ -20,15 +25,41 @@ def run_child(
         [sys.executable, "-c", statement],
         input=data,
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},
-        cwd=folder or Path(__file__).parent.parent,
+        env=_environment(),
+        cwd=folder or HOME,
         timeout=timeout_s,
         check=False,
     )
 
 
+def start_child(statement: str, *, pass_fds: Collection[int] = ()) -> subprocess.Popen[bytes]:
+    """Start one Python statement as `run_child` does, and let it go on beside this process.
+
+    It has the file descriptors `pass_fds` under their numbers, and one thread in each numerical library. Only its
+    standard error is seen. A Ctrl-C at the terminal does not reach it: this process decides when it ends.
+    """
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", statement],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=_environment() | {"OMP_NUM_THREADS": "1"},
+        cwd=HOME,
+        pass_fds=tuple(pass_fds),
+        start_new_session=True,
+    )
+
+
+def how_it_ended(status: int) -> str:
+    """The status of a process that has ended, as `Popen.returncode` has it, in words."""
+    return f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"exit code {status}"
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())}
+
+
 def _import_path() -> list[str]:
-    own = str(Path(__file__).resolve().parent.parent)
+    own = str(HOME)
     return [own, *(entry for entry in sys.path if entry and Path(entry).is_dir() and entry != own)]
 
 

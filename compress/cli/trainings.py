@@ -49,7 +49,11 @@ def training_options(stage: str, project: str) -> Callable[[Any], Any]:
         setting("--batch", "--batch-size", key=f"{stage}.batch", help="Images a batch."),
         imgsz(f"{stage}.imgsz"),
         device,
-        setting("--workers", key=f"{stage}.workers", help="Threads that load data."),
+        setting(
+            "--workers",
+            key=f"{stage}.workers",
+            help="Threads, on a GPU processes, that load data; default one, on a GPU one a core.",
+        ),
         setting("--threads", key=f"{stage}.threads", help="Compute threads on a CPU; 0 measures how many are best."),
         setting("--seed", key=f"{stage}.seed", help="Seed of every random number."),
         setting("--preset", key=f"{stage}.preset", help="Hyper-parameters to start from."),

@@ -263,7 +263,7 @@ def flip(
     """Mirrored image and normalised labels."""
     mirrored = labels.copy()
     if up_down:
-        image, mirrored[:, 2] = image[::-1], 1 - mirrored[:, 2]
+        image, mirrored[:, 2] = np.asarray(cv2.flip(image, 0), np.uint8), 1 - mirrored[:, 2]
     if left_right:
-        image, mirrored[:, 1] = image[:, ::-1], 1 - mirrored[:, 1]
+        image, mirrored[:, 1] = np.asarray(cv2.flip(image, 1), np.uint8), 1 - mirrored[:, 1]
     return image, mirrored

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 from compress.data.dataset import Problem, Sample
+from compress.data.shared_array import SharedArray
 from runtime.errors import InputError
 from runtime.image import LETTERBOX_FILL, Image, read_image
 
@@ -33,26 +34,83 @@ class ImageStore:
         self.imgsz = imgsz
         self.cached = fits_in_memory(samples, imgsz) if cache is None else cache
         self.problems: dict[int, Problem] = {}
-        self._images: dict[int, Image] = {}
+        self._images: dict[int, Image] | SharedImages = {}
+
+    @property
+    def shared(self) -> SharedImages | None:
+        """The decoded images that processes share; None where each decodes for itself."""
+        return self._images if isinstance(self._images, SharedImages) else None
+
+    def share(self) -> None:
+        """Keep the decoded images, if they are kept at all, where the processes that this one starts find them."""
+        if self.cached and isinstance(self._images, dict):
+            shared = SharedImages([resized_hw(sample.size_hw, self.imgsz) for sample in self.samples])
+            for index, image in self._images.items():
+                shared[index] = image
+            self._images = shared
 
     def load(self, index: int) -> tuple[Image, bool]:
         """The resized image, read-only when cached, and True if it could be decoded."""
         image = self._images.get(index)
-        if image is None:
+        if image is None and index not in self.problems:
             image = self._decode(index)
-            image.setflags(write=False)
-            if self.cached:
-                self._images[index] = image
-        return image, index not in self.problems
+        if image is None:
+            return np.full((*resized_hw(self.samples[index].size_hw, self.imgsz), 3), LETTERBOX_FILL, np.uint8), False
+        return image, True
 
-    def _decode(self, index: int) -> Image:
+    def _decode(self, index: int) -> Image | None:
+        """The image, kept where images are kept; None, which is reported, if it cannot be decoded."""
         sample = self.samples[index]
         try:
-            return read_resized(sample, self.imgsz, linear=True)
+            image = read_resized(sample, self.imgsz, linear=True)
         except InputError as error:
-            self.problems[index] = Problem(sample.image, 0, error.message)
-            log.warning("image left out of training: %s", error)
-            return np.full((*resized_hw(sample.size_hw, self.imgsz), 3), LETTERBOX_FILL, np.uint8)
+            self.report(index, Problem(sample.image, 0, str(error)))
+            return None
+        image.setflags(write=False)
+        if self.cached:
+            self._images[index] = image
+        return image
+
+    def report(self, index: int, problem: Problem) -> None:
+        """Take note that an image cannot be decoded, and log it the first time."""
+        if index not in self.problems:
+            self.problems[index] = problem
+            log.warning("image left out of training: %s", problem.what)
+
+
+class SharedImages:
+    """Decoded images of known sizes in memory that processes share; in each process a dict of those it may read.
+
+    A process reads the images that it decoded, and those of which it learns through `readable` by a message: memory
+    alone does not say on every CPU that the pixels are there already. Two processes that decode one image write the
+    same bytes to the same place.
+    """
+
+    def __init__(self, sizes_hw: Sequence[tuple[int, int]]) -> None:
+        self._sizes_hw = sizes_hw
+        self._ends = np.cumsum([3 * height * width for height, width in sizes_hw])
+        self.pixels = SharedArray((int(self._ends[-1]),), np.uint8)
+        self.readable: set[int] = set()
+        self.decoded: list[int] = []
+        """Images that this process decoded, in this order."""
+
+    def __setitem__(self, index: int, image: Image) -> None:
+        self._place(index)[...] = image
+        self.decoded.append(index)
+        self.readable.add(index)
+
+    def get(self, index: int) -> Image | None:
+        """The image, read-only; None if this process does not know it."""
+        if index not in self.readable:
+            return None
+        image = self._place(index)
+        image.setflags(write=False)
+        return image
+
+    def _place(self, index: int) -> Image:
+        height, width = self._sizes_hw[index]
+        end = int(self._ends[index])
+        return self.pixels.array[end - 3 * height * width : end].reshape(height, width, 3)
 
 
 def read_resized(sample: Sample, imgsz: int, *, linear: bool) -> Image:
@@ -70,9 +128,10 @@ def read_resized(sample: Sample, imgsz: int, *, linear: bool) -> Image:
     return resize_longest(image, imgsz, linear=linear)
 
 
-def to_chw_rgb(image: Image) -> Image:
-    """(H, W, 3) BGR as contiguous (3, H, W) RGB."""
-    return np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
+def write_rgb(image: Image, out: Image) -> None:
+    """Write an image (H, W, 3) BGR into the contiguous `out` of the same shape, as RGB."""
+    assert image.shape == out.shape  # OpenCV would write elsewhere
+    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
 
 
 def resize_longest(image: Image, imgsz: int, *, linear: bool) -> Image:

@@ -1,7 +1,7 @@
 """In: a dataset or samples. Out: batches as uint8 tensors with YOLO targets, in an order that is the same everywhere.
 
-Batches are made by threads, not processes: OpenCV releases the interpreter lock, decoded images are shared without
-copies, and neither /dev/shm nor pickling can fail. The number of workers never changes a batch.
+Here threads make the batches, or the caller's own: OpenCV releases the interpreter lock, and decoded images are shared
+without copies. `compress.data.train_loader` has processes for a GPU. The workers never change a batch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 
 from compress.data.augment import to_normalised, to_pixels
 from compress.data.dataset import Sample
-from compress.data.image_store import read_resized, to_chw_rgb
-from compress.data.train_dataset import TrainItems
+from compress.data.image_store import read_resized, write_rgb
+from compress.data.train_dataset import Task, TrainItems, targets_of, write_items
 from runtime.image import Image, letterbox
 
 RECT_PAD = 0.5
 """Share of the stride by which rectangular batches are wider than needed."""
+VAL_THREADS = 4
+"""Most threads of a validation. Each makes a whole batch; NMS in the main thread takes as long as one of them."""
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 class Batch(NamedTuple):
-    """images uint8 (B, 3, S, S) RGB; targets float32 (nt, 6) [image in batch, class, cx, cy, w, h] normalised.
+    """images uint8 (B, 3, S, S) RGB, channels last; targets float32 (nt, 6) [image in batch, class, cx, cy, w, h]
+    normalised.
 
     The first `labelled` images are those whose labels are known; None if all are.
     """
@@ -44,8 +47,8 @@ class Batch(NamedTuple):
 class ValBatch(NamedTuple):
     """A validation batch; all per-image fields are in batch order.
 
-    images uint8 (B, 3, H, W) RGB; targets as in `Batch`. `gains` is resized height / original height, `pads_wh` the
-    float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and the samples' sizes.
+    images uint8 (B, 3, H, W) RGB, channels last; targets as in `Batch`. `gains` is resized height / original height,
+    `pads_wh` the float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and the samples' sizes.
     """
 
     images: torch.Tensor
@@ -65,22 +68,42 @@ def train_batches(
     world: int = 1,
     augment_mosaic: bool = True,
 ) -> Iterator[Batch]:
-    """The batches of one epoch.
+    """The batches of one epoch, made by `workers` threads, or by the caller's own.
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
     global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
     images than there are ranks, some of its images are repeated, so that every rank has work. In a batch, images whose
     labels are not known come last.
     """
-    slices = rank_slices(dataset.order(epoch), batch=batch, rank=rank, world=world)
+    tasks = epoch_tasks(dataset, epoch, batch=batch, rank=rank, world=world, mosaic=augment_mosaic)
+    yield from map_ahead(lambda task: train_batch(dataset, task), tasks, workers)
 
-    def make(indices: NDArray[np.int64]) -> Batch:
-        known = indices < dataset.labelled
-        ordered = tuple(np.concatenate([indices[known], indices[~known]]).tolist())
-        items = [dataset.item(epoch, index, mosaic=augment_mosaic) for index in ordered]
-        return Batch(*_stack(items), ordered, None if known.all() else int(known.sum()))
 
-    yield from map_ahead(make, slices, workers)
+def epoch_tasks(dataset: TrainItems, epoch: int, *, batch: int, rank: int, world: int, mosaic: bool) -> list[Task]:
+    """The batches of an epoch as `train_batches` yields them, before they are made."""
+    return [
+        Task(epoch, *_labelled_first(indices, dataset.labelled), mosaic)
+        for indices in rank_slices(dataset.order(epoch), batch=batch, rank=rank, world=world)
+    ]
+
+
+def _labelled_first(indices: NDArray[np.int64], labelled: int) -> tuple[tuple[int, ...], int | None]:
+    """The indices, those below `labelled` first, and how many these are; None if all."""
+    known = indices < labelled
+    ordered = tuple(np.concatenate([indices[known], indices[~known]]).tolist())
+    return ordered, None if known.all() else int(known.sum())
+
+
+def train_batch(dataset: TrainItems, task: Task) -> Batch:
+    """Make one batch."""
+    images = np.empty((len(task.indices), dataset.imgsz, dataset.imgsz, 3), np.uint8)
+    targets = write_items(dataset, task.epoch, task.indices, images, 0, mosaic=task.mosaic)
+    return Batch(as_tensor(images), torch.from_numpy(targets), task.indices, task.labelled)
+
+
+def as_tensor(images: NDArray[np.uint8]) -> torch.Tensor:
+    """The same memory (B, H, W, 3) as a tensor (B, 3, H, W), channels last."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def rank_slices(order: NDArray[np.int64], *, batch: int, rank: int, world: int) -> list[NDArray[np.int64]]:
@@ -107,7 +130,7 @@ def val_batches(
     ordered = by_aspect(samples) if rect else samples
     groups = [ordered[i : i + batch] for i in range(0, len(ordered), batch)]
     jobs = [(group, _rect_shape(group, imgsz, stride) if rect else (imgsz, imgsz)) for group in groups]
-    yield from map_ahead(lambda job: _val_batch(imgsz, *job), jobs, workers)
+    yield from map_ahead(lambda job: _val_batch(imgsz, *job), jobs, min(workers, VAL_THREADS))
 
 
 def by_aspect(samples: Sequence[Sample]) -> list[Sample]:
@@ -132,26 +155,24 @@ def _rect_shape(samples: Sequence[Sample], imgsz: int, stride: int) -> tuple[int
 
 
 def _val_batch(imgsz: int, samples: Sequence[Sample], shape_hw: tuple[int, int]) -> ValBatch:
-    items, gains, pads = zip(*(_val_item(sample, imgsz, shape_hw) for sample in samples), strict=True)
-    return ValBatch(*_stack(items), tuple(samples), gains, pads)
+    images = np.empty((len(samples), *shape_hw, 3), np.uint8)
+    made = [_write_val_item(sample, imgsz, image) for sample, image in zip(samples, images, strict=True)]
+    labels, gains, pads = zip(*made, strict=True)
+    targets = np.concatenate([targets_of(own, place) for place, own in enumerate(labels)])
+    return ValBatch(as_tensor(images), torch.from_numpy(targets), tuple(samples), gains, pads)
 
 
-def _val_item(
-    sample: Sample, imgsz: int, shape_hw: tuple[int, int]
-) -> tuple[tuple[Image, NDArray[np.float32]], float, tuple[float, float]]:
-    """((image, labels), gain, pad) of one sample. An unreadable image is an error: mAP must count every image."""
+def _write_val_item(sample: Sample, imgsz: int, out: Image) -> tuple[NDArray[np.float32], float, tuple[float, float]]:
+    """Write the sample's image into `out` as RGB. Returns its labels, gain and pad.
+
+    An unreadable image is an error: mAP must count every image.
+    """
     image = read_resized(sample, imgsz, linear=False)
     height, width = image.shape[:2]
-    framed = letterbox(image, shape_hw, scale_up=False)
+    framed = letterbox(image, (out.shape[0], out.shape[1]), scale_up=False)
     boxes = to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
-    labels = to_normalised(boxes, shape_hw[1], shape_hw[0])
-    return (to_chw_rgb(framed.image), labels), height / sample.size_hw[0], framed.pad_wh
-
-
-def _stack(items: Iterable[tuple[Image, NDArray[np.float32]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*items, strict=True)
-    rows = [np.insert(own, 0, image, axis=1) for image, own in enumerate(labels)]
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
+    write_rgb(framed.image, out)
+    return to_normalised(boxes, out.shape[1], out.shape[0]), height / sample.size_hw[0], framed.pad_wh
 
 
 def map_ahead(function: Callable[[A], B], jobs: Iterable[A], workers: int) -> Iterator[B]:

@@ -1,10 +1,13 @@
-"""In: samples. Out: training items, each a pure function of (seed, epoch, index), and their order in an epoch."""
+"""In: samples. Out: training items, each a pure function of (seed, epoch, index), and their order in an epoch.
+
+Nothing here imports torch, so that a process that only makes images starts quickly and stays small.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +15,28 @@ from numpy.typing import NDArray
 from compress.config import AugmentConfig
 from compress.data.augment import Boxes, apply_plan, draw_plan, to_pixels
 from compress.data.dataset import Sample
-from compress.data.image_store import ImageStore, to_chw_rgb
+from compress.data.image_store import ImageStore, write_rgb
 from runtime.image import Image
 
 Item = tuple[Image, NDArray[np.float32]]
-"""Image uint8 (3, imgsz, imgsz) RGB and labels (n, 5) float32 [class, cx, cy, w, h] normalised."""
+"""Image uint8 (imgsz, imgsz, 3) BGR and labels (n, 5) float32 [class, cx, cy, w, h] normalised."""
 
 
 class TrainItems(Protocol):
     """The items of a training: those with an index below `labelled` have labels, of the others none are known."""
 
     @property
+    def imgsz(self) -> int:
+        """Pixels of a side of every item's image."""
+        ...
+
+    @property
     def labelled(self) -> int: ...
+
+    @property
+    def stores(self) -> tuple[ImageStore, ...]:
+        """Where its images come from."""
+        ...
 
     def __len__(self) -> int:
         """Items of an epoch."""
@@ -42,6 +55,40 @@ def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
     order.setflags(write=False)
     return order
+
+
+class Task(NamedTuple):
+    """One batch that is to be made: its images are the items `indices` of `epoch`, the first `labelled` with labels.
+
+    `labelled` is None if all have labels.
+    """
+
+    epoch: int
+    indices: tuple[int, ...]
+    labelled: int | None
+    mosaic: bool
+
+
+def write_items(
+    dataset: TrainItems, epoch: int, indices: Iterable[int], images: NDArray[np.uint8], first: int, *, mosaic: bool
+) -> NDArray[np.float32]:
+    """Make the items `indices` as images `first`, `first + 1`, ... of a batch, `images` uint8 (B, S, S, 3) RGB.
+
+    Returns their targets, float32 (n, 6) [image in batch, class, cx, cy, w, h] normalised.
+    """
+    targets = []
+    for place, index in enumerate(indices, first):
+        image, labels = dataset.item(epoch, index, mosaic=mosaic)
+        write_rgb(image, images[place])
+        targets.append(targets_of(labels, place))
+    return np.concatenate(targets)
+
+
+def targets_of(labels: NDArray[np.float32], place: int) -> NDArray[np.float32]:
+    """The labels (n, 5) of a batch's image number `place`, that number before each, (n, 6) float32."""
+    targets = np.empty((len(labels), 6), np.float32)
+    targets[:, 0], targets[:, 1:] = place, labels
+    return targets
 
 
 class TrainDataset:
@@ -63,6 +110,7 @@ class TrainDataset:
         self.config = config
         self.seed = seed
         self.store = ImageStore(samples, imgsz, cache=cache)
+        self.stores = (self.store,)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,8 +133,7 @@ class TrainDataset:
             imgsz=self.imgsz,
             mosaic=mosaic,
         )
-        image, labels = apply_plan(plan, self.load, index, self.imgsz)
-        return to_chw_rgb(image), labels
+        return apply_plan(plan, self.load, index, self.imgsz)
 
     def load(self, index: int) -> tuple[Image, Boxes]:
         """The resized image and its boxes in its pixels."""
@@ -104,7 +151,8 @@ class MixedDataset:
 
     def __init__(self, own: TrainDataset, unlabelled: TrainDataset) -> None:
         self._own, self._unlabelled = own, unlabelled
-        self.labelled = own.labelled
+        self.labelled, self.imgsz = own.labelled, own.imgsz
+        self.stores = (*own.stores, *unlabelled.stores)
 
     def __len__(self) -> int:
         return 2 * len(self._own)

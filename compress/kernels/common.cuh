@@ -50,36 +50,39 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
 /// Elements in the 16 bytes that one thread moves at a time.
 template <class T> constexpr int kVector = VECTOR_BYTES / sizeof(T);
 
-template <int V, class T> __device__ __forceinline__ void unpack(uint4 raw, float (&to)[V]) {
-    static_assert(V == kVector<T>, "16 bytes");
+/// V elements as they are in memory: 16 bytes, or one element.
+template <int V, class T> struct RawOf {
+    static_assert(V == kVector<T>, "16 bytes or one element");
+    using Type = uint4;
+};
+template <class T> struct RawOf<1, T> {
+    using Type = T;
+};
+template <int V, class T> using Raw = typename RawOf<V, T>::Type;
+
+template <int V, class T> __device__ __forceinline__ void unpack(Raw<V, T> raw, float (&to)[V]) {
     const T* const values = reinterpret_cast<const T*>(&raw);
 #pragma unroll
     for (int i = 0; i < V; ++i) to[i] = to_float(values[i]);
 }
 
-/// 16 bytes without conversion, to be kept and unpacked later; read as `read` does.
-template <class T> __device__ __forceinline__ uint4 read_raw(const T* from) {
-    shim_count_read(16);
-    return __ldg(reinterpret_cast<const uint4*>(from));
+/// `read` without conversion. Read all that are to be under way together before the first is unpacked: a load that is
+/// unpacked at once waits for memory alone.
+template <int V, class T> __device__ __forceinline__ Raw<V, T> read_raw(const T* from) {
+    shim_count_read(V * sizeof(T));
+    return __ldg(reinterpret_cast<const Raw<V, T>*>(from));
 }
 
 /// V consecutive elements as float32: V is kVector<T>, the address then a multiple of 16 bytes, or 1. Through the
 /// read-only cache: nothing in the launch may write what is read.
 template <int V, class T> __device__ __forceinline__ void read(const T* from, float (&to)[V]) {
-    shim_count_read(V * sizeof(T));
-    if constexpr (V == 1)
-        to[0] = to_float(__ldg(from));
-    else
-        unpack<V, T>(__ldg(reinterpret_cast<const uint4*>(from)), to);
+    unpack<V, T>(read_raw<V>(from), to);
 }
 
 /// `read` for memory that the launch itself may write: not through the read-only cache.
 template <int V, class T> __device__ __forceinline__ void read_fresh(const T* from, float (&to)[V]) {
     shim_count_read(V * sizeof(T));
-    if constexpr (V == 1)
-        to[0] = to_float(*from);
-    else
-        unpack<V, T>(*reinterpret_cast<const uint4*>(from), to);
+    unpack<V, T>(*reinterpret_cast<const Raw<V, T>*>(from), to);
 }
 
 /// Writes V elements of T; does not keep them in the cache, so that a gradient does not evict what is still to be read.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator, Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,8 @@ SUFFIX = {torch.float32: "_f32", torch.float16: "_f16", torch.bfloat16: "_bf16"}
 """Dtype of the maps -> ending of the kernel's name."""
 VECTOR_BYTES = 16
 """Bytes that one thread moves at a time."""
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory of a multiprocessor that the system takes for each block."""
 
 
 class Facts(NamedTuple):
@@ -177,6 +180,24 @@ def share_blocks(sizes: Sequence[int], most: int, size_of_block: int) -> list[in
     """
     blocks = min(most, ceil_div(sum(sizes), size_of_block))
     return [max(1, blocks * size // sum(sizes)) for size in sizes]
+
+
+@lru_cache
+def cuts(strips: tuple[int, ...], work: tuple[int, ...], most: int, least: int) -> tuple[int, ...]:
+    """Into how many blocks each strip of each level is cut, one at least: so that the largest block is as small as
+    `most` blocks allow, and no smaller than `least` needs it.
+
+    `strips` is their number by level, `work` the elements of one. The result depends on the arguments alone, as that of
+    `share_blocks`.
+    """
+    pieces = [1] * len(strips)
+    while True:
+        sizes = [one / count for one, count in zip(work, pieces, strict=True)]
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        blocks = sum(number * count for number, count in zip(strips, pieces, strict=True))
+        if sizes[largest] <= least or blocks + strips[largest] > most:
+            return tuple(pieces)
+        pieces[largest] += 1
 
 
 def addresses(workspace: Tensor, sizes: Sequence[int]) -> list[int]:

@@ -207,5 +207,16 @@ def _cell(resources: Resources | None) -> str:
     return f"{resources.registers}{spills}".rjust(8)
 
 
+def flow_table() -> str:
+    """Blocks of a multiprocessor and loads under way of every kernel on sm_90, and the times that follow from them."""
+    from compress.kernels import model  # imports torch, as above
+
+    return model.kernels_table(model.found_kernels())
+
+
 if __name__ == "__main__":
-    print(resource_table())
+    print(resource_table(), end="\n\n")
+    try:
+        print(flow_table())
+    except UnavailableError as error:
+        print(f"loads under way are not counted: {error}")

@@ -23,6 +23,7 @@ from compress.config import DistillConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count, train_batches
 from compress.data.train_dataset import TrainItems
+from compress.data.train_loader import worker_count
 from compress.evaluate import as_network_input, evaluate_outputs
 from compress.log import Log
 from compress.losses.preflight import Check, preflight
@@ -182,7 +183,8 @@ def teacher_accuracy(
     rect = teacher.takes_any_size if rect is None else rect
     found = evaluate_outputs(
         lambda images: teacher(images).raw, decode, val, imgsz=config.image_side, batch=2 * config.batch,
-        stride=max(terms.strides), rect=rect, device=teacher.device, workers=config.workers,
+        stride=max(terms.strides), rect=rect, device=teacher.device,
+        workers=worker_count(config.workers, teacher.device),
     )  # fmt: skip
     return Accuracy(found.yolo.map50_95, found.yolo.map50, found.images, rect)
 

@@ -13,8 +13,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from compress.compute.resize import reduced
 from compress.compute.threads import ThreadChoice, fixed_threads, threads_restored
 from compress.config import TrainConfig
 from compress.data.dataset import Sample
-from compress.data.loader import Batch, batch_count, train_batches
+from compress.data.loader import Batch, batch_count
 from compress.data.train_dataset import TrainItems
+from compress.data.train_loader import TrainLoader, open_loader, worker_count
 from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
 from compress.losses.distill import Outputs
@@ -166,7 +168,7 @@ class Trainer:
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
         self._counted_until = time.perf_counter()
-        with scalars, progress, threads_restored():
+        with scalars, progress, threads_restored(), closing(self.loader):
             self.choose_threads()
             while not self.finished:
                 started = time.perf_counter()
@@ -194,14 +196,24 @@ class Trainer:
         measured = self.objective.weights.measured.tolist()
         return {share_column(name): share for name, share in zip(self.objective.losses, measured, strict=True)}
 
-    def epoch_batches(self) -> Iterator[Batch]:
-        """The share of this process in each batch of the epoch."""
-        epoch, accelerator = self.state.epoch, self.accelerator
-        return train_batches(
-            self.job.train, batch=self.config.batch, epoch=epoch, workers=self.config.workers,
-            rank=accelerator.process_index, world=accelerator.num_processes,
-            augment_mosaic=epoch < mosaic_epochs(self.config.augment, self.config.epochs),
+    @property
+    def workers(self) -> int:
+        """Threads or processes that load data."""
+        return worker_count(self.config.workers, self.device)
+
+    @cached_property
+    def loader(self) -> TrainLoader:
+        """The share of this process in each batch; `run` closes it."""
+        return open_loader(
+            self.job.train, batch=self.config.batch, epochs=self.config.epochs,
+            mosaic_epochs=mosaic_epochs(self.config.augment, self.config.epochs),
+            workers=self.workers, device=self.device,
+            rank=self.accelerator.process_index, world=self.processes,
         )  # fmt: skip
+
+    def epoch_batches(self) -> Iterator[Batch]:
+        """The batches of the epoch."""
+        return self.loader.epoch(self.state.epoch)
 
     def train_batch(self, batch: Batch, iteration: int, *, last: bool = True) -> torch.Tensor:
         """Forward and backward, and a step of the optimiser where one is due. Returns the loss terms, detached.
@@ -335,7 +347,7 @@ class Trainer:
     def _accuracy(self) -> ValResult:
         return evaluate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
-            device=self.device, half=self.config.amp, workers=self.config.workers,
+            device=self.device, half=self.config.amp, workers=self.workers,
             loss=self.objective.detection, coco=False,
         )  # fmt: skip
 

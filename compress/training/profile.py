@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = Job(config, objective, splits.train, splits.val, Path(nowhere))
         trainer = Trainer(job, asked.device, print)
         trainer.choose_threads()
-        print(table(*measure(trainer, asked.epochs)))
-    print(f"{torch.get_num_threads()} compute threads, {asked.workers} data threads, torch {torch.__version__}")
+        with closing(trainer.loader):
+            print(table(*measure(trainer, asked.epochs)))
+    print(f"{torch.get_num_threads()} compute threads, {trainer.workers} data workers, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

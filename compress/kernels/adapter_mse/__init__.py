@@ -19,6 +19,7 @@ from torch import Tensor
 from compress.kernels import weighted_mse as general
 from compress.kernels.device import (
     MAX_LEVELS,
+    RESERVED_SHARED_BYTES,
     SUFFIX,
     WARP,
     Device,
@@ -43,19 +44,23 @@ MAX_CHANNELS = 128
 """Most channels, of student and of teacher, that a block can hold."""
 PIXELS = 64
 """Pixels of a tile."""
-RESIDENT_WARPS = 8
-"""Warps that a multiprocessor runs at once, at 192 registers per thread."""
-WARPS = 132 * RESIDENT_WARPS
-"""Warps of one launch, over all levels: all that 132 multiprocessors run at once."""
+MULTIPROCESSORS = 132
+"""The blocks of one launch, over all levels, are all that so many run at once."""
+MULTIPROCESSOR_SHARED_BYTES = 227 << 10
+NARROW, WARPS_NARROW, WARPS_WIDE = 64, 16, 8
+"""Warps that a multiprocessor runs at once: 16 channels last and up to 64 channels of the student, whose share of dW is
+in registers, at 128 registers per thread; others would spill, and have 192."""
 TILES = 4
 """Least tiles per block, if a level has that many: a block costs a copy of dW in memory, as much as 1 to 3 tiles."""
-SUM_THREADS = 256
+SUM_THREADS, SUM_ENTRIES = 256, 4 * WARP
+"""Threads of a block of `adapter_sums`, and numbers that it adds up."""
 SOURCE = with_constants(
     "adapter_mse",
     MAX_CHANNELS=MAX_CHANNELS,
     PIXELS=PIXELS,
-    RESIDENT_WARPS=RESIDENT_WARPS,
+    BLOCKS_PER_SM=1,
     SUM_THREADS=SUM_THREADS,
+    SUM_ENTRIES=SUM_ENTRIES,
     STUDENT_CHANNELS=MAX_CHANNELS,
     TEACHER_CHANNELS=MAX_CHANNELS,
     CHANNELS_LAST=0,
@@ -175,6 +180,12 @@ class _Kind(NamedTuple):
         tiles = PIXELS * (_pitch(into) + _pitch(out)) if self.channels_last else (into + out) * _pitch(PIXELS)
         return 2 * (out * _pitch(into) + 2 * tiles) + 4 * (2 * PIXELS + out)
 
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that a multiprocessor runs at once, as registers and shared memory allow."""
+        warps = WARPS_NARROW if self.channels_last and self.student <= NARROW else WARPS_WIDE
+        return min(warps // self.warps, MULTIPROCESSOR_SHARED_BYTES // (self.shared_bytes + RESERVED_SHARED_BYTES))
+
 
 def launches(
     device: Device,
@@ -220,7 +231,10 @@ def _kind(device: Device, problem: _Problem) -> _Kind | None:
 def source_of(kind: _Kind) -> Source:
     """The build for levels of one kind."""
     return SOURCE.replaced(
-        STUDENT_CHANNELS=kind.student, TEACHER_CHANNELS=kind.teacher, CHANNELS_LAST=int(kind.channels_last)
+        STUDENT_CHANNELS=kind.student,
+        TEACHER_CHANNELS=kind.teacher,
+        CHANNELS_LAST=int(kind.channels_last),
+        BLOCKS_PER_SM=kind.blocks_per_sm,
     )
 
 
@@ -244,7 +258,9 @@ def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Ten
     problems = [p._replace(matrix=p.matrix.float().contiguous(), bias=p.bias.float().contiguous()) for p in problems]
     gradients = [_Gradients(*map(torch.empty_like, (p.student, p.matrix, p.bias))) for p in problems]
     shapes = [_images(p.student, kind) for p in problems]
-    shares = _share([images * ceil_div(pixels, PIXELS) for images, pixels in shapes], WARPS // kind.warps)
+    shares = _share(
+        [images * ceil_div(pixels, PIXELS) for images, pixels in shapes], MULTIPROCESSORS * kind.blocks_per_sm
+    )
     grid, count = sum(shares), kind.teacher * kind.student + kind.teacher
     like = problems[0].matrix
     sums, partials, loss = like.new_empty(grid, count), like.new_empty(grid), like.new_empty(())
@@ -269,7 +285,7 @@ def _tiled(device: Device, kind: _Kind, problems: Sequence[_Problem], scale: Ten
     name = f"adapter_mse{SUFFIX[problems[0].student.dtype]}"
     source = source_of(kind)
     yield Launch(source, name, args, grid, WARP * kind.warps, kind.shared_bytes)
-    yield Launch(source, "adapter_sums", args, len(problems) * ceil_div(count, SUM_THREADS), SUM_THREADS)
+    yield Launch(source, "adapter_sums", args, len(problems) * ceil_div(count, SUM_ENTRIES), SUM_THREADS)
     return loss, gradients
 
 
@@ -317,15 +333,14 @@ def _backwards(problem: _Problem, gradient: Tensor) -> _Gradients:
 
 def _apply_adapter(matrix: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix times each pixel's channels, plus bias, in the dtype and layout of the maps (N, C, H, W)."""
-    last, x = is_channels_last(maps), maps.flatten(2)
-    grown = matrix.to(x.dtype).expand(len(x), *matrix.shape)
-    pair = (x.mT, grown.mT) if last else (grown, x)
-    if bias is None:
-        y = torch.bmm(*pair)
+    x, matrix, bias = maps.flatten(2), matrix.to(maps.dtype), None if bias is None else bias.to(maps.dtype)
+    if is_channels_last(maps):
+        y = F.linear(x.mT, matrix, bias).mT  # one product of all pixels, which adds the bias as it stores
+    elif bias is None:
+        y = torch.bmm(matrix.expand(len(x), *matrix.shape), x)
     else:
-        added = bias.to(x.dtype)
-        y = torch.baddbmm(added if last else added[:, None], *pair)
-    return (y.mT if last else y).unflatten(2, maps.shape[2:])
+        y = torch.baddbmm(bias[:, None], matrix.expand(len(x), *matrix.shape), x)  # the bias is copied to a map first
+    return y.unflatten(2, maps.shape[2:])
 
 
 ADAPTER_MSE = FusedLoss(

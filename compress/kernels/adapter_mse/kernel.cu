@@ -32,9 +32,11 @@ constexpr int kPixels = PIXELS;  // of a tile
 template <int kChannels> constexpr int kPadded = (kChannels + 15) / 16 * 16;
 constexpr int kIn = kPadded<kStudent>, kOut = kPadded<kTeacher>;
 constexpr int kWarps = kOut / 16, kThreads = kWarps * kWarp;
-constexpr int kMinBlocks = kWarps > 4 ? 0 : RESIDENT_WARPS / kWarps;  // small blocks spill to have more
+constexpr int kMinBlocks = BLOCKS_PER_SM > 1 ? BLOCKS_PER_SM : 0;  // small blocks spill to have more
 constexpr int kMatrix = kTeacher * kStudent, kSums = kMatrix + kTeacher;  // dW, then db
-constexpr int kSumThreads = SUM_THREADS, kSumBlocks = (kSums + kSumThreads - 1) / kSumThreads;
+constexpr int kSumThreads = SUM_THREADS, kSumEntries = SUM_ENTRIES;  // of a block of adapter_sums
+constexpr int kSumBlocks = (kSums + kSumEntries - 1) / kSumEntries;
+static_assert(kSums % 4 == 0 && kSumEntries == 4 * kWarp && kSumThreads % kSumEntries == 0, "a lane adds four neighbours");
 
 struct AdapterLevel {
     const void* student;
@@ -403,19 +405,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 EDGESTILL_KERNEL(adapter_mse_f16, AdapterArgs)
 EDGESTILL_KERNEL(adapter_mse_bf16, AdapterArgs)
 
-/// dW and db of each level, from the shares of its blocks in the order of the blocks. kSumBlocks blocks per level.
-extern "C" __global__ void __launch_bounds__(kSumThreads) adapter_sums(const __grid_constant__ AdapterArgs args) {
+/// dW and db of each level, from the shares of its blocks. kSumBlocks blocks per level: a warp adds up every `warps`-th
+/// share of kSumEntries numbers, 16 bytes per lane, and the sums of the warps are added in order.
+extern "C" __global__ void __launch_bounds__(kSumThreads, 1) adapter_sums(const __grid_constant__ AdapterArgs args) {
+    constexpr uint32 kSumWarps = kSumThreads / kWarp, kShares = 8;  // that a lane has under way together
+    __shared__ float shared[kSumWarps][kSumEntries];
     const AdapterLevel& level = args.levels[blockIdx.x / kSumBlocks];
-    const uint32 i = blockIdx.x % kSumBlocks * kSumThreads + threadIdx.x;
-    if (i >= kSums) return;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (uint32 block = 0; block < level.blocks; ++block) {
-        float share[1];
-        read_map(level.sums + static_cast<uint64>(block) * kSums + i, share);
-        sum += share[0];
+    const uint32 lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, first = blockIdx.x % kSumBlocks * kSumEntries;
+    float sum[4] = {};
+    if (first + 4 * lane < kSums) {
+        const float* const from = level.sums + first + 4 * lane;
+#pragma unroll 1
+        for (uint32 begin = warp; begin < level.blocks; begin += kShares * kSumWarps) {
+            uint4 shares[kShares];
+#pragma unroll
+            for (uint32 n = 0; n < kShares; ++n) {
+                const uint32 block = begin + n * kSumWarps;
+                shares[n] = {};
+                if (block < level.blocks) shares[n] = read_raw<4>(from + static_cast<uint64>(block) * kSums);
+            }
+#pragma unroll
+            for (uint32 n = 0; n < kShares; ++n) {
+                float share[4];
+                unpack<4, float>(shares[n], share);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) sum[k] += share[k];
+            }
+        }
     }
-    write_result(i < kMatrix ? level.matrix_gradient + i : level.bias_gradient + i - kMatrix, sum);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) shared[warp][k * kWarp + lane] = sum[k];  // neighbouring lanes in neighbouring banks
+    __syncthreads();
+    const uint32 i = first + threadIdx.x;
+    if (threadIdx.x >= kSumEntries || i >= kSums) return;
+    float total = 0.0f;
+#pragma unroll
+    for (uint32 w = 0; w < kSumWarps; ++w) total += shared[w][threadIdx.x % 4 * kWarp + threadIdx.x / 4];
+    write_result(i < kMatrix ? level.matrix_gradient + i : level.bias_gradient + i - kMatrix, total);
 }
 
 EDGESTILL_KERNEL(adapter_sums, AdapterArgs)

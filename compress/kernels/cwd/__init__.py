@@ -23,6 +23,7 @@ from compress.kernels.device import (
     Maps,
     addresses,
     ceil_div,
+    cuts,
     fields,
     is_channels_last,
     level_maps,
@@ -45,9 +46,21 @@ BLOCKS = 1056
 COLUMN_THREADS = 256
 MAX_LANES = 32
 """Threads across a tile of columns: 512 bytes of a pixel."""
-PIXELS = 16
-"""Pixels of a column that a thread takes: so few that three levels still give more blocks than the GPU runs at once."""
-SOURCE = with_constants("cwd", ROW_THREADS=MAX_WARPS * WARP, COLUMN_THREADS=COLUMN_THREADS, VALUES=VALUES)
+COLUMN_BLOCKS_PER_SM = 2
+"""Blocks of columns that a multiprocessor runs at once, as 128 registers per thread allow; three would have 80, too few
+for four loads of half types."""
+COLUMN_BLOCKS = 128 * COLUMN_BLOCKS_PER_SM
+"""Most blocks of one launch of columns, over all levels, unless images and channels need more: all that 128
+multiprocessors run at once."""
+LEAST_PIXELS = 16
+"""Pixels of a column that a thread takes at least: a block writes two numbers for each of its columns."""
+SOURCE = with_constants(
+    "cwd",
+    ROW_THREADS=MAX_WARPS * WARP,
+    COLUMN_THREADS=COLUMN_THREADS,
+    COLUMN_BLOCKS_PER_SM=COLUMN_BLOCKS_PER_SM,
+    VALUES=VALUES,
+)
 
 
 def cwd(students: Maps, teachers: Maps, tau: float = 1.0, *, scale: Tensor | None = None) -> Tensor:
@@ -162,7 +175,13 @@ def _columns(device: Device, levels: Sequence[LevelMaps], common: dict[str, Any]
     args = ColumnsArgs(count=len(levels), **common)
     structs = args.levels[: len(levels)]
     for level, maps in zip(structs, levels, strict=True):
-        _tile(level, maps)
+        _describe(level, maps)
+    strips = tuple(level.images * level.tiles for level in structs)
+    work = tuple(level.pixels * ceil_div(level.channels, level.tiles) for level in structs)
+    least = COLUMN_THREADS * LEAST_PIXELS * vector(levels[0].student.dtype)
+    for level, stretches in zip(structs, cuts(strips, work, COLUMN_BLOCKS, least), strict=True):
+        level.stretch = ceil_div(level.pixels, stretches)
+        level.stretches = ceil_div(level.pixels, level.stretch)
     blocks = [level.images * level.tiles * level.stretches for level in structs]
     parts = [4 * level.images * level.stretches * level.channels for level in structs]
     wholes = [4 * level.images * level.channels for level in structs]
@@ -179,16 +198,14 @@ def _columns(device: Device, levels: Sequence[LevelMaps], common: dict[str, Any]
         yield Launch(SOURCE, f"{kernel}{suffix}", args, sum(blocks), COLUMN_THREADS)
 
 
-def _tile(level: _ColumnsLevel, maps: LevelMaps) -> None:
-    """Cut one level into tiles."""
+def _describe(level: _ColumnsLevel, maps: LevelMaps) -> None:
+    """Write all but the stretches of pixels."""
     n, channels, height, width = maps.student.shape
     level.images, level.channels, level.pixels = n, channels, height * width
     maps.describe(level, channels)
     units = channels // vector(maps.student.dtype) if level.vectorised else channels
     level.tiles = ceil_div(units, MAX_LANES)
     level.lanes = ceil_div(units, level.tiles)
-    level.stretches = ceil_div(level.pixels, COLUMN_THREADS // level.lanes * PIXELS)
-    level.stretch = ceil_div(level.pixels, level.stretches)
 
 
 CWD = FusedLoss(

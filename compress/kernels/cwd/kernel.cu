@@ -9,8 +9,9 @@
 //   share a row as hold it in registers at 16 values per thread and map, so a block takes one row of a large level at a
 //   time, and several of a small one.
 // Channels last, where rows are columns: `cwd_column_sums` reads s and t and writes each column's softmax, then
-//   `cwd_columns` reads them again and writes g (5U), last blocks first, since the L2 still holds what was read last. A
-//   block takes a stretch of pixels; neighbouring threads have neighbouring channels, 16 bytes each.
+//   `cwd_columns` reads them again and writes g (5U), backwards, since the L2 still holds what was read last. A block
+//   takes a stretch of pixels, so long that all blocks run at once; neighbouring threads have neighbouring channels, 16
+//   bytes each.
 // Numerics: everything is 2^(kappa x - maximum) with kappa = log2(e) / tau. A thread uses the maximum of its own values;
 //   when threads or blocks merge their sums, they scale them to the common maximum, so one barrier per row is enough.
 //   The maximum is only a scale: fmaxf drops a NaN, but the sums carry it to the loss and to the whole row. Student and
@@ -21,7 +22,8 @@
 constexpr int kRowThreads = ROW_THREADS;  // at most
 constexpr int kColumnThreads = COLUMN_THREADS;
 constexpr int kValues = VALUES;      // of a row and map in a thread's registers
-constexpr int kPixels = 2;           // of a column whose loads are in flight together
+constexpr int kColumnBlocks = COLUMN_BLOCKS_PER_SM;
+constexpr int kPixels = 2;           // of a column whose loads are under way together
 constexpr float kLeastMaximum = -3.0e38f;  // of no values: finite, so that the difference of two maxima is no NaN
 constexpr float kLn2 = 0.693147180559945f;
 
@@ -153,8 +155,8 @@ __device__ __forceinline__ float held_row(const RowsLevel& level, const RowShare
     for (uint32 j = 0; j < kUnits; ++j) {
         raw_s[j] = raw_t[j] = minus_infinities<T>();  // past the row: in no maximum, and 0 in the sums
         if (j < share.units) {
-            raw_s[j] = read_raw(static_cast<const T*>(level.student) + share.at + j * share.stride);
-            raw_t[j] = read_raw(static_cast<const T*>(level.teacher) + share.at + j * share.stride);
+            raw_s[j] = read_raw<V>(static_cast<const T*>(level.student) + share.at + j * share.stride);
+            raw_t[j] = read_raw<V>(static_cast<const T*>(level.teacher) + share.at + j * share.stride);
         }
     }
     float s[kUnits][V], t[kUnits][V];
@@ -344,19 +346,37 @@ __device__ __forceinline__ float2 merged(float2 a, float2 b) {
     return make_float2(maximum, fmaf(a.y, exp2_fast(a.x - maximum), __fmul_rn(b.y, exp2_fast(b.x - maximum))));
 }
 
-/// Add kPixels pixels to the softmaxes of V channels.
-template <int V>
-__device__ __forceinline__ void add_pixels(float2 (&softmaxes)[V], const float (&x)[kPixels][V], float kappa) {
+/// Add N pixels to the softmaxes of V channels.
+template <class T, int V, int N>
+__device__ __forceinline__ void add_pixels(float2 (&softmaxes)[V], const Raw<V, T> (&raw)[N], float kappa) {
+    float x[N][V];
+#pragma unroll
+    for (int p = 0; p < N; ++p) unpack<V, T>(raw[p], x[p]);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
         float maximum = softmaxes[i].x;
 #pragma unroll
-        for (int p = 0; p < kPixels; ++p) maximum = fmaxf(maximum, kappa * x[p][i]);
+        for (int p = 0; p < N; ++p) maximum = fmaxf(maximum, kappa * x[p][i]);
         float sum = __fmul_rn(softmaxes[i].y, exp2_fast(softmaxes[i].x - maximum));
 #pragma unroll
-        for (int p = 0; p < kPixels; ++p) sum += exp2_fast(fmaf(kappa, x[p][i], -maximum));
+        for (int p = 0; p < N; ++p) sum += exp2_fast(fmaf(kappa, x[p][i], -maximum));
         softmaxes[i] = make_float2(maximum, sum);
     }
+}
+
+/// N of a thread's pixels, from `pixel` on, whose loads are under way together.
+template <int N, class T, int V>
+__device__ __forceinline__ void sum_pixels(const ColumnsLevel& level, const Tile& tile, uint32 pixel, float kappa,
+                                           float2 (&softmaxes)[2][V]) {
+    Raw<V, T> s[N], t[N];
+#pragma unroll
+    for (int p = 0; p < N; ++p) {
+        const uint64 at = offset_of(level, tile, pixel + p * tile.rows);
+        s[p] = read_raw<V>(static_cast<const T*>(level.student) + at);
+        t[p] = read_raw<V>(static_cast<const T*>(level.teacher) + at);
+    }
+    add_pixels<T>(softmaxes[0], s, kappa);
+    add_pixels<T>(softmaxes[1], t, kappa);
 }
 
 /// Merge the results of the rows of threads for one map (0 student, 1 teacher) into `to`, (4, channels) maxima and sums.
@@ -398,25 +418,12 @@ __device__ __forceinline__ void sum_tile(const ColumnsLevel& level, uint32 block
     float2 softmaxes[2][V];
     clear(softmaxes[0]);
     clear(softmaxes[1]);
+    uint32 pixel = tile.begin;
 #pragma unroll 1
-    for (uint32 pixel = tile.begin; pixel < tile.end; pixel += kPixels * tile.rows) {
-        float s[kPixels][V], t[kPixels][V];
-#pragma unroll
-        for (int p = 0; p < kPixels; ++p) {  // past the end the first again, so that no load waits for a branch
-            const uint32 next = pixel + p * tile.rows;
-            const uint64 at = offset_of(level, tile, next < tile.end ? next : pixel);
-            read(static_cast<const T*>(level.student) + at, s[p]);
-            read(static_cast<const T*>(level.teacher) + at, t[p]);
-        }
-#pragma unroll
-        for (int p = 1; p < kPixels; ++p)
-            if (pixel + p * tile.rows >= tile.end) {
-                fill(s[p], -EDGESTILL_INFINITY);  // adds nothing
-                fill(t[p], -EDGESTILL_INFINITY);
-            }
-        add_pixels(softmaxes[0], s, kappa);
-        add_pixels(softmaxes[1], t, kappa);
-    }
+    for (; pixel + (kPixels - 1) * tile.rows < tile.end; pixel += kPixels * tile.rows)
+        sum_pixels<kPixels, T>(level, tile, pixel, kappa, softmaxes);
+#pragma unroll 1
+    for (; pixel < tile.end; pixel += tile.rows) sum_pixels<1, T>(level, tile, pixel, kappa, softmaxes);
     float* const parts = level.parts + static_cast<uint64>(tile.image) * level.stretches * 4 * level.channels;
     for (int map = 0; map < 2; ++map)
         merge_rows(level, tile, map, softmaxes[map], shared, parts + tile.stretch * 4 * level.channels);
@@ -447,7 +454,31 @@ template <class T> __device__ __forceinline__ void cwd_column_sums(const Columns
         sum_tile<T, 1>(level, blockIdx.x - level.first_block, args.kappa, shared);
 }
 
-EDGESTILL_PER_DTYPE(cwd_column_sums, ColumnsArgs, kColumnThreads)
+EDGESTILL_PER_DTYPE(cwd_column_sums, ColumnsArgs, kColumnThreads, kColumnBlocks)
+
+/// The gradient of N of a thread's pixels, from `pixel` on, whose loads are under way together.
+template <int N, class T, int V>
+__device__ __forceinline__ void gradient_pixels(const ColumnsLevel& level, const Tile& tile, uint32 pixel,
+                                                const Factors& factors, const float (&maxima)[V][2],
+                                                const float (&weights)[V][2], float& cross) {
+    Raw<V, T> raw_s[N], raw_t[N];
+#pragma unroll
+    for (int p = 0; p < N; ++p) {
+        const uint64 at = offset_of(level, tile, pixel + p * tile.rows);
+        raw_s[p] = read_raw<V>(static_cast<const T*>(level.student) + at);
+        raw_t[p] = read_raw<V>(static_cast<const T*>(level.teacher) + at);
+    }
+#pragma unroll
+    for (int p = 0; p < N; ++p) {
+        float s[V], t[V];
+        unpack<V, T>(raw_s[p], s);
+        unpack<V, T>(raw_t[p], t);
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            s[i] = factors.gradient * softmax_difference(s[i], t[i], maxima[i], weights[i], factors.kappa, cross);
+        write(static_cast<T*>(level.gradient) + offset_of(level, tile, pixel + p * tile.rows), s);
+    }
+}
 
 /// The gradient of a tile; returns this thread's share of the divergences in bits.
 template <class T, int V>
@@ -465,17 +496,11 @@ __device__ __forceinline__ float gradient_tile(const ColumnsLevel& level, uint32
         weights[i][0] = __fdividef(1.0f, values[2][i]), weights[i][1] = __fdividef(1.0f, values[3][i]);
         if (tile.stretch == 0 && tile.row == 0) cross += log2f(values[2][i] / values[3][i]);
     }
-#pragma unroll 2
-    for (uint32 pixel = tile.begin; pixel < tile.end; pixel += tile.rows) {
-        const uint64 at = offset_of(level, tile, pixel);
-        float s[V], t[V];
-        read(static_cast<const T*>(level.student) + at, s);
-        read(static_cast<const T*>(level.teacher) + at, t);
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-            s[i] = factors.gradient * softmax_difference(s[i], t[i], maxima[i], weights[i], factors.kappa, cross);
-        write(static_cast<T*>(level.gradient) + at, s);
-    }
+    // Backwards: the L2 cache still holds what cwd_column_sums read last.
+    uint32 left = tile.begin < tile.end ? (tile.end - tile.begin - 1) / tile.rows + 1 : 0;
+    const auto next = [&](uint32 count) { return tile.begin + (left -= count) * tile.rows; };
+    while (left >= kPixels) gradient_pixels<kPixels, T>(level, tile, next(kPixels), factors, maxima, weights, cross);
+    while (left > 0) gradient_pixels<1, T>(level, tile, next(1), factors, maxima, weights, cross);
     return cross;
 }
 
@@ -491,4 +516,4 @@ template <class T> __device__ __forceinline__ void cwd_columns(const ColumnsArgs
     grid_total(args.tau * mean * kLn2 * bits[0], args.partials, args.ticket, args.loss, scratch);
 }
 
-EDGESTILL_PER_DTYPE(cwd_columns, ColumnsArgs, kColumnThreads)
+EDGESTILL_PER_DTYPE(cwd_columns, ColumnsArgs, kColumnThreads, kColumnBlocks)

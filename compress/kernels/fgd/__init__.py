@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from compress.kernels.device import (
     Maps,
     addresses,
     ceil_div,
+    cuts,
     fields,
     fits_vectors,
     level_maps,
@@ -32,9 +33,15 @@ from compress.kernels.device import (
 from compress.kernels.fused import FusedLoss, check_maps
 from compress.kernels.reference_helpers import sum_of_levels, widened
 
-THREADS = 256
-ATTENTION_THREADS = 1024
-ROWS_PER_THREAD = 16
+THREADS = 512
+"""Threads of a block; the last block of an image turns its sums into attentions with them."""
+BLOCKS_PER_SM = 2
+"""Blocks of a multiprocessor, as 64 registers per thread allow."""
+BLOCKS = 128 * BLOCKS_PER_SM
+"""Most blocks of one launch, over all levels, unless images and columns need more: all that 128 multiprocessors run at
+once."""
+LEAST_ROWS = 8
+"""Rows of a thread at least: a tile costs a partial sum of each of its columns."""
 SCALAR_COLUMNS = 4
 """Columns of a thread if 16-byte access does not fit."""
 FEWEST_LANES, MOST_LANES = 8, 32
@@ -42,8 +49,7 @@ FEWEST_LANES, MOST_LANES = 8, 32
 SOURCE = with_constants(
     "fgd",
     THREADS=THREADS,
-    ATTENTION_THREADS=ATTENTION_THREADS,
-    ROWS_PER_THREAD=ROWS_PER_THREAD,
+    BLOCKS_PER_SM=BLOCKS_PER_SM,
     SCALAR_COLUMNS=SCALAR_COLUMNS,
 )
 
@@ -118,10 +124,10 @@ class _Axis(ctypes.Structure):
 
 class _Level(ctypes.Structure):
     _fields_ = (
-        *fields(ctypes.c_void_p, "student teacher gradient distances"),
+        *fields(ctypes.c_void_p, "student teacher gradient distances tickets"),
         ("columns", _Axis),
         ("rows", _Axis),
-        *fields(ctypes.c_uint32, "images first_block lanes vectorised"),
+        *fields(ctypes.c_uint32, "images first_block lanes tile_rows vectorised unused"),
     )
 
 
@@ -142,6 +148,7 @@ class _Tiling(NamedTuple):
     rows: int
     columns: int
     lanes: int
+    tile_rows: int
     row_tiles: int
     column_tiles: int
 
@@ -153,7 +160,7 @@ class _Tiling(NamedTuple):
         """Sizes of the level's small maps: sums, weights and slopes of columns, the same of rows, distances."""
         columns, rows = self.images * self.columns, self.images * self.rows
         sums = (maps * self.row_tiles * columns, maps * self.column_tiles * rows)
-        return [sums[0], columns, columns, sums[1], rows, rows, 2 * self.images]
+        return [sums[0], columns, columns, sums[1], rows, rows, self.images]
 
 
 def launches(
@@ -165,20 +172,22 @@ def launches(
     temperature: float = 0.5,
     scale: Tensor | None = None,
 ) -> Launches:
-    """Sums, attention, gradient: three launches over all levels. The gradient has the student's layout."""
+    """Sums with attentions, gradient: two launches over all levels. The gradient has the student's layout."""
     levels = level_maps(students, teachers)
     masks = [mask.float().contiguous() for mask in masks]
-    tilings = [_tile(maps) for maps in levels]
+    tilings = tile(levels)
     sources = 1 if gamma == 0 else 2  # maps to be summed
     like, grid = levels[0].student, sum(tiling.tiles for tiling in tilings)
     sizes = [grid, *(size for tiling in tilings for size in tiling.floats(sources))]
     workspace, loss = like.new_empty(sum(sizes), dtype=torch.float32), like.new_empty((), dtype=torch.float32)
-    ticket = device.tickets(1)
+    counts = [*(tiling.images for tiling in tilings), 1]
+    counters = device.tickets(sum(counts))
+    *tickets, ticket = addresses(counters, counts)
     areas = iter(addresses(workspace, sizes))
     args = Args(
         scale=pointer(scale),
         partials=next(areas),
-        ticket=pointer(ticket),
+        ticket=ticket,
         loss=pointer(loss),
         gamma=gamma,
         inv_temperature=1 / temperature,
@@ -186,31 +195,42 @@ def launches(
         count=len(levels),
     )
     first_blocks = accumulate((tiling.tiles for tiling in tilings), initial=0)
-    for level, maps, mask, tiling, first in zip(args.levels, levels, masks, tilings, first_blocks, strict=False):
+    described = zip(args.levels, levels, masks, tilings, first_blocks, tickets, strict=False)
+    for level, maps, mask, tiling, first, counters_of_level in described:
         maps.describe(level, tiling.columns)
-        level.first_block = first
+        level.first_block, level.tickets = first, counters_of_level
         _describe(level, tiling, pointer(mask), maps.channels_last, areas)
     dtype = SUFFIX[like.dtype]
-    yield Launch(SOURCE, f"fgd_sums{dtype}", args, sources * grid, THREADS)
-    axes = 2 * len(levels) * max(tiling.images for tiling in tilings)
-    yield Launch(SOURCE, "fgd_attention", args, axes, ATTENTION_THREADS)
+    yield Launch(SOURCE, f"fgd_sums{dtype}", args, grid, THREADS)
     yield Launch(SOURCE, f"fgd_gradient{dtype}", args, grid, THREADS)
     return loss, [maps.gradient for maps in levels]
 
 
-def _tile(maps: LevelMaps) -> _Tiling:
+def tile(levels: Sequence[LevelMaps]) -> list[_Tiling]:
+    """The levels' tiles, which depend on the shapes alone: at most `BLOCKS` in all, if images and columns allow it."""
+    tilings = [_whole_columns(maps) for maps in levels]
+    strips = tuple(tiling.tiles for tiling in tilings)
+    work = tuple(tiling.rows * ceil_div(tiling.columns, tiling.column_tiles) for tiling in tilings)
+    pieces = cuts(strips, work, BLOCKS, THREADS * LEAST_ROWS * vector(levels[0].student.dtype))
+    heights = [ceil_div(tiling.rows, count) for tiling, count in zip(tilings, pieces, strict=True)]
+    return [
+        tiling._replace(tile_rows=height, row_tiles=ceil_div(tiling.rows, height))
+        for tiling, height in zip(tilings, heights, strict=True)
+    ]
+
+
+def _whole_columns(maps: LevelMaps) -> _Tiling:
+    """Tiles that have all rows."""
     images, channels, height, width = maps.student.shape
     rows, columns = (height * width, channels) if maps.channels_last else (channels, height * width)
     columns_per_thread = vector(maps.student.dtype) if fits_vectors(columns, *maps) else SCALAR_COLUMNS
     lanes = min(max(power_of_2(ceil_div(columns, columns_per_thread)), FEWEST_LANES), MOST_LANES)
-    row_tiles = ceil_div(rows, ROWS_PER_THREAD * THREADS // lanes)
-    column_tiles = ceil_div(columns, lanes * columns_per_thread)
-    return _Tiling(images, rows, columns, lanes, row_tiles, column_tiles)
+    return _Tiling(images, rows, columns, lanes, rows, 1, ceil_div(columns, lanes * columns_per_thread))
 
 
 def _describe(level: _Level, tiling: _Tiling, mask: int, channels_last: bool, areas: Iterator[int]) -> None:
     """Write all but the maps; `areas` are the addresses of what `_Tiling.floats` lists."""
-    level.images, level.lanes = tiling.images, tiling.lanes
+    level.images, level.lanes, level.tile_rows = tiling.images, tiling.lanes, tiling.tile_rows
     column_mask, row_mask = (0, mask) if channels_last else (mask, 0)
     level.columns = _Axis(next(areas), next(areas), next(areas), column_mask, tiling.columns, tiling.row_tiles)
     level.rows = _Axis(next(areas), next(areas), next(areas), row_mask, tiling.rows, tiling.column_tiles)

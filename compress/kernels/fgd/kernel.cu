@@ -1,4 +1,4 @@
-// Focal distillation (FGD) without its global term, of all levels, in three launches.
+// Focal distillation (FGD) without its global term, of all levels, in two launches.
 //
 //     u[n,p] = mean_c |x|    S = HW softmax_p(u / T)        v[n,c] = mean_p |x|    Q = C softmax_c(v / T)
 //     L = sum over levels  1/N sum_n ( 1/C sum m S_t Q_t (s - t)^2 + gamma (mean_p |S_s - S_t| + mean_c |Q_s - Q_t|) )
@@ -9,25 +9,28 @@
 // Pixels and channels have the same role, so the kernels see only one matrix per image, with rows and columns:
 // C x HW in NCHW, HW x C channels last. The mask m belongs to whichever are the pixels.
 //
-//   fgd_sums       sums of |x| along rows and columns, of both from one read     reads 2U (1U without gamma)
-//   fgd_attention  softmaxes, signs and slopes of the two small maps             float32 maps of HW and C per image
-//   fgd_gradient   loss and gradient                                             reads 2U, writes 1U
+//   fgd_sums      sums of |x| along rows and columns, of both from one read     reads 2U (1U without gamma)
+//                 The last block of an image makes of its sums the two attentions, their signs and slopes.
+//   fgd_gradient  loss and gradient                                             reads 2U, writes 1U
 //
-// Traffic: 5U (4U without gamma), and for the small maps 0.15U (float32) or 0.25U (half) if C = 256, twice that
-//   if C = 64. `fgd_gradient` goes through the tiles backwards: it starts with what `fgd_sums` read last and the L2
-//   still holds. Groups of images that fit in the L2 would be read once, but cost three launches each.
-// Tiling: a block owns a tile of rows and columns; `lanes` threads share a row, 16 bytes each, and each thread walks
-//   down kRowsPerThread rows. It keeps the sums (the coefficients) of its columns in registers; sums of a row go
-//   through shuffles. If 16-byte access does not fit, a thread has four columns of one element.
-// Numerics: see common.cuh. Sums of a tile are partial sums, which fgd_attention adds in order. Student and teacher go
-//   through the same operations, so equal maps give attentions that differ by exactly 0, and sign(0) is 0. The error of
-//   a softmax grows with mean |x| / T, as it does in plain torch.
+// Traffic: 5U (4U without gamma), and for the small maps, float32 of HW and of C an image, 0.14U (float32) or 0.27U
+//   (half) if C = 256, twice that if C = 64. `fgd_gradient` goes through blocks and rows backwards: it starts with what
+//   `fgd_sums` read last and the L2 still holds. Groups of images that fit in the L2 would be read once, but cost two
+//   launches each.
+// Tiling: a block owns a tile of rows and columns of both maps; all blocks run at once if there are not too many images.
+//   `lanes` threads share a row, 16 bytes each, and each thread walks down the tile. It keeps the sums (the coefficients)
+//   of its columns in registers; sums of a row go through shuffles. If 16-byte access does not fit, a thread has four
+//   columns of one element.
+// Numerics: see common.cuh. Sums of a tile are partial sums, which an image's last block adds in order. Student and teacher
+//   go through the same operations, so equal maps give attentions that differ by exactly 0, and sign(0) is 0. The error
+//   of a softmax grows with mean |x| / T, as it does in plain torch.
 #include "common.cuh"
 
 constexpr int kThreads = THREADS;
-constexpr int kAttentionThreads = ATTENTION_THREADS;
-constexpr uint32 kRowsPerThread = ROWS_PER_THREAD;
-constexpr int kRowsAtOnce = 2;  // whose loads are in flight together
+constexpr int kBlocks = BLOCKS_PER_SM;
+constexpr uint32 kRowsAtOnce = 2;  // of a thread and map whose loads are under way together
+constexpr uint32 kEntries = 4;     // of an attention, of each map, that a thread adds up together
+constexpr int kTeacher = 0, kStudent = 1;
 
 /// Columns of a thread that reads V neighbours at a time.
 template <int V> constexpr int kColumns = V == 1 ? SCALAR_COLUMNS : V;
@@ -45,12 +48,15 @@ struct FgdLevel {
     const void* student;
     const void* teacher;
     void* gradient;
-    float* distances;  // (images, 2): gamma/N mean |S_s - S_t| of the columns, of the rows
+    float* distances;  // (images): gamma/N (mean |S_s - S_t| + mean |Q_s - Q_t|)
+    uint32* tickets;   // (images)
     FgdAxis columns, rows;
     uint32 images;
-    uint32 first_block;  // if each block has one tile
-    uint32 lanes;        // power of two, 8 to 32
-    uint32 vectorised;   // 16-byte access is aligned and never crosses a row
+    uint32 first_block;
+    uint32 lanes;       // power of two, 8 to 32
+    uint32 tile_rows;
+    uint32 vectorised;  // 16-byte access is aligned and never crosses a row
+    uint32 unused;
 };
 
 struct FgdArgs {
@@ -83,8 +89,8 @@ template <int V> __device__ __forceinline__ Tile tile_at(const FgdLevel& level, 
     tile.group = threadIdx.x / level.lanes;
     tile.groups = kThreads / level.lanes;
     tile.lane = threadIdx.x % level.lanes;
-    tile.first_row = tile.row_part * tile.groups * kRowsPerThread;
-    tile.end_row = min(tile.first_row + tile.groups * kRowsPerThread, level.rows.length);
+    tile.first_row = tile.row_part * level.tile_rows;
+    tile.end_row = min(tile.first_row + level.tile_rows, level.rows.length);
     tile.first_column = tile.column_part * level.lanes * kColumns<V>;
     return tile;
 }
@@ -98,15 +104,29 @@ __device__ __forceinline__ uint64 image_offset(const FgdLevel& level, const Tile
     return static_cast<uint64>(tile.image) * level.rows.length * level.columns.length;
 }
 
-/// A thread's elements of a row; 0 beyond the last column.
-template <int V, class T, int K>
-__device__ __forceinline__ void read_row(const T* row, const FgdLevel& level, const Tile& tile, float (&to)[K]) {
+/// A thread's elements of a row, as they are in memory.
+template <int V, class T> struct Row {
+    Raw<V, T> parts[kColumns<V> / V];
+};
+
+/// Starts to read a row that `exists`; 0 beyond the last column.
+template <int V, class T>
+__device__ __forceinline__ Row<V, T> read_row(const T* row, const FgdLevel& level, const Tile& tile, bool exists) {
+    Row<V, T> to;
 #pragma unroll
-    for (int k = 0; k < K; k += V) {
+    for (int k = 0; k < kColumns<V>; k += V) {
         const uint32 column = tile.first_column + place_of<V>(level, tile, k);
+        to.parts[k / V] = Raw<V, T>();
+        if (exists && column < level.columns.length) to.parts[k / V] = read_raw<V>(row + column);
+    }
+    return to;
+}
+
+template <int V, class T> __device__ __forceinline__ void unpack_row(const Row<V, T>& row, float (&to)[kColumns<V>]) {
+#pragma unroll
+    for (int k = 0; k < kColumns<V>; k += V) {
         float some[V];
-        fill(some, 0.0f);
-        if (column < level.columns.length) read(row + column, some);
+        unpack<V, T>(row.parts[k / V], some);
 #pragma unroll
         for (int i = 0; i < V; ++i) to[k + i] = some[i];
     }
@@ -131,162 +151,188 @@ __device__ __forceinline__ float* part_of(const FgdAxis& axis, uint32 map, uint3
     return axis.sums + (static_cast<uint64>(map * images + image) * axis.parts + part) * axis.length;
 }
 
-/// `shared` holds kColumns<V> * kThreads floats.
+/// `shared` holds 2 * kColumns<V> * kThreads floats.
 template <class T, int V>
-__device__ __forceinline__ void sum_tile(const FgdLevel& level, uint32 index, uint32 map, float* shared) {
+__device__ __forceinline__ void sum_tile(const FgdLevel& level, const Tile& tile, uint32 maps, float* shared) {
     constexpr int K = kColumns<V>;
-    const Tile tile = tile_at<V>(level, index);
-    const T* const x = static_cast<const T*>(map == 0 ? level.teacher : level.student) + image_offset(level, tile);
-    float* const row_sums = part_of(level.rows, map, level.images, tile.image, tile.column_part);
-    float* const column_sums = part_of(level.columns, map, level.images, tile.image, tile.row_part);
-    float sums[K];
-    fill(sums, 0.0f);
-    for (uint32 start = tile.first_row; start < tile.end_row; start += kRowsAtOnce * tile.groups) {
-        float values[kRowsAtOnce][K], sum[kRowsAtOnce];
+    const uint64 image = image_offset(level, tile);
+    const T* const x[2] = {static_cast<const T*>(level.teacher) + image, static_cast<const T*>(level.student) + image};
+    float sums[2][K] = {};
+#pragma unroll 1
+    for (uint32 start = tile.first_row + tile.group; start - tile.group < tile.end_row; start += kRowsAtOnce * tile.groups) {
+        Row<V, T> rows[kRowsAtOnce][2];
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            const uint32 row = start + r * tile.groups + tile.group;
-            fill(values[r], 0.0f);
-            if (row < tile.end_row) read_row<V>(x + row * level.columns.length, level, tile, values[r]);
-        }
+        for (uint32 r = 0; r < kRowsAtOnce; ++r)
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            sum[r] = 0.0f;
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                const float magnitude = fabsf(values[r][k]);
-                sum[r] += magnitude;
-                sums[k] += magnitude;
+            for (uint32 map = 0; map < 2; ++map) {
+                const uint32 row = start + r * tile.groups;
+                const uint64 at = static_cast<uint64>(row) * level.columns.length;
+                rows[r][map] = read_row<V>(x[map] + at, level, tile, row < tile.end_row && map < maps);
             }
-        }
+        float sum[kRowsAtOnce][2] = {};
+#pragma unroll
+        for (uint32 r = 0; r < kRowsAtOnce; ++r)
+#pragma unroll
+            for (uint32 map = 0; map < 2; ++map) {
+                float values[K];
+                unpack_row<V>(rows[r][map], values);
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    sum[r][map] += fabsf(values[k]);
+                    sums[map][k] += fabsf(values[k]);
+                }
+            }
         for (uint32 offset = level.lanes / 2; offset > 0; offset /= 2)
 #pragma unroll
-            for (int r = 0; r < kRowsAtOnce; ++r) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], offset);
+            for (uint32 r = 0; r < kRowsAtOnce; ++r)
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            const uint32 row = start + r * tile.groups + tile.group;
-            if (tile.lane == 0 && row < tile.end_row) write_result(row_sums + row, sum[r]);
-        }
+                for (uint32 map = 0; map < 2; ++map) sum[r][map] += __shfl_xor_sync(kAllLanes, sum[r][map], offset);
+#pragma unroll
+        for (uint32 r = 0; r < kRowsAtOnce; ++r)
+#pragma unroll
+            for (uint32 map = 0; map < 2; ++map) {
+                const uint32 row = start + r * tile.groups;
+                if (tile.lane > 0 || row >= tile.end_row || map >= maps) continue;
+                write_result(part_of(level.rows, map, level.images, tile.image, tile.column_part) + row, sum[r][map]);
+            }
     }
-    const uint32 width = K * level.lanes, column = tile.first_column + threadIdx.x;
+    const uint32 width = K * level.lanes, size = tile.groups * width, column = tile.first_column + threadIdx.x;
 #pragma unroll
-    for (int k = 0; k < K; ++k) shared[tile.group * width + place_of<V>(level, tile, k)] = sums[k];
+    for (uint32 map = 0; map < 2; ++map)
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            shared[map * size + tile.group * width + place_of<V>(level, tile, k)] = sums[map][k];
+    for (uint32 half = tile.groups / 2; half > 0; half /= 2) {  // in pairs: the error of 64 one after another is twice eager's
+        __syncthreads();
+        if (tile.group >= half) continue;
+#pragma unroll
+        for (uint32 map = 0; map < 2; ++map)
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                float* const own = shared + map * size + tile.group * width + place_of<V>(level, tile, k);
+                *own += own[half * width];
+            }
+    }
     __syncthreads();
     if (threadIdx.x >= width || column >= level.columns.length) return;
-    float sum = 0.0f;
-    for (uint32 group = 0; group < tile.groups; ++group) sum += shared[group * width + threadIdx.x];
-    write_result(column_sums + column, sum);
+    for (uint32 map = 0; map < maps; ++map)
+        write_result(part_of(level.columns, map, level.images, tile.image, tile.row_part) + column,
+                     shared[map * size + threadIdx.x]);
 }
-
-template <class T> __device__ __forceinline__ void fgd_sums(const FgdArgs& args) {
-    __shared__ float shared[kVector<T> * kThreads];
-    const uint32 block = blockIdx.x / args.maps, map = blockIdx.x % args.maps;
-    const FgdLevel& level = entry_of_block(args.levels, args.count, block);
-    if (level.vectorised)
-        sum_tile<T, kVector<T>>(level, block - level.first_block, map, shared);
-    else
-        sum_tile<T, 1>(level, block - level.first_block, map, shared);
-}
-
-EDGESTILL_PER_DTYPE(fgd_sums, FgdArgs, kThreads)
 
 // ---- attention ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
 
-/// One axis of one image, of teacher (0) and student (1).
-struct Attention {
-    float* maps[2];  // means of |x|, of which each thread reads only those that it wrote
-    float top[2], sum[2];
-    float length, inv_temperature;
-
-    __device__ __forceinline__ float exponential(int map, uint32 i) const {
-        float mean[1];
-        read_fresh(maps[map] + i, mean);
-        return expf((mean[0] - top[map]) * inv_temperature);
-    }
-    /// Ends with the division: a product would be contracted with the difference of two attentions, and equal ones
-    /// would no longer differ by 0.
-    __device__ __forceinline__ float at(int map, uint32 i) const { return length * exponential(map, i) / sum[map]; }
-};
-
-/// Mean of |x| over the `across` elements of entry `i`; `sums` is the first part of them.
-__device__ __forceinline__ float mean_at(const FgdAxis& axis, const float* sums, uint32 i, uint32 across) {
-    float sum = 0.0f;
-#pragma unroll 8
-    for (uint32 part = 0; part < axis.parts; ++part) {
-        float one[1];
-        read_map(sums + static_cast<uint64>(part) * axis.length + i, one);
-        sum += one[0];
-    }
-    return sum / static_cast<float>(across);
-}
-
-/// Softmax of the means, which this writes to `maps`.
-__device__ __forceinline__ Attention attend(
-    const FgdArgs& args, const FgdAxis& axis, uint32 across, uint32 images, uint32 image, float* scratch) {
-    const uint64 entry = static_cast<uint64>(image) * axis.length;
-    const float length = static_cast<float>(axis.length);
-    Attention attention = {{axis.weights + entry, axis.slopes + entry}, {}, {}, length, args.inv_temperature};
-    fill(attention.top, Max::identity());
+/// Means of |x| over the `across` elements of entries `first`, `first` + kThreads, ... of teacher and student.
+__device__ __forceinline__ void read_means(const FgdAxis& axis, const float* const (&sums)[2], uint32 first, uint32 across,
+                                           float (&means)[kEntries][2]) {
 #pragma unroll
-    for (int map = 0; map < 2; ++map) {
-        // Without gamma there are no sums of the student: taken for the teacher's, its slopes become 0.
-        const float* const sums = part_of(axis, min(static_cast<uint32>(map), args.maps - 1), images, image, 0);
-        for (uint32 i = threadIdx.x; i < axis.length; i += kAttentionThreads) {
-            const float mean = mean_at(axis, sums, i, across);
-            write_result(attention.maps[map] + i, mean);
-            attention.top[map] = Max::of(attention.top[map], mean);
+    for (uint32 e = 0; e < kEntries; ++e) fill(means[e], 0.0f);
+#pragma unroll 1  // two parts at once spill
+    for (uint32 part = 0; part < axis.parts; ++part) {
+        const uint64 begin = static_cast<uint64>(part) * axis.length;
+#pragma unroll
+        for (uint32 e = 0; e < kEntries; ++e) {
+            const uint32 i = first + e * kThreads;
+#pragma unroll
+            for (int map = 0; map < 2; ++map)
+                if (i < axis.length) means[e][map] += read_shared_result(sums[map] + begin + i);
         }
     }
-    block_reduce<Max>(attention.top, scratch);
-    fill(attention.sum, 0.0f);
-    for (uint32 i = threadIdx.x; i < axis.length; i += kAttentionThreads) {
 #pragma unroll
-        for (int map = 0; map < 2; ++map) attention.sum[map] += attention.exponential(map, i);
-    }
-    block_reduce<Sum>(attention.sum, scratch);
-    return attention;
+    for (uint32 e = 0; e < kEntries; ++e)
+#pragma unroll
+        for (int map = 0; map < 2; ++map) means[e][map] /= static_cast<float>(across);
 }
 
-/// Turns the means into the teacher's weights and the student's slopes. The result, in every thread, is gamma/N mean
-/// |S_s - S_t|; `weight` is gamma/(N length).
-__device__ __forceinline__ float finish(
-    const Attention& attention, const FgdAxis& axis, uint32 across, uint32 image, float weight, float* scratch) {
-    float sums[2] = {0.0f, 0.0f};  // of sign(S_s - S_t) S_s, of |S_s - S_t|
-    for (uint32 i = threadIdx.x; i < axis.length; i += kAttentionThreads) {
-        const float of_student = attention.at(1, i), difference = of_student - attention.at(0, i);
-        sums[0] += sign(difference) * of_student;
-        sums[1] += fabsf(difference);
+/// The weights and slopes of one axis of one image, whose sums are there. The result, in every thread, is
+/// gamma/N mean |S_s - S_t|. `scratch` holds 2 * kWarp floats.
+__device__ __forceinline__ float attend(const FgdArgs& args, const FgdAxis& axis, uint32 across, uint32 images, uint32 image,
+                                        float* scratch) {
+    const uint64 entry = static_cast<uint64>(image) * axis.length;
+    const float length = static_cast<float>(axis.length);
+    // Without gamma there are no sums of the student: taken for the teacher's, its slopes become 0.
+    const float* const sums[2] = {part_of(axis, kTeacher, images, image, 0), part_of(axis, args.maps - 1, images, image, 0)};
+    // First means, then their exponentials, then what the two are for. A thread reads only what it wrote itself.
+    float* const maps[2] = {axis.weights + entry, axis.slopes + entry};
+    float top[2] = {Max::identity(), Max::identity()};
+#pragma unroll 1
+    for (uint32 first = threadIdx.x; first < axis.length; first += kEntries * kThreads) {
+        float means[kEntries][2];
+        read_means(axis, sums, first, across, means);
+#pragma unroll
+        for (uint32 e = 0; e < kEntries; ++e) {
+            const uint32 i = first + e * kThreads;
+            if (i >= axis.length) continue;
+#pragma unroll
+            for (int map = 0; map < 2; ++map) {
+                write_result(maps[map] + i, means[e][map]);
+                top[map] = Max::of(top[map], means[e][map]);
+            }
+        }
     }
-    block_reduce<Sum>(sums, scratch);
-    const float mean = sums[0] / attention.length;
-    const float slope = weight * attention.inv_temperature / static_cast<float>(across);
-    for (uint32 i = threadIdx.x; i < axis.length; i += kAttentionThreads) {
-        const float of_teacher = attention.at(0, i), of_student = attention.at(1, i);
+    block_reduce<Max>(top, scratch);
+
+    float factors[2] = {0.0f, 0.0f};  // from an exponential to the attention, once they are added up
+#pragma unroll 4
+    for (uint32 i = threadIdx.x; i < axis.length; i += kThreads)
+#pragma unroll
+        for (int map = 0; map < 2; ++map) {
+            float mean[1];
+            read_fresh(maps[map] + i, mean);
+            const float exponential = expf((mean[0] - top[map]) * args.inv_temperature);
+            write_result(maps[map] + i, exponential);
+            factors[map] += exponential;
+        }
+    block_reduce<Sum>(factors, scratch);
+#pragma unroll
+    for (int map = 0; map < 2; ++map) factors[map] = length / factors[map];
+    // Not contracted with the difference of two attentions, or equal ones would no longer differ by 0.
+    const auto attention = [&](int map, uint32 i) {
+        float exponential[1];
+        read_fresh(maps[map] + i, exponential);
+        return __fmul_rn(exponential[0], factors[map]);
+    };
+
+    float totals[2] = {0.0f, 0.0f};  // of sign(S_s - S_t) S_s, of |S_s - S_t|
+#pragma unroll 4
+    for (uint32 i = threadIdx.x; i < axis.length; i += kThreads) {
+        const float of_student = attention(kStudent, i), difference = of_student - attention(kTeacher, i);
+        totals[0] += sign(difference) * of_student;
+        totals[1] += fabsf(difference);
+    }
+    block_reduce<Sum>(totals, scratch);
+    const float mean = totals[0] / length, weight = args.gamma / (static_cast<float>(images) * length);
+    const float slope = weight * args.inv_temperature / static_cast<float>(across);
+#pragma unroll 4
+    for (uint32 i = threadIdx.x; i < axis.length; i += kThreads) {
+        const float of_teacher = attention(kTeacher, i), of_student = attention(kStudent, i);
         float mask[1] = {1.0f};
-        if (axis.mask) read_map(axis.mask + static_cast<uint64>(image) * axis.length + i, mask);
-        write_result(attention.maps[0] + i, mask[0] * of_teacher);
-        write_result(attention.maps[1] + i, slope * of_student * (sign(of_student - of_teacher) - mean));
+        if (axis.mask) read_map(axis.mask + entry + i, mask);
+        write_result(maps[kTeacher] + i, mask[0] * of_teacher);
+        write_result(maps[kStudent] + i, slope * of_student * (sign(of_student - of_teacher) - mean));
     }
-    return weight * sums[1];
+    return weight * totals[1];
 }
 
-/// A block for each axis of each image of each level, as if all levels had `gridDim.x / (2 * count)` images.
-extern "C" __global__ void __launch_bounds__(kAttentionThreads, 1) fgd_attention(const __grid_constant__ FgdArgs args) {
-    __shared__ float scratch[2 * kWarp];
-    const uint32 axis = blockIdx.x % 2, image = blockIdx.x / 2 / args.count;
-    const FgdLevel& level = args.levels[blockIdx.x / 2 % args.count];
-    if (image >= level.images) return;
-    const FgdAxis& mine = axis == 0 ? level.columns : level.rows;
-    const uint32 across = axis == 0 ? level.rows.length : level.columns.length;
-    const float weight = args.gamma / (static_cast<float>(level.images) * static_cast<float>(mine.length));
-    const Attention attention = attend(args, mine, across, level.images, image, scratch);
-    const float distance = finish(attention, mine, across, image, weight, scratch);
-    if (threadIdx.x == 0) write_result(level.distances + 2 * image + axis, distance);
+template <class T> __device__ __forceinline__ void fgd_sums(const FgdArgs& args) {
+    __shared__ float shared[2 * kVector<T> * kThreads];
+    const FgdLevel& level = level_of_block(args.levels, args.count);
+    const uint32 block = blockIdx.x - level.first_block, tiles = level.rows.parts * level.columns.parts;
+    if (level.vectorised)
+        sum_tile<T, kVector<T>>(level, tile_at<kVector<T>>(level, block), args.maps, shared);
+    else
+        sum_tile<T, 1>(level, tile_at<1>(level, block), args.maps, shared);
+    const uint32 image = block / tiles;
+    __syncthreads();
+    if (!is_last_block(level.tickets + image, tiles)) return;
+    const float of_columns = attend(args, level.columns, level.rows.length, level.images, image, shared);
+    const float of_rows = attend(args, level.rows, level.columns.length, level.images, image, shared);
+    if (threadIdx.x == 0) write_result(level.distances + image, of_columns + of_rows);
 }
 
-EDGESTILL_KERNEL(fgd_attention, FgdArgs)
+EDGESTILL_PER_DTYPE(fgd_sums, FgdArgs, kThreads, kBlocks)
 
 // ---- gradient -----------------------------------------------------------------------------------------------------
 
@@ -312,14 +358,19 @@ __device__ __forceinline__ float compare_tile(
         slopes[k] = scale * shared[width + place_of<V>(level, tile, k)];
     }
     const uint64 image = image_offset(level, tile), rows = static_cast<uint64>(tile.image) * level.rows.length;
+    const uint32 first = tile.first_row + tile.group;
+    // Backwards: the L2 cache still holds what fgd_sums read last.
 #pragma unroll 1
-    for (uint32 row = tile.first_row + tile.group; row < tile.end_row; row += tile.groups) {
-        const uint64 offset = image + row * level.columns.length;
-        float s[K], t[K], sum = 0.0f;
-        read_row<V>(static_cast<const T*>(level.student) + offset, level, tile, s);
-        read_row<V>(static_cast<const T*>(level.teacher) + offset, level, tile, t);
+    for (uint32 left = first < tile.end_row ? (tile.end_row - first - 1) / tile.groups + 1 : 0; left > 0; --left) {
+        const uint32 row = first + (left - 1) * tile.groups;
+        const uint64 offset = image + static_cast<uint64>(row) * level.columns.length;
+        const auto raw_s = read_row<V>(static_cast<const T*>(level.student) + offset, level, tile, true);
+        const auto raw_t = read_row<V>(static_cast<const T*>(level.teacher) + offset, level, tile, true);
         const float weight = read_broadcast(level.rows.weights + rows + row, tile.lane == 0);
         const float slope = scale * read_broadcast(level.rows.slopes + rows + row, tile.lane == 0);
+        float s[K], t[K], sum = 0.0f;
+        unpack_row<V>(raw_s, s);
+        unpack_row<V>(raw_t, t);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             const float difference = s[k] - t[k], weighted = weights[k] * difference;
@@ -344,12 +395,8 @@ template <class T> __device__ __forceinline__ void fgd_gradient(const FgdArgs& a
                                      : compare_tile<T, 1>(level, index, factor, scale, shared)};
     block_reduce<Sum>(sum, scratch);
     float mine = inv * sum[0];
-    if (threadIdx.x == 0 && index % tiles == 0) {
-        float distances[2];
-        read_map(level.distances + index / tiles * 2, distances);
-        mine += distances[0] + distances[1];
-    }
+    if (threadIdx.x == 0 && index % tiles == 0) mine += read_broadcast(level.distances + index / tiles, true);
     grid_total(mine, args.partials, args.ticket, args.loss, scratch);
 }
 
-EDGESTILL_PER_DTYPE(fgd_gradient, FgdArgs, kThreads)
+EDGESTILL_PER_DTYPE(fgd_gradient, FgdArgs, kThreads, kBlocks)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.kernels.device import (
     MAX_LEVELS,
+    RESERVED_SHARED_BYTES,
     SUFFIX,
     VECTOR_BYTES,
     Device,
@@ -46,9 +47,11 @@ SPLIT_SAMPLES = 16384
 """Samples of a channel per block: its threads make 16 passes over float32; a detector's maps give 3000 blocks."""
 MAX_SPLITS = 32
 """Most blocks of an NCHW channel: one warp adds up their results, one lane for each."""
-LAST_BLOCKS = 384
-"""Blocks of one channels-last launch: 3 per multiprocessor on 128 of them, as 80 registers per thread allow. Each block
-more costs a record of 1280 bytes."""
+LAST_BLOCKS_PER_SM = 2
+"""Channels-last blocks that a multiprocessor runs at once, as 128 registers per thread allow; three would have 80, too
+few for four loads of half types."""
+LAST_BLOCKS = 128 * LAST_BLOCKS_PER_SM
+"""Blocks of one channels-last launch: all that 128 multiprocessors run at once. Each costs a record of 1280 bytes."""
 LAST_BLOCK_BYTES = 32 << 10
 """Least bytes of the student per channels-last block: 8 passes of its threads."""
 VECTOR_COLUMNS, SCALAR_COLUMNS = 8, 32
@@ -62,8 +65,6 @@ CLUSTER_SIZES = (1, 2, 4, 8)
 """Sizes that every GPU with clusters supports."""
 CLUSTER_HEAD_BYTES = 768
 """Bytes of shared memory before the maps that a block of a cluster keeps."""
-RESERVED_SHARED_BYTES = 1024
-"""Shared memory of a multiprocessor that the system takes for each block."""
 SOURCE = with_constants(
     "pkd",
     EPS=EPS,
@@ -73,6 +74,7 @@ SOURCE = with_constants(
     COEFFICIENTS=COEFFICIENTS,
     VECTOR_COLUMNS=VECTOR_COLUMNS,
     SCALAR_COLUMNS=SCALAR_COLUMNS,
+    LAST_BLOCKS_PER_SM=LAST_BLOCKS_PER_SM,
     CLUSTER_HEAD_BYTES=CLUSTER_HEAD_BYTES,
 )
 

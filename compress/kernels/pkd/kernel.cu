@@ -13,8 +13,8 @@
 // Cluster form, NCHW on sm_90 and newer: the blocks of a cluster keep their channel in shared memory. 3U.
 // Tiling: NCHW: a block takes every `splits`th piece of one channel, over all images, 16 bytes per thread at a time.
 //   Channels last: a block takes `width` vectors of channels, a thread one of them, and every `splits`th piece of the
-//   pixels. The last block of a channel (of a tile of channels) adds up the splits and solves for what `gradient`
-//   needs.
+//   pixels; its gradient goes through them backwards. The last block of a channel (of a tile of channels) adds up the
+//   splits and solves for what `gradient` needs.
 // Numerics: see common.cuh. Moments are taken about a shift near the mean, against cancellation: the mean of kSpread
 //   samples, since the first one, a corner of the zero-padded image, is the least typical.
 #include "common.cuh"
@@ -24,6 +24,7 @@ constexpr int kClusterThreads = CLUSTER_THREADS;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMoments = MOMENTS;            // sums of x, y, x^2, y^2, x y about the shift
 constexpr int kCoefficients = COEFFICIENTS;  // see Solution
+constexpr uint32 kPixels = 2;     // of a thread, channels last, whose loads are under way together
 constexpr uint32 kSpread = 8;     // samples whose mean is the shift; kThreads / 32 at most
 constexpr float kEps = static_cast<float>(EPS);
 
@@ -255,6 +256,19 @@ template <int V> struct Tile {
         first = index * width * V, channel = first + column * V;
         inside = channel < level.channels;
     }
+
+    /// The thread's first element, and the elements from one of its pixels to the next.
+    __device__ __forceinline__ uint64 begin(const PkdLevel& level) const {
+        return static_cast<uint64>(split * rows + row) * level.channels + channel;
+    }
+    __device__ __forceinline__ uint64 step(const PkdLevel& level) const {
+        return static_cast<uint64>(level.splits * rows) * level.channels;
+    }
+    /// Its pixels among `samples`.
+    __device__ __forceinline__ uint32 turns(const PkdLevel& level, uint32 samples) const {
+        const uint32 first = split * rows + row;
+        return first < samples ? (samples - first - 1) / (level.splits * rows) + 1 : 0;
+    }
 };
 
 /// Channels of a tile at most.
@@ -299,6 +313,46 @@ __device__ __forceinline__ void tile_shifts(const PkdLevel& level, const Tile<V>
     __syncthreads();
 }
 
+/// N of a thread's pixels of a tile, `step` elements apart, as they are in memory; all their loads are under way together.
+template <class T, int V, int N> struct Turn {
+    Raw<V, T> s[N], t[N];
+
+    __device__ __forceinline__ Turn(const PkdLevel& level, uint64 at, uint64 step) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            s[n] = read_raw<V>(static_cast<const T*>(level.student) + at + n * step);
+            t[n] = read_raw<V>(static_cast<const T*>(level.teacher) + at + n * step);
+        }
+    }
+};
+
+template <class T, int V, int N>
+__device__ __forceinline__ void add_pixels(const Turn<T, V, N>& turn, const Shift (&shift)[V], float (&m)[kMoments * V]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float s[V], t[V];
+        unpack<V, T>(turn.s[n], s);
+        unpack<V, T>(turn.t[n], t);
+#pragma unroll
+        for (int k = 0; k < V; ++k) add_sample<V>(s[k], t[k], shift[k], m + k);
+    }
+}
+
+template <class T, int V, int N>
+__device__ __forceinline__ void write_gradient(const PkdLevel& level, uint64 at, uint64 step,
+                                               const float (&c)[V][kCoefficients]) {
+    const Turn<T, V, N> turn(level, at, step);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float s[V], t[V];
+        unpack<V, T>(turn.s[n], s);
+        unpack<V, T>(turn.t[n], t);
+#pragma unroll
+        for (int k = 0; k < V; ++k) s[k] = gradient_of(s[k], t[k], c[k]);
+        write(static_cast<T*>(level.gradient) + at + n * step, s);
+    }
+}
+
 /// This thread's share of the moments of its channels in split `tile.split`: m (kMoments, V).
 template <class T, int V>
 __device__ __forceinline__ void walk_tile(const PkdLevel& level, const Tile<V>& tile, const float* shifts,
@@ -308,14 +362,14 @@ __device__ __forceinline__ void walk_tile(const PkdLevel& level, const Tile<V>& 
     Shift shift[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) shift[k] = {column[k * tile.width], column[(V + k) * tile.width]};
-    for (uint32 i = tile.split * tile.rows + tile.row; i < samples; i += level.splits * tile.rows) {
-        const uint64 at = static_cast<uint64>(i) * level.channels + tile.channel;
-        float s[V], t[V];
-        read(static_cast<const T*>(level.student) + at, s);
-        read(static_cast<const T*>(level.teacher) + at, t);
-#pragma unroll
-        for (int k = 0; k < V; ++k) add_sample<V>(s[k], t[k], shift[k], m + k);
-    }
+    uint32 left = tile.turns(level, samples);
+    const uint64 step = tile.step(level);
+    uint64 at = tile.begin(level);
+#pragma unroll 1
+    for (; left >= kPixels; left -= kPixels, at += kPixels * step)
+        add_pixels(Turn<T, V, kPixels>(level, at, step), shift, m);
+#pragma unroll 1
+    for (; left > 0; --left, at += step) add_pixels(Turn<T, V, 1>(level, at, step), shift, m);
 }
 
 /// Adds up the tile's records and solves for its channels, a thread each.
@@ -377,16 +431,13 @@ template <class T, int V> __device__ __forceinline__ void tile_gradient(const Pk
     for (int k = 0; k < V; ++k)
 #pragma unroll
         for (int i = 0; i < kCoefficients; ++i) c[k][i] = table[(tile.column * V + k) * kCoefficients + i];
-    const uint32 samples = level.images * level.pixels;
-    for (uint32 i = tile.split * tile.rows + tile.row; i < samples; i += level.splits * tile.rows) {
-        const uint64 at = static_cast<uint64>(i) * level.channels + tile.channel;
-        float s[V], t[V];
-        read(static_cast<const T*>(level.student) + at, s);
-        read(static_cast<const T*>(level.teacher) + at, t);
-#pragma unroll
-        for (int k = 0; k < V; ++k) s[k] = gradient_of(s[k], t[k], c[k]);
-        write(static_cast<T*>(level.gradient) + at, s);
-    }
+    const uint64 begin = tile.begin(level), step = tile.step(level);
+    // Backwards: the L2 cache still holds what pkd_statistics_last read last.
+    uint32 left = tile.turns(level, level.images * level.pixels);
+#pragma unroll 1
+    for (; left >= kPixels; left -= kPixels) write_gradient<T, V, kPixels>(level, begin + (left - kPixels) * step, step, c);
+#pragma unroll 1
+    for (; left > 0; --left) write_gradient<T, V, 1>(level, begin + (left - 1) * step, step, c);
 }
 
 /// Block: as in pkd_statistics_last.
@@ -400,10 +451,9 @@ template <class T> __device__ __forceinline__ void pkd_gradient_last(const PkdAr
     if (args.loss && blockIdx.x == 0) total_loss(args, scratch);
 }
 
-// 3 blocks per multiprocessor: left to itself, ptxas takes up to 99 registers for half types, and spills for float32.
-#define PKD_LAST_BOUNDS kThreads, 3
+#define PKD_LAST_BOUNDS kThreads, LAST_BLOCKS_PER_SM
 EDGESTILL_PER_DTYPE(pkd_statistics_last, PkdArgs, PKD_LAST_BOUNDS)
-EDGESTILL_PER_DTYPE(pkd_gradient_last, PkdArgs, kThreads)
+EDGESTILL_PER_DTYPE(pkd_gradient_last, PkdArgs, PKD_LAST_BOUNDS)
 
 // ---- NCHW, a channel in the shared memory of a cluster -------------------------------------------------------------
 
@@ -434,16 +484,25 @@ template <class T> __device__ __forceinline__ void pkd_cluster(const PkdArgs& ar
     const T* const from_s = static_cast<const T*>(level.student) + base;
     const T* const from_t = static_cast<const T*>(level.teacher) + base;
 
-    for (uint32 i = threadIdx.x; i < count; i += kClusterThreads) {  // a thread keeps, and later reads, its own vectors
+    uint4 next_s, next_t;  // under way while the shift is found, and the vectors before them are added up
+    const auto fetch = [&](uint32 i) {
+        next_s = next_t = {};  // and not what they were, which would have to arrive first
+        if (i >= count) return;
         const uint64 at = offset_of<V>(level, first + i);
-        kept_s[i] = read_raw(from_s + at);
-        kept_t[i] = read_raw(from_t + at);
-    }
+        next_s = read_raw<V>(from_s + at);
+        next_t = read_raw<V>(from_t + at);
+    };
+    fetch(threadIdx.x);
     const Shift shift = channel_shift(level, from_s, from_t, head.scratch);
     float m[kMoments] = {}, s[V], t[V];
-    for (uint32 i = threadIdx.x; i < count; i += kClusterThreads) {
-        unpack<V, T>(kept_s[i], s);
-        unpack<V, T>(kept_t[i], t);
+#pragma unroll 2  // or what was fetched would be copied, and waited for, to make room for the next
+    for (uint32 i = threadIdx.x; i < count; i += kClusterThreads) {  // a thread keeps, and later reads, its own vectors
+        const uint4 raw_s = next_s, raw_t = next_t;
+        fetch(i + kClusterThreads);
+        kept_s[i] = raw_s;
+        kept_t[i] = raw_t;
+        unpack<V, T>(raw_s, s);
+        unpack<V, T>(raw_t, t);
 #pragma unroll
         for (int k = 0; k < V; ++k) add_sample<1>(s[k], t[k], shift, m);
     }

@@ -12,6 +12,7 @@
 constexpr int kThreads = THREADS;
 constexpr int kBlocks = 4;        // least per multiprocessor; without it the compiler spills to have more
 constexpr uint32 kChannels = 32;   // that share one read of the weights
+constexpr uint32 kAtOnce = 8;      // weights whose loads are under way together, in `weight_sums`
 
 struct MseLevel {
     const void* student;
@@ -120,11 +121,18 @@ struct WeightSumArgs {
 extern "C" __global__ void __launch_bounds__(kThreads) weight_sums(const __grid_constant__ WeightSumArgs args) {
     __shared__ float scratch[kWarp];
     const WeightSumLevel& level = args.levels[blockIdx.x / kWeightBlocks];
+    constexpr uint32 kStep = kWeightBlocks * kThreads;
     float sum[1] = {0.0f};
-    for (uint64 i = (blockIdx.x % kWeightBlocks) * kThreads + threadIdx.x; i < level.elements; i += kWeightBlocks * kThreads) {
-        float w[1];
-        read_map(level.weights + i, w);
-        sum[0] += w[0];
+#pragma unroll 1
+    for (uint64 i = (blockIdx.x % kWeightBlocks) * kThreads + threadIdx.x; i < level.elements; i += kAtOnce * kStep) {
+        float w[kAtOnce];
+#pragma unroll
+        for (uint32 n = 0; n < kAtOnce; ++n) {
+            const uint64 at = i + n * kStep;
+            w[n] = at < level.elements ? read_raw<1>(level.weights + at) : 0.0f;
+        }
+#pragma unroll
+        for (uint32 n = 0; n < kAtOnce; ++n) sum[0] += w[n];
     }
     block_reduce<Sum>(sum, scratch);
     if (threadIdx.x == 0) write_result(args.partials + blockIdx.x, sum[0]);

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +14,14 @@ from compress.data.dataset import Sample
 from compress.data.image_store import ImageStore, cached_bytes, free_bytes, resized_hw
 from compress.data.index import index_dataset
 from compress.data.loader import Batch, map_ahead, train_batches, val_batches
-from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
+from compress.data.train_dataset import TrainDataset, TrainItems
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
-from tests.compress.data.conftest import folder_hash, write_image, write_labels
-
-PLAIN = AugmentConfig(hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0, fliplr=0, mosaic=0)
-
-
-@pytest.fixture
-def samples(tmp_path: Path) -> tuple[Sample, ...]:
-    """Eleven images of three shapes."""
-    shapes = ((64, 48), (48, 64), (80, 80))
-    for i in range(11):
-        write_image(tmp_path / f"images/{i:02d}.png", *shapes[i % 3], seed=i)
-        write_labels(tmp_path / f"labels/{i:02d}.txt", "0 0.5 0.5 0.5 0.4\n1 0.3 0.3 0.2 0.2\n")
-    (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [a, b]\n")
-    return index_dataset(load_data(tmp_path / "data.yaml"), ("train",)).splits["train"].samples
+from tests.compress.data.conftest import PLAIN, assert_equal, folder_hash, mixed
 
 
 def epoch(dataset: TrainItems, **options: int | bool) -> list[Batch]:
     return list(train_batches(dataset, **{"batch": 4, "epoch": 3} | options))  # type: ignore[arg-type]
-
-
-def assert_equal(left: list[Batch], right: list[Batch]) -> None:
-    assert [batch.indices for batch in left] == [batch.indices for batch in right]
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.targets, b.targets)
 
 
 def test_a_batch_is_uint8_rgb_with_targets_that_name_their_image(samples: tuple[Sample, ...]) -> None:
@@ -109,8 +88,8 @@ def test_without_augmentation_labels_stay_on_their_objects(tmp_path: Path) -> No
 
     cv2.imwrite(str(tmp_path / "a.png"), image)
     labels = np.array([[0, 45 / 120, 0.5, 30 / 120, 0.5]], np.float32)
-    tensor, moved = TrainDataset([Sample(tmp_path / "a.png", "a.png", labels, (60, 120), "")], 240, PLAIN).item(0, 0)
-    red = np.argwhere(tensor[0].astype(int) - tensor[2] > 128)
+    made, moved = TrainDataset([Sample(tmp_path / "a.png", "a.png", labels, (60, 120), "")], 240, PLAIN).item(0, 0)
+    red = np.argwhere(made[..., 2].astype(int) - made[..., 0] > 128)
     (y0, x0), (y1, x1) = red.min(0), red.max(0) + 1
     cx, cy, w, h = moved[0, 1:] * 240
     np.testing.assert_allclose([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], [x0, y0, x1, y1], atol=1.01)
@@ -217,12 +196,6 @@ def test_an_abandoned_epoch_stops_its_workers(samples: tuple[Sample, ...]) -> No
 
 
 # -- labelled and unlabelled images ---------------------------------------------------------------
-
-
-def mixed(samples: tuple[Sample, ...], labelled: int, config: AugmentConfig = PLAIN) -> MixedDataset:
-    """The first samples with their labels, the others without."""
-    other = [replace(sample, labels=np.zeros((0, 5), np.float32)) for sample in samples[labelled:]]
-    return MixedDataset(TrainDataset(samples[:labelled], 64, config), TrainDataset(other, 64, config, has_labels=False))
 
 
 def test_a_batch_holds_as_many_unlabelled_images_as_labelled_ones_and_those_first(samples: tuple[Sample, ...]) -> None:

@@ -18,7 +18,7 @@ from shim.cases import Shape, arguments
 from shim.device import A100, H100, ShimDevice
 from shim.oracle import DTYPES, GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, errors, kernels_of, same_bits, truth
 
-from compress.kernels import adapter_mse, cwd, pkd, rescale, soft_head, weighted_mse
+from compress.kernels import adapter_mse, cwd, fgd, pkd, rescale, soft_head, weighted_mse
 from compress.kernels.losses import FUSED
 
 CAUGHT = 3
@@ -33,8 +33,10 @@ CLUSTERS = H100._replace(shared_bytes=4 << 10)
 """So little shared memory that several blocks must hold a channel."""
 SHRUNK = {
     (weighted_mse, "BLOCKS"): 3,
-    (adapter_mse, "WARPS"): 16,
+    (adapter_mse, "MULTIPROCESSORS"): 2,
     (cwd, "BLOCKS"): 3,
+    (cwd, "LEAST_PIXELS"): 2,
+    (fgd, "LEAST_ROWS"): 1,
     (pkd, "SPLIT_SAMPLES"): 500,
     (pkd, "LAST_BLOCK_BYTES"): 1 << 10,
     (soft_head, "TOP_CELLS"): 50,
@@ -185,11 +187,23 @@ FAULTS: dict[str, Fault] = {
         "scale * read_broadcast(level.rows.slopes",
         "read_broadcast(level.rows.slopes",
     ),
-    "FGD: blocks beyond the last image": Fault(
+    "FGD: ticket of another image": Fault(
         "fgd/kernel.cu",
         "fgd",
-        "    if (image >= level.images) return;\n",
-        "",
+        "level.tickets + image, tiles",
+        "level.tickets, tiles",
+    ),
+    "FGD: attention before the last tile": Fault(
+        "fgd/kernel.cu",
+        "fgd",
+        "level.tickets + image, tiles",
+        "level.tickets + image, max(tiles - 1, 1u)",
+    ),
+    "FGD: the first row of a thread left out": Fault(
+        "fgd/kernel.cu",
+        "fgd",
+        "(tile.end_row - first - 1) / tile.groups + 1 : 0",
+        "(tile.end_row - first - 1) / tile.groups : 0",
     ),
     "CWD: scratch used again too early": Fault(
         "cwd/kernel.cu",
@@ -263,6 +277,12 @@ FAULTS: dict[str, Fault] = {
         "i += level.splits * kThreads) {\n        const uint64 at = offset_of<V>(level, i);",
         "i += kThreads) {\n        const uint64 at = offset_of<V>(level, i);",
     ),
+    "PKD: the last pixel of a thread left out": Fault(
+        "pkd/kernel.cu",
+        "pkd",
+        "(samples - first - 1) / (level.splits * rows) + 1 : 0",
+        "(samples - first - 1) / (level.splits * rows) : 0",
+    ),
     "PKD: offset across images": Fault(
         "pkd/kernel.cu",
         "pkd",
@@ -314,8 +334,8 @@ FAULTS: dict[str, Fault] = {
     "adapter: last block left out of dW": Fault(
         "adapter_mse/kernel.cu",
         "adapter_mse",
-        "block < level.blocks; ++block) {",
-        "block + 1 < level.blocks; ++block) {",
+        "if (block < level.blocks) shares[n]",
+        "if (block + 1 < level.blocks) shares[n]",
     ),
     "adapter: scale not folded in": Fault(
         "adapter_mse/kernel.cu",

@@ -271,6 +271,23 @@ def test_every_pair_of_channels_fits_the_smallest_shared_memory():
     assert max(kind.shared_bytes for kind in kinds) + 256 <= 99 << 10
 
 
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [
+        (_Kind(64, 128, True), 2),
+        (_Kind(64, 128, False), 1),
+        (_Kind(72, 128, True), 1),
+        (_Kind(64, 64, True), 4),
+        (_Kind(64, 16, True), 9),  # as many as shared memory holds
+        (_Kind(128, 64, False), 2),
+    ],
+    ids=str,
+)
+def test_a_multiprocessor_runs_as_many_blocks_as_registers_and_shared_memory_allow(kind, blocks):
+    assert kind.blocks_per_sm == blocks
+    assert blocks * (kind.shared_bytes + 1024) <= 228 << 10
+
+
 def test_an_adapter_of_another_shape_is_refused():
     given = arguments([(2, *ODD, 4, 4)], torch.float16)
     given[2] = [given[2][0].mT]

@@ -9,6 +9,7 @@ import pytest
 from shim import figures
 
 from compress.kernels import toolchain
+from compress.kernels.adapter_mse import _Kind, source_of
 from compress.kernels.losses import SOURCES
 from compress.kernels.rescale import SOURCE as RESCALE
 from compress.kernels.toolchain import ARCHITECTURES, FOLDER, Resources, Source, compile_cubin, cubin
@@ -16,8 +17,8 @@ from runtime.errors import EdgestillError, UnavailableError
 
 REGISTERS = {
     "adapter_mse": 192,
-    "cwd": 80,
-    "pkd": 80,
+    "cwd": 128,
+    "pkd": 128,
 }
 """Most registers per thread, by source; 64 if nothing is said, which keep four blocks of 256 on a multiprocessor."""
 
@@ -53,6 +54,12 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(nvrtc, sour
     for name, resources in kernels.items():
         assert resources.spill_bytes == 0, name
         assert resources.registers <= most, (name, resources)
+
+
+@pytest.mark.parametrize("channels", [(64, 128), (24, 40)], ids=str)
+def test_two_blocks_of_a_narrow_adapter_fit_without_spills(nvrtc, channels):
+    _, kernels = compiled(source_of(_Kind(*channels, True)), "sm_90")
+    assert all(resources.registers <= 128 and resources.spill_bytes == 0 for resources in kernels.values())
 
 
 @every_source

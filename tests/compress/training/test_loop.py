@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -214,6 +215,20 @@ def test_mosaic_closes_before_the_end(tmp_path: Path) -> None:
         made.state.epoch = epoch
         list(made.epoch_batches())
     assert made.job.train.mosaics == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_training_closes_its_loader_however_it_ends(
+    tmp_path: Path, judged: list[float], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    judged += [0.1]
+    made, closed = trainer(config(epochs=1), tmp_path, images=4), []
+    monkeypatch.setattr(made.loader, "close", lambda: closed.append(True))
+    if fails:
+        monkeypatch.setattr(made, "train_batch", lambda *_, **__: 1 // 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        made.run()
+    assert closed == [True]
 
 
 # -- compute threads ------------------------------------------------------------------------------

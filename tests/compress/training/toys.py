@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.config import AugmentConfig, DistillConfig, OptimizerConfig
+from compress.data.image_store import ImageStore
 from compress.data.loader import Batch
 from compress.data.train_dataset import epoch_order
 from compress.models import Architecture, YOLOv5
@@ -29,6 +30,8 @@ class Noise:
 
     def __init__(self, count: int) -> None:
         self.count = self.labelled = count
+        self.imgsz = SIDE
+        self.stores: tuple[ImageStore, ...] = ()
         self.mosaics: list[bool] = []
 
     def __len__(self) -> int:
@@ -40,7 +43,7 @@ class Noise:
     def item(self, epoch: int, index: int, *, mosaic: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         self.mosaics.append(mosaic)
         rng = np.random.default_rng([epoch, index])
-        return rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8), LABELS
+        return rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8), LABELS
 
 
 def quiet(_line: str) -> None: ...
