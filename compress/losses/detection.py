@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from compress.compute.boxes import CellCIoU
 from compress.config import LossConfig
-from compress.losses.boxes import CellCIoU
 from runtime.errors import UsageError
 
 # (offset of the centre in cells) for: the own cell, then its left, upper, right and lower neighbour

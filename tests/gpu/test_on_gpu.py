@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from shapes import DETECTOR, EXTREME, LEVELS, MEDIUM, OPCHECK, SELECTIONS, SHAPES, UNLIKE, even
-from shim.cases import with_learners
+from shim.cases import HEAD, with_learners
 from shim.oracle import (
     DTYPES,
     GRADIENT_TOLERANCE,
@@ -22,12 +22,15 @@ from shim.oracle import (
     check,
     errors,
     gradient_error,
+    head_anchors,
+    head_shape,
     kernels_of,
     laid,
     pair,
     same_bits,
     truth,
     upstream,
+    with_clear_limit,
 )
 from torch import Tensor
 
@@ -40,8 +43,9 @@ from compress.kernels.rescale import SOURCE as RESCALE
 if not torch.cuda.is_available():
     pytest.skip("torch sees no NVIDIA GPU", allow_module_level=True)
 
-WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20}
-"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block."""
+WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20, "soft_head": 5 << 20}
+"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block; the
+head's gates."""
 MEBIBYTE = 1 << 20
 TORCH = torch.device("cuda:0")
 HALF = torch.float16
@@ -70,11 +74,15 @@ def arguments(
     generator = torch.Generator().manual_seed(9 + seed)
     if name == "adapter_mse" and dtype != torch.float32:  # others go the general way, which rounds as eager code does
         shapes = [*map(even, shapes)]
+    if name == "soft_head":
+        shapes = [head_shape(shape) for shape in shapes]
     large = sum(map(torch.Size.numel, map(torch.Size, shapes))) > 1 << 22
     make = pair_on_gpu if large else pair
     pairs = [make(shape, dtype, seed=seed + i, layout=layout, skip=skip) for i, shape in enumerate(shapes)]
     students, teachers = ([laid(x.to(device), layout, skip) for x in maps] for maps in zip(*pairs, strict=True))
-    weights = [torch.rand(n, h, w, generator=generator).to(device) for n, _, h, w in shapes]
+    if name == "soft_head":
+        teachers = [with_clear_limit(teacher) for teacher in teachers]
+    weights = [torch.rand(n, h, w, generator=generator).to(device) for n, _, h, w, *_ in shapes]
     channels = [shape[1] for shape in shapes]
     matrices = [(torch.randn(c, c, generator=generator) / c**0.5).to(dtype).float().to(device) for c in channels]
     biases = [torch.randn(c, generator=generator).to(dtype).float().to(device) for c in channels]
@@ -88,6 +96,11 @@ def arguments(
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
+        "anchors": [a.to(device) for a in head_anchors(len(shapes))],
+        **HEAD,
+        "balance": HEAD["balance"][: len(shapes)],
     }
     if scale is not None:
         expected = torch.tensor(float(scale), device=device)
@@ -301,7 +314,7 @@ def captured(step: Callable[[], Sequence[Tensor]]) -> Captured:
 
 def tensors_of(given: list[Any]) -> list[Tensor]:
     """All but the expected upstream gradient."""
-    return [tensor for value in given[:-1] if isinstance(value, list) for tensor in value]
+    return [tensor for value in given[:-1] if fused.are_tensors(value) for tensor in value]
 
 
 def test_a_call_after_a_refused_launch_is_right() -> None:
@@ -476,6 +489,19 @@ def test_the_definition_can_be_forced(monkeypatch) -> None:
     maps = [torch.ones(1, 1, 1, 1, device=TORCH)]
     monkeypatch.setenv(fused.SWITCH, "off")
     assert not fused.runs_fused(maps)
+
+
+# ---- the top cells of a head --------------------------------------------------------------------------------------
+
+
+@every_layout
+@pytest.mark.parametrize("shape", [(4, 60, 80, 80), (2, 30, 20, 20)], ids=str)
+def test_soft_head_compares_the_cells_that_topk_takes_of_equal_gates(shape, layout):
+    given = arguments("soft_head", [shape], layout=layout)
+    given[1][0][..., 4] = given[1][0][..., 4].round()
+    found, plain = run_kernels("soft_head", given), by_autograd(FUSED["soft_head"].reference, given, (0,), None)
+    rows = [(result.gradients[0][..., 5:] != 0).any(-1) for result in (found, plain)]
+    assert torch.equal(*rows)
 
 
 # ---- the matrix instructions --------------------------------------------------------------------------------------

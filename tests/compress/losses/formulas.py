@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from compress.losses.boxes import EPS
+from compress.compute.boxes import EPS
 
 
 def ciou(a: Tensor, b: Tensor) -> Tensor:

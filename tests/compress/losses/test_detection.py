@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from compress.compute.boxes import touched_cells
 from compress.compute.operations import OperationCount
 from compress.config import LossConfig
-from compress.losses.boxes import touched_cells
 from compress.losses.detection import DetectionLoss, Grid, assign_targets, level_balance, padded, targets_on
 from runtime.errors import UsageError
 

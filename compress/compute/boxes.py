@@ -80,9 +80,9 @@ def decode_in_cell(logits: Tensor, anchors_wh: Tensor) -> Tensor:
         anchors_wh: broadcastable to (..., 2), grid units.
 
     Returns:
-        (..., 4) float32 x, y, w, h in grid units.
+        (..., 4) float32 (float64 for float64 logits) x, y, w, h in grid units.
     """
-    twice = logits.float().sigmoid() * 2
+    twice = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid() * 2
     return torch.cat((twice[..., :2] - 0.5, twice[..., 2:].square() * anchors_wh), -1)
 
 
