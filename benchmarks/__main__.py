@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.json, .html, .md, .csv go here")
     made.add_argument("--variant", help="precision or file to take from a bundle (default: all that run here)")
     made.add_argument("--device", default=Plan.device, help="auto, cpu, cuda or tensorrt (default: %(default)s)")
+    made.add_argument("--backend", default=Plan.backend, help="library that runs it (default: %(default)s)")
     made.add_argument(
         "--samples", type=whole(1), default=Plan.samples, help="timed frames (default: %(default)s; p99 needs 662)"
     )
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         warmup_ms=options.warmup,
         interval_ms=options.interval,
         device=options.device,
+        backend=options.backend,
         threads=options.threads,
     )
     machine = environment()

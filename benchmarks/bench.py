@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256
 from runtime.image import IMAGE_SUFFIXES, read_image
+from runtime.layers import facts_of, read_layers
 from runtime.sources import image_files
 
 FRAMES = 64
@@ -59,14 +60,16 @@ class Plan:
     accuracy_conf: float = ACCURACY_CONF
     """Score threshold while accuracy is measured; latency is measured at the model's own."""
     device: str = "auto"
+    backend: str = "auto"
     threads: int | None = None
     as_written: bool = False
     """Whether the quantised layers of an ONNX file are computed in float, because other kernels will run it."""
 
     def detector(self, path: Path, variant: str | None = None, *, spin: bool = True) -> Detector:
         return Detector.load(
-            path, device=self.device, variant=variant, threads=self.threads, spin=spin, as_written=self.as_written
-        )
+            path, device=self.device, backend=self.backend, variant=variant, threads=self.threads, spin=spin,
+            as_written=self.as_written,
+        )  # fmt: skip
 
     def read_frames(self) -> list[Frame]:
         return [read_image(path) for _, path in self.images[:FRAMES]]
@@ -88,7 +91,7 @@ def measure_file(
     when no image or no object is labelled.
     """
     with plan.detector(path, variant) as detector:
-        file = _loaded(path, variant, detector)
+        file = _loaded(path, plan, variant, detector)
         latency = measure(
             detector, plan.read_frames(), batch=batch_of(detector, plan), samples=plan.samples,
             warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
@@ -107,9 +110,9 @@ def measure_file(
         )
 
 
-def _loaded(path: Path, variant: str | None, detector: Detector) -> ModelFile:
+def _loaded(path: Path, plan: Plan, variant: str | None, detector: Detector) -> ModelFile:
     """The file that `detector` runs, of those that `path` offers."""
-    return next(file for file in model_files(path, variant) if file.artifact == detector.artifact)
+    return next(file for file in model_files(path, variant, plan.backend) if file.artifact == detector.artifact)
 
 
 def batch_of(detector: Detector, plan: Plan) -> int:
@@ -166,7 +169,7 @@ def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[lis
 
     Raises UnavailableError when none runs; a single file raises its own error.
     """
-    offered = model_files(path, variant)
+    offered = model_files(path, variant, plan.backend)
     if len(offered) == 1:
         return [measure_file(path, plan, variant=variant)], []
     rows, idle = [], []
@@ -191,18 +194,24 @@ def engine_row(file: ModelFile, note: str) -> Row:
         "bytes": artifact.bytes if artifact else None,
         "ran": False,
         "note": note,
+        **facts_of(read_layers(file.path, artifact.sha256) if artifact else ()),
     }
 
 
-def compare_files(reference: Path, other: Path, plan: Plan, rounds: int = 20) -> LatencyRatio:
+def compare_files(
+    reference: Path, other: Path, plan: Plan, rounds: int = 20, *, backend: str | None = None
+) -> LatencyRatio:
     """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
-    Both see the same frames in the same order. `plan.samples` calls of each are spread over the rounds, at least four
-    per round. `LatencyRatio.verdict(limit)` judges. Raises the errors of `Detector.load`, and UsageError when a call of
-    the one takes more frames than a call of the other.
+    `backend` runs the other, by default that of the plan. Both see the same frames in the same order. `plan.samples`
+    calls of each are spread over the rounds, at least four per round. `LatencyRatio.verdict(limit)` judges. Raises the
+    errors of `Detector.load`, and UsageError when a call of the one takes more frames than a call of the other.
     """
     frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
-    with plan.detector(reference) as first, plan.detector(other) as second:
+    with (
+        plan.detector(reference) as first,
+        replace(plan, backend=backend or plan.backend).detector(other) as second,
+    ):
         batches = batch_of(first, plan), batch_of(second, plan)
         if len(set(batches)) > 1:
             raise UsageError(

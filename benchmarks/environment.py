@@ -23,11 +23,12 @@ def environment() -> dict[str, Any]:
 
 CPU = "cpu"
 """Name of the device that is no GPU."""
+CPU_PROVIDERS = ("CPUExecutionProvider", "OpenVINO on the CPU")
 
 
 def device_name(providers: tuple[str, ...]) -> str:
     """The device that runs a file: "cpu", or the first GPU's name. `providers` are those of the loaded detector."""
-    if providers[0] == "CPUExecutionProvider":
+    if providers[0] in CPU_PROVIDERS:
         return CPU
     gpus = machine.facts()["gpus"]
     return gpus[0]["name"] if gpus else providers[0]

@@ -84,6 +84,10 @@ STUDENT_ACTIVATIONS = {"silu": "SiLU", "relu": "ReLU"}
 ActivationName: TypeAlias = Literal[tuple(STUDENT_ACTIVATIONS)]  # type: ignore[valid-type]
 """One of `STUDENT_ACTIVATIONS`."""
 
+PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+PrecisionName: TypeAlias = Literal[PRECISIONS]  # type: ignore[valid-type]
+"""One of `PRECISIONS`; auto is float16 on a GPU and float32 on a CPU."""
+
 NO_RESULT = "no result depends on this setting"
 """Marks a field whose value changes no number and no published file: neither the fingerprint of a stage nor a resumed
 training looks at it."""
@@ -245,8 +249,14 @@ class TrainConfig(Settings):
     """Validate every this many epochs and always after the last."""
     checkpoint_interval: Annotated[Count, NO_RESULT] = 1
     """Save the state to resume from every this many epochs and always after the last."""
-    amp: bool = True
-    """float16 arithmetic on a GPU; a CPU computes in float32."""
+    precision: PrecisionName = "auto"
+    """Arithmetic of the networks; auto is float16 on a GPU and float32 on a CPU. Weights and losses are float32."""
+    compile: bool = False
+    """Compile student and teacher by torch.compile: minutes at the start, and fewer passes over memory then. Compiled
+    code rounds at other places, in half precision at fewer, so results depend on it."""
+    cuda_graph: Annotated[bool, NO_RESULT] = False
+    """Launch forward and backward of a batch as one CUDA graph, for a GPU that waits for the host; left out with more
+    than one process, the loss mgd, or a teacher's ONNX file. Only the last bits of the results depend on it."""
     workers: Annotated[Workers | None, NO_RESULT] = None
     """Threads, or beside a GPU processes, that load data; 0 loads between the steps. None takes one thread, and beside
     a GPU a process for each core but one, 16 at most."""
@@ -495,8 +505,10 @@ class QadConfig(DistillConfig):
     epochs: Count = 8
     val_interval: Count = MAX_COUNT
     """Only the last epoch is validated and kept: a best one would be chosen on the images that judge the file."""
-    amp: bool = False
-    """In float16 the sums would not be those of the file."""
+    precision: Literal["float32"] = "float32"
+    """In half precision the sums would not be those of the file."""
+    compile: Literal[False] = False
+    """The body is computed node by node as the graph has it."""
     unsure: Fraction = 0.0
     """The float student teaches background everywhere: it is the student's own."""
 

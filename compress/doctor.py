@@ -48,6 +48,7 @@ def examine() -> list[Finding]:
         _torch_device(),
         _fused_kernels(),
         _providers(),
+        _openvino(),
         *_engines(),
         _plan_runner(),
     ]
@@ -125,6 +126,13 @@ def _providers() -> Finding:
         return Finding("onnxruntime on", True, ", ".join(names))
 
     return _probe("onnxruntime on", "onnxruntime", look, "pip install 'edgestill[cpu]' or 'edgestill[gpu]'")
+
+
+def _openvino() -> Finding:
+    def look(openvino: Any) -> Finding:
+        return Finding("OpenVINO", True, f"{openvino.__version__}: runs and judges int8-openvino on this CPU")
+
+    return _probe("OpenVINO", "openvino", look, "pip install 'edgestill[openvino]'")
 
 
 def _engines() -> list[Finding]:

@@ -20,8 +20,10 @@ from torch import Tensor
 from benchmarks.accuracy import Accuracy, YoloMetrics, average_precision, coco_accuracy, coco_rows, match
 from compress.compute.device import pick_device, to_device
 from compress.compute.numerics import flush_denormals
+from compress.compute.precision import computing_in, pick_precision
 from compress.compute.threads import limit_threads
 from compress.compute.timing import Stopwatch
+from compress.config import PrecisionName
 from compress.data.coco import read_annotations, to_coco
 from compress.data.dataset import Sample
 from compress.data.loader import ValBatch, val_batches
@@ -86,7 +88,7 @@ def evaluate(
     rect: bool = True,
     nms: NmsSettings | None = None,
     device: str | torch.device = "auto",
-    half: bool = False,
+    precision: PrecisionName = "float32",
     workers: int = 0,
     loss: Loss | None = None,
     coco: bool = True,
@@ -94,19 +96,18 @@ def evaluate(
 ) -> ValResult:
     """Measure `model` (left as it is: a fused copy runs) on `samples`.
 
-    `half` runs the network in float16 on a GPU. `annotations` is a COCO JSON that replaces the text labels in the COCO
-    figures (it has crowd regions; text labels do not).
+    `precision` is that of the network's arithmetic. `annotations` is a COCO JSON that replaces the text labels in the
+    COCO figures (it has crowd regions; text labels do not).
 
-    Raises UsageError when the model does not take images of `imgsz` pixels.
+    Raises UsageError when the model does not take images of `imgsz` pixels, UnavailableError when the device does not
+    compute in the precision.
     """
     model.arch.require_image_size(imgsz)
     flush_denormals()
     limit_threads()
     where = device if isinstance(device, torch.device) else pick_device(device)
     network = to_device(model.fuse().eval().float(), where)
-    runner = _Runner(
-        network, network.decode, nms or NmsSettings(), where, half=half and where.type == "cuda", loss=loss
-    )
+    runner = _Runner(network, network.decode, nms or NmsSettings(), where, pick_precision(precision, where), loss=loss)
     stride = max(model.strides)
     batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
     return _figures(runner, batches, coco=(model.arch.names, annotations) if coco else None)
@@ -127,7 +128,7 @@ def evaluate_outputs(
     """Measure whatever gives raw maps for images, and rows in pixels for raw maps, by YOLOv5's protocol."""
     flush_denormals()
     limit_threads()
-    runner = _Runner(raw_maps, decode, NmsSettings(), device, half=False, loss=None)
+    runner = _Runner(raw_maps, decode, NmsSettings(), device, torch.float32, loss=None)
     batches = val_batches(samples, imgsz=imgsz, batch=batch, stride=stride, rect=rect, workers=workers)
     return _figures(runner, batches, coco=None)
 
@@ -153,12 +154,12 @@ class _Runner:
         decode: Callable[[list[Tensor]], Tensor],
         nms: NmsSettings,
         device: torch.device,
+        dtype: torch.dtype,
         *,
-        half: bool,
         loss: Loss | None,
     ) -> None:
         self._raw_maps, self._decode = raw_maps, decode
-        self._nms, self._device, self._half, self._loss = nms, device, half, loss
+        self._nms, self._device, self._dtype, self._loss = nms, device, dtype, loss
         self._losses: list[Tensor] = []
         self.watch = Stopwatch(device)
 
@@ -177,7 +178,7 @@ class _Runner:
         return [ImageResult(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(self._device.type, torch.float16, enabled=self._half):
+        with computing_in(self._dtype, self._device):
             raw = self._raw_maps(images)
         raw = [level.float() for level in raw]
         if self._loss:

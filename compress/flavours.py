@@ -7,12 +7,13 @@ A new flavour is a module with its maker and one row here. Nothing here imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
 from compress.schemes import SCHEMES, Scheme
+from runtime.backends import BACKENDS
 
 REFERENCE = "fp32"
 """The precision that `export` writes. Every flavour is made from it and compared with it."""
@@ -32,16 +33,28 @@ class Flavour:
     maker: str
     scheme: Scheme | None = None
     """Its form of INT8; None needs no calibration."""
-    for_this_cpu: bool = False
-    """ONNX Runtime on this kind of CPU ships it: its kernels judge the accuracy, and its latency counts in the gate.
-    The accuracy of the others is that of the graph as it is written."""
+    backend: str = ""
+    """Backend of the runtime that runs the file on a CPU. Where its library is installed, its kernels judge accuracy
+    and its latency counts in the gate; elsewhere the accuracy is that of the graph as it is written."""
     engine: bool = False
     """TensorRT plans are built from it."""
-    not_for: Mapping[str, str] = field(default_factory=dict)
-    """Builder of plans -> why no plan is built with it."""
     note: str = ""
-    """Printed beside its latency on a CPU in the report."""
+    """Printed in the report beside its latency on a CPU, where another library than its own was timed."""
     check: str = ""
+
+    @property
+    def is_run_here(self) -> bool:
+        """Whether the library that the file is made for runs it on this CPU."""
+        return self.backend != "" and BACKENDS[self.backend].is_installed
+
+    @property
+    def judge(self) -> str:
+        """Says in which library its accuracy is measured here."""
+        if self.is_run_here:
+            return f"in {BACKENDS[self.backend].library}"
+        if not self.backend:
+            return "computed as it is written"
+        return f"computed as it is written, as {BACKENDS[self.backend].library} is not installed"
 
     @property
     def make(self) -> Callable[..., Any]:
@@ -56,11 +69,8 @@ class Flavour:
 QDQ = "compress.graph.qdq:quantised"
 FP16_OVERFLOW = "compress.graph.fp16:overflow"
 FOR_TENSORRT = "made for TensorRT; its latency on a CPU says nothing about a GPU"
-FOR_OPENVINO = "made for OpenVINO; its latency in ONNX Runtime says nothing about OpenVINO's"
-RTX_WRITES_FLOATS = (
-    "TensorRT-RTX fuses no INT8 convolution with its activation and writes FP32 behind each: "
-    "176 MB a frame where FP16 moves 116 (YOLOv5n, 640 pixels), so FP16 is the faster plan"
-)
+FOR_OPENVINO = "made for OpenVINO (pip install 'edgestill[openvino]'); its latency in another library says nothing"
+FOR_ORT = "made for ONNX Runtime; its latency in another library says nothing"
 
 _ROWS = (
     Flavour("fp16", "compress.graph.fp16:body_to_fp16", engine=True, note=FOR_TENSORRT, check=FP16_OVERFLOW),
@@ -69,12 +79,11 @@ _ROWS = (
         QDQ,
         SCHEMES["tensorrt"],
         engine=True,
-        not_for={"tensorrt_rtx": RTX_WRITES_FLOATS},
         note=FOR_TENSORRT,
         check=FP16_OVERFLOW,
     ),
-    Flavour("int8-openvino", QDQ, SCHEMES["openvino"], note=FOR_OPENVINO),
-    Flavour("int8-ort", QDQ, SCHEMES["onnxruntime"], for_this_cpu=True),
+    Flavour("int8-openvino", QDQ, SCHEMES["openvino"], backend="openvino", note=FOR_OPENVINO),
+    Flavour("int8-ort", QDQ, SCHEMES["onnxruntime"], backend="onnx", note=FOR_ORT),
 )
 
 FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}
@@ -83,11 +92,6 @@ for accuracy, and INT8 by explicit Q/DQ is often no faster."""
 
 FILES: Mapping[str, str] = {name: f"model.{name}.onnx" for name in FLAVOURS}
 """Name of the file of each flavour."""
-
-NOT_FOR: Mapping[tuple[str, str], str] = {
-    (row.name, builder): reason for row in _ROWS for builder, reason in row.not_for.items()
-}
-"""(Flavour, builder of plans) -> why no plan is built."""
 
 PLAN_PRECISIONS = (*(row.name for row in _ROWS if row.engine), REFERENCE)
 """TensorRT plans are built from these, best first."""

@@ -33,6 +33,7 @@ from compress.graph.placement import layers
 from compress.graph.ranges import Ranges, calibrate
 from compress.graph.sensitivity import LayerError, number_form, rank_layers, remaining_error
 from compress.graph.session import open_session
+from compress.inputs import own_plan
 from compress.schemes import Scheme, seven_bit_weights
 from runtime.card import ModelCard
 from runtime.errors import EdgestillError, InputError
@@ -60,15 +61,15 @@ SPEED = {
 class Gate(Protocol):
     """The two measurements that judge a flavour."""
 
-    def maps(self, path: Path, *, as_written: bool) -> Floats:
+    def maps(self, path: Path, flavour: Flavour | None = None) -> Floats:
         """mAP50-95 of a file on all images, and with each group of images left out; see `jackknife_maps`.
 
-        With `as_written` the Q/DQ pairs are computed in float: the file is for kernels that are not here.
+        A flavour is measured in its own library if that is here.
         """
         ...
 
-    def latency(self, reference: Path, other: Path) -> LatencyRatio:
-        """Time of `other` over time of `reference`, taken in turns on this machine."""
+    def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
+        """Time of `other`, in the flavour's library, over time of `reference`, taken in turns on this machine."""
         ...
 
 
@@ -78,11 +79,12 @@ class FileGate:
 
     plan: Plan
 
-    def maps(self, path: Path, *, as_written: bool) -> Floats:
-        return file_maps(path, replace(self.plan, as_written=as_written))
+    def maps(self, path: Path, flavour: Flavour | None = None) -> Floats:
+        return file_maps(path, own_plan(self.plan, flavour) if flavour else self.plan)
 
-    def latency(self, reference: Path, other: Path) -> LatencyRatio:
-        return compare_files(reference, other, replace(self.plan, samples=min(self.plan.samples, GATE_SAMPLES)))
+    def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
+        plan = replace(self.plan, samples=min(self.plan.samples, GATE_SAMPLES))
+        return compare_files(reference, other, plan, backend=flavour.backend)
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def origin_of(
     has_int8 = any(FLAVOURS[name].scheme for name in config.flavours)
     ranges = calibrate(source, canvases, config.method) if has_int8 else {}
     rank = cache(lambda form: rank_layers(source, ranges, form, canvases.some(RANKING_IMAGES)))
-    return Origin(config, model, source, card, canvases, ranges, rank, gate, gate.maps(model, as_written=False))
+    return Origin(config, model, source, card, canvases, ranges, rank, gate, gate.maps(model))
 
 
 def flavour_of(config: QuantizeConfig, name: str) -> Flavour:
@@ -283,12 +285,14 @@ def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedF
         if loss.drop <= origin.config.max_map_drop:
             break
     found = float(maps[0][0])
-    within, reason = _accuracy_verdict(loss, found, float(origin.reference[0]), origin.config.max_map_drop)
+    within, reason = _accuracy_verdict(
+        loss, found, float(origin.reference[0]), origin.config.max_map_drop, flavour.judge
+    )
     fault = _fault(flavour, origin.source, path, origin.canvases.some(SANITY_IMAGES))
     judged = JudgedFile(
         flavour.name, path, within and not fault, fault or reason, found, loss, calibration, None, ranking, tuple(steps)
     )
-    return _timed(origin, flavour, judged, path, folder) if judged.kept and flavour.for_this_cpu else judged
+    return _timed(origin, flavour, judged, path, folder) if judged.kept and flavour.is_run_here else judged
 
 
 def choices(config: QuantizeConfig, flavour: Flavour, ranking: Sequence[LayerError]) -> list[tuple[str, ...]]:
@@ -311,12 +315,12 @@ def _draw_maps(
 ) -> Floats:
     """Draw 0 is the file itself."""
     drawn = origin.write(flavour, folder / "draw.onnx", float_layers, draw) if draw else path
-    return origin.gate.maps(drawn, as_written=not flavour.for_this_cpu)
+    return origin.gate.maps(drawn, flavour)
 
 
 def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, folder: Path) -> JudgedFile:
     """With the latency of the file, which counts, and that of the steps before it, which say what each costs."""
-    latency = origin.gate.latency(origin.model, path)
+    latency = origin.gate.latency(origin.model, path, flavour)
     verdict = latency.verdict(origin.config.max_latency_ratio)
     reason = f"{judged.reason}; latency against FP32 {latency}, {SPEED[verdict]} {origin.config.max_latency_ratio:g}"
     before = judged.steps[:-1]
@@ -325,7 +329,9 @@ def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, fol
     earlier = [
         replace(
             step,
-            latency=origin.gate.latency(origin.model, origin.write(flavour, folder / "step.onnx", step.float_layers)),
+            latency=origin.gate.latency(
+                origin.model, origin.write(flavour, folder / "step.onnx", step.float_layers), flavour
+            ),
         )
         for step in before
     ]
@@ -399,9 +405,11 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
     return np.concatenate([session.run(None, {model.graph.input[0].name: canvas})[0] for canvas in canvases])
 
 
-def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: float) -> tuple[bool, str]:
-    """Whether a file with mAP50-95 `found` passes against FP32's, and why. One that finds nothing passes no limit
-    below 1: otherwise every flavour of a network that learnt nothing would pass, with a loss of 0 out of 0.
+def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: float, judge: str) -> tuple[bool, str]:
+    """Whether a file with mAP50-95 `found` passes against FP32's, and why. `judge` says what computed it.
+
+    A file that finds nothing passes no limit below 1: otherwise every flavour of a network that learnt nothing would
+    pass, with a loss of 0 out of 0.
     """
     if max_drop < 1 and not reference > 0:
         return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss can be measured"
@@ -410,4 +418,4 @@ def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: floa
     within = loss.drop <= max_drop  # False for NaN
     is_clear = max_drop >= 1 or loss.is_resolved(max_drop)
     unresolved = "" if is_clear else f", not resolved: too few {loss.remedy} for this limit"
-    return within, f"loses {loss}, {'within' if within else 'more than'} {max_drop:g}{unresolved}"
+    return within, f"loses {loss} {judge}, {'within' if within else 'more than'} {max_drop:g}{unresolved}"

@@ -12,7 +12,7 @@ from benchmarks.environment import CPU, device_name
 from compress.config import BenchConfig, Recipe
 from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
-from compress.flavours import FILES, FLAVOURS, REFERENCE
+from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.candidates import Validation
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
@@ -55,17 +55,26 @@ def plan_of(config: BenchConfig, dataset: Dataset, device: str = "cpu") -> Plan:
     )
 
 
-def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
-    """The plan with the `as_written` that suits a file or bundle, and the note that belongs beside its figures.
+def own_plan(plan: Plan, flavour: Flavour) -> Plan:
+    """The plan that measures a flavour in the library that it is made for, or as it is written where that is not here.
 
-    The CPU computes a flavour that is made for other hardware in float, as it is written: integer kernels that it is
-    not made for would say nothing about it. Raises the errors of `Detector.load`.
+    Integer kernels that it is not made for would say nothing about it.
+    """
+    return replace(plan, backend=flavour.backend if flavour.is_run_here else "onnx", as_written=not flavour.is_run_here)
+
+
+def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
+    """The plan that suits a file or bundle, and the note that belongs beside its figures.
+
+    On a CPU a flavour is measured by its `own_plan`, unless the plan names a backend. Raises the errors of
+    `Detector.load`.
     """
     with plan.detector(path, spin=False) as detector:
         flavour, is_cpu = FLAVOURS.get(detector.card.precision), device_name(detector.providers) == CPU
     if flavour is None or not is_cpu:
         return replace(plan, as_written=False), ""
-    return replace(plan, as_written=not flavour.for_this_cpu), flavour.note
+    chosen = own_plan(plan, flavour) if plan.backend == "auto" else replace(plan, as_written=False)
+    return chosen, "" if chosen.backend == flavour.backend and not chosen.as_written else flavour.note
 
 
 class MeasuredFile(NamedTuple):

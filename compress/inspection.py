@@ -12,6 +12,7 @@ from runtime.bundle import model_files
 from runtime.card import METADATA_KEY, ModelCard
 from runtime.errors import InputError
 from runtime.files import sha256
+from runtime.layers import facts_of, read_layers
 
 Description = dict[str, Any]
 
@@ -69,16 +70,18 @@ def _shape(value: Any) -> str:
 def _engine(path: Path) -> Description:
     """Description from the card alone, because an engine is native code."""
     file = model_files(path)[0]
+    digest = sha256(path)
     known: Description = {"format": f"file for {file.spec.name}"}
     if file.artifact is not None:
         known |= {
-            "intact": sha256(path) == file.artifact.sha256,
+            "intact": digest == file.artifact.sha256,
             "precision": file.artifact.precision,
             "targets": list(file.artifact.targets),
             "versions": dict(file.artifact.versions),
         }
     card = file.card.to_dict() if file.card else {}
-    return known | {"card": {key: value for key, value in card.items() if key != "artifacts"}}
+    known["card"] = {key: value for key, value in card.items() if key != "artifacts"}
+    return known | facts_of(read_layers(path, digest))
 
 
 def _bundle(path: Path) -> Description:
@@ -96,14 +99,21 @@ READERS: Mapping[str, Callable[[Path], Description]] = {
 }
 
 
+def _entry(entry: Mapping[str, Any], indent: str) -> str:
+    """An entry of a list: in one line, if it is flat."""
+    if any(isinstance(value, (Mapping, list, tuple)) for value in entry.values()):
+        return as_text(entry, indent)
+    return indent + "; ".join(f"{key}: {value}" for key, value in entry.items())
+
+
 def as_text(description: Mapping[str, Any], indent: str = "") -> str:
-    """A nested description as indented `key: value` lines."""
+    """A nested description as indented `key: value` lines; a flat entry of a list is one line."""
     lines = []
     for key, value in description.items():
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}{key}:", as_text(value, indent + "  ")]
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
-            lines += [f"{indent}{key}:", *(as_text(entry, indent + "  ") for entry in value)]
+            lines += [f"{indent}{key}:", *(_entry(entry, indent + "  ") for entry in value)]
         else:
             lines.append(f"{indent}{key}: {value}")
     return "\n".join(lines)

@@ -32,6 +32,8 @@ class FileAccuracy:
     coco: Accuracy
     yolo: YoloMetrics | None = None
     speed_ms: dict[str, float] | None = None
+    backend: str = ""
+    """Ran a shipped file, where it was chosen; empty where it is the first that reads the file."""
     as_written: bool = False
     """Whether quantised layers were computed in float, because the file is made for other hardware."""
 
@@ -40,7 +42,8 @@ class FileAccuracy:
 
     def to_text(self) -> str:
         lines = [
-            f"{self.file} on {self.images} images, {self.coco.instances} boxes of {self.truth}",
+            f"{self.file} on {self.images} images, {self.coco.instances} boxes of {self.truth}"
+            + (f", in {self.backend}" if self.backend else ""),
             f"COCO    mAP50-95 {self.coco.map50_95:.4f}  mAP50 {self.coco.map50:.4f}  mAP75 {self.coco.map75:.4f}",
         ]
         if self.yolo:
@@ -71,14 +74,18 @@ def validate_file(
     annotations: Path | None,
     half: bool,
     device: str,
+    backend: str = "auto",
 ) -> FileAccuracy:
     """Measure a checkpoint by both protocols; an ONNX file, engine or bundle by COCO's, as it runs on the device.
 
-    Raises InputError when the file knows other classes than the data.
+    Raises InputError when the file knows other classes than the data, UnavailableError for `half` without a GPU,
+    UsageError when a checkpoint is to be run by a backend of files.
     """
     config = load_data(data)
     if weights.suffix.lower() not in CHECKPOINTS:
-        return _validate_shipped(weights, config, split, conf)
+        return _validate_shipped(weights, config, split, conf, backend)
+    if backend != "auto":
+        raise UsageError(f"--backend {backend}: {weights.name} is a checkpoint, which torch runs", "Give an .onnx file")
     flush_denormals()
     model = load_model(weights)
     require_same_classes(weights, model.arch.names, config)
@@ -86,8 +93,9 @@ def validate_file(
     samples = index_dataset(config, [split]).splits[split].samples
     nms = NmsSettings(conf, iou, max_det, not single_label)
     found = evaluate(
-        model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device, half=half, annotations=truth
-    )
+        model, samples, imgsz=imgsz, batch=batch, rect=rect, nms=nms, device=device,
+        precision="float16" if half else "float32", annotations=truth,
+    )  # fmt: skip
     assert found.coco is not None
     named = truth.name if truth else "the labels"
     return FileAccuracy(weights.name, found.images, named, found.coco, found.yolo, dict(found.speed_ms))
@@ -98,15 +106,18 @@ def _annotations_of(config: DataConfig) -> Path | None:
     return file if file.is_file() else None
 
 
-def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float) -> FileAccuracy:
+def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float, backend: str) -> FileAccuracy:
     if split != "val":
         raise UsageError(f"--split {split}: shipped files are measured on val", "Leave --split out")
     truth = validation_of(index_dataset(config, ["val"]))
-    plan, _ = suited(Plan(truth.images), path)
+    plan, _ = suited(Plan(truth.images, backend=backend), path)
     with plan.detector(path, spin=False) as detector:
         require_same_classes(path, detector.card.names, config)
         found = detector_accuracy(detector, truth.images, truth.ground_truth, conf=conf)
-    return FileAccuracy(path.name, len(truth.images), "the labels", found, as_written=plan.as_written)
+    named = "" if plan.backend == "auto" else plan.backend
+    return FileAccuracy(
+        path.name, len(truth.images), "the labels", found, backend=named, as_written=plan.as_written
+    )  # fmt: skip
 
 
 def require_same_classes(file: Path, names: tuple[str, ...], config: DataConfig) -> None:

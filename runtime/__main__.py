@@ -75,25 +75,31 @@ def parser() -> argparse.ArgumentParser:
 
 def build(options: argparse.Namespace) -> None:
     from runtime.bundle import card_of, folder_card, list_files
-    from runtime.engine import build_engine, profile_of
+    from runtime.engine import build_engine, fp16_layers, profile_of, resolve_backend
+    from runtime.layers import moved_bytes
 
     out = options.out or options.onnx.with_suffix(".plan")
-    folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
+    card = folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
+    backend = resolve_backend(options.backend)
     report = build_engine(
         options.onnx,
         out,
-        backend=options.backend,
+        backend=backend,
         targets=tuple(filter(None, options.targets.split(","))),
         workspace_mib=options.workspace,
         shapes=profile_of(card_of(options.onnx), options.batches),
         timing_cache=options.timing_cache,
         dla_core=options.dla_core,
+        fp16=fp16_layers(out.parent, card, backend),
     )
     for line in report.log:
         log(f"warning: {line}")
     list_files(out.parent, options.onnx, [report.artifact(out.name, card_of(options.onnx))])
     targets = ", ".join(report.targets)
-    print_line(f"{out}: {report.bytes / 1e6:.1f} MB for {targets}, {report.seconds:.1f} s, sha256 {report.sha256}")
+    moved = f", moves {moved_bytes(report.layers) / 1e6:.1f} MB a call" if report.layers else ""
+    print_line(
+        f"{out}: {report.bytes / 1e6:.1f} MB for {targets}{moved}, {report.seconds:.1f} s, sha256 {report.sha256}"
+    )
 
 
 def info(options: argparse.Namespace) -> None:

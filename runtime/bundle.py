@@ -30,13 +30,30 @@ class ModelFile(NamedTuple):
     artifact: Artifact | None
 
 
-def model_files(path: str | Path, variant: str | None = None) -> list[ModelFile]:
+def model_files(path: str | Path, variant: str | None = None, backend: str = "auto") -> list[ModelFile]:
     """The model files at `path`, in order of preference. `variant` picks from a bundle by precision or file name.
 
-    Raises InputError when there is no such file or card, EngineError when an engine has no card, UsageError when the
-    variant is unknown.
+    A `backend` that is named gets all that it can read, those files first that are listed for it. Raises InputError
+    when there is no such file or card, EngineError when an engine has no card, UsageError when the variant is unknown
+    or the backend reads none.
     """
-    path = Path(path)
+    files = _model_files(Path(path), variant)
+    return files if backend == "auto" else _read_by(BACKENDS[backend], files)
+
+
+def _read_by(spec: BackendSpec, files: Sequence[ModelFile]) -> list[ModelFile]:
+    own = [file for file in files if file.spec is spec]
+    portable = [file for file in files if file.spec is not spec and file.spec.portable]
+    others = [file for file in portable if file.path.suffix.lower() in spec.suffixes]
+    if not own + others:
+        raise UsageError(
+            f"{files[0].path}: a file for {files[0].spec.name}, backend is {spec.name}",
+            f"It reads {', '.join(spec.suffixes)}",
+        )
+    return [file._replace(spec=spec) for file in (*own, *others)]
+
+
+def _model_files(path: Path, variant: str | None) -> list[ModelFile]:
     if path.is_dir():
         return _bundle_files(path, variant)
     if not path.is_file():
@@ -44,7 +61,7 @@ def model_files(path: str | Path, variant: str | None = None) -> list[ModelFile]
     if variant:
         raise UsageError(f"variant {variant!r} picks from a bundle, {path} is one file", "Leave it out")
     spec = backend_of(path)
-    return [ModelFile(path, spec, card_inside(path), None) if spec.portable else _engine_file(path, spec)]
+    return [ModelFile(path, spec, card_inside(path, spec), None) if spec.portable else _engine_file(path, spec)]
 
 
 def listed_files(path: Path) -> list[ModelFile]:
@@ -82,15 +99,15 @@ def _engine_file(path: Path, spec: BackendSpec) -> ModelFile:
     return _listed_file(path.parent, card, artifact)
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """The text that a file carries; empty for a kind of file that carries none."""
-    read = backend_of(path).metadata
+def metadata_of(path: Path, spec: BackendSpec | None = None) -> dict[str, str]:
+    """The text that a file of this backend carries; empty for a kind of file that carries none."""
+    read = (spec or backend_of(path)).metadata.get(path.suffix.lower())
     return read(path) if read else {}
 
 
-def card_inside(path: Path) -> ModelCard | None:
+def card_inside(path: Path, spec: BackendSpec | None = None) -> ModelCard | None:
     """The card that edgestill wrote into the file. YOLOv5's own exports have none."""
-    text = metadata_of(path).get(METADATA_KEY)
+    text = metadata_of(path, spec).get(METADATA_KEY)
     return ModelCard.from_json(text, str(path)) if text else None
 
 
@@ -182,7 +199,7 @@ def _refuse_another_model(file: ModelFile) -> None:
     """Raises EngineError when a listed file says of itself that it is of another model than its card."""
     if file.artifact is None or file.card is None:
         return
-    inside = card_inside(file.path)
+    inside = card_inside(file.path, file.spec)
     if inside is not None and inside.identity not in ("", file.card.identity):
         raise EngineError(
             f"{file.path}: is another model than its card says: {difference(inside, file.card)}", file.spec.remedy

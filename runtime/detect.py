@@ -33,6 +33,9 @@ def add_detect_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--conf", "--conf-thres", type=real(0, 1), help="least score (default: that of the model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", help="library that runs it: auto, onnx, openvino, tensorrt, ... (default: auto)"
+    )
     parser.add_argument("--variant", help="precision or file to take from a bundle")
     parser.add_argument(
         "--threads", type=whole(1, 1024), help="CPU threads of one inference (default: one for each core)"
@@ -40,7 +43,7 @@ def add_detect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spin",
         action=argparse.BooleanOptionalAction,
-        help="let CPU threads wait actively: faster, at twice the CPU time (default: for files, not for streams)",
+        help="let threads of ONNX Runtime wait actively: faster, at twice the CPU time (default: for files only)",
     )
     parser.add_argument(
         "--stride", type=whole(1), default=1, metavar="N", help="every Nth frame of a video (default: 1)"
@@ -80,6 +83,7 @@ def detect(options: argparse.Namespace) -> None:
             options.model,
             conf=options.conf,
             device=options.device,
+            backend=options.backend,
             variant=options.variant,
             threads=options.threads,
             spin=not streams if options.spin is None else options.spin,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import machine
-from runtime.backends import DEVICES, Array, Backend, LoadOptions, LoadRequest, RawOutput, load_backend
+from runtime.backends import DEVICES, NAMES, Array, Backend, LoadOptions, LoadRequest, RawOutput, load_backend
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.bundle import ModelFile, metadata_of, model_files, read_checked
 from runtime.card import Artifact, ModelCard
@@ -67,27 +67,32 @@ class Detector:
         *,
         conf: float | None = None,
         device: str = "auto",
+        backend: str = "auto",
         variant: str | None = None,
         threads: int | None = None,
         spin: bool = True,
         as_written: bool = False,
     ) -> Detector:
-        """Load an ONNX file, an engine with its card beside it, or the first file of a bundle that works here.
+        """Load an ONNX or IR file, an engine with its card beside it, or the first file of a bundle that works here.
 
-        `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused. `variant` picks one
-        precision or file of a bundle; `threads` limits the threads of the CPU. With `spin` these wait actively for the
-        next frame: fastest when frames follow at once, at over twice the CPU time on a camera. `as_written` computes
-        the quantised layers of an ONNX file in float: it shows the accuracy of a file made for another library. Raises
-        UsageError, InputError, UnavailableError or EngineError with one line: what is wrong and what helps.
+        `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused, and so is `backend`,
+        "onnx" or "openvino" for example: "auto" takes the one that the bundle names, else the first that reads the
+        file. `variant` picks one precision or file of a bundle; `threads` limits the threads of the CPU. With `spin`
+        those of ONNX Runtime wait actively for the next frame: fastest when frames follow at once, at over twice the
+        CPU time on a camera. `as_written` computes the quantised layers of an ONNX file in float: it shows the accuracy
+        of a file made for another library. Raises UsageError, InputError, UnavailableError or EngineError with one
+        line: what is wrong and what helps.
         """
         if device not in DEVICES:
             raise UsageError(f"device is {device!r}, expected {', '.join(DEVICES)}")
+        if backend not in NAMES:
+            raise UsageError(f"backend is {backend!r}, expected {', '.join(NAMES)}")
         if conf is not None:
             checked_conf(conf)
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}, expected 1 or more")
         options = LoadOptions(device, threads, spin, as_written)
-        files = model_files(path, variant)
+        files = model_files(path, variant, backend)
         if len(files) == 1:
             return cls._open(files[0], read_checked(files[0]), conf, options)
         skipped: list[tuple[str, EdgestillError]] = []
@@ -114,7 +119,7 @@ class Detector:
         has_card = file.card is not None
         backend = load_backend(LoadRequest(file.spec.name, file.path, contents, options, has_card))
         try:
-            card = file.card or yolov5_card(file.path, metadata_of(file.path), backend)
+            card = file.card or yolov5_card(file.path, metadata_of(file.path, file.spec), backend)
             return cls(backend, card, artifact=file.artifact, conf=conf)
         except EdgestillError:
             backend.close()

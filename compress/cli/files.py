@@ -13,6 +13,7 @@ from compress.cli.options import (
     IMGSZ_OPTIONS,
     SizedCommand,
     as_json,
+    backend,
     changes,
     data,
     flag,
@@ -136,15 +137,16 @@ def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool
 )
 @data
 @setting("--batch-size", "--batch", key="bench.batch", help="Images of a timed call, of files that leave it open.")
+@backend
 @click.option("--out", type=FILE, help="Folder to write into; default runs/bench, or a new one where that exists.")
 @changes
 @as_json
-def bench(models: tuple[Path, ...], data: Path, out: Path | None, as_json: bool) -> None:
+def bench(models: tuple[Path, ...], data: Path, backend: str, out: Path | None, as_json: bool) -> None:
     """Latency and mAP of each file, measured in one run; report.html, .md, .csv and .json."""
     from compress.inputs import MeasuredFile
     from compress.stages.bench import STAGE, Inputs, write_report
 
     files = [MeasuredFile(model) for model in models]
     folder = out or run_folder(Path("runs"), "bench", exist_ok=False, resume=False)
-    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto"), folder)
+    run_alone(STAGE, lambda: Inputs(files, indexed(data, "val"), device="auto", backend=backend), folder)
     show(write_report(folder).data, folder / "report.html", as_json)

@@ -124,6 +124,11 @@ def flag(*names: str, key: str, **attributes: Any) -> Callable[[Any], Any]:
 
 data = click.option("--data", type=FILE, required=True, help="data.yaml: path, train, val, names.")
 device = click.option("--device", default="auto", help="auto, cpu, or a GPU number.")
+backend = click.option(
+    "--backend",
+    default="auto",
+    help="Library that runs a file: auto, onnx, openvino, tensorrt, ...; auto takes the one that it is made for.",
+)
 changes = click.option(
     "--set",
     "changes",

@@ -14,9 +14,11 @@ from compress.cli.options import (
     GIVEN,
     SCALE,
     as_json,
+    backend,
     changes,
     data,
     device,
+    flag,
     given_changes,
     imgsz,
     indexed,
@@ -58,6 +60,9 @@ def training_options(stage: str, project: str) -> Callable[[Any], Any]:
             help="Threads, on a GPU processes, that load data; default one, on a GPU one a core.",
         ),
         setting("--threads", key=f"{stage}.threads", help="Compute threads on a CPU; 0 measures how many are best."),
+        setting("--precision", key=f"{stage}.precision", help="Arithmetic; auto: float16 on a GPU, float32 on a CPU."),
+        flag("--compile", key=f"{stage}.compile", help="Run the networks through torch.compile."),
+        flag("--cuda-graph", key=f"{stage}.cuda_graph", help="Launch forward and backward as one CUDA graph."),
         setting("--seed", key=f"{stage}.seed", help="Seed of every random number."),
         setting("--preset", key=f"{stage}.preset", help="Hyper-parameters to start from."),
         click.option(
@@ -304,6 +309,7 @@ def _print_best(out: Path) -> None:
 @click.option("--annotations", type=FILE, help="COCO JSON for the COCO figures, in place of the text labels.")
 @click.option("--half", is_flag=True, help="float16 network; GPU only.")
 @device
+@backend
 @as_json
 def val(as_json: bool, **options: Any) -> None:
     """Measure mAP by YOLOv5's protocol and by COCO's."""

@@ -1,1 +1,1 @@
-"""Devices, checks of floating-point numbers, and stopwatches."""
+"""Boxes, devices, checks of floating-point numbers, and stopwatches."""

@@ -1,12 +1,10 @@
-"""Flush denormal numbers to zero on every CPU thread, and stop a training on a loss that is NaN or infinite."""
+"""Flush denormal numbers to zero on every CPU thread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-
-from runtime.errors import EdgestillError
 
 _DENORMAL_BITS = 71_362  # of 1e-40 as float32; written as bits, since arithmetic may already flush it
 _PARALLEL_ELEMENTS = 1 << 20
@@ -32,20 +30,3 @@ def all_threads_flush() -> bool:
     """Whether a parallel operation yields zero from denormals on each thread of the pool."""
     bits = torch.full((_PARALLEL_ELEMENTS,), _DENORMAL_BITS, dtype=torch.int32)
     return not bits.view(torch.float32).mul(1.0).view(torch.int32).any().item()
-
-
-def require_finite(terms: torch.Tensor, names: Sequence[str], *, epoch: int, first_batch: int) -> None:
-    """Stop the training if a loss term is NaN or infinite.
-
-    `terms` is (batches, len(names)); `first_batch` numbers its first row within the epoch (from 0).
-    Raises EdgestillError, naming the first bad batch and its terms, when one is found.
-    """
-    bad = ~torch.isfinite(terms)
-    if not bad.any():
-        return
-    row = int(bad.any(dim=1).nonzero()[0])
-    which = ", ".join(f"{name} = {terms[row, k].item()}" for k, name in enumerate(names) if bad[row, k])
-    raise EdgestillError(
-        f"the loss is not finite in epoch {epoch + 1}, batch {first_batch + row + 1}: {which}",
-        "The files still hold the epoch before; lower optimizer.lr0 or check the labels, then resume",
-    )

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from compress.compute.device import synchronize
 
 Item = TypeVar("Item")
+
+
+class Phases(Protocol):
+    """Something that tells phases apart, as a stopwatch does."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]: ...
+
+
+def attach(phases: Phases, name: str, owner: Any, method: str) -> None:
+    """Let every call of the owner's method be a phase of this name from now on."""
+    function: Callable[..., Any] = getattr(owner, method)
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with phases.phase(name):
+            return function(*arguments, **options)
+
+    setattr(owner, method, call)
 
 
 class Stopwatch:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import onnx
 
-from runtime.backends.onnx_child_load import load_error
 from runtime.child_process import answer, limit, refusal
 from runtime.errors import InputError, one_line
 
@@ -103,6 +102,8 @@ def _tensor_problems(tensor: onnx.TensorProto) -> Iterator[str]:
 def _load(data: bytes) -> str:
     from google.protobuf.message import DecodeError
 
+    from runtime.backends.onnx import session_error  # loads ONNX Runtime, which the caller need not
+
     try:
         model = onnx.ModelProto.FromString(data)
     except DecodeError:
@@ -113,7 +114,7 @@ def _load(data: bytes) -> str:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         return f"the checker says: {one_line(error)}"
-    reason = load_error(data)
+    reason = session_error(data)
     return f"ONNX Runtime says: {reason}" if reason else ""
 
 

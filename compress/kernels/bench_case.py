@@ -37,6 +37,10 @@ from runtime.terminal import exit_code_of
 
 LEVELS = {"s8": (32, 128, 80, 80), "s16": (32, 256, 40, 40), "s32": (32, 512, 20, 20)}
 """Feature maps of a detector at 640 pixels, by stride."""
+HEAD_LOSS = "soft_head"
+"""The loss that compares the maps of heads; training has them as rows of logits, whatever the network's layout."""
+HEAD_ANCHORS, HEAD_LOGITS = 3, 85
+"""A head of 80 classes has these on each level."""
 SIZES = {"all": ("s8", "s16", "s32"), "s8": ("s8",), "s16": ("s16",), "s32": ("s32",)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -70,7 +74,10 @@ class Case(NamedTuple):
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return [LEVELS[level] for level in SIZES[self.size]]
+        maps = [LEVELS[level] for level in SIZES[self.size]]
+        if self.loss == HEAD_LOSS:
+            return [(n, HEAD_ANCHORS, h, w, HEAD_LOGITS) for n, _, h, w in maps]
+        return list(maps)
 
     @property
     def elements(self) -> int:
@@ -87,7 +94,8 @@ class Case(NamedTuple):
 
 def plan(loss: str, *, quick: bool = False) -> list[Case]:
     """The cases of a loss, the most important first."""
-    cases = [Case(loss, size, dtype, layout) for dtype in DTYPES for layout in LAYOUTS for size in SIZES]
+    layouts = [*LAYOUTS][: 1 if loss == HEAD_LOSS else None]
+    cases = [Case(loss, size, dtype, layout) for dtype in DTYPES for layout in layouts for size in SIZES]
     return cases[:1] if quick else cases
 
 
@@ -154,11 +162,12 @@ def arguments(case: Case, device: torch.device, seed: int) -> list[Any]:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    layout = LAYOUTS[case.layout]
-    students = [normal(*shape, dtype=DTYPES[case.dtype]).contiguous(memory_format=layout) for shape in case.shapes]
+    students = [normal(*shape, dtype=DTYPES[case.dtype]) for shape in case.shapes]
+    if case.loss != HEAD_LOSS:
+        students = [s.contiguous(memory_format=LAYOUTS[case.layout]) for s in students]
     teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
     channels = [shape[1] for shape in case.shapes]
-    masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w in case.shapes]
+    masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w, *_ in case.shapes]
     values: dict[str, Any] = {
         "students": students,
         "teachers": teachers,
@@ -169,6 +178,13 @@ def arguments(case: Case, device: torch.device, seed: int) -> list[Any]:
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
+        "anchors": [normal(HEAD_ANCHORS, 2).exp() for _ in case.shapes],
+        "balance": [4.0, 1.0, 0.4][: len(case.shapes)],
+        "obj": 1.0,
+        "cls": 0.5,
+        "box": 0.05,
     }
     made = [*(values[name] for name in FUSED[case.loss].parameters), torch.tensor(UPSTREAM, device=device)]
     for learner in learners_of(case.loss, made):

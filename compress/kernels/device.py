@@ -146,8 +146,14 @@ def dense_pairs(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[t
     """Each level's maps in the student's dtype and one dense layout: NCHW, or channels last if the student is so and
     `nchw` does not forbid it. What is already so is not copied.
 
-    Raises UsageError for no level, more than MAX_LEVELS of them, or students of several dtypes.
+    Raises UsageError as `check_levels` does.
     """
+    check_levels(students, teachers)
+    return [_dense_pair(s, t, nchw) for s, t in zip(students, teachers, strict=True)]
+
+
+def check_levels(students: Maps, teachers: Maps) -> None:
+    """Raises UsageError for no level, more than MAX_LEVELS of them, or students of several dtypes."""
     if not 1 <= len(students) <= MAX_LEVELS or len(students) != len(teachers):
         raise UsageError(
             f"{len(students)} student and {len(teachers)} teacher maps",
@@ -155,7 +161,6 @@ def dense_pairs(students: Maps, teachers: Maps, *, nchw: bool = False) -> list[t
         )
     if len({s.dtype for s in students}) != 1:
         raise UsageError(f"the levels have dtypes {[str(s.dtype) for s in students]}", "Give all maps in one dtype")
-    return [_dense_pair(s, t, nchw) for s, t in zip(students, teachers, strict=True)]
 
 
 def _dense_pair(student: Tensor, teacher: Tensor, nchw: bool) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -33,7 +34,7 @@ NAMESPACE = "edgestill"
 SWITCH = "EDGESTILL_KERNELS"
 """Environment variable; `off` forces the reference."""
 Arguments = Sequence[Any]
-"""A loss's arguments: lists of tensors, numbers, and the expected upstream gradient last."""
+"""A loss's arguments: lists of tensors or numbers, numbers, and the expected upstream gradient last."""
 
 
 class FusedLoss:
@@ -95,19 +96,19 @@ class FusedLoss:
         return _PrecomputedGradient.apply(result, device, arguments[-1], *self.learners(arguments))  # type: ignore[no-untyped-call]
 
     def by_torch(self, arguments: Arguments) -> Tensor:
-        """The loss by the registered op if the code is compiled for a GPU, else by its reference."""
+        """The loss by the registered op if the code is compiled for a GPU or counted, else by its reference."""
         *inputs, _ = arguments
         students = inputs[0]
         if is_empty(students):
             return torch.cat([s.float().flatten() for s in students]).sum() * 0  # no images, and still a gradient
-        if torch.compiler.is_compiling() and runs_fused(students):
+        if _counts.get() or (torch.compiler.is_compiling() and runs_fused(students)):
             check_places(arguments)
             loss, _ = getattr(torch.ops.edgestill, self.name)(*arguments)
             return loss
         return self.reference(*(self._constant(place, value) for place, value in enumerate(inputs)))
 
     def _constant(self, place: int, value: Any) -> Any:
-        is_constant = isinstance(value, list) and place not in self.learns
+        is_constant = are_tensors(value) and place not in self.learns
         return [tensor.detach() for tensor in value] if is_constant else value
 
     def by_reference(self, arguments: Arguments) -> Result:
@@ -146,10 +147,15 @@ def _pixels(tensor: Tensor) -> tuple[int, ...]:
     return tensor.shape[0], *tensor.shape[2:]
 
 
+def are_tensors(argument: Any) -> bool:
+    """Whether an argument is a list of tensors, one a level, or an empty list."""
+    return isinstance(argument, (list, tuple)) and all(isinstance(value, Tensor) for value in argument)
+
+
 def check_places(arguments: Arguments) -> None:
     """Raises UsageError unless all tensors are on one GPU and the scale is float32: kernels do not check addresses."""
     *others, scale = arguments
-    tensors = [tensor for other in others if isinstance(other, list) for tensor in other]
+    tensors = [tensor for other in others if are_tensors(other) for tensor in other]
     devices = {tensor.device for tensor in (tensors if scale is None else [*tensors, scale])}
     if len(devices) != 1:
         raise UsageError(f"tensors on {', '.join(sorted(map(str, devices)))}", "Give all of them on one GPU")
@@ -163,6 +169,19 @@ def is_empty(students: Maps) -> bool:
 
 
 # ---- where it runs ------------------------------------------------------------------------------------------------
+
+
+_counts = ContextVar("counts", default=False)
+
+
+@contextmanager
+def as_operations() -> Iterator[None]:
+    """Let every loss be its registered op, on any device: for counting, with tensors without data."""
+    token = _counts.set(True)
+    try:
+        yield
+    finally:
+        _counts.reset(token)
 
 
 def runs_fused(students: Maps) -> bool:
@@ -260,7 +279,7 @@ def _register(loss: FusedLoss, schema: str) -> None:
         return learners[0].new_empty((), dtype=wide), [torch.empty_like(tensor) for tensor in learners]
 
     def keep(ctx: Any, inputs: Arguments, output: Result) -> None:
-        ctx.lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in inputs]
+        ctx.lengths = [len(value) if are_tensors(value) else None for value in inputs]
         ctx.save_for_backward(inputs[-1], *output[1])
 
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:

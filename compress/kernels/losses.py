@@ -7,6 +7,7 @@ from compress.kernels.adapter_mse import ADAPTER_MSE
 from compress.kernels.cwd import CWD
 from compress.kernels.fgd import FGD
 from compress.kernels.pkd import PKD
+from compress.kernels.soft_head import SOFT_HEAD
 from compress.kernels.weighted_mse import WEIGHTED_MSE
 
 FUSED = {
@@ -17,6 +18,7 @@ FUSED = {
         CWD,
         PKD,
         FGD,
+        SOFT_HEAD,
     )
 }
 """Every loss with kernels, by name."""

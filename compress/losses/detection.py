@@ -1,20 +1,24 @@
 """The detection loss of YOLOv5 v7.0: assigns each labelled box to cells and anchors, and compares them.
 
-In: raw head maps and labelled boxes. Out: one scalar and its three parts. No step of it waits for the device:
-rows without a target are masked and never removed, so every shape is known from the number of targets alone.
+In: raw head maps and labelled boxes. Out: one scalar and its three parts. All levels are computed together, in at most
+150 operations with the backward pass. None waits for the device: pairs without a target are masked and never removed,
+so every shape is known from the number of targets alone, and `padded` keeps that to a few numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from compress.compute.boxes import CellCIoU
 from compress.config import LossConfig
-from compress.losses.boxes import decode_in_cell, paired_ciou
 from runtime.errors import UsageError
 
 # (offset of the centre in cells) for: the own cell, then its left, upper, right and lower neighbour
@@ -25,27 +29,83 @@ _BALANCE_OTHERWISE = (4.0, 1.0, 0.25, 0.06, 0.02)
 _FOCAL_ALPHA = 0.25
 
 
-class Assignment(NamedTuple):
-    """All pairs of cell and anchor with a target of one level, in YOLOv5's order: copies outermost, then anchors, then
-    targets.
+class Grid(NamedTuple):
+    """Numbers that follow from the shapes of the head maps, as tensors. A GPU waits for each, so they are made once."""
 
-    N = 5 * na * nt. Rows with `keep` False are padding with harmless values: a fixed N costs no device sync.
+    size: Tensor
+    """(nl, 4, 1) float32: columns, rows, columns, rows."""
+    edges: Tensor
+    """(nl, 3, 2, 1) float32: where the distances begin that decide on copies; see `_copies`."""
+    signs: Tensor
+    """(3, 1, 1) float32: the direction of these distances."""
+    offsets: Tensor
+    """(5, 2, 1) float32: `_OFFSETS`."""
+    first: Tensor
+    """() int64: 0, the first column and row."""
+    last: Tensor
+    """(nl, 1, 2, 1) int64: the last column and row."""
+    columns: Tensor
+    """(nl, 1, 1) int64: cells of a row."""
+    image_cells: Tensor
+    """(nl, 1, 1, 1) int64: cells of an image, each counted once for every anchor, as in all that follows."""
+    starts: Tensor
+    """(2, nl, 1, na, 1) int64: the first cell of each anchor in the first image, counted in its level, then in all."""
+    cells: Tensor
+    """(3, nl) float32: 0, cells of the level, 0: what the sums of boxes, objectness and classes are divided by, but for
+    the positives."""
+    total: int
+    """Cells of all levels."""
+
+    @classmethod
+    def of(cls, shapes: Sequence[Sequence[int]], device: torch.device) -> Grid:
+        """The grid of maps (B, na, H, W)."""
+        na = shapes[0][1]
+        sizes_wh = [(width, height) for *_, height, width in shapes]
+        areas = [width * height for width, height in sizes_wh]
+        cells = [math.prod(shape) for shape in shapes]
+        nothing = [0] * len(cells)
+        starts = [
+            [[start + anchor * area for anchor in range(na)] for start, area in zip(level_starts, areas, strict=True)]
+            for level_starts in (nothing, [0, *accumulate(cells[:-1])])
+        ]
+
+        def tensor(values: Any, *shape: int) -> Tensor:
+            return torch.tensor(values, device=device).view(shape)
+
+        with torch.inference_mode(False):  # a training may take up what a validation has made
+            return cls(
+                size=tensor([2 * size for size in sizes_wh], -1, 4, 1).float(),
+                edges=tensor([((2, 2), (0, 0), size) for size in sizes_wh], -1, 3, 2, 1).float(),
+                signs=tensor((0.0, 1.0, -1.0), 3, 1, 1),
+                offsets=tensor(_OFFSETS, 5, 2, 1),
+                first=tensor(0),
+                last=tensor(sizes_wh, -1, 1, 2, 1) - 1,
+                columns=tensor([width for width, _ in sizes_wh], -1, 1, 1),
+                image_cells=tensor([na * area for area in areas], -1, 1, 1, 1),
+                starts=tensor(starts, 2, -1, 1, na, 1),
+                cells=tensor((nothing, cells, nothing), 3, -1).float(),
+                total=sum(cells),
+            )
+
+
+class Assignment(NamedTuple):
+    """All pairs of cell and anchor with a target, in YOLOv5's order: levels outermost, then copies, anchors, targets.
+
+    Pairs with `keep` False are padding with harmless values: a fixed number costs no device sync.
     """
 
-    image: Tensor
-    """(N,) int64."""
-    anchor: Tensor
-    """(N,) int64, index into the anchors of this level."""
-    row: Tensor
-    """(N,) int64, grid y."""
-    column: Tensor
-    """(N,) int64, grid x."""
+    cell: Tensor
+    """(nl, 5, na, nt) int64, index into the level's map (B, na, H, W, ...), flattened."""
+    place: Tensor
+    """(nl, 5, na, nt) int64, index into the maps of all levels, flattened and joined."""
+    centres: Tensor
+    """(2, nl, 5, 1, nt) float32: the target's x and y relative to the cell (-0.5..1.5), in cells."""
+    sides: Tensor
+    """(2, nl, 1, 1, nt) float32: the target's width and height in cells."""
     class_id: Tensor
-    """(N,) int64."""
-    box: Tensor
-    """(N, 4) float32: target x, y relative to the cell (-0.5..1.5), w, h; grid units."""
+    """(nt,) int64."""
     keep: Tensor
-    """(N,) bool: the pair is a positive."""
+    """(nl, 5, na, nt) bool: the pair is a positive."""
 
 
 def level_balance(levels: int) -> tuple[float, ...]:
@@ -71,70 +131,116 @@ def scaled_gains(config: LossConfig, nc: int, levels: int, imgsz: int) -> Gains:
     )
 
 
-def _ratio_matches(anchors_wh: Tensor, targets_wh: Tensor, anchor_t: float) -> Tensor:
-    """(na, nt) bool: no side differs by `anchor_t` times or more."""
-    ratio = targets_wh[None] / anchors_wh[:, None]
-    return torch.maximum(ratio, 1 / ratio).amax(2) < anchor_t
+def padded(targets: Tensor, least: int = 64) -> Tensor:
+    """Targets (nt, 6), followed by boxes of no size outside of the image, up to a power of two.
+
+    So few shapes serve all batches. A box that is assigned to no cell and touches none changes no loss by more than
+    rounding.
+    """
+    rows = max(least, 1 << max(len(targets) - 1, 0).bit_length())
+    filled = F.pad(targets, (0, 0, 0, rows - len(targets)))
+    filled[len(targets) :, 2:4].fill_(-1)
+    return filled
 
 
-def _copies(centres: Tensor, size_wh: Tensor) -> Tensor:
-    """(5, nt) bool: which of the five cells of `_OFFSETS` are assigned to each centre (nt, 2), in grid units."""
-    from_far = size_wh - centres
-    near = ((centres % 1 < 0.5) & (centres > 1)).T
-    far = ((from_far % 1 < 0.5) & (from_far > 1)).T
-    return torch.cat((torch.ones_like(near[:1]), near, far))
+def targets_on(device: torch.device, targets: Tensor) -> Tensor:
+    """The targets (nt, 6) of a training step on its device: `padded` on a GPU, where steps of equal shapes can be one
+    graph, and as they are on a CPU, where each row costs time.
+    """
+    return targets if device.type == "cpu" else padded(targets).to(device, non_blocking=True)
 
 
-def assign_targets(targets: Tensor, anchors_wh: Tensor, size_hw: tuple[int, int], anchor_t: float) -> Assignment:
-    """Assign the targets to cells and anchors of one level.
+def _ratio_matches(anchors_wh: Tensor, sides: Tensor, anchor_t: float) -> Tensor:
+    """(nl, na, nt) bool: no side differs by `anchor_t` times or more."""
+    ratio = sides[:, None] / anchors_wh[..., None]
+    return torch.maximum(ratio, ratio.reciprocal()).amax(2) < anchor_t
+
+
+def _copies(centres: Tensor, grid: Grid) -> Tensor:
+    """(nl, 5, nt) bool: which of the five cells of `_OFFSETS` are assigned to each centre (nl, 2, nt).
+
+    A neighbour is, if the distance from its edge of the map is more than 1 and its fraction less than 0.5. The own cell
+    always is: its distance is 2.
+    """
+    distance = torch.addcmul(grid.edges, centres[:, None], grid.signs).flatten(1, 2)[:, 1:]
+    return F.threshold(distance, 1, 0.5) % 1 < 0.5
+
+
+def assign_targets(targets: Tensor, anchors_wh: Tensor, grid: Grid, anchor_t: float) -> Assignment:
+    """Assign the targets to cells and anchors of all levels.
 
     A pair (anchor, target) matches when max(w/aw, aw/w, h/ah, ah/h) < anchor_t; it is then assigned to the cell
     of the centre and to the nearer neighbour on each axis. As in YOLOv5 v7.0.
 
     Args:
         targets: (nt, 6) float32 image, class, cx, cy, w, h; boxes normalised to the network's input.
-        anchors_wh: (na, 2) float32 grid units.
-        size_hw: grid rows and columns.
+        anchors_wh: (nl, na, 2) float32 cells.
+        grid: that of the maps.
         anchor_t: greatest ratio of sides, exclusive.
     """
-    na, nt, copies = len(anchors_wh), len(targets), len(_OFFSETS)
-    height, width = size_hw
-    size_wh = targets.new_tensor((width, height))
-    image_class = targets[:, :2].long()
-    centres, sizes = targets[:, 2:4] * size_wh, targets[:, 4:6] * size_wh
-    keep = _copies(centres, size_wh)[:, None] & _ratio_matches(anchors_wh, sizes, anchor_t)  # (5, na, nt)
-    cells = (centres - targets.new_tensor(_OFFSETS)[:, None]).long()  # (5, nt, 2)
-    cells = torch.minimum(cells.clamp_min(0), size_wh.long() - 1)
-    # padding takes the anchor's size: a target of size 0 or NaN must not reach the arithmetic
-    sizes = torch.where(keep[..., None], sizes, anchors_wh[:, None])
-    inside = (centres - cells)[:, None].expand(copies, na, nt, 2)
-
-    def rows(column: Tensor) -> Tensor:
-        return column.expand(copies, na, nt).flatten()
-
+    columns = targets.T.contiguous()
+    image_class = columns[:2].long()
+    centres, sides = (columns[2:] * grid.size).split(2, 1)
+    keep = _copies(centres, grid)[:, :, None] & _ratio_matches(anchors_wh, sides, anchor_t)[:, None]
+    # clamped before the cell is taken off, as YOLOv5 does: it matters for a centre on the far edge
+    cells = (centres[:, None] - grid.offsets).long().clamp(grid.first, grid.last)  # (nl, 5, 2, nt)
+    within_anchor = torch.addcmul(cells[:, :, 0], cells[:, :, 1], grid.columns)
+    cell, place = torch.addcmul(grid.starts, image_class[0], grid.image_cells) + within_anchor[:, :, None]
     return Assignment(
-        image=rows(image_class[:, 0]),
-        anchor=rows(torch.arange(na, device=targets.device)[:, None]),
-        row=rows(cells[:, None, :, 1]),
-        column=rows(cells[:, None, :, 0]),
-        class_id=rows(image_class[:, 1]),
-        box=torch.cat((inside, sizes), -1).flatten(0, 2),
-        keep=keep.flatten(),
+        cell=cell,
+        place=place,
+        centres=(centres[:, None] - cells).movedim(2, 0)[:, :, :, None],
+        sides=sides.movedim(1, 0)[:, :, None, None],
+        class_id=image_class[1],
+        keep=keep,
     )
 
 
-def _masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of values (N,) or (N, C) over the kept rows; 0, with a gradient path, if none is kept."""
-    weight = keep.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-    return (values * weight).sum() / (weight.sum() * values[:1].numel()).clamp_min(1)
+class _Rows(torch.autograd.Function):
+    """The logits that the loss reads: the objectness everywhere, the others where a pair is.
+
+    The gradient of all levels is one tensor, which is filled with zeros once and gets all rows in one addition.
+
+    Args:
+        cell, place: those of an `Assignment`, (nl, ...).
+        raw: per level (B, na, H, W, 5 + nc).
+
+    Returns:
+        Boxes (nl, ..., 4) and classes (nl, ..., nc), then the objectness (cells,) of each level, all float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cell: Tensor, place: Tensor, *raw: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(place)
+        ctx.shapes, ctx.dtype = [level.shape for level in raw], raw[0].dtype
+        # index_select: its backward adds rows in order; advanced indexing sorts or serialises
+        rows = [x.reshape(-1, x.shape[-1]).index_select(0, i.flatten()) for x, i in zip(raw, cell, strict=True)]
+        logits = torch.cat(rows).float().view(*cell.shape, raw[0].shape[-1])
+        objectness = [x[..., 4].to(torch.float32, memory_format=torch.contiguous_format).flatten() for x in raw]
+        return logits[..., :4], logits[..., 5:], *objectness
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, boxes: Tensor, classes: Tensor, *objectness: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        rows = torch.cat((boxes, boxes.new_zeros(*place.shape, 1), classes), -1)
+        cells = [math.prod(shape[:-1]) for shape in ctx.shapes]
+        gradient = rows.new_zeros(sum(cells), rows.shape[-1], dtype=ctx.dtype)
+        gradient[:, 4] = torch.cat(objectness)
+        gradient.index_add_(0, place.flatten(), rows.to(ctx.dtype).flatten(0, -2))
+        levels = gradient.split(cells)
+        return None, None, *(level.view(shape) for level, shape in zip(levels, ctx.shapes, strict=True))
 
 
-def _write_last(cells: Tensor, values: Tensor, keep: Tensor, count: int) -> Tensor:
-    """(count,) zeros with values written at the kept cells; of duplicates the last row wins, on every device."""
-    rank = torch.where(keep, torch.arange(len(cells), device=cells.device), -1)
-    last = rank.new_full((count,), -1).scatter_reduce_(0, cells, rank, "amax")
-    wins = keep & (last[cells] == rank)
-    return values.new_zeros(count).scatter_add_(0, cells, torch.where(wins, values, 0))
+def _write_last(places: Tensor, values: Tensor, keep: Tensor, count: int) -> Tensor:
+    """(count,) zeros with values >= 0 written at the kept places; of duplicates the last wins, on every device.
+
+    The index of a value and its bits make one number, the largest of which each place keeps.
+    """
+    index = torch.arange(0, places.numel() << 32, 1 << 32, device=places.device).view_as(places)
+    numbers = (index + values.view(torch.int32)) * keep
+    written = index.new_zeros(count).scatter_reduce_(0, places.flatten(), numbers.flatten(), "amax")
+    return written.view(torch.float32)[::2]
 
 
 def _focal_factor(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
@@ -143,11 +249,8 @@ def _focal_factor(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
     return (target * _FOCAL_ALPHA + (1 - target) * (1 - _FOCAL_ALPHA)) * (1 - p_true) ** gamma
 
 
-def _bce(logits: Tensor, target: Tensor, positive_weight: float, gamma: float) -> Tensor:
-    """Element-wise binary cross-entropy; focal if gamma > 0."""
-    weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)
-    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
-    return loss * _focal_factor(logits, target, gamma) if gamma > 0 else loss
+def _positive_weight(weight: float) -> Tensor | None:
+    return None if weight == 1 else torch.tensor(weight)
 
 
 class DetectionLoss(nn.Module):
@@ -167,6 +270,12 @@ class DetectionLoss(nn.Module):
     """
 
     anchors_grid: Tensor
+    gains: Tensor
+    balance: Tensor
+    counted: Tensor
+    class_targets: Tensor
+    obj_pw: Tensor | None
+    cls_pw: Tensor | None
 
     def __init__(
         self, anchors_grid: Tensor, strides: Sequence[int], nc: int, config: LossConfig | None = None, imgsz: int = 640
@@ -178,10 +287,22 @@ class DetectionLoss(nn.Module):
                 f"{levels} levels of anchors but {len(strides)} strides", "Give one set of anchors per stride"
             )
         self.config = config or LossConfig()
-        self.nc = nc
-        self.balance = level_balance(levels)
-        self.gains = scaled_gains(self.config, nc, levels, imgsz)
-        self.register_buffer("anchors_grid", anchors_grid.detach().float().clone(), persistent=False)
+        self.nc, off = nc, self.config.label_smoothing / 2
+        anchors_grid = anchors_grid.detach().float().clone()
+        self.ciou = CellCIoU(anchors_grid)
+        even = [1.0] * levels
+        # a number becomes a tensor here: in `forward`, a GPU would wait for the copy
+        for name, value in {
+            "anchors_grid": anchors_grid,
+            "gains": torch.tensor(scaled_gains(self.config, nc, levels, imgsz)),
+            "balance": torch.tensor([even, level_balance(levels), even]),
+            "counted": torch.tensor([[1.0], [0.0], [float(nc)]]),
+            "class_targets": torch.eye(nc) * (1 - 2 * off) + off,
+            "obj_pw": _positive_weight(self.config.obj_pw),
+            "cls_pw": _positive_weight(self.config.cls_pw),
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+        self._grids: dict[Any, Grid] = {}
 
     def forward(self, raw: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -193,36 +314,41 @@ class DetectionLoss(nn.Module):
             The scalar to differentiate, times the batch size; and the parts box, obj, cls (3,) with their gains but
             without the batch size, detached.
         """
-        targets = targets.float()
-        terms = [
-            self._level(level_raw, targets, anchors, balance)
-            for level_raw, anchors, balance in zip(raw, self.anchors_grid, self.balance, strict=True)
-        ]
-        parts = torch.stack(terms).sum(0) * terms[0].new_tensor(self.gains)
-        return parts.sum() * raw[0].shape[0], parts.detach()
+        targets, grid = targets.float(), self._grid(raw)
+        pairs = assign_targets(targets, self.anchors_grid, grid, self.config.anchor_t)
+        boxes, classes, *objectness = _Rows.apply(pairs.cell, pairs.place, *raw)  # type: ignore[no-untyped-call]
+        shortfall, ciou = self.ciou(boxes, pairs.centres, pairs.sides)
+        quality = _write_last(pairs.place, ciou.clamp_min(0), pairs.keep, grid.total)
 
-    def _level(self, raw: Tensor, targets: Tensor, anchors_wh: Tensor, balance: float) -> Tensor:
-        """(3,) box, objectness and class term of one level, before their gains."""
-        batch, na, height, width, channels = raw.shape
-        assigned = assign_targets(targets, anchors_wh, (height, width), self.config.anchor_t)
-        cells = ((assigned.image * na + assigned.anchor) * height + assigned.row) * width + assigned.column
-        # index_select: its backward adds rows in order; advanced indexing sorts or serialises
-        logits = raw.reshape(-1, channels).index_select(0, cells).float()
+        keep = pairs.keep.flatten(1)
+        box = (shortfall.flatten(1) * keep).sum(1)
+        cls = (self._classes(classes, pairs.class_id) * pairs.keep[..., None]).flatten(1).sum(1)
+        sums = torch.cat((box, *self._objectness(objectness, quality), cls)).view(3, -1)
+        counts = torch.addcmul(grid.cells, keep.sum(1, dtype=torch.float32).clamp_min(1), self.counted)
+        parts = (sums / counts * self.balance).sum(1) * self.gains
+        return parts.sum() * len(raw[0]), parts.detach()
 
-        ciou = paired_ciou(decode_in_cell(logits[:, :4], anchors_wh[assigned.anchor]), assigned.box)
-        box = _masked_mean(1 - ciou, assigned.keep)
+    def _grid(self, raw: Sequence[Tensor]) -> Grid:
+        shapes, device = tuple(level.shape[:4] for level in raw), raw[0].device
+        if (shapes, device) not in self._grids:
+            self._grids[shapes, device] = Grid.of(shapes, device)
+        return self._grids[shapes, device]
 
-        quality = _write_last(cells, ciou.detach().clamp_min(0), assigned.keep, batch * na * height * width)
-        objectness = self._bce_of(raw[..., 4].reshape(-1).float(), quality, self.config.obj_pw).mean() * balance
-        return torch.stack((box, objectness, self._classes(logits[:, 5:], assigned)))
+    def _objectness(self, logits: Sequence[Tensor], quality: Tensor) -> list[Tensor]:
+        """Per level (1,): the sum of BCE over all cells. Each level apart: joined, other cells would be those that a
+        CPU computes one by one, whose sigmoid differs in the last bit.
+        """
+        targets = quality.split([len(level) for level in logits])
+        return [self._bce(x, y, self.obj_pw).sum().view(1) for x, y in zip(logits, targets, strict=True)]
 
-    def _classes(self, logits: Tensor, assigned: Assignment) -> Tensor:
-        """Mean BCE over positives and classes; 0 if there is only one class."""
+    def _classes(self, logits: Tensor, class_id: Tensor) -> Tensor:
+        """(..., nt, nc) BCE of the logits of all pairs with the classes (nt,); zeros if there is only one class."""
         if self.nc == 1:
-            return logits.new_zeros(())
-        off = self.config.label_smoothing / 2
-        hot = assigned.class_id[:, None] == torch.arange(self.nc, device=logits.device)
-        return _masked_mean(self._bce_of(logits, hot * (1 - 2 * off) + off, self.config.cls_pw), assigned.keep)
+            return torch.zeros_like(logits)
+        return self._bce(logits, self.class_targets.index_select(0, class_id).expand_as(logits), self.cls_pw)
 
-    def _bce_of(self, logits: Tensor, target: Tensor, positive_weight: float) -> Tensor:
-        return _bce(logits, target, positive_weight, self.config.fl_gamma)
+    def _bce(self, logits: Tensor, target: Tensor, positive_weight: Tensor | None) -> Tensor:
+        """Element-wise binary cross-entropy; focal if fl_gamma > 0."""
+        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=positive_weight, reduction="none")
+        gamma = self.config.fl_gamma
+        return loss * _focal_factor(logits, target, gamma) if gamma > 0 else loss

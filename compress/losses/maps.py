@@ -6,13 +6,14 @@ is NaN; a loss takes the student's own value in its place, so that it pulls nowh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.losses.detection import assign_targets
+from compress.losses.detection import Grid, assign_targets
 
 BACKGROUND = -12.0
 """Objectness logit of a cell without a box. A loss compares the 1000 best cells: at this value they count for 0.006
@@ -110,33 +111,40 @@ def maps_from_boxes(
     """
     batch, count, columns = boxes.shape
     flat = boxes.float().reshape(batch * count, columns)
-    rank = flat[:, 4].argsort().argsort()
-    index = torch.arange(len(flat), device=boxes.device)
-    targets = torch.cat((torch.stack((index // max(count, 1), index), 1).float(), flat[:, :4]), 1)
+    image = torch.arange(batch, device=boxes.device).repeat_interleave(count)[:, None]
+    targets = torch.cat((image, torch.zeros_like(image), flat[:, :4]), 1)
+    shapes = [(batch, anchors_wh.shape[1], *grid_hw) for grid_hw in grids_hw]
+    pairs = assign_targets(targets, anchors_wh, Grid.of(shapes, boxes.device), anchor_t)
     return [
-        _level_of_boxes(flat, rank, targets, batch, anchors, grid, anchor_t)
-        for anchors, grid in zip(anchors_wh, grids_hw, strict=True)
+        _level_of_boxes(flat, anchors, shape, *level)
+        for anchors, shape, *level in zip(
+            anchors_wh, shapes, pairs.cell, pairs.centres.unbind(1), pairs.sides.unbind(1), pairs.keep, strict=True
+        )
     ]
 
 
 def _level_of_boxes(
-    flat: Tensor, rank: Tensor, targets: Tensor, batch: int, anchors_wh: Tensor, grid: tuple[int, int], anchor_t: float
+    flat: Tensor,
+    anchors_wh: Tensor,
+    shape: tuple[int, ...],
+    cell: Tensor,
+    centres: Tensor,
+    sides: Tensor,
+    keep: Tensor,
 ) -> Tensor:
-    na, (height, width), columns = len(anchors_wh), grid, flat.shape[1]
-    raw = flat.new_full((batch, na, height, width, columns), torch.nan)
+    """One level of `maps_from_boxes`, from that level of an `Assignment` of the boxes `flat` (nt, 5 + nc)."""
+    raw = flat.new_full((*shape, flat.shape[1]), torch.nan)
     raw[..., 4] = BACKGROUND
-    found = assign_targets(targets, anchors_wh, grid, anchor_t)
-    kept = [part[found.keep] for part in (found.image, found.anchor, found.row, found.column, found.class_id)]
-    image, anchor, row, column, box = kept
-    order = rank[box].argsort()  # of boxes in one cell the last is the best
-    cells = (((image * na + anchor) * height + row) * width + column)[order]
-    last = cells.new_full((batch * na * height * width,), -1)
+    _, anchor, box = keep.nonzero().T
+    order = flat[box, 4].argsort(stable=True)  # of boxes in one cell the last is the best
+    cells = cell[keep][order]
+    last = cells.new_full((math.prod(shape),), -1)
     last.scatter_reduce_(0, cells, torch.arange(len(cells), device=cells.device), "amax")
     filled = (last >= 0).nonzero().squeeze(1)
     wins = order[last[filled]]
-    place, anchors = found.box[found.keep][wins], anchors_wh[anchor[wins]]
-    values = torch.cat((_box_logits(place[:, :2], place[:, 2:] / anchors), flat[box[wins], 4:]), 1)
-    raw.view(-1, columns)[filled] = values
+    inside, wh = (part.expand(2, *keep.shape)[:, keep].T[wins] for part in (centres, sides))
+    values = torch.cat((_box_logits(inside, wh / anchors_wh[anchor[wins]]), flat[box[wins], 4:]), 1)
+    raw.view(-1, flat.shape[1])[filled] = values
     return raw
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.compute.resize import reduced
+from compress.kernels.soft_head import completed
 from compress.losses.distill import Context, DistillLoss, Outputs, reference_of
-from compress.losses.distill.base import completed
 from compress.losses.gradients import LARGEST_SUM, limited, neck_gradients
 
 _SHOWN = 3

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.models.activations import ACTIVATIONS, Activation
@@ -56,9 +57,21 @@ class Block(nn.Module):
         """Fold the block's own BatchNorms into its convolutions, in place; most blocks have none of their own."""
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, but the counter of its batches keeps its value: checkpoints have it, nothing reads it, and on a GPU it
+    would be one more kernel of each layer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.momentum is not None
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+def batch_norm(channels: int) -> BatchNorm2d:
     """BatchNorm with YOLOv5's constants, in the state that its builder leaves it in."""
-    norm = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+    norm = BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     norm.running_var.fill_(PROBED_VARIANCE)

@@ -233,13 +233,15 @@ def _columns(tensor: Tensor, head: Block) -> Tensor:
 @torch.no_grad()
 def recalibrate(model: YOLOv5, batches: Iterable[Tensor]) -> None:
     """BatchNorm statistics measured afresh: means over `batches`, float images (B, 3, H, W). Weights do not change."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta, was_training = [norm.momentum for norm in norms], model.training
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
     model.train()
-    for images in batches:
+    for number, images in enumerate(batches, 1):
+        for norm in norms:
+            norm.momentum = 1 / number  # a cumulative mean
+            norm.num_batches_tracked.fill_(number)
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

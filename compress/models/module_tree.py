@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.config import SCALES
 from compress.models.activations import ACTIVATIONS
 from compress.models.architecture import LAYOUTS, MAX_CLASSES, Architecture
-from compress.models.blocks import Block
+from compress.models.blocks import BatchNorm2d, Block
 from compress.models.network import YOLOv5, network_on_meta_device
 from compress.models.pickle_reader import PickleError, Stub, TensorRef, attributes, brief
 from runtime.errors import UsageError
@@ -31,11 +31,11 @@ READABLE = "detection models of YOLOv5 2.0 to 7.0 can be read (the P6 ones from 
 
 COMPARED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-    nn.BatchNorm2d: ("eps",),
+    BatchNorm2d: ("eps",),
     nn.MaxPool2d: ("kernel_size", "stride", "padding"),
     nn.LeakyReLU: ("negative_slope",),
 }
-"""Attributes of torch's modules that the output depends on and that no tensor shows; `Block.compared` has ours."""
+"""Attributes that the output depends on and that no tensor shows; `Block.compared` has those of the blocks."""
 
 
 class SavedNetwork(NamedTuple):

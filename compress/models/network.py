@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,8 @@ from compress.models.blocks import (
     Upsample,
 )
 
+Section = Callable[[int, int, dict[int, Tensor]], dict[int, Tensor]]
+"""See `YOLOv5.section`."""
 RARE_OBJECTS = 8
 """Objects that an untrained head expects in a 640-pixel image, per anchor."""
 PRIOR_SIZE = 640
@@ -79,6 +80,9 @@ class YOLOv5(nn.Module):
         """Channels of the features that feed the head, finest first."""
         self._sources = [layer.source for layer in arch.layers]
         self._kept = {index for source in self._sources for index in source if index >= 0}
+        ends = sorted(arch.features)
+        self._sections = tuple(zip((0, *(end + 1 for end in ends)), ends, strict=False))
+        """First and last layers of backbone and neck; a section ends at each level that the head reads."""
 
     @property
     def detect(self) -> Detect:
@@ -95,17 +99,28 @@ class YOLOv5(nn.Module):
         """Raw maps (logits) (B, na, H/s, W/s, 5+nc) of the levels, in training and in evaluation mode."""
         return self.forward_features(images)[0]
 
-    def forward_features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Raw maps, and the features (B, C, H/s, W/s) that the head made them of."""
-        kept: dict[int, Tensor] = {}
-        x: Any = images
-        for index, (layer, source) in enumerate(zip(self.model, self._sources, strict=True)):
-            if source != (-1,):
-                x = [x if i < 0 else kept[i] for i in source]
-            x = layer(x)
+    def forward_features(self, images: Tensor, run: Section | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Raw maps, and the features (B, C, H/s, W/s) that the head made them of, finest level first.
+
+        `run` does what `section` does, such as a compiled form of it.
+        """
+        kept: dict[int, Tensor] = {-1: images}
+        for first, last in self._sections:
+            kept = (run or self.section)(first, last, kept)
+        features = [kept[index] for index in self.arch.features]
+        return self.detect(features), features
+
+    def section(self, first: int, last: int, kept: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Run the layers `first` to `last`. `kept` are the outputs of layers before that others read, and as -1 that of
+        the last one; so is what is returned.
+        """
+        kept = dict(kept)
+        for index in range(first, last + 1):
+            source = self._sources[index]
+            kept[-1] = self.model[index](kept[-1] if source == (-1,) else [kept[i] for i in source])
             if index in self._kept:
-                kept[index] = x
-        return x, [kept[index] for index in self.arch.features]
+                kept[index] = kept[-1]
+        return kept
 
     def decode(self, raw: Sequence[Tensor]) -> Tensor:
         """Raw maps -> rows (B, N, 5+nc): x y w h (centre, pixels), objectness, class probabilities.

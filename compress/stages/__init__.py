@@ -76,5 +76,5 @@ def packages(*names: str) -> str:
 
 
 def cpu_and_runtime() -> str:
-    """The CPU, the GPUs and the version of ONNX Runtime, on which a measurement depends."""
-    return " ".join([facts()["cpu"], str(facts()["gpus"]), packages("onnxruntime")])
+    """The CPU, the GPUs and the versions of ONNX Runtime and OpenVINO, on which a measurement depends."""
+    return " ".join([facts()["cpu"], str(facts()["gpus"]), packages("onnxruntime", "openvino")])

@@ -43,11 +43,14 @@ class Inputs(NamedTuple):
     networks: Mapping[str, Path] = {}
     device: str = "cpu"
     """A run measures on the CPU, as the gates of the flavours did; a command may name another device."""
+    backend: str = "auto"
+    """Runs the files; auto takes for each flavour the library that it is made for."""
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Measure every file and write `bench.json` into `out`. Raises the errors of `measure_file`."""
-    plan, data = plan_of(config.bench, inputs.data, inputs.device), inputs.data
+    data = inputs.data
+    plan = replace(plan_of(config.bench, data, inputs.device), backend=inputs.backend)
     measured = measured_images(config.bench, data)
     rows = named_apart([_row(file, plan, log) for file in inputs.files], [file.path for file in inputs.files])
     size_hw = config.export.imgsz or (config.imgsz, config.imgsz)

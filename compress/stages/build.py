@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.config import BuildConfig, Settings
-from compress.flavours import NOT_FOR, PLAN_PRECISIONS
+from compress.flavours import FLAVOURS, PLAN_PRECISIONS
 from compress.inputs import kept_files
 from compress.log import Log
 from compress.stages import Figures, Stage, packages
 from runtime.backends import BACKENDS
 from runtime.bundle import card_of, folder_card, list_files
-from runtime.card import ONE_IMAGE, Artifact
-from runtime.engine import build_engine, profile_of, resolve_backend
+from runtime.card import ONE_IMAGE, Artifact, ModelCard
+from runtime.engine import NO_INT8, SlowerError, build_engine, fp16_layers, profile_of, resolve_backend
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256, write_json
 from runtime.identity import require_same
+from runtime.layers import FP16, EngineLayer, moved_bytes
 
 
 class Config(Settings):
@@ -84,6 +85,7 @@ class EnginePlan:
     artifact: Artifact | None
     seconds: float
     skipped: str = ""
+    layers: tuple[EngineLayer, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -95,6 +97,7 @@ class EnginePlan:
             "batches": list(self.artifact.batches) if self.artifact else [],
             "versions": dict(self.artifact.versions) if self.artifact else {},
             "seconds": self.seconds,
+            "moved_bytes": moved_bytes(self.layers) if self.layers else None,
             "skipped": self.skipped,
         }
 
@@ -116,12 +119,15 @@ def build(
     first = next(iter(models.values()))
     for precision, model in models.items():
         _check(model, precision, first)
-    name = folder_card(out, first).name
+    card = folder_card(out, first)
     wanted = [precision for precision in PLAN_PRECISIONS if precision in config.precisions and precision in models]
     if config.backend == "none":
         plans = [EnginePlan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
     else:
-        plans = [_plan(config, precision, models[precision], out / f"{name}.{precision}.plan") for precision in wanted]
+        plans = []
+        for precision in wanted:
+            fp16 = next((plan.layers for plan in plans if plan.precision == FP16), ())
+            plans.append(_plan(config, models[precision], out, card, fp16))
     for plan in plans:
         log(describe(plan))
     list_files(out, first, [plan.artifact for plan in plans if plan.artifact], _preference)
@@ -140,16 +146,20 @@ def describe(plan: EnginePlan) -> str:
     made = plan.artifact
     targets = ", ".join(made.targets) or "this GPU"
     batches = "" if made.batches == ONE_IMAGE else f", batch {made.batches}"
-    return f"{plan.precision}: {made.file}, {made.bytes / 1e6:.1f} MB for {targets}{batches}, {plan.seconds:.1f} s"
+    moved = f", moves {moved_bytes(plan.layers) / 1e6:.1f} MB a call" if plan.layers else ""
+    size = f"{made.bytes / 1e6:.1f} MB"
+    return f"{plan.precision}: {made.file}, {size} for {targets}{batches}{moved}, {plan.seconds:.1f} s"
 
 
-def _plan(config: BuildConfig, precision: str, model: Path, target: Path) -> EnginePlan:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _plan(config: BuildConfig, model: Path, out: Path, listed: ModelCard, fp16: Sequence[EngineLayer]) -> EnginePlan:
+    """The plan of one file. `fp16` are the layers of the FP16 plan; without them, those that the card `listed` has."""
+    out.mkdir(parents=True, exist_ok=True)
     card = card_of(model)
+    precision, target = card.precision, out / f"{listed.name}.{card.precision}.plan"
     try:
         builder = resolve_backend(config.backend)
-        if reason := NOT_FOR.get((precision, builder)):
-            return EnginePlan(precision, None, 0.0, f"skipped: {reason}")
+        if _is_int8(precision) and builder in NO_INT8:
+            return EnginePlan(precision, None, 0.0, f"skipped: {NO_INT8[builder]}")
         built = build_engine(
             model,
             target,
@@ -157,12 +167,19 @@ def _plan(config: BuildConfig, precision: str, model: Path, target: Path) -> Eng
             targets=config.targets,
             workspace_mib=config.workspace_mib,
             shapes=profile_of(card, config.batches),
+            fp16=fp16 or fp16_layers(out, listed, builder),
         )
+    except SlowerError as error:
+        return EnginePlan(precision, None, 0.0, f"left out: {error.message}")
     except UnavailableError as error:
         if config.backend != "auto":
             raise
         return EnginePlan(precision, None, 0.0, f"skipped: {error}")
-    return EnginePlan(precision, built.artifact(target.name, card), built.seconds)
+    return EnginePlan(precision, built.artifact(target.name, card), built.seconds, layers=built.layers)
+
+
+def _is_int8(precision: str) -> bool:
+    return precision in FLAVOURS and FLAVOURS[precision].scheme is not None
 
 
 def _check(model: Path, precision: str, first: Path) -> None:
@@ -187,5 +204,5 @@ STAGE = Stage(
     run=run,
     after=("export", "quantize", "qad"),
     facts={"tensorrt": lambda: packages("tensorrt", "tensorrt_rtx")},
-    version=2,
+    version=3,
 )

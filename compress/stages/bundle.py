@@ -7,10 +7,11 @@ In: the folders of earlier stages. Out: every kept file, `model.json`, `report.h
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.rows import Row, is_timed_here, p50
 from compress.config import NoSettings
 from compress.flavours import FLAVOURS, REFERENCE
 from compress.inputs import kept_files, read_json
@@ -22,21 +23,22 @@ from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
+from runtime.layers import layers_file
 
 README = """\
 edgestill bundle "{name}": {classes} classes, {size} pixels, mAP and latency in report.html.
 
-Run it on the device (Python 3.10+, NumPy, OpenCV, and ONNX Runtime or TensorRT):
+Run it on the device (Python 3.10+, NumPy, OpenCV, and an inference library):
 
-    pip install 'edgestill[cpu]'          # or edgestill[gpu], edgestill[rtx]
+    pip install 'edgestill[{extra}]'{space}# or {others}
     python -m runtime detect --model . image.jpg
 
     from runtime import Detector
     with Detector.load(".") as detector:
         detections = detector(frame)      # uint8 (H, W, 3) BGR
 
-model.json lists the files in order of preference; the first one that works on the machine is used. For an engine
-that fits the device's own GPU and TensorRT:
+model.json lists the files in order of preference; the first one that works on the machine is used. The order of those
+for CPUs is that of their latency on {cpu}. For an engine that fits the device's own GPU and TensorRT:
 
     python -m runtime build model.fp16.onnx
 """
@@ -50,41 +52,57 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     models = kept_files(folders)
     plans = ModelCard.load(folders["build"]).artifacts
     reference = card_of(models[REFERENCE])
-    order = _by_latency(models, folders["bench"])
-    onnx = [_copied(precision, models[precision], out) for precision in order]
+    bench = read_json(folders["bench"] / "bench.json")
+    onnx = [_copied(precision, models[precision], out) for precision in _by_latency(models, bench["models"])]
     for plan in plans:
-        shutil.copyfile(folders["build"] / plan.file, out / plan.file)
-    card = replace(reference, artifacts=(*plans, *onnx))
+        for file in (folders["build"] / plan.file, layers_file(folders["build"] / plan.file)):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+    cpu = f"{bench['machine']['cpu']} ({bench['machine']['platform']})"
+    provenance = {**reference.provenance, "order_measured_on": cpu}
+    card = replace(reference, artifacts=(*plans, *onnx), provenance=provenance)
     card.save(out / CARD_FILE)
     shutil.copyfile(folders["report"] / "report.html", out / "report.html")
-    text = README.format(name=card.name, classes=len(card.names), size="x".join(map(str, card.size_hw)))
-    (out / "README.txt").write_text(text)
+    (out / "README.txt").write_text(_readme(card, onnx[0], cpu))
     if wrong := [problem for file in model_files(out) for problem in problems(file)]:
         raise EngineError(wrong[0])
     with Detector.load(out, device="cpu") as detector:
-        runs = detector.artifact.file if detector.artifact else ""
+        runs = f"{detector.artifact.file} with {detector.artifact.backend}" if detector.artifact else ""
     log(f"bundle: {len(card.artifacts)} files; this machine runs {runs}")
     return {"files": len(card.artifacts)}
+
+
+EXTRAS = {"onnx": "cpu", "openvino": "openvino"}
+"""Backend of a CPU -> the extra that installs its library."""
+
+
+def _readme(card: ModelCard, best: Artifact, cpu: str) -> str:
+    extra = EXTRAS[best.backend]
+    others = ", ".join(f"edgestill[{other}]" for other in ("cpu", "openvino", "gpu", "rtx") if other != extra)
+    size = "x".join(map(str, card.size_hw))
+    return README.format(
+        name=card.name, classes=len(card.names), size=size, extra=extra, space=" " * (13 - len(extra)), others=others,
+        cpu=cpu,
+    )  # fmt: skip
 
 
 def _copied(precision: str, source: Path, out: Path) -> Artifact:
     target, card = out / source.name, card_of(source)
     shutil.copyfile(source, target)
+    backend = FLAVOURS[precision].backend if precision in FLAVOURS else ""
     return Artifact(
-        target.name, sha256(target), target.stat().st_size, precision, "onnx",
+        target.name, sha256(target), target.stat().st_size, precision, backend or "onnx",
         identity=card.identity, batches=card.batches,
     )  # fmt: skip
 
 
-def _by_latency(models: Mapping[str, Path], bench: Path) -> list[str]:
-    """Fastest first, as measured on the CPU that ran the benchmark; flavours for other hardware last."""
-    rows = [row for row in read_json(bench / "bench.json")["models"] if row["role"] == "student"]
-    p50 = {row["precision"]: row["latency"]["end_to_end"]["p50"] for row in rows}
-    measured = {row["sha256"] for row in rows}
-    if changed := [file for file in models.values() if sha256(file) not in measured]:
+def _by_latency(models: Mapping[str, Path], measured: Sequence[Row]) -> list[str]:
+    """Fastest first, as measured on the CPU of the benchmark; last the files that it did not time in their library."""
+    rows = {row["precision"]: row for row in measured if row["role"] == "student"}
+    known = {row["sha256"] for row in rows.values()}
+    if changed := [file for file in models.values() if sha256(file) not in known]:
         raise InputError(f"{changed[0]} is not the file that was measured", "Run again with --force bench")
-    elsewhere = {flavour.name for flavour in FLAVOURS.values() if not flavour.for_this_cpu}
-    return sorted(models, key=lambda precision: (precision in elsewhere, p50[precision]))
+    return sorted(models, key=lambda precision: (not is_timed_here(rows[precision]), p50(rows[precision])))
 
 
 STAGE = Stage(
@@ -93,4 +111,5 @@ STAGE = Stage(
     inputs=lambda _, folders: folders,
     run=run,
     after=("export", "quantize", "qad", "build", "bench", "report"),
+    version=2,
 )

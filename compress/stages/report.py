@@ -29,6 +29,7 @@ from runtime.card import ModelCard
 from runtime.errors import InputError
 from runtime.files import read_json
 from runtime.identity import SHOWN
+from runtime.layers import facts_of, read_layers
 
 RESULTS = "results.csv"
 ROLES = {"teacher": "teacher", "student": "distill"}
@@ -84,7 +85,7 @@ def assemble(config: Config, inputs: Inputs) -> Report:
         export=_export(config.export, exported),
         calibration=_calibration(folders),
         quantisation=_quantisation(folders),
-        engines=[_engine(plan) for plan in read_json(folders["build"] / "build.json")],
+        engines=[_engine(plan, folders["build"]) for plan in read_json(folders["build"] / "build.json")],
         stages=[_stage(name, folder) for name, folder in folders.items()],
         notes=[*not_made(folders), *trained_for_int8(folders), *shared_images(inputs.data)],
     )
@@ -263,7 +264,8 @@ def _quantisation(folders: Folders) -> list[dict[str, Any]]:
     return [{"precision": entry["name"], "layers": entry["layers"], "steps": entry["steps"]} for entry in entries]
 
 
-def _engine(plan: Mapping[str, Any]) -> dict[str, Any]:
+def _engine(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    layers = read_layers(folder / plan["file"], plan["sha256"]) if plan["file"] else ()
     return {
         "file": plan["file"] or f"{plan['precision']} plan",
         "precision": plan["precision"],
@@ -273,6 +275,7 @@ def _engine(plan: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": plan["seconds"],
         "ran": False,
         "note": plan["skipped"] or "built ahead of time; not run on the machine that made this report",
+        **facts_of(layers),
     }
 
 

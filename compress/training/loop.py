@@ -22,24 +22,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from compress.compute.device import pick_device, to_device
+from compress.compute.device import convolutions_measured, pick_device, to_device
+from compress.compute.precision import pick_precision
 from compress.compute.resize import reduced
 from compress.compute.threads import ThreadChoice, fixed_threads, threads_restored
-from compress.config import TrainConfig
+from compress.config import PrecisionName, TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count
 from compress.data.train_dataset import TrainItems
 from compress.data.train_loader import TrainLoader, open_loader, worker_count
 from compress.evaluate import ValResult, as_network_input, evaluate
 from compress.log import Log
+from compress.losses.detection import targets_on
 from compress.losses.distill import Outputs
 from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
+from compress.training.compiled import compile_failures_named, compiled
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
 from compress.training.epoch_losses import EpochLosses
+from compress.training.graphs import BatchGraphs
 from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
@@ -47,6 +52,7 @@ from compress.training.ratio import is_due
 from compress.training.resume import LAST, Origin
 from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
+from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
 from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
 from runtime.errors import EdgestillError
@@ -120,7 +126,7 @@ def run_job(job: Job, *, device: str = "auto", resume: dict[str, Any] | None = N
     if resume:
         trainer.load_state_dict(resume)
     try:
-        with lost_processes_named():
+        with lost_processes_named(), compile_failures_named():
             return trainer.run()
     except torch.OutOfMemoryError as error:
         where = f"batch {job.config.batch} at {job.config.imgsz} pixels"
@@ -132,7 +138,7 @@ class Trainer:
 
     def __init__(self, job: Job, device: str, log: Log) -> None:
         self.job, self.config, self.state = job, job.config, TrainState()
-        self.accelerator = _accelerator(pick_device(device), half=self.config.amp)
+        self.accelerator = _accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.log: Log = log if self.is_main else lambda _: None
@@ -143,11 +149,17 @@ class Trainer:
         self.thread_choice = ThreadChoice()
         own = self.config.optimizer
         self.averages = [Ema(part.model, own.ema_decay, own.ema_ramp) for part in self.objective.parts]
+        self.clipped = [self.objective.own_parameters(), *([*o.parameters()] for o in self.objective.parts[1:])]
         optimizer = build_optimizer(
             self.objective, own, self.schedule.weight_decay, slower=self.objective.teacher, rate=job.teacher_rate
         )
         # `wrapped` only runs the objective: in mixed precision, its gradients averaged over the processes
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.statistics = [SoundStatistics(part.model) for part in self.objective.parts] if self.skips else []
+        self.teacher: Callable[[Tensor], Outputs] | None = job.teacher
+        if self.config.compile:
+            self._compile()
+        self.graphs = BatchGraphs(self.add_gradients, self.device) if self._records_graphs() else None
         self._counted_until = time.perf_counter()
 
     @property
@@ -156,8 +168,35 @@ class Trainer:
         return self.averages[0]
 
     @property
+    def skips(self) -> bool:
+        """Whether a step without finite gradients moves no weight: only a gradient scaler sees to that."""
+        return self.accelerator.scaler is not None
+
+    @property
     def finished(self) -> bool:
         return self.state.stopped or self.state.epoch >= self.config.epochs
+
+    def _compile(self) -> None:
+        """Run the networks as compiled code; a teacher with files of other libraries stays as it is."""
+        self.objective.compile_networks()
+        if self.job.teacher and self.job.teacher.runs_in_torch:
+            self.teacher = compiled(self.job.teacher.__call__)
+
+    def _records_graphs(self) -> bool:
+        """Whether batches run as CUDA graphs. Logs what stands against it where the settings ask for them."""
+        obstacles = {
+            "the device is a CPU": self.device.type == "cpu",
+            f"{self.processes} processes exchange gradients": self.processes > 1,
+            "a teacher is an ONNX file": self.job.teacher is not None and not self.job.teacher.runs_in_torch,
+            **{f"loss {name} draws random numbers": not loss.replays for name, loss in self._losses()},
+        }
+        found = [obstacle for obstacle, stands in obstacles.items() if stands]
+        if self.config.cuda_graph and found:
+            self.log(f"cuda_graph is left out: {found[0]}")
+        return self.config.cuda_graph and not found
+
+    def _losses(self) -> Iterable[tuple[str, Any]]:
+        return self.objective.losses.items()
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -182,14 +221,18 @@ class Trainer:
     def train_epoch(self, progress: Progress) -> Record:
         """Train on every batch of the epoch. Returns its losses and learning rates."""
         epoch = self.state.epoch
-        losses = EpochLosses(self.objective.terms, epoch, self.device, cheap=self.device.type == "cpu")
+        cheap = self.device.type == "cpu"
+        losses = EpochLosses(self.objective.terms, epoch, self.device, cheap=cheap, skips=self.skips)
         self.wrapped.train()
         progress.epoch(epoch + 1, self.batches)
         for number, batch in enumerate(self.epoch_batches()):
             losses.add(self.train_batch(batch, epoch * self.batches + number, last=number + 1 == self.batches))
             progress.batch(losses.means_if_cheap())
         rates = {key: group["lr"] for key, group in zip(RATES, self.optimizer.param_groups, strict=False)}
-        return {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
+        record = {"epoch": float(epoch), **losses.close(), **rates, **self._shares()}
+        if losses.skipped:
+            self.log(f"epoch {epoch + 1}: {losses.skipped} of {self.batches} batches overflowed and were skipped")
+        return record
 
     def _shares(self) -> Record:
         """The gradient of each distillation loss as a share of the reference's, when last measured."""
@@ -215,7 +258,7 @@ class Trainer:
         """The batches of the epoch."""
         return self.loader.epoch(self.state.epoch)
 
-    def train_batch(self, batch: Batch, iteration: int, *, last: bool = True) -> torch.Tensor:
+    def train_batch(self, batch: Batch, iteration: int, *, last: bool = True) -> Tensor:
         """Forward and backward, and a step of the optimiser where one is due. Returns the loss terms, detached.
 
         `iteration` counts batches over the whole training; `last` says that the batch is the last of its epoch.
@@ -223,40 +266,45 @@ class Trainer:
         rates = self.schedule.at(iteration)
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
-        images, targets = as_network_input(batch.images, self.device), batch.targets.to(self.device)
-        with self._exchange_gradients(due or last):
-            teacher_outputs = self.teacher_outputs(images)
-            seen = reduced(images, self.config.imgsz)
-            loss = self.wrapped(
-                seen, targets, teacher_outputs, self._factors(), self._upstream(), measure=is_due(iteration),
-                labelled=batch.labelled,
-            )  # fmt: skip
-            self.backward(loss.total)
+        run = self.graphs or self.add_gradients
+        with self._exchange_gradients(due or last), convolutions_measured():
+            terms = run(batch.images, batch.targets, self._factors(), batch.labelled, is_due(iteration))
         if due:
             self.step(iteration)
+        return terms
+
+    def add_gradients(
+        self, images: Tensor, targets: Tensor, factors: tuple[float, ...], labelled: int | None, measure: bool
+    ) -> Tensor:
+        """Add the gradients of one batch, as `Batch` has it, to the pending ones. Returns the loss terms, detached."""
+        pixels, targets = as_network_input(images, self.device), targets_on(self.device, targets)
+        teacher_outputs, seen = self.teacher_outputs(pixels), reduced(pixels, self.config.imgsz)
+        loss = self.wrapped(seen, targets, teacher_outputs, factors, self._upstream(), measure, labelled)
+        self.backward(loss.total)
+        for statistics in self.statistics:
+            statistics.keep_if(loss.total.isfinite())
         return loss.terms
 
     def _exchange_gradients(self, wanted: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients only where a step, or a saved state, needs them."""
         return nullcontext() if wanted else self.accelerator.no_sync(self.wrapped)
 
-    def teacher_outputs(self, images: torch.Tensor) -> Outputs | None:
+    def teacher_outputs(self, images: Tensor) -> Outputs | None:
         """The teacher's outputs for float images (B, 3, S, S) as loaded, without gradient; None without a teacher."""
-        return self.job.teacher(images) if self.job.teacher else None
+        return self.teacher(images) if self.teacher else None
 
-    def _factors(self) -> list[float]:
+    def _factors(self) -> tuple[float, ...]:
         """The factor of each distillation loss in the running epoch."""
-        losses: Iterable[Any] = self.objective.losses.values()
-        return [fading_factor(self.state.epoch, self.config.epochs, loss.until) for loss in losses]
+        return tuple(fading_factor(self.state.epoch, self.config.epochs, loss.until) for _, loss in self._losses())
 
-    def _upstream(self) -> torch.Tensor | None:
+    def _upstream(self) -> Tensor | None:
         """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
-        scaler, where gradients are float32 and need no such care.
+        scaler, where gradients have float32's range and need no such care.
         """
         scaler = self.accelerator.scaler
         return scaler.scale(torch.ones((), device=self.device)) * self.processes if scaler else None
 
-    def backward(self, total: torch.Tensor) -> None:
+    def backward(self, total: Tensor) -> None:
         """Add the loss's gradients to the pending ones.
 
         The processes' gradients are averaged; times their number they add up, as one process would have it.
@@ -265,14 +313,18 @@ class Trainer:
 
     def step(self, iteration: int) -> None:
         """Move the weights by the pending gradients, clear these, and let the average follow."""
-        self.accelerator.clip_grad_norm_(self.objective.own_parameters(), self.config.optimizer.clip_norm)
-        for other in self.objective.parts[1:]:  # apart, so that large gradients of one do not slow the other
-            clip_grad_norm_(other.parameters(), self.config.optimizer.clip_norm)  # the line above has unscaled them all
+        self.accelerator.unscale_gradients()
+        self.clip()
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        for part, average in zip(self.objective.parts, self.averages, strict=True):
-            average.update(part.model)
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)  # a graph adds to the gradients where they are
+        for average in self.averages:
+            average.update()
         self.state.last_step = iteration
+
+    def clip(self) -> None:
+        """Limit the norm of each network's gradients apart: large ones of a teacher must not slow the student."""
+        for parameters in self.clipped:
+            clip_grad_norm_(parameters, self.config.optimizer.clip_norm, foreach=True)
 
     # -- compute threads --------------------------------------------------------------------------
 
@@ -347,7 +399,7 @@ class Trainer:
     def _accuracy(self) -> ValResult:
         return evaluate(
             self.ema.module, self.job.val, imgsz=self.config.imgsz, batch=2 * self.config.batch,
-            device=self.device, half=self.config.amp, workers=self.workers,
+            device=self.device, precision=self.config.precision, workers=self.workers,
             loss=self.objective.detection, coco=False,
         )  # fmt: skip
 
@@ -402,6 +454,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        for statistics in self.statistics:
+            statistics.keep()
         restore_random_state(state["random"])
         self.state = TrainState(**state["train_state"])
 
@@ -411,11 +465,16 @@ def of_teacher(name: str) -> str:
     return f"teacher_{name}"
 
 
-def _accelerator(device: torch.device, *, half: bool) -> Accelerator:
-    """The accelerator of one training on `device`; float16 arithmetic on GPUs only, and only with `half`."""
+MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""Type of the networks' arithmetic -> accelerate's word for it."""
+
+
+def _accelerator(device: torch.device, precision: PrecisionName) -> Accelerator:
+    """The accelerator of one training. Raises UnavailableError when the device does not compute in the precision."""
+    mixed = MIXED[pick_precision(precision, device)]
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current GPU
     # a second training in this process may differ in device or arithmetic, which accelerate's shared state forbids
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     close_group_at_exit()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if half and device.type == "cuda" else "no")
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)

@@ -18,6 +18,8 @@ from compress.losses.detection import DetectionLoss
 from compress.losses.distill import Context, DistillLoss, Outputs, detached
 from compress.losses.gradients import squared_norms
 from compress.models import YOLOv5
+from compress.models.network import Section
+from compress.training.compiled import compiled
 from compress.training.curves import TEACHER_TERM
 from compress.training.ratio import LossWeights
 
@@ -74,6 +76,7 @@ class Objective(nn.Module):
         self.label_weight, self.reference = label_weight, reference
         self.teacher: Objective | None = None
         """A teacher that trains too, on the labels alone: no gradient of the student's losses reaches it."""
+        self._section: Section | None = None
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -117,9 +120,17 @@ class Objective(nn.Module):
         total, others = self.loss(student, detached(teacher_outputs), targets, factors, upstream, measure, labelled)
         return Loss(total + own, torch.cat([others, terms.sum().view(1)]))
 
+    def compile_networks(self) -> None:
+        """Run backbone and neck of every model as compiled code from now on, section by section.
+
+        The features lie between compiled sections, since gradients are measured there.
+        """
+        for part in self.parts:
+            part._section = compiled(part.model.section)
+
     def student_outputs(self, images: Tensor) -> Outputs:
         """The model's raw maps and features."""
-        return Outputs(*self.model.forward_features(images))
+        return Outputs(*self.model.forward_features(images, self._section))
 
     def loss(
         self,

@@ -25,6 +25,7 @@ from compress.graph.ranges import Ranges
 from compress.log import Log
 from compress.models import YOLOv5
 from compress.models.checkpoint import FAKE_SCALES
+from compress.models.network import Section
 from compress.schemes import Scheme
 from compress.training.checks import check_distillation
 from compress.training.loop import Job, TrainResult, run_job
@@ -59,8 +60,8 @@ class FakeQuantised(YOLOv5):
         """(tensors,) float32: the scales of `body.scaled`."""
         return (SCALE_RATE * self.get_parameter(FAKE_SCALES)).exp()
 
-    def forward_features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """See `YOLOv5.forward_features`."""
+    def forward_features(self, images: Tensor, run: Section | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """See `YOLOv5.forward_features`. The body is the graph's and has no sections that `run` could do."""
         parameters = Parameters(self.weights_of_graph(), self.scales.unbind())
         features = self.body(images.flip(1) * 255, parameters)
         return self.detect(features), features

@@ -19,7 +19,7 @@ from runtime.files import atomic_write
 
 STATE = "state.pt"
 """Name of the file in the folder of a training."""
-VERSION = 4
+VERSION = 5
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

@@ -27,7 +27,7 @@ from benchmarks.statistics import bootstrap
 from compress.compute.device import pick_device, synchronize
 from compress.compute.numerics import flush_denormals
 from compress.compute.threads import threads_restored
-from compress.config import SCALES, DistillConfig
+from compress.config import PRECISIONS, SCALES, DistillConfig
 from compress.data.loader import Batch
 from compress.losses.distill import LOSSES, FeatureLoss
 from compress.models import Architecture, YOLOv5
@@ -76,9 +76,10 @@ class Steps:
         student.init_detect_bias()
         config = DistillConfig.model_validate(
             {"losses": dict.fromkeys(way.losses, "auto"), "batch": options.batch, "imgsz": options.imgsz,
-             "tensorboard": False}
+             "tensorboard": False, "precision": options.precision, "compile": options.compile,
+             "cuda_graph": options.cuda_graph}
         )  # fmt: skip
-        frozen = Teacher(teacher, options.device, half=config.amp) if way.has_teacher else None
+        frozen = Teacher(teacher, options.device, precision=config.precision) if way.has_teacher else None
         losses = build_losses(student, frozen, config) if frozen and way.losses else {}
         objective = Objective(student, detection_loss(student, config), losses)
         data: Any = range(EVERY * options.batch)
@@ -189,6 +190,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="by default all")
     made.add_argument("--threads", type=whole(1), default=1, help="compute threads on a CPU (default: 1)")
     made.add_argument("--device", default="auto")
+    made.add_argument("--precision", choices=PRECISIONS, default="auto")
+    made.add_argument("--compile", action="store_true", help="run the networks through torch.compile")
+    made.add_argument("--cuda-graph", action="store_true", help="launch forward and backward as one CUDA graph")
     made.add_argument("--out", type=Path, help="folder for step_cost.json and step_cost.md")
     return made
 

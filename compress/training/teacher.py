@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.compute.device import pick_device, to_device
-from compress.config import DistillConfig
+from compress.compute.precision import pick_precision
+from compress.config import DistillConfig, PrecisionName
 from compress.data.class_names import class_conflict
 from compress.log import Log
 from compress.losses.distill import (
@@ -48,10 +49,18 @@ class Teacher:
     It is no part of any module, so no optimiser, no `train()` and no saved file ever reaches it.
     """
 
-    def __init__(self, model: YOLOv5, device: str | torch.device = "auto", *, half: bool = False) -> None:
+    def __init__(
+        self, model: YOLOv5, device: str | torch.device = "auto", *, precision: PrecisionName = "float32"
+    ) -> None:
         self.device = device if isinstance(device, torch.device) else pick_device(device)
-        self._half = half and self.device.type == "cuda"
         self.model = to_device(model.fuse().eval().requires_grad_(False), self.device)
+        self.compute_in(pick_precision(precision, self.device))
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Bring the weights to `dtype`, once: autocast would do it in each forward. Anchors stay float32."""
+        self._dtype = dtype
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     @property
     def arch(self) -> Architecture:
@@ -67,12 +76,13 @@ class Teacher:
 
     takes_any_size = True
     """Whether images may have any height and width that are multiples of the strides."""
+    runs_in_torch = True
+    """Whether no other library computes a part of it."""
 
     @torch.no_grad()  # not inference_mode: its tensors may not take part in the student's backward
     def __call__(self, images: Tensor) -> Outputs:
-        """Outputs for float images (B, 3, H, W); on a GPU with `half` in float16."""
-        with torch.autocast(images.device.type, torch.float16, enabled=self._half):
-            return Outputs(*self.model.forward_features(images))
+        """Outputs for float images (B, 3, H, W), in the teacher's precision."""
+        return Outputs(*self.model.forward_features(images.to(self._dtype)))
 
 
 def shape_of(model: YOLOv5) -> Shape:
@@ -102,6 +112,7 @@ class TeacherGroup:
         *,
         takes_any_size: bool,
     ) -> None:
+        self.runs_in_torch = len(networks) == len(members)
         self._members, self.arch, self.shape = members, terms, shape
         self.networks, self.device, self.takes_any_size = tuple(networks), device, takes_any_size
 
@@ -239,7 +250,7 @@ def make_teacher(
     """
     where, first = pick_device(device), sources[0]
     factor = config.image_side // config.imgsz
-    networks = [Teacher(source.model, where, half=config.amp) if source.model else None for source in sources]
+    networks = [Teacher(one.model, where, precision=config.precision) if one.model else None for one in sources]
     if networks[0] and len(sources) == 1 and factor == 1 and not config.teacher_flip and first.classes.is_identity:
         return networks[0]
     members = [_member(*pair, student, config) for pair in zip(sources, networks, strict=True)]

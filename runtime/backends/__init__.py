@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import onnx_file, openvino_ir
 from runtime.errors import InputError, UsageError
-from runtime.onnx_file import read_metadata
 
 Array = NDArray[Any]
 
@@ -29,7 +30,7 @@ class BackendSpec(NamedTuple):
     module: str
     """Module with `load(request)`; imported when a file is loaded, so that only the needed library is."""
     suffixes: tuple[str, ...]
-    """Suffixes of its files. If two rows have the same one, the card decides; without a card the first row does."""
+    """Suffixes of its files. If two rows have the same one, the caller or the card decides, else the first row."""
     distributions: tuple[str, ...]
     """Distributions that install its library; they give its version."""
     remedy: str
@@ -38,13 +39,17 @@ class BackendSpec(NamedTuple):
     devices: tuple[str, ...] = ()
     """Values of `device`, besides "auto", for which files of this backend are taken from a bundle."""
     portable: bool = True
-    metadata: Callable[[Path], dict[str, str]] | None = None
-    """Reads the text that a file carries, a model card for example, without the backend's library."""
+    metadata: Mapping[str, Callable[[Path], dict[str, str]]] = {}
+    """Suffix -> the reader of the text that such a file carries, a model card for example, without the library."""
 
     @property
     def library(self) -> str:
         """Import name of the library."""
         return self.package or self.name
+
+    @property
+    def is_installed(self) -> bool:
+        return find_spec(self.library) is not None
 
 
 BACKENDS: Mapping[str, BackendSpec] = {
@@ -58,7 +63,16 @@ BACKENDS: Mapping[str, BackendSpec] = {
             remedy="Copy or export it again",
             package="onnxruntime",
             devices=("cpu", "cuda", "tensorrt"),
-            metadata=read_metadata,
+            metadata={".onnx": onnx_file.read_metadata},
+        ),
+        BackendSpec(
+            name="openvino",
+            module="runtime.backends.openvino",
+            suffixes=(".onnx", ".xml"),
+            distributions=("openvino",),
+            remedy="Copy or convert it again",
+            devices=("cpu",),
+            metadata={".onnx": onnx_file.read_metadata, ".xml": openvino_ir.read_metadata},
         ),
         BackendSpec(
             name="tensorrt",
@@ -87,6 +101,8 @@ BACKENDS: Mapping[str, BackendSpec] = {
     )
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for spec in BACKENDS.values() for suffix in spec.suffixes))
+NAMES = ("auto", *BACKENDS)
+"""Values of `backend`."""
 DEVICES = ("auto", *dict.fromkeys(device for spec in BACKENDS.values() for device in spec.devices))
 
 
@@ -137,9 +153,9 @@ class Backend(Protocol):
 
 
 class LoadOptions(NamedTuple):
-    """`threads` limits the threads of the CPU; with `spin` they wait actively. `as_written` computes quantised layers
-    in float, as the file says, instead of by integer kernels, which differ from library to library. Backends of a GPU
-    ignore all three.
+    """`threads` limits the threads of the CPU; with `spin` those of ONNX Runtime wait actively. `as_written` computes
+    quantised layers in float, as the file says, instead of by integer kernels, which differ from library to library;
+    OpenVINO refuses it. Backends of a GPU ignore all three.
     """
 
     device: str = "auto"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import CUTOFF, Array, LoadOptions, LoadRequest, RawOutput, TensorSpec, closed_error
-from runtime.backends.onnx_child_load import load_in_child
+from runtime.backends.child_load import load_in_child
 from runtime.errors import InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
 from runtime.machine import compute_threads, exact_sums
@@ -72,15 +72,39 @@ def open_session(request: LoadRequest) -> Any:
     """
     path = request.path
     if not request.has_card:
-        load_in_child(path)
+        load_in_child(path, f"{__name__}:load_error")
     providers = choose_providers(request.options.device, onnxruntime.get_available_providers())
     try:
-        model = request.data or (str(path) if is_utf8(path) else path.read_bytes())
-        session = onnxruntime.InferenceSession(model, session_options(request.options), providers=list(providers))
+        session = onnxruntime.InferenceSession(
+            request.data or readable(path), session_options(request.options), providers=list(providers)
+        )
     except Exception as error:  # ONNX Runtime's errors share no other base
         raise InputError(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from error
     require_provider(request.options.device, providers, session.get_providers())
     return session
+
+
+def readable(path: Path) -> str | bytes:
+    """The file as ONNX Runtime takes it: its path, or its bytes where the path is no UTF-8."""
+    return str(path) if is_utf8(path) else path.read_bytes()
+
+
+def load_error(path: Path) -> str:
+    """Why ONNX Runtime does not load the file, on one thread; empty when it loads."""
+    reason = session_error(readable(path))
+    return reason and f"ONNX Runtime cannot load it: {reason}"
+
+
+def session_error(model: str | bytes) -> str:
+    """ONNX Runtime's error on loading the file of this path, or these bytes; empty when it loads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = ONLY_FATAL
+    try:
+        onnxruntime.InferenceSession(model, options, providers=[CPU])
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        return one_line(error)
+    return ""
 
 
 def session_options(load: LoadOptions) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from runtime.backends import CUTOFF, Array, LoadRequest, RawOutput, TensorSpec, closed_error
 from runtime.backends.cuda import Cuda, Host, open_cuda
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError, one_line
+from runtime.layers import IN_LOG
 
 DTYPES = {
     "FLOAT": np.float32,
@@ -42,7 +43,9 @@ def import_tensorrt(name: str) -> Any:
 
 
 def collecting_logger(trt: Any) -> Any:
-    """An ILogger that keeps `lines` of (severity, text); severities are "ERROR", "WARNING" and so on."""
+    """An ILogger that keeps `lines` of (severity, text), severities are "ERROR", "WARNING" and so on, and the message
+    `layers` in which a builder prints those of the engine.
+    """
     names = {
         int(getattr(trt.ILogger, name)): name for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
     }
@@ -51,11 +54,14 @@ def collecting_logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # pybind classes must be initialised by name
             self.lines: list[tuple[str, str]] = []
+            self.layers = ""
 
         def log(self, severity: Any, text: str) -> None:
             name = names.get(int(severity), "ERROR")
             if name not in ("INFO", "VERBOSE"):
                 self.lines.append((name, text))
+            elif text.startswith(IN_LOG):
+                self.layers = text
 
     return Collector()
 

@@ -12,6 +12,7 @@ from benchmarks.accuracy import Accuracy
 from benchmarks.latency import Durations, Latency, Warmup
 from benchmarks.report import Report, make_report
 from benchmarks.rows import plain
+from runtime.layers import EngineLayer, TensorType, facts_of
 
 NAMES = ("bolt", "nut", "washer", "screw", "spring", "rivet", "bearing", "gear")
 
@@ -22,6 +23,12 @@ SETTINGS = {
     "threads": None,
     "as_written": False,
 }
+
+HALF = TensorType("Half", (1, 8, 160, 160)), TensorType("Half", (1, 16, 80, 80))
+ENGINE_LAYERS = (
+    EngineLayer("__myl_CorrSilu_myl0_1", "runtime_fusion", ("1.conv", "1.act"), HALF[:1], HALF[1:]),
+    EngineLayer("__myl_Topk_myl0_17", "kgen", ("nms.best",), HALF[1:], HALF[1:]),
+)
 
 
 def latency_of(pre: float, infer: float, post: float, n: int, seed: int) -> Latency:
@@ -180,6 +187,7 @@ def build_sample() -> Report:
                 **{"file": f"model.{precision}.plan", "precision": precision, "backend": "tensorrt_rtx"},
                 **{"targets": ["sm86", "sm89", "sm120"], "bytes": size, "seconds": 9.7, "ran": False},
                 "note": "no GPU",
+                **(facts_of(ENGINE_LAYERS) if precision == "fp16" else {}),
             }
             for precision, size in (("fp32", 2_904_212), ("fp16", 1_640_772))
         ],

@@ -157,3 +157,11 @@ def test_the_page_tells_that_a_latency_is_that_of_a_call_of_several_frames(sampl
     page = to_html(Report({**sample.data, "models": models}))
     assert "per call of 4 frames" in page
     assert "Milliseconds from the decoded frames of a call" in page
+
+
+def test_the_layers_of_an_engine_are_a_table_that_opens(sample: Report) -> None:
+    page = to_html(sample)
+    (table,) = re.findall(r"<details><summary>(.*?)</table>", page, flags=re.DOTALL)
+    assert table.startswith("The layers of model.fp16.plan move 1000.00 KiB of activations a call; convolutions: ")
+    assert "Half [1,8,160,160]" in table
+    assert "1.conv, 1.act" in table

@@ -23,7 +23,7 @@ def test_groups_within_groups_are_reached() -> None:
 def test_every_other_setting_of_a_training_is_one() -> None:
     dumped = TrainConfig().model_dump(mode="json")
     assert dumped.keys() - result_settings(TrainConfig()).keys() == {
-        "workers", "threads", "tensorboard", "checkpoint_interval",
+        "workers", "threads", "tensorboard", "checkpoint_interval", "cuda_graph",
     }  # fmt: skip
     assert all(dumped[key] == value for key, value in result_settings(TrainConfig()).items())
 

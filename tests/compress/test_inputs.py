@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.bench import Plan
 from compress.inputs import kept_files, measured_files, refuse_another_model, suited
+from runtime import backends
 from runtime.bundle import folder_card
 from runtime.card import CARD_FILE, Batches
 from runtime.errors import InputError
@@ -75,17 +76,42 @@ def test_a_flavour_of_another_model_is_neither_measured_nor_shipped(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("precision", "as_written"), [("fp32", False), ("int8-ort", False), ("int8-trt", True), ("int8-openvino", True)]
+    ("precision", "is_installed", "backend", "as_written"),
+    [
+        ("fp32", True, "auto", False),
+        ("int8-ort", True, "onnx", False),
+        ("int8-trt", True, "onnx", True),
+        ("int8-openvino", True, "openvino", False),
+        ("int8-openvino", False, "onnx", True),
+    ],
 )
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_the_card_and_the_device_that_runs_decide_what_is_computed_as_written(
-    tmp_path: Path, precision: str, as_written: bool, device: str, monkeypatch: pytest.MonkeyPatch
+def test_the_card_and_the_device_decide_what_runs_a_file_and_what_is_computed_as_written(
+    tmp_path: Path,
+    precision: str,
+    is_installed: bool,
+    backend: str,
+    as_written: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = canvas_model(tmp_path / "model.onnx", card(precision=precision))
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if is_installed or name != "openvino" else None)
     plan, note = suited(Plan([], device=device), model)
-    assert (plan.as_written, note != "") == (as_written, as_written)
+    assert (plan.backend, plan.as_written, note != "") == (backend, as_written, as_written)
     monkeypatch.setattr("compress.inputs.device_name", lambda providers: "a GPU")
-    assert suited(plan, model) == (Plan([], device=device), "")
+    on_gpu = Plan([], device=device, backend="onnx", as_written=True)
+    assert suited(on_gpu, model) == (Plan([], device=device, backend="onnx"), "")
+
+
+@pytest.mark.parametrize(("precision", "has_note"), [("fp32", False), ("int8-ort", False), ("int8-openvino", True)])
+def test_a_backend_that_is_named_runs_any_file_and_a_note_says_if_it_is_made_for_another(
+    tmp_path: Path, precision: str, has_note: bool
+) -> None:
+    model = canvas_model(tmp_path / "model.onnx", card(precision=precision))
+    asked = Plan([], backend="onnx")
+    plan, note = suited(asked, model)
+    assert (plan, note != "") == (asked, has_note)
 
 
 def test_files_of_other_batches_are_not_written_beside_each_other(tmp_path: Path) -> None:

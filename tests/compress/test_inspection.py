@@ -15,6 +15,7 @@ from runtime.backends import SUFFIXES
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
+from runtime.layers import EngineLayer, TensorType, save_layers
 
 CARD = ModelCard("part", ("bolt", "nut"), (32, 32), weights="5" * 64)
 
@@ -82,6 +83,20 @@ def test_a_plan_is_described_by_the_card_beside_it_and_an_altered_one_is_not_int
     assert (found["intact"], found["precision"], found["targets"]) == (intact, "fp16", ["sm86"])
     assert found["card"]["names"] == ["bolt", "nut"]
     assert "artifacts" not in found["card"]
+
+
+def test_the_layers_of_a_plan_are_listed_a_line_each(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    half, small = TensorType("Half", (1, 8, 80, 80)), TensorType("Half", (1, 8, 40, 40))
+    layer = EngineLayer("CorrSilu", "correlation", ("stem", "stem.silu"), (half,), (small,))
+    save_layers(plan, sha256(plan), [layer, layer])
+    found = inspect_file(plan)
+    assert (found["convolutions"], found["moved_bytes"]) == ({"Half -> Half": 2}, 256_000)
+    line = (
+        "  name: CorrSilu; kind: correlation; inputs: Half [1,8,80,80]; outputs: Half [1,8,40,40]; "
+        "moved_bytes: 128000; operators: stem, stem.silu"
+    )
+    assert as_text(found).splitlines().count(line) == 2
 
 
 def test_a_plan_that_no_card_lists_is_not_opened(tmp_path: Path) -> None:

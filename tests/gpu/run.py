@@ -41,6 +41,7 @@ LEAST_S = 15
 GRACE_S = 5
 """Seconds that a part has to end when it is asked to."""
 TIMED_OUT, NOT_FOUND, FOUND_SOMETHING = 124, 127, 9
+KERNELS = "tests/gpu/test_on_gpu.py"
 REST = "rest"
 """Tests of no single loss."""
 PYTHON = sys.executable
@@ -150,16 +151,17 @@ def correctness(losses: Sequence[str], kernels: Sequence[str]) -> list[Part]:
     """
     names = [*losses, REST]
     return [
-        *(tests(name, name if name != REST else f"not ({' or '.join(losses)})") for name in names),
+        *(tests(name, KERNELS, name if name != REST else f"not ({' or '.join(losses)})") for name in names),
+        tests("loading", "tests/gpu/test_loading.py", ""),
         sanitizer("memcheck", kernels, "--report-api-errors", "no"),  # asking for a newer driver's function is no fault
         sanitizer("racecheck", kernels),
     ]
 
 
-def tests(name: str, chosen: str) -> Part:
+def tests(name: str, file: str, chosen: str) -> Part:
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore")  # torch warns of its own settings
     return Part(
-        f"tests: {name}", (*pytest, "tests/gpu/test_on_gpu.py", "-k", chosen), 150, shown=400,
+        f"tests: {name}", (*pytest, file, "-k", chosen), 150, shown=400,
         lines="^(FAILED|ERROR|largest)", is_wrong=bool,
         environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
     )  # fmt: skip

@@ -60,7 +60,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = [f"class {i}" for i in range(CLASSES)]
     teacher = YOLOv5(Architecture.of_scale(options.teacher, names))
     config = DistillConfig(batch=options.batch, imgsz=options.imgsz, tensorboard=False)
-    frozen = Teacher(teacher, options.device, half=config.amp)
+    frozen = Teacher(teacher, options.device, precision=config.precision)
 
     def trainer(way: Way) -> Any:
         own = DistillConfig.model_validate(config.model_dump() | {"losses": way.losses})

@@ -6,12 +6,13 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from shapes import DETECTOR, EXTREME, LEVELS, MEDIUM, OPCHECK, SELECTIONS, SHAPES, UNLIKE, even
-from shim.cases import with_learners
+from shim.cases import HEAD, with_learners
 from shim.oracle import (
     DTYPES,
     GRADIENT_TOLERANCE,
@@ -21,12 +22,15 @@ from shim.oracle import (
     check,
     errors,
     gradient_error,
+    head_anchors,
+    head_shape,
     kernels_of,
     laid,
     pair,
     same_bits,
     truth,
     upstream,
+    with_clear_limit,
 )
 from torch import Tensor
 
@@ -39,8 +43,9 @@ from compress.kernels.rescale import SOURCE as RESCALE
 if not torch.cuda.is_available():
     pytest.skip("torch sees no NVIDIA GPU", allow_module_level=True)
 
-WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20}
-"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block."""
+WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20, "soft_head": 5 << 20}
+"""Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block; the
+head's gates."""
 MEBIBYTE = 1 << 20
 TORCH = torch.device("cuda:0")
 HALF = torch.float16
@@ -69,11 +74,15 @@ def arguments(
     generator = torch.Generator().manual_seed(9 + seed)
     if name == "adapter_mse" and dtype != torch.float32:  # others go the general way, which rounds as eager code does
         shapes = [*map(even, shapes)]
+    if name == "soft_head":
+        shapes = [head_shape(shape) for shape in shapes]
     large = sum(map(torch.Size.numel, map(torch.Size, shapes))) > 1 << 22
     make = pair_on_gpu if large else pair
     pairs = [make(shape, dtype, seed=seed + i, layout=layout, skip=skip) for i, shape in enumerate(shapes)]
     students, teachers = ([laid(x.to(device), layout, skip) for x in maps] for maps in zip(*pairs, strict=True))
-    weights = [torch.rand(n, h, w, generator=generator).to(device) for n, _, h, w in shapes]
+    if name == "soft_head":
+        teachers = [with_clear_limit(teacher) for teacher in teachers]
+    weights = [torch.rand(n, h, w, generator=generator).to(device) for n, _, h, w, *_ in shapes]
     channels = [shape[1] for shape in shapes]
     matrices = [(torch.randn(c, c, generator=generator) / c**0.5).to(dtype).float().to(device) for c in channels]
     biases = [torch.randn(c, generator=generator).to(dtype).float().to(device) for c in channels]
@@ -87,6 +96,11 @@ def arguments(
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
+        "anchors": [a.to(device) for a in head_anchors(len(shapes))],
+        **HEAD,
+        "balance": HEAD["balance"][: len(shapes)],
     }
     if scale is not None:
         expected = torch.tensor(float(scale), device=device)
@@ -300,7 +314,7 @@ def captured(step: Callable[[], Sequence[Tensor]]) -> Captured:
 
 def tensors_of(given: list[Any]) -> list[Tensor]:
     """All but the expected upstream gradient."""
-    return [tensor for value in given[:-1] if isinstance(value, list) for tensor in value]
+    return [tensor for value in given[:-1] if fused.are_tensors(value) for tensor in value]
 
 
 def test_a_call_after_a_refused_launch_is_right() -> None:
@@ -477,6 +491,19 @@ def test_the_definition_can_be_forced(monkeypatch) -> None:
     assert not fused.runs_fused(maps)
 
 
+# ---- the top cells of a head --------------------------------------------------------------------------------------
+
+
+@every_layout
+@pytest.mark.parametrize("shape", [(4, 60, 80, 80), (2, 30, 20, 20)], ids=str)
+def test_soft_head_compares_the_cells_that_topk_takes_of_equal_gates(shape, layout):
+    given = arguments("soft_head", [shape], layout=layout)
+    given[1][0][..., 4] = given[1][0][..., 4].round()
+    found, plain = run_kernels("soft_head", given), by_autograd(FUSED["soft_head"].reference, given, (0,), None)
+    rows = [(result.gradients[0][..., 5:] != 0).any(-1) for result in (found, plain)]
+    assert torch.equal(*rows)
+
+
 # ---- the matrix instructions --------------------------------------------------------------------------------------
 
 
@@ -532,3 +559,86 @@ def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
     assert errors(found, true)[0] <= 2 * errors(eager, true)[0] + LOSS_TOLERANCE
     for f, t, e in zip(found.gradients, true.gradients, eager.gradients, strict=True):
         assert gradient_error(f, t) <= 1.1 * gradient_error(e, t) + 1e-6
+
+
+# ---- the training step --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toys() -> Any:
+    """Trainings of tiny networks, where the packages that a training needs are installed."""
+    return pytest.importorskip("tests.compress.training.toys")
+
+
+def training(toys: Any, out: Path, **settings: Any) -> Any:
+    """A tiny distillation on the GPU that is about to take its first batch."""
+    asked = toys.config(losses={"soft": "auto", "cwd": "auto"}, **settings)
+    made = toys.trainer(asked, out, distils=True, device="cuda")
+    made.wrapped.train()
+    return made
+
+
+def batches_on_gpu(toys: Any, count: int) -> list[Any]:
+    made = map(toys.batch, range(count))
+    return [one._replace(images=one.images.to(TORCH), targets=one.targets.to(TORCH)) for one in made]
+
+
+def terms_of(made: Any, batches: Sequence[Any], first: int = 0) -> Tensor:
+    """(batches, terms) of steps that begin with iteration `first`."""
+    return torch.stack([made.train_batch(one, number) for number, one in enumerate(batches, first)])
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_teacher_in_half_precision_gives_what_autocast_gives(toys, precision):
+    from compress.training.teacher import Teacher
+
+    model, images = toys.network("n"), torch.rand(2, 3, 64, 64, device=TORCH).to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", getattr(torch, precision)):
+        expected = Teacher(model, "cuda", precision="float32")(images)
+    for found, wanted in zip(Teacher(model, "cuda", precision=precision)(images), expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("float32", {"cuda_graph": True}),
+        ("float16", {"cuda_graph": True}),
+        ("bfloat16", {"cuda_graph": True}),
+        ("float16", {"cuda_graph": True, "compile": True}),
+    ],
+    ids=str,
+)
+def test_graphs_and_compiled_networks_learn_as_plain_steps_do(toys, tmp_path, precision, settings):
+    """Steps with and without a measurement of gradients, so each kind of batch runs, is recorded and replayed."""
+    batches = batches_on_gpu(toys, 10)
+    expected = terms_of(training(toys, tmp_path, precision=precision), batches)
+    made = training(toys, tmp_path, precision=precision, **settings)
+    rtol = 1e-2 if precision == "float32" else 5e-2
+    torch.testing.assert_close(terms_of(made, batches), expected, rtol=rtol, atol=1e-3)
+    assert len(made.graphs._graphs) == 2
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_path, graph):
+    made, batches = training(toys, tmp_path, precision="float16", cuda_graph=graph), batches_on_gpu(toys, 10)
+    terms_of(made, batches)
+    stem, scale = made.objective.model.model[0].conv.weight, made.accelerator.scaler.get_scale()
+    before = {name: value.clone() for name, value in made.objective.model.state_dict().items()}
+    stem.data.mul_(2.0**40)
+    assert not terms_of(made, batches[:1], 11).isfinite().all()
+    stem.data.mul_(2.0**-40)
+    assert all(torch.equal(value, before[name]) for name, value in made.objective.model.state_dict().items())
+    assert made.accelerator.scaler.get_scale() == scale / 2
+    assert terms_of(made, batches[:3], 12).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_never_waits_for_the_gpu(toys, tmp_path, precision):
+    made, batches = training(toys, tmp_path, precision=precision), batches_on_gpu(toys, 4)
+    terms_of(made, batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms_of(made, batches, 16)  # the first of them measures gradients
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -14,9 +14,10 @@ import pytest
 from runtime import child_process, engine
 from runtime.bundle import card_of, folder_card, list_files, model_files, read_checked
 from runtime.card import Batches
-from runtime.engine import BuildRequest, ShapeRange, build_engine, profile_of
+from runtime.engine import BuildReport, BuildRequest, ShapeRange, SlowerError, build_engine, profile_of
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
+from runtime.layers import EngineLayer, TensorType, read_layers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 rtx = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('tensorrt_rtx')", reason="needs tensorrt_rtx")
@@ -31,7 +32,36 @@ def test_a_plan_is_built_for_its_targets_and_published_whole(toys, tmp_path):
     assert (report.bytes, report.sha256) == (out.stat().st_size, sha256(out))
     assert report.versions["tensorrt_rtx"].startswith("1.")
     assert out.read_bytes()[:4] == b"vtrt"  # the raw plan: trtexec and Triton read it
-    assert [path.name for path in out.parent.iterdir()] == ["toy.plan"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["toy.plan", "toy.plan.layers.json"]
+
+
+@rtx
+def test_the_layers_of_a_plan_are_written_beside_it(toys, tmp_path):
+    out = tmp_path / "a.plan"
+    report = build_engine(toys.conv_model(tmp_path / "a.onnx"), out, targets=("sm86",))
+    assert read_layers(out, report.sha256) == report.layers
+    assert any(layer.is_convolution for layer in report.layers)
+    assert report.layers[0].inputs[0] == TensorType("Float", (1, 3, 64, 64))
+
+
+def int8_report(layers):
+    return BuildReport("tensorrt", {}, 1.0, 4, "a" * 64, (), (), layers=layers)
+
+
+def test_an_int8_plan_that_moves_more_than_fp16_is_not_published(toys, tmp_path, monkeypatch):
+    shape = (1, 8, 100, 100)
+    int8, half = (
+        (EngineLayer("c", "CaskConvolution", (), (TensorType(kind, shape),), (TensorType(out, shape),)),)
+        for kind, out in (("Int8", "Float"), ("Half", "Half"))
+    )
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(engine, "_build_in_child", lambda *_: int8_report(int8))
+    model, out = toys.conv_model(tmp_path / "a.onnx"), tmp_path / "out" / "a.plan"
+    with pytest.raises(SlowerError, match=r"a\.onnx: its INT8 moves 0\.4 MB a call, FP16 moves 0\.3"):
+        build_engine(model, out, fp16=half)
+    assert list(out.parent.iterdir()) == []
+    build_engine(model, out)
+    assert read_layers(out, "a" * 64) == int8
 
 
 @rtx
@@ -320,7 +350,7 @@ def test_plain_tensorrt_builds_for_the_gpu_that_is_there_and_says_so(monkeypatch
 @pytest.mark.parametrize("severity", ["ERROR", "INTERNAL_ERROR"])
 def test_any_error_line_fails_a_build_that_returned_a_plan(monkeypatch, severity):
     """EXCLUDE_LEAN_RUNTIME alone, a foreign platform and a corrupt timing cache only log, and return an engine."""
-    logger = SimpleNamespace(lines=[("WARNING", "slow"), (severity, "corrupt cache")])
+    logger = SimpleNamespace(lines=[("WARNING", "slow"), (severity, "corrupt cache")], layers="")
     parser = SimpleNamespace(parse_from_file=lambda path: True)
     config = FakeConfig()
     config.set_memory_pool_limit = lambda kind, size: None
@@ -333,9 +363,27 @@ def test_any_error_line_fails_a_build_that_returned_a_plan(monkeypatch, severity
     trt = fake_tensorrt(STRONGLY_TYPED=1)
     trt.Builder, trt.OnnxParser = (lambda _: builder), (lambda *_: parser)
     trt.MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+    trt.ProfilingVerbosity = SimpleNamespace(DETAILED="DETAILED")
+    trt.LayerInformationFormat = SimpleNamespace(JSON="JSON")
     monkeypatch.setattr(engine, "collecting_logger", lambda _: logger)
     monkeypatch.setattr(engine.machine, "gpus", list)
     with pytest.raises(EngineError, match="corrupt cache"):
         engine.build_plan(trt, BuildRequest("a.onnx", "tensorrt"))
     logger.lines.pop()
-    assert engine.build_plan(trt, BuildRequest("a.onnx", "tensorrt")) == (b"plan", [], ["slow"])
+    loaded = SimpleNamespace(engine=SimpleNamespace(create_engine_inspector=lambda: Inspector()))
+    monkeypatch.setattr(engine, "deserialize", lambda *_: loaded)
+    layer = EngineLayer("stem", "CaskConvolution", (), (), ())
+    assert engine.build_plan(trt, BuildRequest("a.onnx", "tensorrt")) == (b"plan", [], ["slow"], (layer,))
+    monkeypatch.setattr(engine, "deserialize", cannot_load)
+    _, _, log, layers = engine.build_plan(trt, BuildRequest("a.onnx", "tensorrt"))
+    assert (log, layers) == (["slow", "the layers of the plan are not known: no GPU"], ())
+
+
+class Inspector:
+    def get_engine_information(self, kind):
+        assert kind == "JSON"
+        return '{"Layers": [{"Name": "stem", "LayerType": "CaskConvolution", "Inputs": [], "Outputs": []}]}'
+
+
+def cannot_load(*_):
+    raise EngineError("no GPU")

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 import runtime
+from runtime import engine
 from runtime.__main__ import main
 from runtime.card import Artifact, Batches
+from runtime.engine import SlowerError
 from runtime.files import sha256
+from runtime.layers import EngineLayer, TensorType, save_layers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -232,6 +235,28 @@ def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, caps
     told = json.loads(capsys.readouterr().out)
     assert told["card"]["artifacts"][0]["file"] == "toy.plan"
     assert "toy.plan" in told["runs_here"]
+
+
+def test_build_compares_int8_with_the_fp16_plan_that_the_same_builder_made(toys, tmp_path, monkeypatch, capsys):
+    plan = tmp_path / "toy.fp16.plan"
+    plan.write_bytes(b"vtrt")
+    layers = (EngineLayer("c", "CaskConvolution", (), (TensorType("Half", (1, 8)),), ()),)
+    save_layers(plan, sha256(plan), layers)
+    made = Artifact(plan.name, sha256(plan), 4, "fp16", "tensorrt_rtx", identity=toys.card().identity)
+    toys.card(artifacts=(made,)).save(tmp_path / "model.json")
+    given = []
+
+    def build(onnx, out, *, fp16, **_):
+        given.append(fp16)
+        raise SlowerError("its INT8 moves 2.0 MB a call, FP16 moves 1.0", "Use the FP16 plan")
+
+    monkeypatch.setattr(engine, "build_engine", build)
+    monkeypatch.setattr(engine, "find_spec", lambda name: True)
+    model = toys.canvas_model(tmp_path / "toy.int8-trt.onnx", toys.card(precision="int8-trt"))
+    for backend in ("tensorrt_rtx", "tensorrt"):
+        assert main(["build", str(model), "--backend", backend]) == 1
+        assert "its INT8 moves 2.0 MB a call, FP16 moves 1.0. Use the FP16 plan" in capsys.readouterr().err
+    assert given == [layers, ()]
 
 
 def test_build_gives_a_plan_of_an_open_batch_its_profile(toys, tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from compress.config import DistillConfig, LossChoice, Settings
@@ -75,6 +74,8 @@ class DistillLoss(nn.Module):
     """Whether cells, anchors and classes must mean the same in both networks."""
     reads_labels = False
     """Whether it reads the labels, so that an image without them would count as background."""
+    replays = True
+    """Whether a CUDA graph can repeat it: all that changes from batch to batch is in tensors on the device."""
     weight: float | None = None
     """A fixed weight; None lets it follow the gradients, so that they have `share`."""
     share = 1.0
@@ -126,15 +127,6 @@ class DistillLoss(nn.Module):
         (components,) float32, or () if there is only one.
         """
         raise NotImplementedError
-
-
-def completed(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of both networks; those that the teacher does not give are the student's own, which pull nowhere.
-
-    Both are contiguous: where they are equal, so is all that is computed of them, to the last bit.
-    """
-    student = student.contiguous()
-    return student, torch.where(teacher.isnan(), student.detach(), teacher).contiguous()
 
 
 def detached(outputs: Outputs) -> Outputs:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.compute.boxes import touched_cells
 from compress.compute.ridge import Moments, ridge
 from compress.config import DistillConfig, Float, NonNegative, Positive
 from compress.kernels.adapter_mse import adapter_mse
@@ -25,7 +26,6 @@ from compress.kernels.cwd import cwd
 from compress.kernels.fgd import fgd
 from compress.kernels.pkd import pkd
 from compress.kernels.weighted_mse import weighted_mse
-from compress.losses.boxes import touched_cells
 from compress.losses.distill.base import (
     NO_CONTEXT,
     Context,
@@ -228,6 +228,7 @@ class MGD(FeatureLoss):
     """
 
     name = "mgd"
+    replays = False
 
     class Settings(LossSettings):
         mask: Annotated[Float, Field(ge=0, lt=1)] = 0.65

@@ -6,7 +6,7 @@ see a shift common to all classes, which is exactly how a student loses its conf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,8 +14,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from compress.compute.boxes import touched_cells
 from compress.config import DistillConfig, Float, NonNegative, Positive
-from compress.losses.boxes import decode_in_cell, paired_giou_exact, touched_cells
+from compress.kernels.soft_head import (
+    Pair,
+    as_they_are,
+    binary_kl,
+    completed,
+    gated_level,
+    overlap,
+    soft_head,
+)
 from compress.losses.detection import Gains, level_balance, scaled_gains
 from compress.losses.distill.base import (
     Context,
@@ -24,7 +33,6 @@ from compress.losses.distill.base import (
     Outputs,
     Shape,
     check_same_images,
-    completed,
 )
 from runtime.errors import UsageError
 
@@ -62,36 +70,8 @@ def scaled_bce(student: Tensor, teacher: Tensor, beta: float, detach_scale: bool
     )
 
 
-def binary_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(Bernoulli(sigmoid(z_T)) || Bernoulli(sigmoid(z_S))), element-wise, of float32 logits; exactly 0 if equal."""
-    return teacher.sigmoid() * (teacher - student) + F.softplus(student) - F.softplus(teacher)
-
-
-def gated_mean(sums: Tensor, gate_sum: Tensor, batch: int) -> Tensor:
-    """Sum over gate sum. Below one confident cell an image the denominator stands still.
-
-    Without that floor a batch of pure background would copy the teacher's noise at full strength.
-    """
-    return sums / gate_sum.clamp_min(batch)
-
-
-TOP_CELLS = 1000
-"""Cells and anchors of an image and level, by the teacher's objectness, whose classes and boxes are compared. At 640
-pixels 84 to 91 % of all have a gate below 0.01 and hold 4 to 7 % of the sum; comparing them costs six times the memory.
-"""
-
-
-Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(student's logits, teacher's) -> both as they are compared."""
-
-
-def as_they_are(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The same logits, of a teacher that gives all."""
-    return student, teacher
-
-
 class HeadLoss(DistillLoss):
-    """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `level` of its own.
+    """A loss over cells and anchors: a subclass has `objectness` and `cell`, or a `level` or `compare_maps` of its own.
 
     Objectness is compared everywhere, but in an unlabelled image only if the teacher is sure of an object in it: else
     that would teach background where nobody knows. The rest is compared where the teacher sees an object: each cell
@@ -117,12 +97,31 @@ class HeadLoss(DistillLoss):
 
     def compare(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         check_same_images(student.raw, teacher.raw, slice(1, None), "head")
-        told = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
-        seen = [raw[..., 4] for raw in told]
-        if context.labelled is not None:
-            told = self._without_guessed_background(told, context.labelled)
-        pair = as_they_are if self.tells_all and context.labelled is None else completed
-        levels = zip(student.raw, told, seen, self.anchors, level_balance(len(told)), strict=True)
+        seen = [silent_at(raw, context.targets, self.unknown) for raw in teacher.raw]
+        told = seen if context.labelled is None else self._without_guessed_background(seen, context.labelled)
+        tells_all = self.tells_all and context.labelled is None
+        upstream = None if context.upstream is None else context.upstream.view(())
+        return self.compare_maps(student.raw, told, seen, tells_all, upstream)
+
+    def compare_maps(
+        self,
+        student: Sequence[Tensor],
+        told: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        tells_all: bool,
+        upstream: Tensor | None,
+    ) -> Tensor:
+        """The loss () float32 of maps (B, na, H, W, 5 + nc) of logits, one a level.
+
+        Args:
+            told: the teacher's; NaN is a logit that it does not tell.
+            seen: the teacher's, with the objectness of all objects that it sees, compared or not: that of the gates.
+            tells_all: whether none of `told` is NaN.
+            upstream: see `Context`; ().
+        """
+        pair = as_they_are if tells_all else completed
+        gates = [raw[..., 4] for raw in seen]
+        levels = zip(student, told, gates, self.anchors, level_balance(len(told)), strict=True)
         return torch.stack([self.level(*level, pair) for level in levels]).sum()
 
     def _without_guessed_background(self, teacher: Sequence[Tensor], labelled: int) -> list[Tensor]:
@@ -144,8 +143,7 @@ class HeadLoss(DistillLoss):
     def level(
         self, student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor, balance: float, pair: Pair
     ) -> Tensor:
-        """The loss () float32 of one level: the balanced mean of the objectness term over all cells, plus the gated
-        mean of the others.
+        """The loss () float32 of one level, as `gated_level` makes it of `objectness` and `cell`.
 
         Args:
             student, teacher: (B, na, H, W, 5 + nc) logits; NaN is one that the teacher does not tell.
@@ -154,11 +152,7 @@ class HeadLoss(DistillLoss):
             balance: the level's factor of the objectness in the detection loss.
             pair: makes of logits of both those that are compared.
         """
-        gate, s, t, anchors = top_cells(student, teacher, seen, anchors_wh)
-        own, told = pair(student[..., 4], teacher[..., 4])
-        objectness = self.objectness(own.float(), told.float()).mean() * balance
-        each = gate * self.cell(*pair(s, t), anchors)
-        return objectness + gated_mean(each.sum(), gate.sum(), len(student))
+        return gated_level(student, teacher, seen, anchors_wh, balance, self.objectness, self.cell, pair)
 
     def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(B, na, H, W): the objectness term of each cell and anchor, from their logits (B, na, H, W)."""
@@ -170,26 +164,6 @@ class HeadLoss(DistillLoss):
         Both are logits (B, k, 5 + nc) float32; `anchors_wh` (B, k, 2) are in cells.
         """
         raise NotImplementedError
-
-
-def top_cells(
-    student: Tensor, teacher: Tensor, seen: Tensor, anchors_wh: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cells and anchors of one level with the largest gates: gates (B, k), both networks' logits (B, k, 5 + nc),
-    all float32, and their anchors (B, k, 2). k is at most TOP_CELLS.
-
-    Args:
-        student, teacher: (B, na, H, W, 5 + nc) logits.
-        seen: (B, na, H, W) logits of the gates.
-        anchors_wh: (na, 2) in cells.
-    """
-    height, width = student.shape[2:4]
-    gates = seen.flatten(1).float().sigmoid().nan_to_num(0)
-    gate, index = gates.topk(min(TOP_CELLS, gates.shape[1]), dim=1)
-    rows = index + gates.shape[1] * torch.arange(len(gates), device=gates.device)[:, None]
-    # index_select copies whole rows: forward and backward take a third of the time that gather takes on a CPU
-    s, t = (z.flatten(0, 3).index_select(0, rows.flatten()).view(*rows.shape, -1).float() for z in (student, teacher))
-    return gate, s, t, anchors_wh[index // (height * width)]
 
 
 def silent_at(raw: Tensor, targets: Tensor | None, classes: Tensor) -> Tensor:
@@ -221,22 +195,22 @@ class Soft(HeadLoss):
 
     obj, cls and box are the detection loss's scaled gains. The gradient by a logit is p_S - p_T: smooth, and zero at
     agreement.
+
+    On an NVIDIA GPU it runs as a fused kernel (`compress/kernels/soft_head`).
     """
 
     name = "soft"
 
-    def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.gains.obj * binary_kl(student, teacher)
-
-    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
-        classes = binary_kl(student[..., 5:], teacher[..., 5:]).mean(-1)
-        return self.gains.cls * classes + self.gains.box * (1 - overlap(student, teacher, anchors_wh))
-
-
-def overlap(student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
-    """GIoU of the boxes of both networks, from logits (..., 5 + nc) and anchors (..., 2)."""
-    boxes, targets = (decode_in_cell(z[..., :4], anchors_wh) for z in (student, teacher))
-    return paired_giou_exact(boxes, targets)
+    def compare_maps(
+        self,
+        student: Sequence[Tensor],
+        told: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        tells_all: bool,
+        upstream: Tensor | None,
+    ) -> Tensor:
+        balance, (box, obj, cls) = level_balance(len(told)), self.gains
+        return soft_head(student, told, seen, [*self.anchors], balance, obj, cls, box, tells_all, scale=upstream)
 
 
 class ObjKD(HeadLoss):

@@ -3,12 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-import torch
-
-from compress.compute.numerics import require_finite
-from runtime.errors import EdgestillError
-
 FLUSH = """
 import torch
 torch.set_num_threads(2)
@@ -32,13 +26,3 @@ def test_a_flush_after_the_threads_have_started_is_told() -> None:
     warning, covered = flushed(late=True)
     assert "denormal" in warning
     assert covered == "False"
-
-
-def test_a_bad_loss_names_its_term_and_batch() -> None:
-    terms = torch.tensor([[1.0, 2.0], [1.0, float("nan")], [float("inf"), 1.0]])
-    with pytest.raises(EdgestillError, match=r"epoch 3, batch 12: obj = nan"):
-        require_finite(terms, ("box", "obj"), epoch=2, first_batch=10)
-
-
-def test_finite_losses_pass() -> None:
-    require_finite(torch.ones(2, 3), ("box", "obj", "cls"), epoch=0, first_batch=0)

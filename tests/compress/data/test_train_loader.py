@@ -47,10 +47,8 @@ def by_threads(dataset: TrainItems, epoch: int, **options: int) -> list[Batch]:
     return list(ThreadLoader(dataset, tasks_of(dataset, **options), 0).epoch(epoch))
 
 
-def opened(
-    dataset: TrainItems, workers: int = 1, epochs: int = EPOCHS, device: torch.device = CPU, **options: int
-) -> ProcessLoader:
-    return ProcessLoader(dataset, tasks_of(dataset, **options), epochs, batch=BATCH, workers=workers, device=device)
+def opened(dataset: TrainItems, workers: int = 1, epochs: int = EPOCHS, **options: int) -> ProcessLoader:
+    return ProcessLoader(dataset, tasks_of(dataset, **options), epochs, batch=BATCH, workers=workers, device=CPU)
 
 
 def processes(dataset: TrainItems, workers: int = 1, **options: Any) -> closing[ProcessLoader]:
@@ -318,17 +316,3 @@ def test_the_pieces_of_the_started_batches_fit_into_the_smallest_pipe() -> None:
             size = piece_size(batch, workers)
             assert 1 <= size <= batch
             assert SLOTS * math.ceil(batch / size) * PIECE.size <= mmap.PAGESIZE
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
-def test_batches_on_a_gpu_are_those_of_a_cpu(samples: tuple[Sample, ...]) -> None:
-    gpu = torch.device("cuda", 0)
-    with processes(TrainDataset(samples, 64, HARD), 2, device=gpu) as loader:
-        assert torch.from_numpy(loader._pool.images[1]).is_pinned()
-        for epoch in range(EPOCHS):
-            expected = by_threads(TrainDataset(samples, 64, HARD), epoch)
-            for found, wanted in zip(loader.epoch(epoch), expected, strict=True):
-                torch.cuda._sleep(10**7)  # what computes is late, what loads is ahead
-                assert found.images.device == found.targets.device == gpu
-                assert torch.equal(found.images.cpu(), wanted.images)
-                assert torch.equal(found.targets.cpu(), wanted.targets)

@@ -7,9 +7,10 @@ import traceback
 import pytest
 import torch
 from shim.cases import SHAPES, arguments, with_learners
-from shim.oracle import LAYOUTS, by_autograd, gradient_error
+from shim.oracle import LAYOUTS, by_autograd, gradient_error, laid
 from torch import Tensor
 
+from compress.compute.operations import OperationCount
 from compress.kernels import cwd, fused
 from compress.kernels.adapter_mse import adapter_mse
 from compress.kernels.fused import FusedLoss
@@ -37,6 +38,15 @@ def true_gradients(name: str, given: list, upstream: float) -> list[Tensor]:
 
 def agree(found, true, tolerance=4e-6) -> bool:
     return all(gradient_error(f, t) <= tolerance for f, t in zip(found, true, strict=True))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_counted_loss_is_one_operation_and_no_kernel(name):
+    given = arguments(name, torch.float32)
+    with OperationCount() as count, fused.as_operations():
+        loss = FUSED[name].by_torch(given)
+    assert count.total.operations == 1
+    torch.testing.assert_close(loss, FUSED[name].by_torch(given))
 
 
 # ---- the eager path -----------------------------------------------------------------------------------------------
@@ -105,7 +115,7 @@ def lost(name: str, device, *, folded: bool) -> float:
     return ((gradient == 0) & (true.abs() > 2**-24)).double().mean().item()
 
 
-@pytest.mark.parametrize("name", ["weighted_mse", "cwd", "pkd", "fgd"])
+@pytest.mark.parametrize("name", ["weighted_mse", "cwd", "pkd", "fgd", "soft_head"])
 def test_a_folded_scale_keeps_float16_gradients_from_vanishing(shim_device, name):
     """At stride 8 up to 60 % of the entries are lost if the scale is multiplied after the rounding."""
     assert lost(name, shim_device(), folded=True) < 1e-3
@@ -150,9 +160,9 @@ def test_the_registered_op_is_sound(name, scale):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_the_registered_op_is_sound_for_a_part_of_a_map(name):
-    """Half of its channels, channels last: neither NCHW nor channels last is dense."""
+    """Half of its channels (of its anchors, if it is a head's), channels last: in neither layout it is dense."""
     given = arguments(name, scale=3.0)
-    whole = [torch.cat([s, s], 1).contiguous(memory_format=torch.channels_last) for s in given[0]]
+    whole = [laid(torch.cat([s, s], 1), "channels_last") for s in given[0]]
     given[0] = [w[:, : w.shape[1] // 2] for w in whole]
     learners_of(name, given)
     torch.library.opcheck(getattr(torch.ops.edgestill, name).default, tuple(given))
@@ -286,7 +296,7 @@ def test_an_adapter_for_every_level_is_needed():
 @pytest.mark.parametrize("name", FUSED)
 def test_only_what_learns_gets_a_gradient_on_the_cpu_too(name):
     given = arguments(name)
-    tensors = [tensor.requires_grad_() for value in given if isinstance(value, list) for tensor in value]
+    tensors = [tensor.requires_grad_() for value in given if fused.are_tensors(value) for tensor in value]
     FUSED[name].function(*given[:-1]).backward()
     learners = {id(tensor) for tensor in FUSED[name].learners(given)}
     assert all((tensor.grad is not None) == (id(tensor) in learners) for tensor in tensors)
@@ -295,7 +305,7 @@ def test_only_what_learns_gets_a_gradient_on_the_cpu_too(name):
 # ---- the way down -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["feat_mse", "feat_sl2", "cwd", "pkd", "fgd", "mgd"])
+@pytest.mark.parametrize("loss", ["feat_mse", "feat_sl2", "cwd", "pkd", "fgd", "mgd", "soft"])
 def test_a_launch_is_at_most_four_calls_below_the_forward_of_a_loss(shim_device, monkeypatch, loss):
     """Every function of the product on the stack counts, from what `forward` calls to `launch` itself."""
     shape = Shape((8,), 3, 3, torch.ones(1, 3, 2), (8,))

@@ -31,6 +31,9 @@ def foreign() -> Iterator[Any]:
     sys.modules.update(modules)
 
     def class_of(module: nn.Module) -> type:
+        """torch's class of this name, such as BatchNorm2d, else a new one."""
+        if hasattr(nn, type(module).__name__):
+            return getattr(nn, type(module).__name__)
         home, name = HOMES.get(type(module).__name__, ("models.common", type(module).__name__))
         if (home, name) not in created:
             created[home, name] = type(name, (nn.Module,), {"__module__": home})
@@ -38,11 +41,8 @@ def foreign() -> Iterator[Any]:
         return created[home, name]
 
     def convert(module: nn.Module) -> nn.Module:
-        if type(module).__module__.startswith("torch."):
-            made = module
-        else:
-            made = class_of(module).__new__(class_of(module))
-            made.__dict__.update(module.__dict__)
+        made = class_of(module).__new__(class_of(module))
+        made.__dict__.update(module.__dict__)
         made._modules = {name: convert(child) for name, child in module._modules.items()}
         return made
 
@@ -50,7 +50,7 @@ def foreign() -> Iterator[Any]:
         arch, made = model.arch, convert(model.half())
         for index, (layer, row) in enumerate(zip(made.model, arch.layers, strict=True)):
             layer.i, layer.f = index, row.source[0] if len(row.source) == 1 else list(row.source)
-        for name in ("arch", "feature_channels", "_sources", "_kept"):
+        for name in ("arch", "feature_channels", "_sources", "_kept", "_sections"):
             del made.__dict__[name]
         made.yaml = {"nc": arch.nc, "depth_multiple": arch.depth, "width_multiple": arch.width}
         made.names = dict(enumerate(arch.names))

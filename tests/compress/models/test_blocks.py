@@ -56,6 +56,17 @@ def test_a_new_block_needs_its_class_and_its_name(ghost: Architecture, tmp_path:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.fuse().modules())
 
 
+def test_a_batch_norm_moves_its_statistics_as_torchs_does_and_counts_no_batch() -> None:
+    ours, theirs = batch_norm(3), nn.BatchNorm2d(3, eps=1e-3, momentum=0.03)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 5, 5)
+    assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert (found.pop("num_batches_tracked"), expected.pop("num_batches_tracked")) == (1, 2)
+    assert all(map(torch.equal, found.values(), expected.values()))
+
+
 def test_a_new_blocks_cost_is_counted(ghost: Architecture) -> None:
     conv, cells = network_on_meta_device(ghost).model[9].cv1.conv, (64 // 32) ** 2
     inputs, half = conv.in_channels, conv.out_channels

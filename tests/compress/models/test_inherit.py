@@ -169,6 +169,7 @@ def test_recalibration_measures_the_mean_over_the_batches_and_keeps_the_rest() -
     seen = torch.stack([model.model[0].conv(images).mean((0, 2, 3)) for images in batches]).mean(0)
     torch.testing.assert_close(model.model[0].bn.running_mean, seen, rtol=1e-4, atol=1e-5)
     assert model.model[0].bn.momentum == 0.03
+    assert model.model[0].bn.num_batches_tracked == 3
     assert not model.training
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 

@@ -2,10 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from compress.config import BenchConfig
 from compress.data import Dataset
+from compress.inputs import MeasuredFile
 from compress.models import Architecture, YOLOv5, complexity, save_model
-from compress.stages.bench import dataset_row, measured_images, torch_row
+from compress.stages.bench import Config, Inputs, dataset_row, measured_images, run, torch_row
+from runtime.files import read_json
+from tests.runtime.toys import canvas_model, card
 
 
 def test_the_report_tells_of_the_images_that_were_measured_and_no_others(tiny_data: Dataset) -> None:
@@ -26,3 +31,24 @@ def test_torch_rows_count_the_shape_of_the_files_and_name_the_size_they_were_mea
     row = torch_row("student", file, samples, 64, (32, 96), lambda _: None)
     assert row["gflops"] == 2e-9 * complexity(network.arch, (32, 96)).macs
     assert "at 64 pixels" in row["note"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "ran"),
+    [
+        ("fp32", "auto", "onnx"),
+        ("fp32", "openvino", "openvino"),
+        ("int8-openvino", "auto", "openvino"),
+        ("int8-openvino", "onnx", "onnx"),
+    ],
+)
+def test_a_row_tells_what_ran_its_file(
+    tiny_data: Dataset, tmp_path: Path, precision: str, asked: str, ran: str
+) -> None:
+    pytest.importorskip("openvino")
+    model = canvas_model(tmp_path / "a.onnx", card(names=tiny_data.names, precision=precision))
+    config = Config(bench=BenchConfig(latency_samples=11, warmup_ms=0))
+    run(config, Inputs([MeasuredFile(model)], tiny_data, backend=asked), tmp_path, lambda _: None)
+    (row,) = read_json(tmp_path / "bench.json")["models"]
+    assert (row["backend"], row["device"], row["settings"]["as_written"]) == (ran, "cpu", False)
+    assert ("made for OpenVINO" in row["note"]) == (precision == "int8-openvino" and asked == "onnx")

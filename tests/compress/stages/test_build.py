@@ -21,10 +21,11 @@ from compress.stages.build import Inputs, build, by_precision, require_open_batc
 from compress.stages.export import export
 from runtime.bundle import card_of, model_files, problems
 from runtime.card import Artifact, Batches, ModelCard
-from runtime.engine import BuildReport
+from runtime.engine import BuildReport, SlowerError
 from runtime.errors import EdgestillError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
 from runtime.identity import OccupiedError
+from runtime.layers import EngineLayer, TensorType, save_layers
 
 NAMES = ("bolt", "nut")
 CARD = ModelCard("part", NAMES, (32, 32), weights="5" * 64)
@@ -125,6 +126,32 @@ def test_tensorrt_rtx_gets_no_int8_plan_and_the_log_says_why(tmp_path, monkeypat
         plans = build(config, models=models, out=tmp_path / backend, log=lines.append)
         assert [plan.artifact is not None for plan in plans] == [True, backend == "tensorrt"]
     assert "int8-trt: skipped: TensorRT-RTX fuses no INT8 convolution with its activation" in lines[1]
+
+
+def test_an_int8_plan_that_moves_more_than_fp16_is_left_out_with_the_reason(tmp_path, monkeypatch):
+    half = (EngineLayer("c", "CaskConvolution", (), (TensorType("Half", (1, 8)),), ()),)
+    given = {}
+
+    def build_engine(model: Path, target: Path, *, fp16: Any, **more: Any) -> BuildReport:
+        given[target.name] = fp16
+        if fp16:
+            raise SlowerError("its INT8 moves 2.0 MB a call, FP16 moves 1.0", "Use the FP16 plan")
+        return replace(fake_build(model, target), backend="tensorrt", layers=half)
+
+    monkeypatch.setattr(stage, "build_engine", build_engine)
+    monkeypatch.setattr(stage, "resolve_backend", lambda _: "tensorrt")
+    models = {name: write_model(tmp_path / f"model.{name}.onnx", name) for name in ("fp16", "int8-trt")}
+    lines: list[str] = []
+    plans = build(BuildConfig(), models=models, out=tmp_path / "out", log=lines.append)
+    assert given == {"part.fp16.plan": (), "part.int8-trt.plan": half}
+    assert [plan.to_json()["moved_bytes"] for plan in plans] == [16, None]
+    assert lines[1] == "int8-trt: left out: its INT8 moves 2.0 MB a call, FP16 moves 1.0"
+    (listed,) = ModelCard.load(tmp_path / "out").artifacts
+    assert listed.precision == "fp16"
+    given.clear()
+    save_layers(tmp_path / "out" / listed.file, listed.sha256, half)
+    build(BuildConfig(), models={"int8-trt": models["int8-trt"]}, out=tmp_path / "out", log=lines.append)
+    assert given == {"part.int8-trt.plan": half}, "those of the plan that an earlier build listed"
 
 
 def fake_build(model: Path, target: Path, **_: Any) -> BuildReport:

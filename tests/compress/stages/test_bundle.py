@@ -12,6 +12,7 @@ from runtime.bundle import model_files
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256
+from runtime.layers import EngineLayer, TensorType, read_layers, save_layers
 from tests.runtime.toys import canvas_model, card
 
 MINE = card()
@@ -40,9 +41,22 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def measured(folders: dict[str, Path], digest: str) -> None:
-    latency = {"end_to_end": {"p50": 1.0}}
-    row = {"file": "model.onnx", "role": "student", "precision": "fp32", "latency": latency, "sha256": digest}
-    (folders["bench"] / "bench.json").write_text(json.dumps({"models": [row]}))
+    write_bench(folders, [row("fp32", digest, 1.0)])
+
+
+def row(precision: str, digest: str, p50: float, *, as_written: bool = False) -> dict[str, object]:
+    return {
+        "role": "student",
+        "precision": precision,
+        "latency": {"end_to_end": {"p50": p50}},
+        "settings": {"as_written": as_written},
+        "sha256": digest,
+    }
+
+
+def write_bench(folders: dict[str, Path], rows: list[dict[str, object]]) -> None:
+    document = {"models": rows, "machine": {"cpu": "Toy CPU", "platform": "linux-toy"}}
+    (folders["bench"] / "bench.json").write_text(json.dumps(document))
 
 
 def bundle(folders: dict[str, Path], out: Path) -> Path:
@@ -52,10 +66,42 @@ def bundle(folders: dict[str, Path], out: Path) -> Path:
 
 
 def test_every_file_of_a_bundle_is_of_its_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = folders["build"] / "toy.fp32.plan"
+    layers = (EngineLayer("c", "correlation", ("stem",), (TensorType("Half", (1, 8)),), ()),)
+    save_layers(plan, sha256(plan), layers)
     files = model_files(bundle(folders, tmp_path / "bundle"))
     assert [file.path.name for file in files] == ["toy.fp32.plan", "model.onnx"]
+    assert read_layers(files[0].path, sha256(plan)) == layers
     assert {file.artifact.identity for file in files if file.artifact} == {MINE.identity}
     assert ModelCard.load(tmp_path / "bundle").identity == MINE.identity
+
+
+@pytest.mark.parametrize(
+    ("is_timed", "order"),
+    [
+        (True, [("int8-openvino", "openvino"), ("fp32", "onnx"), ("int8-ort", "onnx"), ("fp16", "onnx")]),
+        (False, [("fp32", "onnx"), ("int8-ort", "onnx"), ("fp16", "onnx"), ("int8-openvino", "openvino")]),
+    ],
+)
+def test_files_of_cpus_come_in_the_order_of_their_latency_in_the_library_that_runs_them(
+    folders: dict[str, Path], tmp_path: Path, is_timed: bool, order: list[tuple[str, str]]
+) -> None:
+    p50 = {"fp32": 2.0, "fp16": 0.1, "int8-openvino": 1.0, "int8-ort": 3.0}
+    written = {"fp16"} if is_timed else {"fp16", "int8-openvino"}
+    files = {"fp32": folders["export"] / "model.onnx"}
+    for name in p50:
+        if name != "fp32":
+            files[name] = canvas_model(folders["quantize"] / f"model.{name}.onnx", replace(MINE, precision=name))
+    entries = [{"name": name, "file": file.name, "kept": True, "reason": ""} for name, file in files.items()]
+    (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
+    write_bench(folders, [row(n, sha256(f), p50[n], as_written=n in written) for n, f in files.items()])
+    out = bundle(folders, tmp_path / "bundle")
+    listed = ModelCard.load(out).artifacts[1:]
+    assert [(item.precision, item.backend) for item in listed] == order
+    readme = (out / "README.txt").read_text()
+    assert "their latency on Toy CPU (linux-toy)" in readme
+    assert f"pip install 'edgestill[{'openvino' if is_timed else 'cpu'}]'" in readme
+    assert ModelCard.load(out).provenance["order_measured_on"] == "Toy CPU (linux-toy)"
 
 
 def test_a_plan_of_another_model_is_not_shipped(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import torch
 from onnx import numpy_helper
 from pydantic import ValidationError
 
+from benchmarks.bench import Plan
 from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
-from compress.flavours import FLAVOURS
-from compress.gate import Loss, spread
+from compress.flavours import FLAVOURS, Flavour
+from compress.gate import FileGate, Loss, spread
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.metadata import metadata_of, opset_of, read_card, write_card
 from compress.graph.network import trace
@@ -28,6 +29,7 @@ from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
 from compress.stages.export import RawMaps, head_shape
 from compress.stages.quantize import quantize
+from runtime import backends
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EdgestillError, InputError
@@ -35,6 +37,7 @@ from runtime.identity import OccupiedError
 from runtime.image import read_image
 
 SIZE = 160
+OPENVINO = FLAVOURS["int8-openvino"].is_run_here
 CONFIG = QuantizeConfig(calibration_images=4, draws=2, float_layers=0)
 """Every flavour, as it is."""
 
@@ -78,16 +81,16 @@ class FixedGate:
         self.figures = {name: cycle([value] if isinstance(value, float) else value) for name, value in maps.items()}
         self.ratios, self.spread = ratios, spread
         self.timed: list[str] = []
-        self.measured: list[tuple[str, bool]] = []
 
-    def maps(self, path: Path, *, as_written: bool) -> np.ndarray:
+    def maps(self, path: Path, flavour: Flavour | None = None) -> np.ndarray:
         precision = read_card(onnx.load(path), path.name).precision
-        self.measured.append((precision, as_written))
+        assert precision == (flavour.name if flavour else "fp32")
         figure = next(self.figures.get(precision, cycle([0.5])))
         return figure + self.spread * np.array([0, 1, -1] if precision != "fp32" else [0, 0, 0])
 
-    def latency(self, reference: Path, other: Path) -> LatencyRatio:
+    def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
         self.timed.append(read_card(onnx.load(other), other.name).precision)
+        assert self.timed[-1] == flavour.name
         times = Durations.of(np.ones(20))
         low, middle, high = np.percentile(self.ratios, (2.5, 50, 97.5))
         return LatencyRatio(middle, low, high, tuple(self.ratios), times, times)
@@ -112,9 +115,8 @@ def run(
     lines: list[str] = []
     gate = FixedGate(maps, ratios, spread)
     made = quantize(config, model=model, images=images, out=out, gate=gate, log=lines.append)
-    local = {name for name, flavour in FLAVOURS.items() if flavour.for_this_cpu}
+    local = {name for name, flavour in FLAVOURS.items() if flavour.is_run_here}
     assert set(gate.timed) <= local, "latency here counts for no other flavour"
-    assert all(as_written == (name not in local) for name, as_written in gate.measured if name != "fp32")
     return {judged.name: judged for judged in made}, lines
 
 
@@ -127,7 +129,7 @@ def flavours(model: Path, images: list[Path], tmp_path_factory: pytest.TempPathF
 def test_the_gate_is_the_measured_drop(flavours):
     found, lines = flavours
     assert {name: flavour.kept for name, flavour in found.items()} == {
-        "fp32": True, "fp16": True, "int8-trt": False, "int8-openvino": True, "int8-ort": False,
+        "fp32": True, "fp16": True, "int8-trt": False, "int8-openvino": not OPENVINO, "int8-ort": False,
     }  # fmt: skip
     assert found["int8-trt"].loss.drop == pytest.approx(0.03)
     assert "more than 0.02" in found["int8-trt"].reason
@@ -138,6 +140,41 @@ def test_latency_on_this_cpu_counts_only_for_flavours_that_run_on_it(flavours):
     assert flavours[0]["fp16"].kept
     assert flavours[0]["fp16"].latency is None
     assert flavours[0]["int8-ort"].latency.ratio == 1.2
+
+
+def test_a_flavour_is_judged_in_its_own_library_and_the_verdict_says_so(model, images, tmp_path, monkeypatch):
+    config = replace_config(flavours=("int8-ort", "int8-openvino"))
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    found, _ = run(config, model, images, tmp_path, {}, FASTER)
+    for name, library in (("int8-ort", "onnxruntime"), ("int8-openvino", "openvino")):
+        assert found[name].reason.startswith(f"loses +0.0000 ± 0.0000 mAP50-95 (2 draws) in {library}, within 0.02")
+        assert found[name].latency.ratio == 0.8
+
+
+def test_without_its_library_a_flavour_is_judged_as_it_is_written_and_not_timed(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "openvino" else object())
+    found, _ = run(replace_config(flavours=("int8-openvino",)), model, images, tmp_path, {})
+    assert "computed as it is written, as openvino is not installed, within 0.02" in found["int8-openvino"].reason
+    assert (found["int8-openvino"].kept, found["int8-openvino"].latency) == (True, None)
+
+
+@pytest.mark.skipif(not OPENVINO, reason="openvino is not installed")
+def test_the_gate_measures_each_file_in_the_library_that_ships_it(model, images, tmp_path):
+    config = replace_config(flavours=("int8-ort", "int8-openvino", "int8-trt"), max_map_drop=1, max_latency_ratio=1000)
+    truth = {
+        "images": [{"id": number, "width": 200, "height": 150} for number in range(2)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(("bolt", "nut"))],
+        "annotations": [
+            {"id": 1 + number, "image_id": number, "category_id": 0, "bbox": [5, 5, 30, 30], "area": 900, "iscrowd": 0}
+            for number in range(2)
+        ],
+    }
+    plan = Plan(list(enumerate(images[:2])), truth, samples=80, warmup_ms=1, device="cpu", threads=1)
+    judged = quantize(
+        config, model=model, images=images, out=tmp_path, gate=FileGate(plan), log=lambda _: None
+    )  # fmt: skip
+    timed = {file.name: file.latency is not None for file in judged if file.kept}
+    assert timed == {"fp32": False, "int8-ort": True, "int8-openvino": True, "int8-trt": False}
 
 
 @pytest.mark.parametrize(
@@ -303,29 +340,30 @@ def test_a_bundle_that_lists_a_flavour_by_its_hash_is_not_broken(model, images, 
 
 # --------------------------------------------------------------------------------------------- draws and float layers
 
-INT8_ALONE = {"flavours": ("int8-openvino",)}
+INT8_ALONE = {"flavours": ("int8-trt",)}
+"""No library of a CPU runs it, so it is not timed."""
 
 
 def test_the_verdict_is_about_the_mean_of_the_draws(model, images, tmp_path):
     """The file itself, the first draw, loses 0.03, which alone would be too much."""
     config = replace_config(**INT8_ALONE, draws=4)
-    found, lines = run(config, model, images, tmp_path, {"int8-openvino": [0.47, 0.5, 0.49, 0.5]})
-    judged = found["int8-openvino"]
+    found, lines = run(config, model, images, tmp_path, {"int8-trt": [0.47, 0.5, 0.49, 0.5]})
+    judged = found["int8-trt"]
     assert judged.kept
     assert judged.map50_95 == 0.47
     assert judged.loss.drop == pytest.approx(0.01)
     assert judged.loss.standard_error == pytest.approx(np.std([0.03, 0, 0.01, 0], ddof=1) / 2)
     assert judged.loss.draws == 4
-    assert "loses +0.0100 ± 0.0071 mAP50-95 (4 draws), within 0.02" in lines[-1]
+    assert "loses +0.0100 ± 0.0071 mAP50-95 (4 draws) computed as it is written, within 0.02" in lines[-1]
 
 
 def test_a_loss_near_the_limit_is_not_resolved_by_images_that_scatter(model, images, tmp_path):
     config = replace_config(**INT8_ALONE)
-    few, _ = run(config, model, images, tmp_path / "few", {"int8-openvino": 0.49}, spread=0.02)
-    many, _ = run(config, model, images, tmp_path / "many", {"int8-openvino": 0.49}, spread=0.001)
-    assert few["int8-openvino"].reason.endswith("within 0.02, not resolved: too few images for this limit")
-    assert many["int8-openvino"].reason.endswith("within 0.02")
-    assert few["int8-openvino"].kept
+    few, _ = run(config, model, images, tmp_path / "few", {"int8-trt": 0.49}, spread=0.02)
+    many, _ = run(config, model, images, tmp_path / "many", {"int8-trt": 0.49}, spread=0.001)
+    assert few["int8-trt"].reason.endswith("within 0.02, not resolved: too few images for this limit")
+    assert many["int8-trt"].reason.endswith("within 0.02")
+    assert few["int8-trt"].kept
 
 
 def test_fp16_is_one_draw(model, images, tmp_path):
@@ -335,9 +373,9 @@ def test_fp16_is_one_draw(model, images, tmp_path):
 
 def test_layers_return_to_float_until_the_loss_is_within_its_limit(model, images, tmp_path):
     config = replace_config(**INT8_ALONE, float_layers="auto")
-    maps = {"int8-openvino": [0.45, 0.45, 0.47, 0.47, 0.49, 0.49]}
+    maps = {"int8-trt": [0.45, 0.45, 0.47, 0.47, 0.49, 0.49]}
     found, lines = run(config, model, images, tmp_path, maps)
-    judged = found["int8-openvino"]
+    judged = found["int8-trt"]
     assert judged.kept
     assert [len(step.float_layers) for step in judged.steps] == [2, 4, 8]
     assert judged.float_layers == tuple(layer.name for layer in judged.ranking[:8])
@@ -352,8 +390,8 @@ def test_layers_return_to_float_until_the_loss_is_within_its_limit(model, images
 
 
 def test_a_flavour_that_never_holds_is_left_out_with_all_its_steps(model, images, tmp_path):
-    found, _ = run(replace_config(**INT8_ALONE, float_layers="auto"), model, images, tmp_path, {"int8-openvino": 0.4})
-    judged = found["int8-openvino"]
+    found, _ = run(replace_config(**INT8_ALONE, float_layers="auto"), model, images, tmp_path, {"int8-trt": 0.4})
+    judged = found["int8-trt"]
     assert not judged.kept
     assert [len(step.float_layers) for step in judged.steps] == [2, 4, 8, 16]
 
@@ -368,8 +406,8 @@ def test_each_step_of_a_flavour_for_this_cpu_is_timed_beside_none_in_float(model
 
 def test_named_layers_stay_in_float_and_an_unknown_name_is_one_line(model, images, tmp_path):
     config = replace_config(**INT8_ALONE, float_layers=("2.cv1", "1"))
-    found, _ = run(config, model, images, tmp_path, {"int8-openvino": 0.4})
-    assert [step.float_layers for step in found["int8-openvino"].steps] == [("2.cv1", "1")]
+    found, _ = run(config, model, images, tmp_path, {"int8-trt": 0.4})
+    assert [step.float_layers for step in found["int8-trt"].steps] == [("2.cv1", "1")]
     with pytest.raises(InputError, match=r"model\.onnx has no layer '99'"):
         run(replace_config(**INT8_ALONE, float_layers=("99",)), model, images, tmp_path, {})
 

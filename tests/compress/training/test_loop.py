@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from compress.config import PRESETS, LossConfig, OptimizerConfig, TrainConfig
 from compress.data.loader import Batch
@@ -19,7 +22,7 @@ from compress.training.loop import Job, Trainer, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.progress import Progress
 from compress.training.state import STATE, load_state
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, UnavailableError
 
 from .toys import batch, config, quiet, trainer
 
@@ -148,6 +151,97 @@ def test_a_distillation_without_the_teachers_outputs_is_an_error(tmp_path: Path)
     objective = trainer(config(), tmp_path, distils=True).objective
     with pytest.raises(ValueError, match="teacher's outputs"):
         objective(batch(0).images / 255, batch(0).targets)
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+def test_bfloat16_computes_in_it_and_keeps_weights_and_gradients_in_float32(tmp_path: Path) -> None:
+    terms, seen = {}, []
+    for precision in ("float32", "bfloat16"):
+        losses = {"losses": {"soft": 1.0}, "precision": precision}
+        made = trainer(config(**losses, optimizer={"nominal_batch": 4000}), tmp_path, distils=True)
+        made.objective.model.model[0].register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+        terms[precision] = made.train_batch(batch(0), 3)
+    assert seen == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(terms["bfloat16"], terms["float32"], rtol=0.05, atol=1e-3)
+    assert {tensor.dtype for tensor in (*weights(made), *gradients(made))} == {torch.float32}
+    assert not made.skips
+
+
+def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="precision float16 is none in which this CPU computes"):
+        trainer(config(precision="float16"), tmp_path)
+
+
+@pytest.fixture
+def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A training with a gradient scaler, which accelerate gives to GPUs only."""
+    scaler, own = torch.amp.GradScaler("cpu", init_scale=1024.0), Accelerator
+    made_accelerators = []
+
+    def accelerator(*args: Any, **options: Any) -> Accelerator:
+        made = own(*args, **options)
+        made.scaler, made.native_amp, made.state._mixed_precision = scaler, True, "fp16"
+        made_accelerators.append(made)
+        return made
+
+    monkeypatch.setattr(loop, "Accelerator", accelerator)
+    made = trainer(config(optimizer={"name": "adamw"}), tmp_path)
+    assert isinstance(made.optimizer, AcceleratedOptimizer)
+    assert made.optimizer.scaler is scaler
+    return made
+
+
+def test_a_batch_that_overflows_moves_no_weight_and_no_statistic(scaled: Trainer) -> None:
+    scaled.train_batch(batch(0), 0)
+    stem = scaled.objective.model.model[0]
+    before = copy.deepcopy(scaled.objective.state_dict())
+    moments = copy.deepcopy(scaled.optimizer.state_dict()["state"])
+    overflow = stem.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
+    assert not scaled.train_batch(batch(1), 1).isfinite().all()
+    overflow.remove()
+    torch.testing.assert_close(scaled.objective.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(scaled.optimizer.state_dict()["state"], moments, rtol=0, atol=0)
+    assert scaled.accelerator.scaler.get_scale() == 512
+    assert scaled.train_batch(batch(2), 2).isfinite().all()
+    assert not torch.equal(stem.conv.weight, before["model.model.0.conv.weight"])
+
+
+def test_an_epoch_tells_how_many_batches_overflowed(scaled: Trainer) -> None:
+    told, inputs = [], iter([1.0, float("inf")])
+    scaled.log = told.append
+    scaled.objective.model.model[0].register_forward_pre_hook(lambda _, args: (args[0] * next(inputs),))
+    record = scaled.train_epoch(Progress())
+    assert told == ["epoch 1: 1 of 2 batches overflowed and were skipped"]
+    assert record["train/box_loss"] > 0
+
+
+# -- compiled networks ----------------------------------------------------------------------------
+
+
+def test_compiled_networks_train_as_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as by torch.compile, and run by torch: machine code takes minutes. Gradients are
+    measured in both batches, at features that lie between compiled sections.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ends = []
+    for compiled in (False, True):
+        made = trainer(config(compile=compiled, losses={"soft": "auto", "pkd": "auto"}), tmp_path, distils=True)
+        made.wrapped.train()
+        terms = [made.train_batch(batch(number), number) for number in range(2)]
+        ends.append((terms, made.objective.weights.measured, weights(made), made.ema.module.state_dict()))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_that_fails_is_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    job = trainer(config(compile=True), tmp_path).job
+    with pytest.raises(EdgestillError, match=r"torch.compile failed: .*no C\+\+ compiler.*Set compile=false"):
+        run_job(job, device="cpu", log=quiet)
 
 
 # -- epochs ---------------------------------------------------------------------------------------

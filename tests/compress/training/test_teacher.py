@@ -30,6 +30,18 @@ def test_a_teacher_infers_without_gradient_and_leaves_its_model_as_it_was() -> N
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_teacher_in_half_precision_gives_what_autocast_gives() -> None:
+    model, images = network("n"), torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    teacher = Teacher(model, "cpu", precision="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = Teacher(model, "cpu")(images)
+    for found, wanted in zip(teacher(images), expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
+    assert teacher.shape.anchors.dtype == torch.float32
+    assert model.model[0].conv.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [

@@ -62,17 +62,19 @@ def network(scale: str = "p", seed: int = 0) -> YOLOv5:
     return made
 
 
-def trainer(settings: DistillConfig, out: Path, *, images: int = 8, distils: bool = False, seed: int = 0) -> Trainer:
+def trainer(
+    settings: DistillConfig, out: Path, *, images: int = 8, distils: bool = False, seed: int = 0, device: str = "cpu"
+) -> Trainer:
     """A training of `images` images that is about to take its first batch, joint where the settings say so."""
     student, network_of_teacher = network(seed=seed), network("n", seed=1) if distils else None
-    teacher = Teacher(network_of_teacher, "cpu") if network_of_teacher else None
+    teacher = Teacher(network_of_teacher, device, precision=settings.precision) if network_of_teacher else None
     losses = build_losses(student, teacher, settings) if teacher else {}
     objective = Objective(student, detection_loss(student, settings), losses)
     if network_of_teacher and settings.rules.trains_teacher:
         teacher = None
-        join(objective, network_of_teacher, settings, "cpu", quiet)
+        join(objective, network_of_teacher, settings, device, quiet)
     job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher, settings.teacher_rate)
-    return Trainer(job, "cpu", quiet)
+    return Trainer(job, device, quiet)
 
 
 def batch(number: int, size: int = 4) -> Batch:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from compress.kernels.losses import FUSED
-from shim.oracle import pairs
+from shim.oracle import head_anchors, head_pairs, pairs
 
 Shape = tuple[int, int, int, int]
 SHAPES: Sequence[Shape] = ((2, 16, 8, 8), (2, 32, 4, 4))
+HEAD = {"balance": (4.0, 1.0, 0.4, 0.1), "obj": 1.0, "cls": 0.5, "box": 0.05}
+"""The detection loss's factors, as for 80 classes."""
 
 
 def arguments(
@@ -37,7 +39,8 @@ def arguments(
         """An adapter's parameter, as the maps' dtype can hold it: that is how it is used."""
         return (noise(channels, *inputs) / channels**0.5).to(dtype).to(wide)
 
-    students, teachers = map(to_device, pairs(shapes, dtype, layout=layout, mean=mean))
+    make = head_pairs if name == "soft_head" else pairs
+    students, teachers = map(to_device, make(shapes, dtype, layout=layout, mean=mean))
     maps = to_device([torch.rand(n, h, w, generator=generator).to(wide) for n, _, h, w in shapes])
     channels = [c for _, c, _, _ in shapes]
     shapes_of_adapters = ([(c, c) for c in channels], [(c,) for c in channels])
@@ -52,6 +55,11 @@ def arguments(
         "tau": 1.0,
         "gamma": 1.0,
         "temperature": 0.5,
+        "seen": teachers,
+        "tells_all": True,
+        "anchors": to_device([a.to(wide) for a in head_anchors(len(shapes))]),
+        **HEAD,
+        "balance": HEAD["balance"][: len(shapes)],
     }
     made = [values[parameter] for parameter in FUSED[name].parameters]
     return [*made, None if scale is None else torch.tensor(float(scale), device=device)]

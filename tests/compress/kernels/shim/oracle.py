@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.kernels.fused import FusedLoss
+from compress.kernels import soft_head
+from compress.kernels.fused import FusedLoss, are_tensors
 from shim import figures
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,6 +18,7 @@ GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 
 LOSS_TOLERANCE = 2e-5
 """Relative."""
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+ANCHORS = 3
 
 
 class Result(NamedTuple):
@@ -46,11 +48,45 @@ def pixel_weights(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def laid(x: Tensor, layout: str = "nchw", skip: int = 0) -> Tensor:
-    """A copy in `layout` that starts `skip` elements behind an aligned address."""
-    x = x.contiguous(memory_format=LAYOUTS[layout])
+    """A copy in `layout` that starts `skip` elements behind an aligned address. A head's map (B, na, H, W, 5 + nc) in
+    channels last is as a convolution writes it: (B, H, W, na, 5 + nc).
+    """
+    if x.dim() == 5 and layout == "channels_last":
+        x = x.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
+    else:
+        x = x.contiguous(memory_format=LAYOUTS[layout])
     room = torch.empty(x.numel() + skip, dtype=x.dtype, device=x.device)
     y = room[skip:].as_strided(x.shape, x.stride(), storage_offset=skip)
     return y.copy_(x)
+
+
+def head_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape (N, na, H, W, 5 + nc) of a head's map that is about as large as feature maps (N, C, H, W)."""
+    n, c, h, w = shape
+    return n, ANCHORS, h, w, 5 + -(-c // ANCHORS)
+
+
+def head_pairs(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `pairs`, of the heads' maps of `head_shape`, the teachers `with_clear_limit`."""
+    students, teachers = pairs([head_shape(shape) for shape in shapes], dtype, **options)
+    return students, [with_clear_limit(teacher) for teacher in teachers]
+
+
+def with_clear_limit(teacher: Tensor) -> Tensor:
+    """A teacher's map, changed so that no gate of its top cells has an equal beyond them, where it is not defined which
+    of them count.
+    """
+    logits = teacher[..., 4].flatten(1)
+    rank = logits.argsort(1, descending=True).argsort(1).view(teacher.shape[:-1])
+    teacher[..., 4] += (rank < soft_head.TOP_CELLS).to(teacher.dtype) - 0.5
+    return teacher
+
+
+def head_anchors(levels: int) -> list[Tensor]:
+    """(na, 2) per level, in cells."""
+    return list(1 + 3 * torch.rand(levels, ANCHORS, 2, generator=torch.Generator().manual_seed(2)))
 
 
 def upstream(students: Sequence[Tensor]) -> Tensor:
@@ -69,7 +105,7 @@ def by_autograd(
     """In `dtype`, or as the arguments are: then it is what eager torch gives."""
 
     def wide(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
+        if are_tensors(value):
             return [tensor.to(dtype or tensor.dtype) for tensor in value]
         return value
 

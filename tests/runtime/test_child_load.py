@@ -5,9 +5,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtime import Detector, child_process
-from runtime.backends import onnx, onnx_child_load
-from runtime.backends.onnx_child_load import load_in_child
+from runtime.backends import child_load, onnx
+from runtime.backends.child_load import load_in_child
 from runtime.errors import InputError
+
+LOADER = "runtime.backends.onnx:load_error"
 
 
 def bomb(toys, path, side):
@@ -40,7 +42,7 @@ def test_a_crash_of_the_reader_is_one_line(toys, tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(child_process.sys, "executable", str(script))
     with pytest.raises(InputError, match="signal 11"):
-        load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
+        load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)), LOADER)
 
 
 def test_a_reader_that_never_ends_is_stopped(toys, tmp_path, monkeypatch):
@@ -48,15 +50,15 @@ def test_a_reader_that_never_ends_is_stopped(toys, tmp_path, monkeypatch):
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setattr(child_process.sys, "executable", str(script))
-    monkeypatch.setattr(onnx_child_load, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(child_load, "CPU_SECONDS", 0.2)
     with pytest.raises(InputError, match="takes more than"):
-        load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
+        load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)), LOADER)
 
 
 def test_a_sound_file_passes(toys, tmp_path):
-    load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)))
+    load_in_child(toys.rows_model(tmp_path / "a.onnx", np.zeros((9, 7), np.float32)), LOADER)
 
 
 def test_files_with_a_card_are_not_tried_first(toys, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "load_in_child", lambda path: pytest.fail("it was tried in a child"))
+    monkeypatch.setattr(onnx, "load_in_child", lambda *_: pytest.fail("it was tried in a child"))
     Detector.load(toys.canvas_model(tmp_path / "toy.onnx"))
