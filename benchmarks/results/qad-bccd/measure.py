@@ -24,7 +24,7 @@ from benchmarks.statistics import standard_error
 from compress.config import ExportConfig, QadConfig, QuantizeConfig
 from compress.data import Dataset, index_dataset, load_data
 from compress.data.coco import to_coco
-from compress.flavours import FLAVOURS
+from compress.flavours import FLAVOURS, Flavour
 from compress.gate import Origin, origin_of
 from compress.graph.sensitivity import number_form
 from compress.graph.untrusted_onnx import read_model
@@ -51,10 +51,11 @@ class Judge:
         return Plan(
             [(number, sample.image) for number, sample in enumerate(samples, 1)],
             to_coco(samples, data.names),
+            backend="onnx",
             as_written=True,
         )
 
-    def maps(self, path: Path, **_: Any) -> np.ndarray:
+    def maps(self, path: Path, flavour: Flavour | None = None) -> np.ndarray:
         """As the files are written, whatever a flavour's own library is."""
         return np.array([self._map(path, plan) for plan in self.plans])
 
@@ -64,15 +65,15 @@ class Judge:
         with plan.detector(path, spin=False) as detector:
             return detector_accuracy(detector, plan.images, plan.ground_truth).map50_95
 
-    def latency(self, reference: Path, other: Path, **_: Any) -> LatencyRatio:
-        return compare_files(reference, other, self.plans[0])
+    def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
+        return compare_files(reference, other, self.plans[0], backend=flavour.backend)
 
 
 def row_of(origin: Origin, float_layers: tuple[str, ...]) -> dict[str, Any]:
     """The loss of a file over its draws."""
     with tempfile.TemporaryDirectory() as folder:
         files = [origin.write(FLAVOUR, Path(folder) / f"{draw}.onnx", float_layers, draw) for draw in range(DRAWS)]
-        maps = np.array([origin.gate.maps(file, as_written=True) for file in files])
+        maps = np.array([origin.gate.maps(file) for file in files])
     drops = (origin.reference - maps).mean(1)
     return {
         "map50_95": dict(zip(SPLITS, maps.mean(0).tolist(), strict=True)),
