@@ -23,6 +23,8 @@ from runtime.identity import IN_A_FOLDER, ROWS_SETTINGS, SETTINGS, OccupiedError
 
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 SHIPPED, CONVENTIONAL = "model.onnx", "model.yolov5.onnx"
+CALIBRATED, QAD = "quantize.json", "qad.json"
+"""Files about the flavours: each as calibration left it, and those that quantisation-aware distillation trained."""
 TEACHER_ONNX = "teacher.onnx"
 """The teacher, exported like the student and measured in the same way; it is beside the student's files."""
 
@@ -94,7 +96,7 @@ def measured_files(folders: Folders) -> list[MeasuredFile]:
     """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
     flavours = [
         MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], entry["loss"])
-        for entry, file in _flavours(folders)
+        for entry, file in _made_flavours(folders)
         if entry["name"] != REFERENCE
     ]
     student = MeasuredFile(folders["export"] / SHIPPED, "student", REFERENCE)
@@ -126,14 +128,32 @@ def _card_at(path: Path) -> ModelCard | None:
 
 def kept_files(folders: Folders) -> dict[str, Path]:
     """Precision -> ONNX file, of FP32 and every flavour that passed its gate."""
-    return {entry["name"]: file for entry, file in _flavours(folders) if entry["kept"]}
+    return {entry["name"]: file for entry, file in _made_flavours(folders) if entry["kept"]}
 
 
-def _flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
+def calibrated_entries(folders: Folders) -> dict[str, dict[str, Any]]:
+    """The entries of calibration by the name of the flavour, FP32 first."""
+    return {entry["name"]: entry for entry in read_json(folders["quantize"] / CALIBRATED)}
+
+
+def trained_entries(folders: Folders) -> dict[str, dict[str, Any]]:
+    """The entries of quantisation-aware distillation by the name of the flavour."""
+    return {entry["name"]: entry for entry in read_json(folders["qad"] / QAD)}
+
+
+def flavour_entries(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
+    """The entry of each flavour of a run, FP32 first, and the folder that its file is in."""
+    calibrated = {name: (entry, folders["quantize"]) for name, entry in calibrated_entries(folders).items()}
+    calibrated[REFERENCE] = (calibrated[REFERENCE][0], folders["export"])
+    trained = {name: (entry, folders["qad"]) for name, entry in trained_entries(folders).items() if entry["replaces"]}
+    return list({**calibrated, **trained}.values())
+
+
+def _made_flavours(folders: Folders) -> list[tuple[dict[str, Any], Path]]:
     """Entries and files of a run, FP32 first. Raises InputError when one is of another model."""
-    entries = [entry for entry in read_json(folders["quantize"] / "quantize.json") if entry["file"]]
-    found = [(e, folders["export" if e["name"] == REFERENCE else "quantize"] / e["file"]) for e in entries]
+    found = [(entry, folder / entry["file"]) for entry, folder in flavour_entries(folders) if entry["file"]]
     reference = folders["export"] / SHIPPED
     for _, file in found:
-        require_same((card_of(file), file), (card_of(reference), reference), "Run again with --force quantize")
+        hint = f"Run again with --force {file.parent.name}"
+        require_same((card_of(file), file), (card_of(reference), reference), hint)
     return found

@@ -15,7 +15,7 @@ from compress.stages import Stage
 from compress.store import SECONDS, Outcome, execute
 from runtime.errors import UsageError
 
-ORDER = ("data", "teacher", "distill", "export", "quantize", "build", "bench", "report", "bundle")
+ORDER = ("data", "teacher", "distill", "export", "quantize", "qad", "build", "bench", "report", "bundle")
 """Each is the name of a module in `compress/stages/`."""
 
 

@@ -20,6 +20,7 @@ ARM_PATHS = {"student": {"weights": A_PATH}, "distill": {"unlabelled": A_PATH, "
 PATHS = {
     "data": A_PATH,
     "teacher": {"weights": A_PATH},
+    "qad": {"unlabelled": A_PATH, "teachers": A_PATH},
     **ARM_PATHS,
     "study": {"arms": {ANY: ARM_PATHS}},
     "report": {"study": A_PATH},
@@ -185,6 +186,10 @@ quantize:
   max_map_drop: 0.02    # a flavour that loses more mAP50-95 stays out of the bundle
   # float_layers: auto  # the worst 2 of INT8, then 4, 8, 16 until that holds; or a number, or names as [2.cv1]
   # weight_bits: 7      # for x86 CPUs without VNNI
+
+qad:                    # where INT8 loses more than max_map_drop: training that rounds as the file does, without labels
+  when: needed          # or always, never
+  epochs: 8
 
 build:
   targets: [sm86, sm89, sm120]

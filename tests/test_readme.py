@@ -27,6 +27,8 @@ SMALLER = {
     r"--seeds 5 --jobs 2": "--seeds 1 --set distill.epochs=1",
     r"(edgestill export )": r"\1--set max_box_error=1 ",
     r"(edgestill bench )": r"\1--set latency_samples=11 ",
+    r"(--quantize \S+)": r"\1 --epochs 1 --set quantize.calibration_images=4 --set quantize.float_layers=0"
+    " --set quantize.draws=1 --set quantize.max_map_drop=1 --set export.max_box_error=1 --set bench.latency_samples=11",
     r"(edgestill quantize )": r"\1--set calibration_images=4 --set max_map_drop=1 ",
 }
 """How a command that takes minutes becomes one that takes seconds; what it does stays.

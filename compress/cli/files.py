@@ -97,11 +97,12 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
     """FP16 and INT8 flavours, calibrated on training images, each judged by its measured mAP."""
     from compress.data.index import JUDGES
     from compress.flavours import REFERENCE
+    from compress.inputs import CALIBRATED
     from compress.stages.quantize import STAGE, Inputs
 
     target = out or model.parent
     run_alone(STAGE, lambda: Inputs(model, indexed(data, labelled=JUDGES)), target)
-    files = read_json(target / "quantize.json")
+    files = read_json(target / CALIBRATED)
     kept = [model if file["name"] == REFERENCE else target / file["file"] for file in files if file["kept"]]
     show(files, "\n".join(map(str, kept)), as_json)
 

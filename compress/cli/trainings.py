@@ -11,6 +11,7 @@ import click
 from compress.cli.options import (
     ACTIVATION,
     FILE,
+    GIVEN,
     SCALE,
     as_json,
     backend,
@@ -30,8 +31,10 @@ from compress.cli.options import (
     settings,
     show,
 )
+from compress.flavours import FLAVOURS
 from compress.processes import is_first_process
 from runtime.errors import UsageError
+from runtime.files import read_json
 
 
 def training_options(stage: str, project: str) -> Callable[[Any], Any]:
@@ -165,6 +168,11 @@ def _refuse_without_effect(changes: Sequence[str]) -> None:
 @setting("--strategy", key="distill.strategy", help="Who learns from what; the README has a line for each.")
 @click.option("--unlabelled", type=FILE, help="Folder of images or video to learn from without labels.")
 @click.option(
+    "--quantize",
+    metavar="int8|FLAVOUR",
+    help="Train --weights for INT8 files, its own float network being the teacher, beside those of --teacher.",
+)
+@click.option(
     "--loss",
     "losses",
     multiple=True,
@@ -180,10 +188,18 @@ def distill(
     teachers: tuple[Path, ...],
     check: bool,
     unlabelled: Path | None,
+    quantize: str | None,
     losses: tuple[str, ...],
     **folder: Any,
 ) -> None:
     """Train a student with a teacher."""
+    if quantize:
+        if scale or check:
+            raise UsageError(f"--{'scale' if scale else 'check'} has no effect with --quantize", "Leave it out")
+        given: dict[str, Any] = {"device": device, "qad.unlabelled": unlabelled}
+        given |= {"qad.losses": loss_choices(losses)} if losses else {}
+        _distil_for_int8(quantize, data, weights, teachers, _out(resume=resume, **folder), given)
+        return
     from compress.data.index import JUDGES
     from compress.stages.distill import STAGE, Inputs
 
@@ -204,6 +220,49 @@ def distill(
         return
     run_alone(STAGE, lambda: Inputs(indexed(files[0], labelled=JUDGES), files[1], resume is not None), out, more)
     _print_best(out)
+
+
+def _distil_for_int8(
+    quantize: str, data: Path | None, weights: Path | None, teachers: Sequence[Path], out: Path, more: Mapping[str, Any]
+) -> None:
+    """Export the network of `weights` and train it for INT8 files, into `out`; a training that is begun there goes on.
+
+    Raises UsageError when `quantize` names no INT8 flavour, or an option is about another network's start.
+    """
+    from compress.data.index import JUDGES
+    from compress.inputs import QAD, SHIPPED, validation_of
+    from compress.stages import export, qad
+
+    more = {**more, **_settings_for_int8(), "quantize.flavours": _int8_flavours(quantize)}
+    config = settings(qad.AloneConfig, "qad", more)
+    qad.check(config)
+    student, images = Begun().file("weights", weights), indexed(Begun().file("data", data), labelled=JUDGES)
+    exported = export.Config(export=config.export, imgsz=config.imgsz)
+    export.run(exported, export.Inputs(student, validation_of(images)), out, say)
+    qad.run(config, qad.Inputs(out / SHIPPED, student, images, teachers), out, say)
+    for entry in read_json(out / QAD):
+        if entry["kept"]:
+            click.echo(out / entry["file"])
+
+
+def _settings_for_int8() -> dict[str, Any]:
+    """The settings that options gave, in the part of the recipe that `--quantize` is about; they are taken away."""
+    found: dict[str, Any] = {}
+    for key, value in click.get_current_context().meta.pop(GIVEN, {}).items():
+        part, _, name = key.partition(".")
+        if part != "distill":
+            raise UsageError(f"--{name} has no effect with --quantize", "The network is that of --weights")
+        found |= {f"qad.{name}": value} | ({"imgsz": value} if name == "imgsz" else {})
+    return found
+
+
+def _int8_flavours(text: str) -> list[str]:
+    """Names of flavours, apart by commas; `int8` is all of them."""
+    known = [name for name, flavour in FLAVOURS.items() if flavour.scheme]
+    names = known if text == "int8" else text.split(",")
+    if odd := [name for name in names if name not in known]:
+        raise UsageError(f"--quantize {odd[0]!r}: no INT8 flavour", f"Known: int8 for all, {', '.join(known)}")
+    return names
 
 
 def _print_checks(more: Mapping[str, Any], inputs: Callable[[], Any]) -> None:

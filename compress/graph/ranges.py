@@ -104,8 +104,9 @@ def _with_counts(body: onnx.ModelProto, ranges: Ranges, canvases: Iterable[np.nd
 
 
 def _above(ends: Observed) -> float:
-    """The upper end; a constant tensor still has a range that can be divided."""
-    return ends.high if ends.high > ends.low else ends.low + 1.0
+    """The upper end; a tensor that is constant, or all but constant, still has a range that can be divided."""
+    narrowest = BINS * float(np.spacing(np.float32(ends.peak)))
+    return ends.high if ends.high - ends.low > narrowest else ends.low + max(1.0, 2 * narrowest)
 
 
 def _groups(body: onnx.ModelProto, names: Sequence[str]) -> Iterator[list[str]]:

@@ -4,7 +4,8 @@ All blocks map float (B, C, H, W) to float (B, C', H', W'). Convolutions are mad
 nothing else draws random numbers, so a seeded build is reproducible.
 
 To add a block, write a subclass of `Block`, here or in a new file, and enter its name in `BLOCKS` of `network.py`. Its
-cost is counted and it is exported without more work, if the exporter's table has its operators.
+cost is counted, and it is exported and trained for INT8 without more work, if the tables of `compress.graph.network`
+and `compress.graph.fake` have its operators.
 """
 
 from __future__ import annotations

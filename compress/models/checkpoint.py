@@ -37,6 +37,8 @@ FORMATS = {
     "legacy": "YOLOv5 checkpoint (torch before 1.6)",
     "safetensors": "edgestill model (safetensors)",
 }
+FAKE_SCALES = "log_scales"
+"""Tensor of a network that rounds as its INT8 file does; its other tensors are those of folded BatchNorms."""
 GIVE = "Give a YOLOv5 checkpoint (.pt) or a model that edgestill wrote (.safetensors)"
 
 
@@ -236,6 +238,11 @@ def _load_safetensors(path: Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             architecture, meta = _header(path, (file.metadata() or {}).get(HEADER_KEY))
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+            if FAKE_SCALES in shapes:
+                raise InputError(
+                    f"{path} holds the weights and scales of an INT8 file, not a float network",
+                    "Give the student that this training began with",
+                )
             problem = mismatch(shapes, architecture)
             if problem:
                 raise InputError(f"{path} contradicts its header: {problem}", "Write the file anew")

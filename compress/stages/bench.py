@@ -140,7 +140,7 @@ STAGE = Stage(
     settings=Config,
     inputs=inputs_of,
     run=run,
-    after=("data", "teacher", "distill", "export", "quantize"),
+    after=("data", "teacher", "distill", "export", "quantize", "qad"),
     facts={"machine": cpu_and_runtime},
     version=2,
 )

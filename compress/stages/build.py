@@ -202,7 +202,7 @@ STAGE = Stage(
     settings=Config,
     inputs=lambda _, folders: Inputs(kept_files(folders)),
     run=run,
-    after=("export", "quantize"),
+    after=("export", "quantize", "qad"),
     facts={"tensorrt": lambda: packages("tensorrt", "tensorrt_rtx")},
     version=3,
 )

@@ -110,6 +110,6 @@ STAGE = Stage(
     settings=NoSettings,
     inputs=lambda _, folders: folders,
     run=run,
-    after=("export", "quantize", "build", "bench", "report"),
+    after=("export", "quantize", "qad", "build", "bench", "report"),
     version=2,
 )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress.config import OptimizerConfig
+from compress.models.checkpoint import FAKE_SCALES
 from compress.training.schedule import BIASES, NORMS, WEIGHTS, Rates
 
 RATE = "rate"
@@ -32,7 +33,7 @@ def parameter_groups(module: nn.Module, without: nn.Module | None = None) -> lis
 
 
 def _role(owner: nn.Module, name: str) -> int:
-    if name == "bias":
+    if name in ("bias", FAKE_SCALES):  # scales are logarithms: to decay would be to go to 1
         return BIASES
     return NORMS if isinstance(owner, _NORMALISATIONS) else WEIGHTS
 

@@ -11,6 +11,7 @@ from runtime import backends
 from runtime.bundle import folder_card
 from runtime.card import CARD_FILE, Batches
 from runtime.errors import InputError
+from runtime.files import write_json
 from runtime.identity import OccupiedError
 from tests.runtime.toys import canvas_model, card
 
@@ -23,8 +24,9 @@ def write_files(folders: dict[str, Path], **changes: object) -> None:
 
 
 def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_path: Path) -> None:
-    folders = {name: tmp_path / name for name in ("export", "quantize")}
+    folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
     folders["quantize"].mkdir()
+    write_json(folders["qad"] / "qad.json", [])
     entries = [
         {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference", "loss": None},
         {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made", "loss": None},
@@ -43,9 +45,27 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
     assert set(kept_files(folders)) == {"fp32", "int8-trt"}
 
 
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_trained_file_is_measured_and_shipped_in_place_of_the_calibrated_one(tmp_path: Path, replaces: bool) -> None:
+    folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
+    names = {"fp32": "model.onnx", "int8-ort": "model.int8-ort.onnx", "int8-trt": "model.int8-trt.onnx"}
+    entries = [
+        {"name": name, "file": file, "kept": name != "int8-trt", "reason": "", "loss": None}
+        for name, file in names.items()
+    ]
+    write_json(folders["quantize"] / "quantize.json", entries)
+    write_json(folders["qad"] / "qad.json", [entries[2] | {"kept": True, "replaces": replaces}])
+    write_files(folders)
+    canvas_model(folders["qad"] / "model.int8-trt.onnx", card(precision="int8-trt"))
+    expected = folders["qad" if replaces else "quantize"] / "model.int8-trt.onnx"
+    assert [file.path for file in measured_files(folders)][-1] == expected
+    assert kept_files(folders).get("int8-trt") == (expected if replaces else None)
+
+
 @pytest.mark.parametrize("changes", [{"weights": "6" * 64}, {"max_det": 100}, {"weights": ""}])
 def test_a_flavour_of_another_model_is_neither_measured_nor_shipped(tmp_path: Path, changes: dict[str, object]) -> None:
-    folders = {name: tmp_path / name for name in ("export", "quantize")}
+    folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
+    write_json(folders["qad"] / "qad.json", [])
     write_files(folders, **changes)
     files = {"fp32": "model.onnx", "int8-trt": "model.int8-trt.onnx"}
     entries = [{"name": name, "file": file, "kept": True, "reason": ""} for name, file in files.items()]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 from compress.graph.ranges import BINS, METHODS, PIXEL_RANGE, Observed, calibrate, scale_of
 from runtime.errors import EdgestillError
@@ -87,6 +88,18 @@ def test_mse_cuts_off_a_lonely_outlier_and_keeps_an_even_spread(unsigned):
     whole = scale_of(Observed(0.0, 1.0), unsigned=unsigned)[0]
     assert scale_of(Observed(0.0, 1.0, lonely), unsigned=unsigned)[0] < 0.85 * whole
     assert scale_of(Observed(0.0, 1.0, even), unsigned=unsigned)[0] > 0.95 * whole
+
+
+def test_histograms_take_a_tensor_that_is_all_but_constant(case, canvases):
+    model = case.boxes()
+    for tensor in model.graph.initializer:
+        if tensor.name in ("stem.weight", "stem.bias"):
+            values = numpy_helper.to_array(tensor)
+            changed = values * np.float32(1e-6) if values.ndim > 1 else np.full_like(values, 3e7)
+            tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+    observed = calibrate(model, canvases[:1], "mse")["stem"]
+    assert observed.counts.sum() == 8 * 80 * 80
+    assert scale_of(observed, unsigned=True)[0] > 0
 
 
 def test_a_constant_tensor_has_a_range(case):

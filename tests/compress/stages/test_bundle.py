@@ -27,12 +27,13 @@ def plan_in(folder: Path, identity: str) -> Artifact:
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
     """Folders of the earlier stages, as they stand before the bundle is made, all of one model."""
-    made = {name: tmp_path / name for name in ("export", "quantize", "build", "bench", "report")}
+    made = {name: tmp_path / name for name in ("export", "quantize", "qad", "build", "bench", "report")}
     for folder in made.values():
         folder.mkdir()
     canvas_model(made["export"] / "model.onnx", MINE)
     entry = {"name": "fp32", "file": "model.onnx", "kept": True, "reason": ""}
     (made["quantize"] / "quantize.json").write_text(json.dumps([entry]))
+    (made["qad"] / "qad.json").write_text("[]")
     card(artifacts=(plan_in(made["build"], MINE.identity),)).save(made["build"] / "model.json")
     measured(made, sha256(made["export"] / "model.onnx"))
     (made["report"] / "report.html").write_text("<html>")

@@ -18,6 +18,7 @@ from benchmarks.bench import Plan
 from benchmarks.latency import Durations, LatencyRatio
 from compress.config import QuantizeConfig
 from compress.flavours import FLAVOURS, Flavour
+from compress.gate import FileGate, Loss, spread
 from compress.graph.assemble import boxes_graph, yolov5_graph
 from compress.graph.metadata import metadata_of, opset_of, read_card, write_card
 from compress.graph.network import trace
@@ -27,7 +28,7 @@ from compress.graph.placement import layer_name
 from compress.graph.session import open_session
 from compress.models import Architecture, YOLOv5
 from compress.stages.export import RawMaps, head_shape
-from compress.stages.quantize import FileGate, Loss, quantize, spread
+from compress.stages.quantize import quantize
 from runtime import backends
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.detector import Detector

@@ -7,7 +7,7 @@ import pytest
 
 from compress.config import DistillConfig
 from compress.data import Dataset
-from compress.stages.report import not_made, reference_of_run, require_one_model, shared_images
+from compress.stages.report import not_made, reference_of_run, require_one_model, shared_images, trained_for_int8
 from runtime.errors import InputError
 from runtime.files import write_json
 from tests.runtime.toys import card
@@ -25,10 +25,28 @@ def test_rows_of_one_student_and_its_plans_are_one_model() -> None:
 
 
 def test_a_flavour_without_a_file_has_a_sentence(tmp_path: Path) -> None:
-    made = {"name": "fp16", "file": "model.fp16.onnx", "reason": "within 0.02"}
+    made = {"name": "fp32", "file": "model.onnx", "reason": "the reference"}
     failed = {"name": "int8-trt", "file": None, "reason": "the calibration found no range"}
-    write_json(tmp_path / "quantize.json", [made, failed])
-    assert list(not_made(tmp_path)) == ["int8-trt was not made: the calibration found no range."]
+    folders = folders_with(tmp_path, [made, failed], [])
+    assert list(not_made(folders)) == ["int8-trt was not made: the calibration found no range."]
+
+
+def folders_with(
+    folder: Path, calibrated: list[dict[str, object]], trained: list[dict[str, object]]
+) -> dict[str, Path]:
+    write_json(folder / "quantize" / "quantize.json", calibrated)
+    write_json(folder / "qad" / "qad.json", trained)
+    return {name: folder / name for name in ("export", "quantize", "qad")}
+
+
+def test_a_flavour_that_was_trained_for_int8_has_a_sentence(tmp_path: Path) -> None:
+    before = {"name": "int8-trt", "steps": [{"float_layers": 2, "drop": 0.031}, {"float_layers": 4, "drop": 0.01}]}
+    after = {"name": "int8-trt", "steps": [{"float_layers": 2, "drop": 0.0042}], "replaces": True}
+    folders = folders_with(tmp_path, [{"name": "fp32", "steps": []}, before], [after])
+    assert list(trained_for_int8(folders)) == [
+        "int8-trt was trained for INT8: by calibration alone it lost 0.0310 mAP50-95 with 2 layers in float, "
+        "now 0.0042, so it replaces the calibrated file."
+    ]
 
 
 def test_training_images_among_those_that_are_measured_are_told(tiny_data: Dataset) -> None:
