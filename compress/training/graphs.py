@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compress.losses.detection import padded
 from runtime.errors import EdgestillError, one_line
 
 Work = Callable[[], Tensor]
@@ -54,7 +53,6 @@ class BatchGraphs:
         self, images: Tensor, targets: Tensor, factors: tuple[float, ...], labelled: int | None, measure: bool
     ) -> Tensor:
         """The terms of one batch; its gradients are added to the pending ones."""
-        targets = padded(targets)
         kind = Kind(images.shape, len(targets), labelled, measure)
         given = self._in_place("images", images), self._in_place("targets", targets), factors, labelled, measure
         if kind not in self._seen:

@@ -266,9 +266,9 @@ class Trainer:
         rates = self.schedule.at(iteration)
         set_rates(self.optimizer, rates)
         due = iteration - self.state.last_step >= rates.accumulate
-        run = self.graphs or self.add_gradients
+        run, targets = self.graphs or self.add_gradients, targets_on(self.device, batch.targets)
         with self._exchange_gradients(due or last), convolutions_measured():
-            terms = run(batch.images, batch.targets, self._factors(), batch.labelled, is_due(iteration))
+            terms = run(batch.images, targets, self._factors(), batch.labelled, is_due(iteration))
         if due:
             self.step(iteration)
         return terms
@@ -276,8 +276,11 @@ class Trainer:
     def add_gradients(
         self, images: Tensor, targets: Tensor, factors: tuple[float, ...], labelled: int | None, measure: bool
     ) -> Tensor:
-        """Add the gradients of one batch, as `Batch` has it, to the pending ones. Returns the loss terms, detached."""
-        pixels, targets = as_network_input(images, self.device), targets_on(self.device, targets)
+        """Add the gradients of one batch to the pending ones. Returns the loss terms, detached.
+
+        `images` are uint8 and may be on the host, `targets` are those of `targets_on`.
+        """
+        pixels = as_network_input(images, self.device)
         teacher_outputs, seen = self.teacher_outputs(pixels), reduced(pixels, self.config.imgsz)
         loss = self.wrapped(seen, targets, teacher_outputs, factors, self._upstream(), measure, labelled)
         self.backward(loss.total)

@@ -1,9 +1,9 @@
 """One real training step, way by way: `python3 tests/gpu/step.py [--out FILE.json]`.
 
 A yolov5s learns from 32 random images of 640 pixels, mixed precision, by the product's own training loop. The ways take
-turns in blocks: labels alone; beside a yolov5l that teaches nothing; taught by its outputs; taught by feat_mse and cwd,
-in plain torch and by the kernels. At the end the profiler tells how long the GPU works in a step, and how much of the
-step it is.
+turns in blocks: labels alone; beside a yolov5l that teaches nothing; taught by its outputs, also as a CUDA graph;
+taught by feat_mse and cwd, in plain torch and by the kernels. At the end the profiler tells how long the GPU works in a
+step, and how much of the step it is.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ class Way(NamedTuple):
     has_teacher: bool = True
     switch: str | None = None
     """Value of the kernels' switch."""
+    settings: Mapping[str, Any] = {}
 
 
 WAYS = {
     "labels": Way(has_teacher=False),
     "teacher": Way(),
     "soft": Way({"soft": 1.0}),
+    "soft as a graph": Way({"soft": 1.0}, settings={"cuda_graph": True}),
     "features by torch": Way(FEATURES, switch="off"),
     "features by kernels": Way(FEATURES),
 }
@@ -63,7 +65,7 @@ def trainers_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     frozen = Teacher(teacher, options.device, precision=config.precision)
 
     def trainer(way: Way) -> Any:
-        own = DistillConfig.model_validate(config.model_dump() | {"losses": way.losses})
+        own = DistillConfig.model_validate(config.model_dump() | {"losses": way.losses} | way.settings)
         student = YOLOv5(Architecture.of_scale(options.student, names))
         student.init_detect_bias()
         losses = build_losses(student, frozen, own) if way.losses else {}

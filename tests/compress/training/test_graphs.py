@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.losses.detection import DetectionLoss, padded
+from compress.losses.distill import LOSSES
 from compress.losses.distill.features import box_density
 from compress.training import graphs
 from compress.training.graphs import BatchGraphs, CudaRecorder, Work
@@ -99,6 +102,33 @@ def test_a_training_by_graphs_ends_as_one_without(tmp_path: Path) -> None:
         ends.append((terms, dict(made.objective.named_parameters()), made.ema.module.state_dict()))
     assert recorder.recorded == 2  # with and without a measurement of gradients
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+class HostTraffic(TorchDispatchMode):
+    """Operators that on a GPU would bring a number of the host to the device, or wait for one from there."""
+
+    NAMES = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.overloadpacket.__name__
+        chooses = name == "index" and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if chooses or name in self.NAMES:
+            self.found.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.replays])
+def test_a_batch_with_any_loss_that_replays_needs_nothing_of_the_host(name: str, tmp_path: Path) -> None:
+    made = trainer(config(losses={name: "auto"}), tmp_path, distils=True)
+    given = batch(0).images, batch(0).targets, (1.0,), None, True
+    made.add_gradients(*given)  # some tensors are made once
+    with HostTraffic() as traffic:
+        made.add_gradients(*given)
+    assert traffic.found == []
 
 
 def test_one_line_tells_why_graphs_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
