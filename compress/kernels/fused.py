@@ -16,7 +16,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -101,7 +100,7 @@ class FusedLoss:
         students = inputs[0]
         if is_empty(students):
             return torch.cat([s.float().flatten() for s in students]).sum() * 0  # no images, and still a gradient
-        if _counts.get() or (torch.compiler.is_compiling() and runs_fused(students)):
+        if _Mode.counts or (torch.compiler.is_compiling() and runs_fused(students)):
             check_places(arguments)
             loss, _ = getattr(torch.ops.edgestill, self.name)(*arguments)
             return loss
@@ -171,17 +170,20 @@ def is_empty(students: Maps) -> bool:
 # ---- where it runs ------------------------------------------------------------------------------------------------
 
 
-_counts = ContextVar("counts", default=False)
+class _Mode:
+    """A plain attribute, as torch.compile cannot read a context variable."""
+
+    counts = False
 
 
 @contextmanager
 def as_operations() -> Iterator[None]:
     """Let every loss be its registered op, on any device: for counting, with tensors without data."""
-    token = _counts.set(True)
+    _Mode.counts = True
     try:
         yield
     finally:
-        _counts.reset(token)
+        _Mode.counts = False
 
 
 def runs_fused(students: Maps) -> bool:

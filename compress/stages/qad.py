@@ -151,7 +151,8 @@ def wanted(config: Config, calibrated: Mapping[str, Mapping[str, Any]]) -> tuple
 
 def _misses(entry: Mapping[str, Any], limit: float) -> bool:
     """Whether calibration lost too much with the fewest layers in float that it tried; not where that is unknown."""
-    return bool(entry["steps"]) and entry["steps"][0]["drop"] > limit
+    drops = [step["drop"] for step in entry["steps"] if step["drop"] is not None]  # none where only time was measured
+    return bool(drops) and drops[0] > limit
 
 
 def is_better(judged: JudgedFile, calibrated: Mapping[str, Any]) -> bool:

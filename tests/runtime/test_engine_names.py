@@ -11,8 +11,8 @@ import pytest
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 FILES = ("engine.py", "backends/tensorrt.py")
 GUARDS = ("hasattr", "getattr")
-NOT_TENSORRT = ("np", "self._cuda", "card")
-"""Receivers of ours whose attributes share a name with TensorRT's: NumPy, device memory, a model card."""
+NOT_TENSORRT = ("np", "self._cuda", "card", "artifact")
+"""Receivers of ours whose attributes share a name with TensorRT's: NumPy, device memory, model cards and their files."""
 
 
 @pytest.fixture(scope="module")

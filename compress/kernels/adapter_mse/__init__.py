@@ -46,7 +46,7 @@ PIXELS = 64
 """Pixels of a tile."""
 MULTIPROCESSORS = 132
 """The blocks of one launch, over all levels, are all that so many run at once."""
-MULTIPROCESSOR_SHARED_BYTES = 227 << 10
+MULTIPROCESSOR_SHARED_BYTES = 228 << 10
 NARROW, WARPS_NARROW, WARPS_WIDE = 64, 16, 8
 """Warps that a multiprocessor runs at once: 16 channels last and up to 64 channels of the student, whose share of dW is
 in registers, at 128 registers per thread; others would spill, and have 192."""

@@ -191,7 +191,7 @@ def test_a_loader_that_nobody_closes_ends_its_processes_with_itself(samples: tup
 
 
 TRAINER = """
-import sys, torch
+import signal, sys, torch
 from pathlib import Path
 from compress.config import AugmentConfig
 from compress.data import index_dataset, load_data
@@ -203,6 +203,7 @@ samples = index_dataset(load_data(Path(sys.argv[1])), ("train",)).splits["train"
 data = TrainDataset(samples, 64, AugmentConfig())
 tasks = lambda epoch: epoch_tasks(data, epoch, batch=2, rank=0, world=1, mosaic=True)
 loader = ProcessLoader(data, tasks, 10**9, batch=2, workers=2, device=torch.device("cpu"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
 try:
     for epoch in range(10**9):
         for batch in loader.epoch(epoch):
@@ -223,7 +224,10 @@ def test_nothing_stays_of_a_training_that_is_killed_or_interrupted(dataset: Path
         workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
         maps = Path(f"/proc/{trainer.pid}/maps").read_text()
         os.killpg(trainer.pid, how)
-        assert trainer.wait(LAST_S) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how]
+        try:
+            assert trainer.wait(LAST_S) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how]
+        finally:
+            trainer.kill()
         assert trainer.stderr.read() == b""  # closed by the workers' ends
     assert len(workers) == 2
     assert "memfd:edgestill" in maps
