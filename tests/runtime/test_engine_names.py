@@ -12,7 +12,7 @@ RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 FILES = ("engine.py", "backends/tensorrt.py")
 GUARDS = ("hasattr", "getattr")
 NOT_TENSORRT = ("np", "self._cuda", "card", "artifact")
-"""Receivers of ours whose attributes share a name with TensorRT's: NumPy, device memory, model cards and their files."""
+"""Receivers of ours whose attributes share a name with TensorRT's: NumPy, device memory, model cards and files."""
 
 
 @pytest.fixture(scope="module")

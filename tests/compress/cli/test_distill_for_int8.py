@@ -19,6 +19,7 @@ SMALL = [
     "--imgsz", "64", "--batch", "5", "--epochs", "2", "--workers", "0", "--threads", "1", "--device", "cpu",
     *("--set=tensorboard=false", "--set=quantize.calibration_images=2", "--set=quantize.draws=1"),
     *("--set=quantize.float_layers=0", "--set=quantize.max_map_drop=1", "--set=export.max_box_error=1"),
+    "--set=quantize.max_latency_ratio=100",
 ]  # fmt: skip
 
 

@@ -86,7 +86,9 @@ def test_learned_scales_pass_the_writer_unchanged(case, ranges, scheme):
     model = case.boxes()
     body = fake_body(model, ranges, scheme)
     learned = [float(np.float32(scale * 1.1)) for scale in body.scales]
-    written = {name: scale_of(observed, unsigned=scheme.unsigned) for name, observed in body.ranges(learned).items()}
+    ranges_of_all = body.ranges(learned)
+    written = {name: scale_of(ranges_of_all[name], unsigned=scheme.unsigned) for name in body.scaled}
+    assert ranges_of_all.keys() == {body.pixels, *body.scaled}
     assert [np.float32(scale) for scale, _ in written.values()] == [np.float32(scale) for scale in learned]
     assert tuple(zero for _, zero in written.values()) == body.zero_points
     same = quantised(model, body.ranges(body.scales), scheme)
