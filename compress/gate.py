@@ -225,6 +225,12 @@ class Origin:
     def calibration(self) -> dict[str, Any]:
         return {**_digest(self.canvases.paths), "method": self.config.method}
 
+    def ranking(self, flavour: Flavour) -> tuple[LayerError, ...]:
+        """The layers of a flavour, worst first; empty where none is to stay in float."""
+        if flavour.scheme is None or self.config.float_layers == 0:
+            return ()
+        return self.rank(number_form(flavour.scheme))
+
     def write(self, flavour: Flavour, path: Path, float_layers: Sequence[str] = (), draw: int = 0) -> Path:
         """The flavour as a file, with its card."""
         made = (
@@ -265,9 +271,7 @@ def flavour_of(config: QuantizeConfig, name: str) -> Flavour:
 
 def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedFile:
     """The flavour as the file `path`, with as many layers in float as it needs; `folder` is for files to throw away."""
-    ranking: tuple[LayerError, ...] = ()
-    if flavour.scheme and origin.config.float_layers != 0:
-        ranking = origin.rank(number_form(flavour.scheme))
+    ranking = origin.ranking(flavour)
     calibration = origin.calibration if flavour.scheme else {}
     steps: list[Step] = []
     for float_layers in choices(origin.config, flavour, ranking):

@@ -30,7 +30,6 @@ from compress.gate import (
     judge,
     origin_of,
 )
-from compress.graph.sensitivity import number_form
 from compress.graph.untrusted_onnx import read_model
 from compress.inputs import (
     QAD,
@@ -124,8 +123,7 @@ def qad(config: Config, inputs: Inputs, *, out: Path, gate: Gate, log: Log) -> l
 def _start(origin: Origin, student: Path, flavour: Flavour) -> Start:
     """As few layers stay in float as calibration tries first."""
     assert flavour.scheme
-    ranking = origin.rank(number_form(flavour.scheme)) if origin.config.float_layers != 0 else ()
-    float_layers = choices(origin.config, flavour, ranking)[0]
+    float_layers = choices(origin.config, flavour, origin.ranking(flavour))[0]
     return Start(student, origin.source, origin.ranges, flavour.scheme, float_layers)
 
 
