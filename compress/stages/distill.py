@@ -132,6 +132,8 @@ def _prepare(config: Config, inputs: Inputs, out: Path, log: Log, *, resume: boo
     if larger:
         by = HeadTeacher(teacher, own.classes.first) if own and larger is own.model else None
         inherit_from(larger, objective, splits.train, settings, config.device, out, log, by)
+    if joint:
+        join(objective, joint, settings)
     learns = len(objective.losses) > 0
     job = Job(
         settings, objective, splits.train, splits.val, out, teacher=teacher if learns and not joint else None,
@@ -141,8 +143,6 @@ def _prepare(config: Config, inputs: Inputs, out: Path, log: Log, *, resume: boo
     checks = (
         _checked(settings, job, teacher, sources, log, starts_trained=starts_trained) if learns and not state else []
     )
-    if joint:
-        join(objective, joint, settings, config.device, log)
     return Prepared(job, state, checks, {"unlabelled_images": len(unlabelled.samples)} if unlabelled else {})
 
 

@@ -26,6 +26,7 @@ from compress.data.train_dataset import TrainItems
 from compress.data.train_loader import worker_count
 from compress.evaluate import as_network_input, evaluate_outputs
 from compress.log import Log
+from compress.losses.distill import detached
 from compress.losses.preflight import Check, preflight
 from compress.models import YOLOv5
 from compress.models.network import decode_level
@@ -35,7 +36,7 @@ from runtime.errors import EdgestillError
 
 PROBE_IMAGES = 4
 OPTIMIZER_COPIES = 5
-"""Copies of the student's weights that a training holds: themselves, their gradients, two averages of the optimiser and
+"""Copies of the trained weights that a training holds: themselves, their gradients, two averages of the optimiser and
 the averaged model."""
 GIB = 1 << 30
 
@@ -78,17 +79,19 @@ def check_distillation(
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds an image, and bytes: `fixed` whatever the batch, `an_image` more with each of its images."""
+    """Milliseconds an image, and bytes: `fixed` whatever the batch, `image_bytes` more with each of its images."""
 
     teacher_ms: float
     student_ms: float
     fixed_bytes: int
     image_bytes: float
+    trains_teacher: bool = False
 
     @property
     def line(self) -> str:
         share = self.teacher_ms / (self.teacher_ms + self.student_ms)
-        return f"teacher: {self.teacher_ms:.1f} ms an image, {share:.0%} of a step (student {self.student_ms:.1f} ms)"
+        teacher = "teacher, which trains too" if self.trains_teacher else "teacher"
+        return f"{teacher}: {self.teacher_ms:.1f} ms an image, {share:.0%} of a step (student {self.student_ms:.1f} ms)"
 
     def estimate(self, config: DistillConfig, images: int) -> str:
         """The time of a step and of all, and the memory, for a training on so many images."""
@@ -103,18 +106,27 @@ class Cost:
 
 
 def measured_cost(objective: Objective, teacher: AnyTeacher, batch: Batch, config: DistillConfig) -> Cost:
-    """Time of the teacher, and of the student's forward and backward; and their memory. Leaves gradients behind."""
-    images = as_network_input(batch.images, teacher.device)
+    """Time and memory of the teacher's forward, with its backward where it trains too, and of the student's forward and
+    backward. Leaves gradients behind.
+    """
+    images, joint = as_network_input(batch.images, teacher.device), objective.teacher
     watch, peaks = Stopwatch(teacher.device), _Memory(teacher.device)
     for _ in range(2):  # the first round warms up
         watch.seconds.clear()
-        with watch.phase("teacher"), peaks.watched():
-            teacher_outputs = teacher(images)
-        with watch.phase("student"), peaks.watched():
-            objective(reduced(images, config.imgsz), batch.targets, teacher_outputs).total.backward()
+        with peaks.watched():
+            with watch.phase("teacher"):
+                outputs = joint.student_outputs(images) if joint else teacher(images)
+            with watch.phase("student"):
+                student = objective.student_outputs(reduced(images, config.imgsz))
+                loss = objective.loss(student, detached(outputs), batch.targets, labelled=batch.labelled)
+                loss.total.backward()
+            if joint:
+                with watch.phase("teacher"):
+                    joint.label_loss(outputs.raw, batch.targets, batch.labelled)[0].backward()
     teacher_ms, student_ms = (1e3 * watch.seconds[name] / len(images) for name in ("teacher", "student"))
-    fixed = OPTIMIZER_COPIES * _bytes(objective.parameters()) + sum(_bytes(n.parameters()) for n in teacher.networks)
-    return Cost(teacher_ms, student_ms, fixed, peaks.bytes / len(images))
+    frozen = () if joint else teacher.networks
+    fixed = OPTIMIZER_COPIES * _bytes(objective.parameters()) + sum(_bytes(one.parameters()) for one in frozen)
+    return Cost(teacher_ms, student_ms, fixed, peaks.bytes / len(images), trains_teacher=joint is not None)
 
 
 def _bytes(tensors: Any) -> int:

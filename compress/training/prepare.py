@@ -26,7 +26,6 @@ from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
 from runtime.errors import UsageError
 
-SHOWN_PROBLEMS = 5
 FITTED_BATCHES = 4
 """Training batches to which statistics, head and adapters are fitted before the first step."""
 
@@ -79,10 +78,8 @@ def _tell_shared(val: SplitIndex, trained: SplitIndex, kind: str, log: Log) -> N
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
-    for problem in index.problems[:SHOWN_PROBLEMS]:
-        log(f"{split}: skipped {problem}")
-    if len(index.problems) > SHOWN_PROBLEMS:
-        log(f"{split}: {len(index.problems) - SHOWN_PROBLEMS} more problems; see `edgestill data check`")
+    for line in index.problem_lines(split):
+        log(line)
     return index.samples
 
 

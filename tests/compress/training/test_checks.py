@@ -122,3 +122,16 @@ def test_smaller_images_are_means_of_squares() -> None:
     images = torch.rand(2, 3, 8, 8)
     assert reduced(images, 8) is images
     assert torch.allclose(reduced(images, 4)[0, 0, 1, 0], images[0, 0, 2:4, 0:2].mean())
+
+
+def test_a_teacher_that_trains_too_costs_a_training_of_its_own(tmp_path: Path) -> None:
+    costs = {}
+    for strategy in ("offline", "joint"):
+        made = trainer(config(strategy=strategy, losses={"soft": "auto"}), tmp_path, distils=True)
+        teacher = made.job.teacher or Teacher(network("n", seed=1), "cpu")
+        costs[strategy] = measured_cost(made.objective, teacher, batch(0, 1), made.job.config)
+    offline, joint = costs.values()
+    assert joint.image_bytes > 2 * offline.image_bytes
+    assert joint.fixed_bytes > 2 * offline.fixed_bytes
+    assert offline.line.startswith("teacher: ")
+    assert joint.line.startswith("teacher, which trains too: ")
