@@ -150,6 +150,7 @@ device: auto            # auto, cpu, or a GPU number
 
 teacher:                # used as it is if its classes are the data's, fine-tuned if they are not
   weights: {weights}
+  # finetune: never     # use it as it is; distill.class_map says what its classes are for the data
   epochs: {teacher_epochs}            # {teacher_reason}
   batch: 16
   # preset: finetune    # or yolov5-low, yolov5-med: the original's schedules for large data
@@ -172,7 +173,7 @@ distill:
   # teachers: [other.pt] # further teachers: the student sees the mean of their logits
   # teacher_flip: true  # and the mean of each image and its mirror image
   # teacher_imgsz: 640  # the teachers see larger images, a multiple of imgsz
-  # class_map: {{car: vehicle, truck: vehicle}} # for further teachers of other classes; of equal names need no entry
+  # class_map: {{car: vehicle, truck: vehicle}} # of a teacher with finetune: never, or a further one
 
 export:
   conf: 0.25            # default confidence threshold of the runtime; the graph itself has none

@@ -31,7 +31,7 @@ from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
 from compress.store import Outcome
 from compress.study.figures import Run, summary
-from compress.study.judge import accuracy_of, measured_once, split_index
+from compress.study.judge import measured_once, split_index, teacher_accuracy_of
 from compress.study.render import draw, to_markdown
 from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.child_process import how_it_ended
@@ -141,7 +141,7 @@ def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Pa
     """`map50_95` and `map50` of the teacher at the students' image size."""
     of = {"teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": str(recipe.distill.imgsz)}
     weights = teacher.folder / TEACHER
-    return measured_once(out / "teacher.json", of, lambda: accuracy_of(weights, recipe, judges))
+    return measured_once(out / "teacher.json", of, lambda: teacher_accuracy_of(weights, recipe, judges))
 
 
 def write(document: Mapping[str, Any], out: Path) -> None:

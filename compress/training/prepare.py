@@ -14,6 +14,7 @@ import torch
 from compress.config import DistillConfig, Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
+from compress.data.dataset_yaml import load_data
 from compress.data.image_store import fits_in_memory
 from compress.data.index import require_labels
 from compress.data.loader import Batch, train_batches
@@ -24,6 +25,7 @@ from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
 from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
+from compress.training.class_map import map_classes, map_to_write, require_known
 from runtime.errors import UsageError
 
 FITTED_BATCHES = 4
@@ -170,14 +172,23 @@ def check_image_sizes(recipe: Recipe) -> None:
 
 
 def check_class_map(recipe: Recipe) -> None:
-    """Raises UsageError when the recipe maps classes and no teacher has others than the data: the first one is
-    fine-tuned to them.
+    """Raises UsageError when a recipe's first teacher has other classes than the data, may not be fine-tuned, and they
+    are not mapped; or when classes are mapped and no teacher has others.
     """
-    if recipe.distill.class_map and not recipe.distill.teachers:
+    teacher, own, changes = recipe.teacher, load_data(recipe.data).names, recipe.distill.class_map
+    names = load(teacher.weights).architecture.names if teacher.weights and teacher.finetune == "never" else own
+    who = f"teacher {teacher.weights and teacher.weights.name}"
+    if names == own and changes and not recipe.distill.teachers:
         raise UsageError(
-            "distill.class_map is for further teachers: a recipe's first one is fine-tuned to the data's classes",
-            "Add distill.teachers, or distil with `edgestill distill --teacher FILE --set class_map=...`",
+            "distill.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
+            "Set teacher.finetune: never to use it as it is, or leave the map out",
         )
+    if names != own and changes is None:
+        raise UsageError(class_conflict(who, names, "the data", own), map_to_write(names, own))
+    if names != own and changes is not None:
+        map_classes(who, names, own, changes)
+        if not recipe.distill.teachers:
+            require_known(changes, [names])
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

@@ -114,7 +114,7 @@ def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tm
         ({"distill": {"strategy": "joint", "losses": {}}}, "strategy joint has no loss"),
         ({"distill": {"losses": {"sof": "auto"}}}, "loss 'sof' is not known"),
         ({"distill": {"imgsz": 65}}, "65"),
-        ({"distill": {"class_map": {"car": "red"}}}, "class_map is for further teachers"),
+        ({"distill": {"class_map": {"car": "red"}}}, "class_map has nothing to map"),
         ({"student": {"weights": "none.pt"}}, "none.pt cannot be read"),
     ],
 )
