@@ -20,7 +20,7 @@ from compress.pipeline import stage
 from compress.store import Outcome, execute
 from compress.study import GRACE_S, JOB, RESULT, STOPPED
 from compress.study.figures import Run
-from compress.study.judge import accuracy_of, judges_of, measured_once
+from compress.study.judge import accuracy_of, judges_of, measured_by, measured_once
 from compress.training.resume import LAST
 from runtime.child_process import end_when_closed
 from runtime.errors import EdgestillError
@@ -33,7 +33,7 @@ def main(folder: Path, study: Path) -> None:
     with _alone_in(folder):
         trained = execute(stage("distill").task(recipe, study), folder, log=lambda line: print(line, flush=True))
         judges = judges_of(recipe, study)
-        of = {"training": trained.fingerprint, "judges": judges.sha256}
+        of = measured_by(trained.fingerprint, judges)
         measured_once(folder / RESULT, of, lambda: measured(job, recipe, trained, judges)._asdict())
 
 

@@ -16,7 +16,9 @@ from compress import study
 from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
+from compress.pipeline import stage
 from compress.recipe import load_recipe, recipe_text
+from compress.store import fingerprint
 from compress.study import (
     _in_processes,
     _run_apart,
@@ -25,10 +27,14 @@ from compress.study import (
     check_arm,
     chosen_arms,
     count_in_folder,
+    kept_runs,
     run_study,
     shared_by,
 )
-from runtime.errors import EdgestillError, UsageError
+from compress.study.figures import Run
+from compress.study.judge import measured_by
+from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.files import write_json
 
 ARMS = {
     "scratch": {"student": {"init": "scratch"}, "distill": {"losses": {}}},
@@ -137,6 +143,33 @@ def test_judging_images_among_the_unlabelled_ones_are_counted(tiny_data: Dataset
     assert count_in_folder(val, tiny_data.root / "images/train") == 0
     assert count_in_folder(val, tiny_data.root / "images") == len(val.samples)
     assert count_in_folder(val, tiny_data.path) == 0
+
+
+def test_without_a_label_in_the_split_that_judges_nothing_is_trained(three_splits: Path, tmp_path: Path) -> None:
+    shutil.rmtree(three_splits.parent / "labels/val")
+    with pytest.raises(InputError, match=r"test: no image has a label.*, or set study\.split"):
+        run_study(recipe(three_splits), tmp_path / "out")
+    assert not (tmp_path / "out/teacher").exists()
+
+
+def test_an_arm_that_is_not_named_keeps_what_it_reached_if_it_would_be_trained_alike(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    made, run = recipe(tiny_data.path), Run("soft", 1, 0.5, 0.7, 0.1)
+    for stage_name in ("data", "teacher"):
+        (tmp_path / stage_name).mkdir()
+        (tmp_path / stage_name / "file").write_text(stage_name)
+    training = fingerprint(stage("distill").task(arm_recipe(made, "soft", 1), tmp_path))
+    file = tmp_path / "runs/soft-1/result.json"
+    write_json(file, {"of": measured_by(training, tiny_data), "found": run._asdict()})
+    assert kept_runs(made, ["scratch", "soft"], tmp_path, tiny_data) == [run]
+    assert kept_runs(made, ["scratch"], tmp_path, tiny_data) == []
+    longer = {**made.distill.model_dump(exclude_unset=True), "epochs": 2}
+    assert kept_runs(recipe(tiny_data.path, distill=longer), ["soft"], tmp_path, tiny_data) == []
+    other = recipe(tiny_data.path, study={"arms": {"soft": {"distill": {"epoch": 1}}}, "seeds": 2})
+    assert kept_runs(other, ["soft"], tmp_path, tiny_data) == []
+    (tmp_path / "teacher/file").write_text("another")
+    assert kept_runs(made, ["soft"], tmp_path, tiny_data) == []
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
