@@ -21,10 +21,6 @@ from compress.kernels.device import Facts, Launch
 from compress.kernels.toolchain import Source
 from runtime.errors import EdgestillError, UnavailableError, one_line
 
-STATIC_SHARED_BYTES = 48 << 10
-"""Dynamic shared memory that a kernel may have without setting an attribute."""
-PORTABLE_CLUSTER = 8
-"""Blocks of a cluster that every GPU with clusters can run together."""
 SLAB_TICKETS = 1 << 16
 """Tickets that captured graphs share out among them before new ones are made: 256 KiB, enough for a hundred calls."""
 
@@ -135,15 +131,11 @@ class Gpu:
             handle = self._call("cuLibraryGetKernel", self._library(launch.source), launch.kernel.encode())
             self._kernels[key] = self._call("cuKernelGetFunction", handle)
         function = self._kernels[key]
-        attributes = self._driver.CUfunction_attribute
+        most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         with self._raising:  # and never lowered, or what another thread or a captured graph launches would be refused
-            if launch.shared > self._shared.get(key, STATIC_SHARED_BYTES):
-                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            if launch.shared > self._shared.get(key, 0):  # unasked it is 48 KB less what the kernel has beside it
                 self._call("cuFuncSetAttribute", function, most, launch.shared)
                 self._shared[key] = launch.shared
-        if launch.cluster > PORTABLE_CLUSTER:
-            allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            self._call("cuFuncSetAttribute", function, allowed, 1)
         return function
 
     def _library(self, source: Source) -> Any:
