@@ -36,6 +36,7 @@ class Gpu:
         device = self._call("cuDeviceGet", index)
         self._context = int(self._call("cuDevicePrimaryCtxRetain", device))
         self.facts = self._facts(device)
+        self._architecture = toolchain.architecture_for(self.facts.capability)
         self._kernels: dict[tuple[Source, str], Any] = {}
         self._libraries: dict[Source, Any] = {}
         self._shared: dict[tuple[Source, str], int] = {}
@@ -56,10 +57,6 @@ class Gpu:
             ask("L2_CACHE_SIZE"),
             ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         )
-
-    @property
-    def architecture(self) -> str:
-        return "sm_{}{}".format(*self.facts.capability)
 
     def launch(self, launch: Launch) -> None:
         """See `Device.launch`."""
@@ -140,7 +137,7 @@ class Gpu:
 
     def _library(self, source: Source) -> Any:
         if source not in self._libraries:
-            code = toolchain.cubin(source, self.architecture)
+            code = toolchain.code_for(source, self._architecture)
             self._libraries[source] = self._call("cuLibraryLoadData", code, [], [], 0, [], [], 0)
         return self._libraries[source]
 

@@ -93,7 +93,8 @@ class Args(ctypes.Structure):
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(module, "load_driver", lambda: driver)
-    monkeypatch.setattr(module.toolchain, "cubin", lambda source, target: f"{source.folder} {target}".encode())
+    monkeypatch.setattr(module.toolchain, "architecture_for", "sm_{0[0]}{0[1]}".format)
+    monkeypatch.setattr(module.toolchain, "code_for", lambda source, target: f"{source.folder} {target}".encode())
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -291,7 +292,8 @@ class Noting(gpu.Gpu):
     def _zeros(self, count):
         return torch.zeros(count, dtype=torch.int32)
 
-gpu.toolchain.cubin = lambda source, architecture: b"machine code"
+gpu.toolchain.architecture_for = lambda capability: "sm_90"
+gpu.toolchain.code_for = lambda source, architecture: b"machine code"
 torch.cuda.init = lambda: None
 torch.cuda.current_stream = lambda index: SimpleNamespace(cuda_stream=5, synchronize=lambda: None)
 torch.cuda.is_current_stream_capturing = lambda: False
