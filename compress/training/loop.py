@@ -301,11 +301,14 @@ class Trainer:
         return tuple(fading_factor(self.state.epoch, self.config.epochs, loss.until) for _, loss in self._losses())
 
     def _upstream(self) -> Tensor | None:
-        """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
-        scaler, where gradients have float32's range and need no such care.
+        """The gradient that a batch's loss will get: the processes, times the gradient scaler's factor if there is one.
+        None on a CPU without a scaler, where no loss computes gradients ahead.
         """
         scaler = self.accelerator.scaler
-        return scaler.scale(torch.ones((), device=self.device)) * self.processes if scaler else None
+        if scaler is None and self.device.type == "cpu":
+            return None
+        ones = torch.ones((), device=self.device)
+        return (scaler.scale(ones) if scaler else ones) * self.processes
 
     def backward(self, total: Tensor) -> None:
         """Add the loss's gradients to the pending ones.

@@ -169,6 +169,13 @@ def test_bfloat16_computes_in_it_and_keeps_weights_and_gradients_in_float32(tmp_
     assert not made.skips
 
 
+def test_losses_on_a_gpu_learn_what_gradient_they_will_get_without_a_scaler_too(tmp_path: Path) -> None:
+    made = trainer(config(), tmp_path)
+    assert made._upstream() is None
+    made.device = torch.device("meta")  # any that is no CPU
+    assert made._upstream().dtype == torch.float32
+
+
 def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="precision float16 is none in which this CPU computes"):
         trainer(config(precision="float16"), tmp_path)
