@@ -559,6 +559,7 @@ class TeacherConfig(TrainConfig):
     scale: ScaleName = "n"
     """Architecture when there is no checkpoint to start from."""
     finetune: Literal["auto", "always", "never"] = "auto"
+    """auto: where its classes are not the data's. never: `distill.class_map` may then say what its classes are."""
 
 
 class StudentConfig(Settings):

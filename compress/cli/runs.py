@@ -54,12 +54,17 @@ def run(file: Path, until: str | None, force: tuple[str, ...], out: Path | None,
 @imgsz(expose_value=True)
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int, overwrite: bool) -> None:
-    """Write a commented recipe; change it and give it to `edgestill run`."""
+    """Write a commented recipe; change it and give it to `edgestill run`.
+
+    Its epochs suit the number of training images.
+    """
+    from compress.data import load_data
     from compress.recipe import load_recipe, recipe_text
     from runtime.files import atomic_write
 
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists", "Choose another name or add --overwrite")
+    splits = load_data(data).splits if data.is_file() else {}
     text = recipe_text(
         file=file.name,
         name=file.stem,
@@ -67,6 +72,8 @@ def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int,
         weights=None if weights is None else _relative(weights, file.parent),
         student=student,
         imgsz=imgsz,
+        images=len(splits["train"]) if splits else None,
+        split="val" if splits and "test" not in splits else "test",
     )
     with atomic_write(file) as temporary:
         temporary.write_text(text)

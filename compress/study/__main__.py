@@ -1,6 +1,7 @@
 """One run of a study, in a process of its own: train, or find it done, then measure.
 
-`python -m compress.study RUN STUDY`: the run's folder with its job.json, and the study's folder with data and teacher.
+`python -m compress.study RUN STUDY PIPE`: the run's folder with its job.json, the study's folder with data and teacher,
+and the descriptor of a pipe that the study keeps open as long as it wants the run.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from compress.config import Recipe
 from compress.data import Dataset
 from compress.pipeline import stage
 from compress.store import Outcome, execute
-from compress.study import JOB, RESULT
+from compress.study import GRACE_S, JOB, RESULT, STOPPED
 from compress.study.figures import Run
 from compress.study.judge import accuracy_of, judges_of, measured_once
 from compress.training.resume import LAST
+from runtime.child_process import end_when_closed
 from runtime.errors import EdgestillError
 from runtime.files import read_json
 
@@ -52,7 +54,8 @@ def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: D
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what it started is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # so that what it started is ended, too
+    end_when_closed(int(sys.argv[3]), GRACE_S)
     try:
         main(*map(Path, sys.argv[1:3]))
     except EdgestillError as error:

@@ -137,9 +137,9 @@ class Objective(nn.Module):
         student: Outputs,
         teacher: Outputs | None,
         targets: Tensor,
-        factors: Sequence[float],
-        upstream: Tensor | None,
-        measure: bool,
+        factors: Sequence[float] = (),
+        upstream: Tensor | None = None,
+        measure: bool = False,
         labelled: int | None = None,
     ) -> Loss:
         """The sum of all losses of the model; see `forward`."""
