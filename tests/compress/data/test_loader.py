@@ -160,7 +160,7 @@ def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, 
 
     first, one = numbers[f"rect_item0_bs{batch}"], batches[0]
     assert one.samples[0].image.name == first["file"]
-    assert [list(one.samples[0].size_hw), [[one.gains[0]] * 2, list(one.pads_wh[0])]] == first["shapes"]
+    assert [list(one.samples[0].size_hw), [list(one.gains_wh[0])[::-1], list(one.pads_wh[0])]] == first["shapes"]
     np.testing.assert_allclose(one.targets[one.targets[:, 0] == 0].numpy(), first["labels"], atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_validation_labels_can_be_mapped_to_the_original_boxes(samples: tuple[Sa
         for position, sample in enumerate(one.samples):
             cx, cy, w, h = (one.targets[one.targets[:, 0] == position, 2:].numpy() * [width, height, width, height]).T
             boxes = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1).astype(np.float32)
-            back = unletterbox(boxes, one.gains[position], one.pads_wh[position], sample.size_hw)
+            back = unletterbox(boxes, one.gains_wh[position][1], one.pads_wh[position], sample.size_hw)
             own_h, own_w = sample.size_hw
             expected = sample.labels[:, 3:5] * [own_w, own_h]
             np.testing.assert_allclose(back[:, 2:] - back[:, :2], expected, atol=0.02 * max(own_h, own_w))
