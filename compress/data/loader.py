@@ -58,29 +58,21 @@ class ValBatch(NamedTuple):
     pads_wh: tuple[tuple[float, float], ...]
 
 
-def train_batches(
-    dataset: TrainItems,
-    *,
-    batch: int,
-    epoch: int,
-    workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    augment_mosaic: bool = True,
-) -> Iterator[Batch]:
-    """The batches of one epoch, made by `workers` threads, or by the caller's own.
+def train_batches(dataset: TrainItems, tasks: Iterable[Task], workers: int = 0) -> Iterator[Batch]:
+    """The batches of `tasks` in their order, made by `workers` threads; with 0 by the thread that asks for them."""
+    yield from map_ahead(lambda task: train_batch(dataset, task), tasks, workers)
+
+
+def epoch_tasks(
+    dataset: TrainItems, epoch: int, *, batch: int, rank: int = 0, world: int = 1, mosaic: bool = True
+) -> list[Task]:
+    """The batches of one epoch, before they are made.
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
     global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
     images than there are ranks, some of its images are repeated, so that every rank has work. In a batch, images whose
     labels are not known come last.
     """
-    tasks = epoch_tasks(dataset, epoch, batch=batch, rank=rank, world=world, mosaic=augment_mosaic)
-    yield from map_ahead(lambda task: train_batch(dataset, task), tasks, workers)
-
-
-def epoch_tasks(dataset: TrainItems, epoch: int, *, batch: int, rank: int, world: int, mosaic: bool) -> list[Task]:
-    """The batches of an epoch as `train_batches` yields them, before they are made."""
     return [
         Task(epoch, *_labelled_first(indices, dataset.labelled), mosaic)
         for indices in rank_slices(dataset.order(epoch), batch=batch, rank=rank, world=world)
