@@ -238,8 +238,14 @@ class Origin:
             if flavour.scheme
             else flavour.make(self.source)
         )
-        provenance = {**self.card.provenance, "opset": opset_of(made)}
-        write_card(made, replace(self.card, precision=flavour.name, provenance=provenance))
+        card = replace(
+            self.card,
+            precision=flavour.name,
+            backend=flavour.backend,
+            devices=flavour.devices,
+            provenance={**self.card.provenance, "opset": opset_of(made)},
+        )
+        write_card(made, card)
         return write_model(made, path)
 
 

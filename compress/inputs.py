@@ -17,7 +17,7 @@ from compress.graph.candidates import Validation
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
-from runtime.errors import InputError
+from runtime.errors import InputError, UnavailableError
 from runtime.files import read_json
 from runtime.identity import IN_A_FOLDER, ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
@@ -69,12 +69,25 @@ def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
     On a CPU a flavour is measured by its `own_plan`, unless the plan names a backend. Raises the errors of
     `Detector.load`.
     """
-    with plan.detector(path, spin=False) as detector:
-        flavour, is_cpu = FLAVOURS.get(detector.card.precision), device_name(detector.providers) == CPU
-    if flavour is None or not is_cpu:
+    flavour = _flavour_on_cpu(plan, path)
+    if flavour is None:
         return replace(plan, as_written=False), ""
     chosen = own_plan(plan, flavour) if plan.backend == "auto" else replace(plan, as_written=False)
     return chosen, "" if chosen.backend == flavour.backend and not chosen.as_written else flavour.note
+
+
+def _flavour_on_cpu(plan: Plan, path: Path) -> Flavour | None:
+    """The flavour that a CPU would compute, also because the library or the GPU that it is made for is not here."""
+    try:
+        with plan.detector(path, spin=False) as detector:
+            is_cpu = device_name(detector.providers) == CPU
+            return FLAVOURS.get(detector.card.precision) if is_cpu else None
+    except UnavailableError:
+        card = None if path.is_dir() else card_inside(path)
+        flavour = FLAVOURS.get(card.precision) if card else None
+        if flavour is None or (plan.device, plan.backend) != ("auto", "auto"):
+            raise
+        return flavour
 
 
 class MeasuredFile(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.rows import Row, is_timed_here, p50
 from compress.config import NoSettings
-from compress.flavours import FLAVOURS, REFERENCE
+from compress.flavours import REFERENCE
 from compress.inputs import kept_files, read_json
 from compress.log import Log
 from compress.stages import Figures, Stage
@@ -89,10 +89,9 @@ def _readme(card: ModelCard, best: Artifact, cpu: str) -> str:
 def _copied(precision: str, source: Path, out: Path) -> Artifact:
     target, card = out / source.name, card_of(source)
     shutil.copyfile(source, target)
-    backend = FLAVOURS[precision].backend if precision in FLAVOURS else ""
     return Artifact(
-        target.name, sha256(target), target.stat().st_size, precision, backend or "onnx",
-        identity=card.identity, batches=card.batches,
+        target.name, sha256(target), target.stat().st_size, precision, card.backend or "onnx",
+        identity=card.identity, batches=card.batches, devices=card.devices,
     )  # fmt: skip
 
 
@@ -111,5 +110,5 @@ STAGE = Stage(
     inputs=lambda _, folders: folders,
     run=run,
     after=("export", "quantize", "qad", "build", "bench", "report"),
-    version=2,
+    version=3,
 )

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench import Plan
+from compress.flavours import FLAVOURS
 from compress.inputs import kept_files, measured_files, refuse_another_model, suited
 from runtime import backends
 from runtime.bundle import folder_card
 from runtime.card import CARD_FILE, Batches
-from runtime.errors import InputError
+from runtime.errors import InputError, UnavailableError
 from runtime.files import write_json
 from runtime.identity import OccupiedError
 from tests.runtime.toys import canvas_model, card
@@ -102,6 +103,21 @@ def test_the_card_and_the_device_decide_what_runs_a_file_and_what_is_computed_as
     monkeypatch.setattr("compress.inputs.device_name", lambda providers: "a GPU")
     on_gpu = Plan([], device=device, backend="onnx", as_written=True)
     assert suited(on_gpu, model) == (Plan([], device=device, backend="onnx"), "")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-trt", "int8-openvino"])
+def test_a_flavour_whose_library_or_gpu_is_not_here_is_computed_as_it_is_written(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, no_openvino: None
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "openvino" else object())
+    row = FLAVOURS[precision]
+    model = canvas_model(
+        tmp_path / "model.onnx", card(precision=precision, backend=row.backend, devices=row.devices)
+    )  # fmt: skip
+    plan, note = suited(Plan([]), model)
+    assert (plan.backend, plan.as_written, note) == ("onnx", True, row.note)
+    with pytest.raises(UnavailableError):
+        suited(Plan([], device="tensorrt"), model)
 
 
 @pytest.mark.parametrize(("precision", "has_note"), [("fp32", False), ("int8-ort", False), ("int8-openvino", True)])

@@ -126,6 +126,18 @@ def flavours(model: Path, images: list[Path], tmp_path_factory: pytest.TempPathF
     return run(CONFIG, model, images, out, {"int8-trt": 0.47, "fp16": 0.485})
 
 
+def test_each_file_says_what_it_is_made_for_and_is_the_same_model_all_the_same(flavours):
+    cards = {name: read_card(onnx.load(judged.path), name) for name, judged in flavours[0].items()}
+    assert {name: (card.backend, card.devices) for name, card in cards.items()} == {
+        "fp32": ("", ()),
+        "fp16": ("", ("cuda", "tensorrt")),
+        "int8-trt": ("", ("tensorrt",)),
+        "int8-openvino": ("openvino", ("cpu",)),
+        "int8-ort": ("onnx", ("cpu",)),
+    }
+    assert {card.identity for card in cards.values()} == {cards["fp32"].identity}
+
+
 def test_the_gate_is_the_measured_drop(flavours):
     found, lines = flavours
     assert {name: flavour.kept for name, flavour in found.items()} == {
@@ -435,7 +447,7 @@ def test_rectangular_batches_are_calibrated_and_checked(images, tmp_path, batch)
     assert {judged.name for judged in found.values() if judged.kept} == {"fp32", *CONFIG.flavours}
     frames = [read_image(path) for path in images[:4]]
     for judged in found.values():
-        with Detector.load(judged.path) as detector:
+        with Detector.load(judged.path, device="cpu") as detector:
             assert detector.card.batches == batches
             assert judged.name == "fp32" or detector.card.provenance["opset"] == opset_of(onnx.load(judged.path))
             assert [one.to_list() for one in detector(frames)] == [detector(frame).to_list() for frame in frames]
