@@ -102,18 +102,23 @@ class MeasuredFile(NamedTuple):
     kept: bool | None = None
     reason: str = ""
     loss: Mapping[str, float | None] | None = None
-    """The gate's figures: drop, standard_error, image_error, draws."""
+    """The gate's figures: drop, standard_error, image_error, draws, and latency_ratio where it was timed."""
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
     """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
     flavours = [
-        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], entry["loss"])
+        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], _figures(entry))
         for entry, file in _made_flavours(folders)
         if entry["name"] != REFERENCE
     ]
     student = MeasuredFile(folders["export"] / SHIPPED, "student", REFERENCE)
     return [MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE), student, *flavours]
+
+
+def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    latency = entry["latency"]
+    return {**(entry["loss"] or {}), **({"latency_ratio": latency["ratio"]} if latency else {})}
 
 
 def refuse_another_model(out: Path, card: ModelCard, writes: Collection[str]) -> None:
@@ -152,6 +157,11 @@ def calibrated_entries(folders: Folders) -> dict[str, dict[str, Any]]:
 def trained_entries(folders: Folders) -> dict[str, dict[str, Any]]:
     """The entries of quantisation-aware distillation by the name of the flavour."""
     return {entry["name"]: entry for entry in read_json(folders["qad"] / QAD)}
+
+
+def tried_steps(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps of a flavour's entry whose loss was measured, the file itself last; of others only the time was."""
+    return [step for step in entry["steps"] if step["drop"] is not None]
 
 
 def flavour_entries(folders: Folders) -> list[tuple[dict[str, Any], Path]]:

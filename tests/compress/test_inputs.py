@@ -16,6 +16,8 @@ from runtime.files import write_json
 from runtime.identity import OccupiedError
 from tests.runtime.toys import canvas_model, card
 
+UNMEASURED = {"loss": None, "latency": None}
+
 
 def write_files(folders: dict[str, Path], **changes: object) -> None:
     """FP32 and two flavours; `changes` are those of the last one's card."""
@@ -29,12 +31,12 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
     folders["quantize"].mkdir()
     write_json(folders["qad"] / "qad.json", [])
     entries = [
-        {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference", "loss": None},
-        {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made", "loss": None},
-        {"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": False, "reason": "loses 0.5", "loss": None},
-        {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0", "loss": None},
+        {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference"},
+        {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made"},
+        {"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": False, "reason": "loses 0.5"},
+        {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0"},
     ]
-    (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
+    (folders["quantize"] / "quantize.json").write_text(json.dumps([UNMEASURED | entry for entry in entries]))
     write_files(folders)
     files = {(file.role, file.precision): file.path.name for file in measured_files(folders)}
     assert files == {
@@ -51,7 +53,7 @@ def test_a_trained_file_is_measured_and_shipped_in_place_of_the_calibrated_one(t
     folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
     names = {"fp32": "model.onnx", "int8-ort": "model.int8-ort.onnx", "int8-trt": "model.int8-trt.onnx"}
     entries = [
-        {"name": name, "file": file, "kept": name != "int8-trt", "reason": "", "loss": None}
+        {**UNMEASURED, "name": name, "file": file, "kept": name != "int8-trt", "reason": ""}
         for name, file in names.items()
     ]
     write_json(folders["quantize"] / "quantize.json", entries)
@@ -61,6 +63,23 @@ def test_a_trained_file_is_measured_and_shipped_in_place_of_the_calibrated_one(t
     expected = folders["qad" if replaces else "quantize"] / "model.int8-trt.onnx"
     assert [file.path for file in measured_files(folders)][-1] == expected
     assert kept_files(folders).get("int8-trt") == (expected if replaces else None)
+
+
+def test_a_measured_file_brings_what_its_gate_measured(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
+    loss = {"drop": 0.01, "standard_error": 0.001, "image_error": None, "draws": 4}
+    latency = {"ratio": 0.6, "low": 0.59, "high": 0.61, "rounds": 20}
+    entries = [
+        {**UNMEASURED, "name": "fp32", "file": "model.onnx", "kept": True, "reason": ""},
+        {
+            **{"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": True, "reason": ""},
+            **{"loss": loss, "latency": latency},
+        },
+    ]
+    write_json(folders["quantize"] / "quantize.json", entries)
+    write_json(folders["qad"] / "qad.json", [])
+    write_files(folders)
+    assert measured_files(folders)[-1].loss == {**loss, "latency_ratio": 0.6}
 
 
 @pytest.mark.parametrize("changes", [{"weights": "6" * 64}, {"max_det": 100}, {"weights": ""}])
