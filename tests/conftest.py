@@ -78,3 +78,13 @@ def reference(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def weights(shared: Path) -> Path:
     return shared / "yolov5" / "weights" / "yolov5n.pt"
+
+
+@pytest.fixture
+def no_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO cannot be imported, as where it is not installed."""
+    from runtime import backends
+
+    monkeypatch.delitem(sys.modules, "runtime.backends.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delattr(backends, "openvino", raising=False)
