@@ -473,8 +473,9 @@ class QuantizeConfig(Settings):
 
     flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
     calibration_images: Count = 128
-    method: Literal["minmax", "mse"] = "minmax"
-    """Ranges of activations: all values, or those of the smallest mean squared error."""
+    method: Literal["auto", "minmax", "mse"] = "auto"
+    """Ranges of activations: all values, or those of the smallest mean squared error; auto tries the second where the
+    first loses more than `max_map_drop`, before more layers stay in float."""
     weight_bits: Literal[7, 8] = 8
     """7 is for x86 CPUs without VNNI, where fast kernels cut sums of 8-bit products off. With 8 the runtime takes
     slower, exact kernels of ONNX Runtime there; OpenVINO has none."""
@@ -495,8 +496,8 @@ class QadConfig(DistillConfig):
     """
 
     when: Literal["needed", "always", "never"] = "needed"
-    """needed: for the INT8 flavours that lose more than `quantize.max_map_drop` by calibration with as few layers in
-    float as `quantize.float_layers` lets them have first."""
+    """needed: for the INT8 flavours of which calibration makes no file that passes the gate, by any method and number
+    of layers in float that `quantize` lets them have, because it loses more than `quantize.max_map_drop`."""
     with_teacher: bool = False
     """The run's teacher teaches too: the losses see the mean of its logits and those of the float student."""
     preset: PresetName = "qad"

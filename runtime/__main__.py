@@ -74,27 +74,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(options: argparse.Namespace) -> None:
-    from runtime.bundle import card_of, folder_card, list_files
-    from runtime.engine import build_engine, fp16_layers, profile_of, resolve_backend
+    from runtime.bundle import card_of, folder_card
+    from runtime.engine import build_engine, list_plans, profile_of
     from runtime.layers import moved_bytes
 
     out = options.out or options.onnx.with_suffix(".plan")
-    card = folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
-    backend = resolve_backend(options.backend)
+    folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
     report = build_engine(
         options.onnx,
         out,
-        backend=backend,
+        backend=options.backend,
         targets=tuple(filter(None, options.targets.split(","))),
         workspace_mib=options.workspace,
         shapes=profile_of(card_of(options.onnx), options.batches),
         timing_cache=options.timing_cache,
         dla_core=options.dla_core,
-        fp16=fp16_layers(out.parent, card, backend),
     )
     for line in report.log:
         log(f"warning: {line}")
-    list_files(out.parent, options.onnx, [report.artifact(out.name, card_of(options.onnx))])
+    slower = list_plans(out.parent, options.onnx, [report.artifact(out.name, card_of(options.onnx))])
+    if out.name in slower:
+        raise EngineError(f"{options.onnx.name}: {slower[out.name]}", "Use the FP16 plan")
+    for file, reason in slower.items():
+        log(f"{file} is removed: {reason}")
     targets = ", ".join(report.targets)
     moved = f", moves {moved_bytes(report.layers) / 1e6:.1f} MB a call" if report.layers else ""
     print_line(

@@ -57,7 +57,8 @@ def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]
 
     Categories are matched by class name, images by the end of the path: `file_name` may be `0001.jpg` or
     `cam1/0001.jpg` for the sample `val/cam1/0001.jpg`; the longer one wins. Raises InputError when the file is not COCO
-    JSON, when a class or an image is not in it, or when one of its images fits several samples.
+    JSON, when a class or an image is not in it or has another size there, or when one of its images fits several
+    samples.
     """
     raw = read_coco(path)
     try:
@@ -89,4 +90,11 @@ def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]],
     found = next((by_file[parts[start:]] for start in range(len(parts)) if parts[start:] in by_file), None)
     if found is None:
         raise InputError(f"{path}: no image {sample.key}", "Give file_name as it ends the path of the image")
+    height, width = sample.size_hw
+    stated_hw = found.get("height", height), found.get("width", width)
+    if stated_hw != (height, width):
+        raise InputError(
+            f"{path}: {sample.key} has {stated_hw[1]}x{stated_hw[0]} pixels there, and {width}x{height} in the data",
+            "Give the annotations of these very images",
+        )
     return found

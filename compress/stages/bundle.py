@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.rows import Row, is_timed_here, p50
+from benchmarks.rows import Row, preference
 from compress.config import NoSettings
-from compress.flavours import FLAVOURS, REFERENCE
+from compress.flavours import REFERENCE
 from compress.inputs import kept_files, read_json
 from compress.log import Log
 from compress.stages import Figures, Stage
@@ -53,7 +53,7 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     plans = ModelCard.load(folders["build"]).artifacts
     reference = card_of(models[REFERENCE])
     bench = read_json(folders["bench"] / "bench.json")
-    onnx = [_copied(precision, models[precision], out) for precision in _by_latency(models, bench["models"])]
+    onnx = [_copied(precision, models[precision], out) for precision in _by_preference(models, bench["models"])]
     for plan in plans:
         for file in (folders["build"] / plan.file, layers_file(folders["build"] / plan.file)):
             if file.is_file():
@@ -89,20 +89,19 @@ def _readme(card: ModelCard, best: Artifact, cpu: str) -> str:
 def _copied(precision: str, source: Path, out: Path) -> Artifact:
     target, card = out / source.name, card_of(source)
     shutil.copyfile(source, target)
-    backend = FLAVOURS[precision].backend if precision in FLAVOURS else ""
     return Artifact(
-        target.name, sha256(target), target.stat().st_size, precision, backend or "onnx",
-        identity=card.identity, batches=card.batches,
+        target.name, sha256(target), target.stat().st_size, precision, card.backend or "onnx",
+        identity=card.identity, batches=card.batches, devices=card.devices,
     )  # fmt: skip
 
 
-def _by_latency(models: Mapping[str, Path], measured: Sequence[Row]) -> list[str]:
-    """Fastest first, as measured on the CPU of the benchmark; last the files that it did not time in their library."""
+def _by_preference(models: Mapping[str, Path], measured: Sequence[Row]) -> list[str]:
+    """As users of the benchmark's CPU should take them."""
     rows = {row["precision"]: row for row in measured if row["role"] == "student"}
     known = {row["sha256"] for row in rows.values()}
     if changed := [file for file in models.values() if sha256(file) not in known]:
         raise InputError(f"{changed[0]} is not the file that was measured", "Run again with --force bench")
-    return sorted(models, key=lambda precision: (not is_timed_here(rows[precision]), p50(rows[precision])))
+    return sorted(models, key=lambda precision: preference(rows[precision]))
 
 
 STAGE = Stage(
@@ -111,5 +110,5 @@ STAGE = Stage(
     inputs=lambda _, folders: folders,
     run=run,
     after=("export", "quantize", "qad", "build", "bench", "report"),
-    version=2,
+    version=3,
 )

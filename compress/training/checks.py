@@ -22,7 +22,7 @@ from compress.compute.resize import reduced
 from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.dataset import Sample
-from compress.data.loader import Batch, batch_count, train_batches
+from compress.data.loader import Batch, batch_count, epoch_tasks, train_batch
 from compress.data.train_dataset import TrainItems
 from compress.data.train_loader import worker_count
 from compress.evaluate import as_network_input, evaluate_outputs
@@ -64,7 +64,7 @@ def check_distillation(
     One small training batch passes through copies: no weight, statistic or gradient changes. Raises EdgestillError
     when a check fails, with the first that did.
     """
-    batch = next(train_batches(train, batch=min(config.batch, PROBE_IMAGES), epoch=0))
+    batch = train_batch(train, epoch_tasks(train, 0, batch=min(config.batch, PROBE_IMAGES))[0])
     probe = to_device(copy.deepcopy(objective), teacher.device)
     on_device = batch._replace(images=batch.images.to(teacher.device), targets=batch.targets.to(teacher.device))
     losses: Any = probe.losses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from compress.data.dataset import Dataset, Sample, SplitIndex
 from compress.data.dataset_yaml import load_data
 from compress.data.image_store import fits_in_memory
 from compress.data.index import require_labels
-from compress.data.loader import Batch, train_batches
+from compress.data.loader import Batch, epoch_tasks, train_batches
 from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
 from compress.evaluate import as_network_input
 from compress.log import Log
@@ -99,9 +98,10 @@ def require_statistics(arch: Architecture, config: TrainConfig, images: int) -> 
 
 def first_batches(train: TrainItems, config: TrainConfig, device: torch.device) -> list[Batch]:
     """The first batches of a training, at most FITTED_BATCHES, on the device; their images are float 0..1."""
-    batches = islice(train_batches(train, batch=config.batch, epoch=0), FITTED_BATCHES)
+    tasks = epoch_tasks(train, 0, batch=config.batch)[:FITTED_BATCHES]
     return [
-        one._replace(images=as_network_input(one.images, device), targets=one.targets.to(device)) for one in batches
+        one._replace(images=as_network_input(one.images, device), targets=one.targets.to(device))
+        for one in train_batches(train, tasks)
     ]
 
 
