@@ -31,6 +31,7 @@ from compress.study import (
     run_study,
     shared_by,
 )
+from compress.study.__main__ import share_frames
 from compress.study.figures import Run
 from compress.study.judge import measured_by
 from runtime.errors import EdgestillError, InputError, UsageError
@@ -219,6 +220,25 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
     for one, other in zip(results, others, strict=True):
         assert one["of"]["training"] == other["of"]["training"]
         assert one["of"]["judges"] != other["of"]["judges"]
+
+
+def test_runs_share_the_frames_of_a_video(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        for number, content in enumerate((b"first", b"second", b"first")):
+            file = run / f"unlabelled/digest/{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        (run / "unlabelled/digest/index.json").write_text("{}")
+    for run in (*runs, *runs):
+        share_frames(run, tmp_path / "frames")
+    frames = {file.read_bytes(): file.stat() for file in (tmp_path / "frames").iterdir()}
+    assert {content: found.st_nlink for content, found in frames.items()} == {b"first": 5, b"second": 3}
+    for run in runs:
+        files = sorted((run / "unlabelled/digest").iterdir())
+        assert [file.name for file in files] == ["0.jpg", "1.jpg", "2.jpg", "index.json"]
+        assert [file.read_bytes() for file in files[:3]] == [b"first", b"second", b"first"]
+        assert all(file.stat().st_ino == frames[file.read_bytes()].st_ino for file in files[:3])
 
 
 def test_a_process_is_stopped_when_its_time_is_up_even_if_it_does_not_listen(
