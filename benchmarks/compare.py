@@ -15,13 +15,14 @@ from benchmarks import charts, page, wording
 from benchmarks.render import markdown_table
 from benchmarks.report import Report
 from benchmarks.rows import COLUMNS, TITLED, Row, cells, is_kept
+from runtime.backends import BACKENDS
 from runtime.errors import UsageError
 
 COMPARED_SETTINGS = (
     *("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det"),
     *("interval_ms", "threads"),
 )
-COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
+COMPARED_PACKAGES = tuple(spec.library for spec in BACKENDS.values())
 """Packages whose version changes a latency: TensorRT 10 and 11, for example, choose different kernels."""
 
 
@@ -152,6 +153,10 @@ def parse_rule(text: str) -> Rule:
         raise UsageError(f"{text!r} is not a rule", "Write, for example, map50_95<0.30 or int8-ort.p50_ms>20")
     if found["metric"] not in known:
         raise UsageError(f"{text!r} names no known figure", f"Known are {', '.join(known)}")
+    if found["precision"] and found["metric"] in RATIOS:
+        raise UsageError(
+            f"{text!r}: {found['metric']} is that of the report's best file", f"Leave {found['precision']} out"
+        )
     return Rule(found["metric"], found["sign"], float(found["limit"]), found["precision"], text.strip())
 
 
@@ -162,20 +167,30 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def fail_on(rule: str | Rule, report: Report) -> list[str]:
-    """One sentence for each student file (kept by its gate) for which the rule holds; empty when all is well.
+def violations(rules: Sequence[Rule], reports: Sequence[Report]) -> list[str]:
+    """One sentence for each student file (kept by its gate) for which a rule holds; empty when all is well.
 
     A figure that was not measured is a violation too: a threshold that was not checked must not pass.
     """
-    asked = parse_rule(rule) if isinstance(rule, str) else rule
-    values = _values(asked, report.data)
-    if not values:
-        return [f"{asked.text}: no file of the report has {asked.metric}"]
-    holds = OPERATORS[asked.sign]
+    names = distinct([report.data["name"] for report in reports])
+    starts = [f"{name}: " if len(reports) > 1 else "" for name in names]
     return [
-        f"{asked.text}: {file} has {asked.metric} {'not measured' if value is None else f'{value:.5g}'}"
+        f"{start}{rule.text}: {found}"
+        for rule in rules
+        for start, report in zip(starts, reports, strict=True)
+        for found in _violations(rule, report.data)
+    ]
+
+
+def _violations(rule: Rule, data: Mapping[str, Any]) -> list[str]:
+    values = _values(rule, data)
+    if not values:
+        return ["the report has no best file" if rule.metric in RATIOS else f"no {rule.precision or 'student'} file"]
+    holds = OPERATORS[rule.sign]
+    return [
+        f"{file} has {rule.metric} {'not measured' if value is None else f'{value:.5g}'}"
         for file, value in values
-        if value is None or holds(value, asked.limit)
+        if value is None or holds(value, rule.limit)
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -80,7 +81,7 @@ def content_digest(path: Path) -> str:
     if not path.is_dir():
         raise EdgestillError(f"{path}: expected an input that an earlier stage wrote", "Run without --until first")
     lines = [f"{file.relative_to(path)} {sha256(file)}" for file in _files(path)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> Outcome:

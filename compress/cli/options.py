@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -13,8 +12,19 @@ import click
 
 from compress.processes import is_first_process
 from runtime.errors import InputError
+from runtime.terminal import print_json
 
-FILE = click.Path(path_type=Path)
+
+class PathType(click.Path):
+    """A path. An empty one, as an unset variable of a shell leaves, would be the folder that the user is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("a path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = PathType(path_type=Path)
 GIVEN = "edgestill.settings"
 """Where a command's context keeps the settings that its options gave: dotted key of the recipe -> value."""
 
@@ -257,13 +267,9 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, default=str))
-
-
 def show(document: Any, text: object, as_json: bool) -> None:
     """Print a result as JSON or as text."""
     if as_json:
-        print_json(document)
+        print_json(document, indent=2)
     else:
         click.echo(text)

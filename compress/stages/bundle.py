@@ -22,7 +22,7 @@ from runtime.bundle import card_of, model_files, problems
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError
-from runtime.files import sha256
+from runtime.files import sha256, write_text
 from runtime.layers import layers_file
 
 README = """\
@@ -63,7 +63,7 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     card = replace(reference, artifacts=(*plans, *onnx), provenance=provenance)
     card.save(out / CARD_FILE)
     shutil.copyfile(folders["report"] / "report.html", out / "report.html")
-    (out / "README.txt").write_text(_readme(card, onnx[0], cpu))
+    write_text(out / "README.txt", _readme(card, onnx[0], cpu))
     if wrong := [problem for file in model_files(out) for problem in problems(file)]:
         raise EngineError(wrong[0])
     with Detector.load(out, device="cpu") as detector:
