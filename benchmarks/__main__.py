@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.accuracy import read_coco
+from benchmarks.accuracy import read_ground_truth
 from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images
 from benchmarks.compare import parse_rule, violations
 from benchmarks.environment import environment
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     rules = [parse_rule(text) for text in options.fail_on]  # a typo is reported before the minutes of measuring
     require_packages()
-    truth = read_coco(options.annotations) if options.annotations else None
+    truth = read_ground_truth(options.annotations) if options.annotations else None
     plan = Plan(
         images=numbered_images(options.images, truth, options.max_images),
         ground_truth=truth,

@@ -113,7 +113,8 @@ def to_html(found: Comparison) -> str:
     ]
     tables = [group | {"cells": list(map(cells, group["rows"]))} for group in groups]
     template = page.environment().get_template("compare.html")
-    return template.render(columns=TITLED, groups=tables, warnings=found.warnings, pareto=charts.pareto(points))
+    chart = charts.pareto(points, wording.short_span([row for _, row in found.rows]))
+    return template.render(columns=TITLED, groups=tables, warnings=found.warnings, pareto=chart)
 
 
 def letters(index: int) -> str:

@@ -155,19 +155,19 @@ IMGSZ_OPTIONS = ("--imgsz", "--img", "--img-size")
 
 
 class SizedCommand(click.Command):
-    """A command whose `--imgsz` takes one number or two, as YOLOv5's does: `--imgsz 384 640`."""
+    """A command whose `--imgsz` takes one number or two, as YOLOv5's does: `--imgsz 384 640`; so does `--frame`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, joined_sides(args))
 
 
 def joined_sides(args: Sequence[str]) -> list[str]:
-    """The arguments with the two numbers behind `--imgsz` as one, "384x640"."""
+    """The arguments with the two numbers behind such an option as one, "384x640"."""
     joined: list[str] = []
     for arg in args:
         option, equals, value = joined[-1].partition("=") if joined else ("", "", "")
         option, value = (option, value) if equals else (joined[-2] if len(joined) > 1 else "", option)
-        if option in IMGSZ_OPTIONS and value.isdecimal() and arg.isdecimal():
+        if option in (*IMGSZ_OPTIONS, "--frame") and value.isdecimal() and arg.isdecimal():
             joined[-1] += f"x{arg}"
         else:
             joined.append(arg)

@@ -313,7 +313,12 @@ def _print_best(out: Path) -> None:
 @as_json
 def val(as_json: bool, **options: Any) -> None:
     """Measure mAP by YOLOv5's protocol and by COCO's."""
-    from compress.validate_file import validate_file
+    from compress.validate_file import OF_CHECKPOINTS, is_checkpoint, validate_file
 
+    weights = options["weights"]
+    given = [key for key in OF_CHECKPOINTS if is_given(click.get_current_context(), key)]
+    if given and not is_checkpoint(weights):
+        option = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{option} has no effect on {weights.name}, which runs as on the device", "Leave it out")
     result = validate_file(**options)
     show(result.to_json(), result.to_text(), as_json)
