@@ -22,8 +22,6 @@ COMPARED_SETTINGS = (
     *("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det"),
     *("interval_ms", "threads"),
 )
-COMPARED_PACKAGES = tuple(spec.library for spec in BACKENDS.values())
-"""Packages whose version changes a latency: TensorRT 10 and 11, for example, choose different kernels."""
 
 
 class Comparison(NamedTuple):
@@ -69,11 +67,15 @@ def _as_written(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> l
 
 
 def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The facts that must be equal before figures may be compared, each with every value that the report has for it."""
-    packages = data["machine"].get("packages", {})
+    """The facts that must be equal before figures may be compared, each with every value that the report has for it.
+
+    The versions of the libraries that ran its files are among them: TensorRT 10 and 11, for example, choose different
+    kernels.
+    """
+    packages, used = data["machine"].get("packages", {}), {row["backend"] for row in data["models"]}
     return {
         **{key: list(dict.fromkeys(row["settings"][key] for row in data["models"])) for key in COMPARED_SETTINGS},
-        **{key: [packages.get(key)] for key in COMPARED_PACKAGES},
+        **{spec.library: [packages.get(spec.library)] if name in used else [] for name, spec in BACKENDS.items()},
         "machine": [wording.machine_name(data["machine"])],
         "data": [(data["dataset"] or {}).get("sha256")],
     }
@@ -82,7 +84,7 @@ def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _difference(what: str, names: Sequence[str], values: Sequence[list[Any]]) -> str:
     if len({value for own in values for value in own}) <= 1:
         return ""
-    each = (f"{' and '.join(map(_short, own))} in {name}" for name, own in zip(names, values, strict=True))
+    each = (f"{' and '.join(map(_short, own))} in {name}" for name, own in zip(names, values, strict=True) if own)
     return f"{what} differs, so the figures are not directly comparable: {', '.join(each)}"
 
 

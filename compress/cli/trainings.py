@@ -308,7 +308,7 @@ def _print_best(out: Path) -> None:
 @click.option("--single-label", is_flag=True, help="One class a box, as the shipped graph has it.")
 @click.option("--annotations", type=FILE, help="COCO JSON for the COCO figures, in place of the text labels.")
 @click.option("--half", is_flag=True, help="float16 network; GPU only.")
-@device
+@click.option("--device", default="auto", help="auto, cpu, or a GPU number; of other files auto, cpu, cuda, tensorrt.")
 @backend
 @as_json
 def val(as_json: bool, **options: Any) -> None:

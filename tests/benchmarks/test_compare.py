@@ -45,6 +45,20 @@ def test_a_difference_that_matters_is_a_warning_and_rows_stay_apart(
     assert len(found.rows) == 2 * len(sample.data["models"])
 
 
+@pytest.mark.parametrize(("backend", "library"), [("onnx", "onnxruntime"), ("openvino",) * 2, ("tensorrt",) * 2])
+def test_another_version_of_a_library_that_ran_files_is_a_warning(sample: Report, backend: str, library: str) -> None:
+    other = changed(sample, machine={"packages": sample.data["machine"]["packages"] | {library: "0.1"}})
+    told = [sentence.split()[0] for sentence in compare([sample, other]).warnings]
+    assert told == ([library] if backend == "onnx" else [])
+    both = [
+        Report({**report.data, "models": [row | {"backend": backend} for row in report.data["models"]]})
+        for report in (sample, other)
+    ]
+    (warning,) = compare(both).warnings
+    assert warning.startswith(f"{library} differs")
+    assert "0.1 in" in warning
+
+
 @pytest.mark.parametrize("settings", [{"conf": 0.5}, {"iou": 0.7}, {"max_det": 100}, {"imgsz": 640}])
 def test_a_setting_that_differs_is_a_warning_and_rows_stay_apart(sample: Report, settings: dict[str, Any]) -> None:
     found = compare([sample, with_settings(sample, **settings)])
@@ -67,14 +81,6 @@ def test_a_setting_that_differs_within_a_report_is_a_warning_with_all_its_values
     (warning,) = compare([sample, mixed]).warnings
     assert "0.45 and 0.6 in mixed" in warning
     assert len(compare([mixed, mixed]).warnings) == 1
-
-
-def test_reports_of_two_tensorrt_versions_are_not_compared_in_silence(sample: Report) -> None:
-    packages = sample.data["machine"]["packages"]
-    old, new = (changed(sample, machine={"packages": packages | {"tensorrt": v}}) for v in ("10.4.0", "11.1.0"))
-    (warning,) = compare([old, new]).warnings
-    assert "10.4.0" in warning
-    assert "11.1.0" in warning
 
 
 def test_warnings_are_in_every_rendering(sample: Report) -> None:
