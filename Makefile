@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a fresh machine with Python 3.10-3.13 runs `make demo` or `make test` as it is.
 
-PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && exit; done; command -v python3)
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do python$$v -V >/dev/null 2>&1 && command -v python$$v && exit; done; command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := python

@@ -264,5 +264,7 @@ def _reason(epochs: int, images: int | None) -> str:
 
 
 def _quote(text: str) -> str:
-    """`text` as a YAML scalar, quoted only if it must be."""
-    return yaml.safe_dump(text, width=10_000, default_flow_style=True).splitlines()[0].removesuffix("...").strip()
+    """`text` as a YAML scalar on one line, quoted only if it must be."""
+    style = None if text.isprintable() else '"'  # the one with escapes
+    dumped = yaml.safe_dump(text, width=10_000, default_flow_style=True, default_style=style)
+    return dumped.splitlines()[0].removesuffix("...").strip()

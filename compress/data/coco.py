@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import category_ids, read_coco
+from benchmarks.accuracy import category_ids, read_ground_truth
 from compress.data.dataset import Sample
 from runtime.errors import InputError
 
@@ -60,29 +60,24 @@ def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]
     JSON, when a class or an image is not in it or has another size there, or when one of its images fits several
     samples.
     """
-    raw = read_coco(path)
-    try:
-        by_file = {PurePosixPath(image["file_name"].replace("\\", "/")).parts: image for image in raw["images"]}
-        images = [_image_of(sample, by_file, path) for sample in samples]
-        class_ids = {key: index for index, key in enumerate(category_ids(names, raw["categories"]))}
-        image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
-        counts = Counter(image["id"] for image in images)
-        repeated = next((image["file_name"] for image in images if counts[image["id"]] > 1), None)
-        if repeated is not None:
-            raise InputError(
-                f"{path}: {repeated} fits several images of the data", "Write more of the path into file_name"
-            )
-        return {
-            "images": [image | {"id": number} for number, image in enumerate(images, 1)],
-            "annotations": [
-                entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
-                for entry in raw["annotations"]
-                if entry["image_id"] in image_ids and entry["category_id"] in class_ids
-            ],
-            "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({error!r})", "Give COCO's instances JSON") from error
+    raw = read_ground_truth(path)
+    by_file = {PurePosixPath(image["file_name"].replace("\\", "/")).parts: image for image in raw["images"]}
+    images = [_image_of(sample, by_file, path) for sample in samples]
+    class_ids = {key: index for index, key in enumerate(category_ids(names, raw["categories"]))}
+    image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
+    counts = Counter(image["id"] for image in images)
+    repeated = next((image["file_name"] for image in images if counts[image["id"]] > 1), None)
+    if repeated is not None:
+        raise InputError(f"{path}: {repeated} fits several images of the data", "Write more of the path into file_name")
+    return {
+        "images": [image | {"id": number} for number, image in enumerate(images, 1)],
+        "annotations": [
+            entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
+            for entry in raw["annotations"]
+            if entry["image_id"] in image_ids and entry["category_id"] in class_ids
+        ],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+    }
 
 
 def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]], path: Path) -> dict[str, Any]:

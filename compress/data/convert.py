@@ -16,7 +16,7 @@ from xml.parsers import expat
 
 import numpy as np
 
-from benchmarks.accuracy import read_coco
+from benchmarks.accuracy import is_box, is_whole, read_coco
 from compress.data.dataset import Problem
 from compress.data.index import decoded_size_hw, image_problem
 from compress.data.labels import label_path
@@ -120,7 +120,7 @@ def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem
     A category that only groups others, such as an exporter's root, does not become a class, and is reported.
     """
     names = {entry.get("id"): entry.get("name") for entry in content["categories"]}
-    if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
+    if not names or not all(is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
     for key in _grouping_categories(content):
         problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
@@ -135,7 +135,7 @@ def _grouping_categories(content: Mapping[str, Any]) -> set[int]:
     categories = content["categories"]
     below = [(entry["id"], entry.get("supercategory")) for entry in categories]
     annotated = (annotation.get("category_id") for annotation in content["annotations"])
-    used = {category_id for category_id in annotated if _is_whole(category_id)}
+    used = {category_id for category_id in annotated if is_whole(category_id)}
     return {
         entry["id"]
         for entry in categories
@@ -145,9 +145,9 @@ def _grouping_categories(content: Mapping[str, Any]) -> set[int]:
 
 def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
     name, size_hw = image.get("file_name"), (image.get("height"), image.get("width"))
-    if not isinstance(name, str) or not _is_whole(image.get("id")):
+    if not isinstance(name, str) or not is_whole(image.get("id")):
         raise InputError(f"{path}: an image without whole-number id or file_name", "Expected COCO instances JSON")
-    return name, size_hw if all(_is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
+    return name, size_hw if all(is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
 
 
 def _coco_box(
@@ -155,25 +155,14 @@ def _coco_box(
 ) -> Box | str:
     """The box of an annotation, or what is wrong with it."""
     image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
-    if not _is_whole(image_id) or image_id not in by_id:
+    if not is_whole(image_id) or image_id not in by_id:
         return f"image_id {image_id!r:.40} is not among the images"
-    if category_id is None or not _is_whole(category_id) or category_id not in classes:
+    if category_id is None or not is_whole(category_id) or category_id not in classes:
         return f"category_id {category_id!r:.40} is not among the categories"
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and _finite(v) for v in box):
+    if not is_box(box):
         return f"bbox {box!r:.60} is not four numbers"
     x, y, width, height = map(float, box)
     return classes[category_id], x, y, x + width, y + height
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond float's range
-        return False
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------

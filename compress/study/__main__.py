@@ -6,12 +6,11 @@ and the descriptor of a pipe that the study keeps open as long as it wants the r
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from compress.config import Recipe
 from compress.data import Dataset
 from compress.data.unlabelled import UNLABELLED
 from compress.pipeline import stage
-from compress.store import Outcome, execute
+from compress.store import Outcome, alone_in, execute
 from compress.study import GRACE_S, JOB, RESULT, STOPPED
 from compress.study.figures import Run
 from compress.study.judge import accuracy_of, judges_of, measured_by, measured_once
@@ -34,20 +33,12 @@ FRAMES = "frames"
 def main(folder: Path, study: Path) -> None:
     job = read_json(folder / JOB)
     recipe = Recipe.model_validate(job["recipe"])
-    with _alone_in(folder):
+    with alone_in(folder, wait=True):  # one may work there still, because it outlived the study that started it
         trained = execute(stage("distill").task(recipe, study), folder, log=lambda line: print(line, flush=True))
         share_frames(trained.folder, study / FRAMES)
         judges = judges_of(recipe, study)
         of = measured_by(trained.fingerprint, judges)
         measured_once(folder / RESULT, of, lambda: measured(job, recipe, trained, judges)._asdict())
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for a process that works there still, because it outlived the study that started it."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def share_frames(training: Path, store: Path) -> None:

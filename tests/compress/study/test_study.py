@@ -288,9 +288,9 @@ _in_processes([("arm", 0, Recipe(data=out / "data.yaml"))], 1, out, None, print)
 @pytest.mark.slow
 def test_no_run_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
     """The run waits for a lock that the test holds, so it never ends by itself."""
-    run = tmp_path / "runs/arm-0"
-    run.mkdir(parents=True)
-    with (run / ".lock").open("w") as lock:
+    work = tmp_path / "runs/arm-0/.work"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
         try:
