@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -565,10 +567,16 @@ def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
 # ---- the training step --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def toys() -> Any:
-    """Trainings of tiny networks, where the packages that a training needs are installed."""
-    return pytest.importorskip("tests.compress.training.toys")
+@pytest.fixture(scope="module")
+def toys() -> ModuleType:
+    """Trainings of tiny networks. Loaded by its path: there may be another package `tests` on the machine."""
+    path = Path(__file__).parents[1] / "compress/training/toys.py"
+    spec = importlib.util.spec_from_file_location("toys_of_trainings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def training(toys: Any, out: Path, **settings: Any) -> Any:
