@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.packages import optional
-from benchmarks.rows import Row, ap, identities, is_kept, is_timed_here, p50, plain, ratio
+from benchmarks.rows import Row, ap, identities, is_kept, p50, plain, preference, ratio
 from runtime.errors import InputError
 from runtime.files import read_json, write_json
 
@@ -83,17 +83,17 @@ def make_report(
 
 
 def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
-    """The fastest student file that passed its gate, against the teacher's file; None if nothing was kept, or if
-    the student's or the teacher's files are of several models: the best of one is no figure of another.
+    """The student file that passed its gate and comes first by `preference`, against the teacher's file; None if
+    nothing was kept, or if the student's or the teacher's files are of several models: the best of one is no figure of
+    another.
 
-    A speed-up compares files on one device: a student on the GPU says nothing about a teacher on the CPU. Files whose
-    latency says nothing here (`is_timed_here`) come last, as they are made for other hardware.
+    A speed-up compares files on one device: a student on the GPU says nothing about a teacher on the CPU.
     """
     students = [row for row in models if row["role"] == "student" and is_kept(row)]
     teachers = [row for row in models if row["role"] == "teacher"]
     if not students or any(len(identities(rows)) > 1 for rows in (students, teachers)):
         return None
-    best = min(students, key=lambda row: (not is_timed_here(row), p50(row) is None, p50(row) or 0.0, -(ap(row) or 0.0)))
+    best = min(students, key=preference)
     beside = next((row for row in teachers if row["device"] == best["device"]), None)
     teacher = beside or next(iter(teachers), {})
     known = [row for row in (teacher, *torch) if row and row["role"] == "teacher"]

@@ -33,7 +33,7 @@ def model_row(
     **more: Any,
 ) -> Row:
     """The row of one file, with its digest and size. `kept` is its gate's answer, None if there was no gate.
-    `loss` is what the gate measured against FP32: drop, standard_error, image_error, draws.
+    `loss` is what the gate measured against FP32: drop, standard_error, image_error, draws, latency_ratio.
 
     `settings` say how the file was measured. `identity` is that of its model, by default the file's digest, as a file
     that edgestill did not export is a model of its own. `more` are further values of one number or text: parameters,
@@ -98,6 +98,22 @@ ap = nested_reader("accuracy", "map50_95")
 def is_timed_here(row: Row) -> bool:
     """Whether the latency of a row may be compared: that of a file computed as written says nothing of its hardware."""
     return row["latency"] is not None and not row["settings"].get("as_written", False)
+
+
+FULL = "fp32"
+"""The precision that loses nothing."""
+SAME_TOLERANCE = 0.05
+"""Medians that differ by less than this share are called equal."""
+
+
+def preference(row: Row) -> tuple[Any, ...]:
+    """Sorts files of one model: first the one that a user of the measured machine should take.
+
+    The fastest comes first, those that were not timed in what they are made for come last. FP32 gives way only to files
+    that are clearly faster, as it loses nothing.
+    """
+    latency, weight = p50(row), 1 - SAME_TOLERANCE if row["precision"] == FULL else 1.0
+    return not is_timed_here(row), latency is None, weight * (latency or 0.0), -(ap(row) or 0.0)
 
 
 def is_kept(row: Row) -> bool:
@@ -192,7 +208,7 @@ def _gate(key: str, title: str = "", name: str = "", **more: Any) -> Column:
     return Column(name or key, nested_reader("gate", key), title, **more)
 
 
-def _spread(row: Row) -> str:
+def spread(row: Row) -> str:
     """The errors of a loss, where several draws were measured."""
     found = row["gate"] or {}
     if not found.get("standard_error"):
@@ -228,10 +244,11 @@ COLUMNS: tuple[Column, ...] = (
     *map(_milliseconds, ("mean", "std", "min")),
     *(_milliseconds("mean", span=span, name=f"{span}_mean") for span in SPANS),
     Column("steady", nested_reader("latency", "steady"), section="latency"),
-    _gate("drop", "Lost mAP", text=accuracy, detail=_spread),
+    _gate("drop", "Lost mAP", text=accuracy, detail=spread),
     _gate("standard_error", name="drop_standard_error"),
     _gate("image_error", name="drop_image_error"),
     _gate("draws"),
+    _gate("latency_ratio"),
     Column(
         "kept", nested_reader("gate", "kept"), "Gate", gate, is_number=False, detail=nested_reader("gate", "reason")
     ),

@@ -5,14 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.formats import count, difference, digest_start, milliseconds, moment, number, short_accuracy
-from benchmarks.rows import Row, ap, identities, is_kept, is_timed_here, p50, shared_settings
+from benchmarks.formats import (
+    accuracy,
+    count,
+    difference,
+    digest_start,
+    milliseconds,
+    moment,
+    number,
+    short_accuracy,
+    times,
+)
+from benchmarks.rows import (
+    FULL,
+    SAME_TOLERANCE,
+    Row,
+    ap,
+    identities,
+    is_kept,
+    is_timed_here,
+    p50,
+    preference,
+    shared_settings,
+    spread,
+)
 
 FEW_IMAGES = 100
 USELESS = 0.01
 """mAP50-95 below which a student is no detector."""
-SAME_TOLERANCE = 0.05
-"""Medians that differ by less than this share are called equal."""
 MAIN_SETTINGS = ("imgsz", "batch", "conf", "iou", "max_det")
 
 
@@ -41,8 +61,18 @@ def summary(data: Mapping[str, Any]) -> list[str]:
 
 def timed_span(rows: Sequence[Row]) -> str:
     """The time that one latency covers: that of a frame, or of all frames of a call."""
-    alone = all(row["settings"]["batch"] == 1 for row in rows)
-    return "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
+    if _one_frame_a_call(rows):
+        return "decoded frame to final boxes"
+    return "the decoded frames of a call to the final boxes of all"
+
+
+def short_span(rows: Sequence[Row]) -> str:
+    """`timed_span` in the words that fit the axis of a chart."""
+    return "frame to boxes" if _one_frame_a_call(rows) else "all frames of a call to boxes"
+
+
+def _one_frame_a_call(rows: Sequence[Row]) -> bool:
+    return all(row["settings"]["batch"] == 1 for row in rows)
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:
@@ -61,7 +91,7 @@ def machine_name(machine: Mapping[str, Any]) -> str:
 def findings(data: Mapping[str, Any]) -> list[str]:
     """Conclusions from the figures; those against a file come first."""
     rows = data["models"]
-    parts = (weak_student, _models, _settings, _refusals, _quantised, _slower_students, _unsteady)
+    parts = (weak_student, choice, _models, _settings, _refusals, _quantised, _slower_students, _unsteady)
     sentences = [sentence for part in parts for sentence in part(rows)]
     sentences += [*_gain(data.get("gain")), *_idle_engines(data.get("engines", ())), *_few_images(data)]
     return [*sentences, *data.get("notes", ())]
@@ -73,6 +103,42 @@ def weak_student(rows: Sequence[Row]) -> Iterator[str]:
     if best and ap(best) < USELESS:
         found = f"{best['file']} has an mAP50-95 of {short_accuracy(ap(best))}"
         yield f"The student finds next to nothing: {found}. Train longer, and check the labels, before anything else."
+
+
+def choice(rows: Sequence[Row]) -> Iterator[str]:
+    """The file of a gated student that a user of the measured machine should take, and why none of the others."""
+    students = [row for row in rows if row["role"] == "student"]
+    offered = [row for row in students if is_kept(row) and is_timed_here(row) and p50(row)]
+    several = any(len(found) > 1 for found in (identities(students), {row["device"] for row in students}))
+    if several or not offered or not any(row["gate"] for row in students):
+        return
+    best = min(offered, key=preference)
+    where = f"{best['device']} in {best['backend']}"
+    yield f"Of the files that passed their gates take {best['file']} here: on {where} it has {_figures(best)}."
+    if others := [row for row in students if row is not best]:
+        reasons = (f"{row['file']} {_against(row, best)}" for row in others)
+        yield f"Not the others: {'; '.join(reasons)}."
+
+
+def _against(row: Row, best: Row) -> str:
+    """Why a file is not the one to take."""
+    if not is_kept(row):
+        return "was refused by its gate"
+    if not is_timed_here(row) or not p50(row):
+        return "is made for another library or device, so it was not timed"
+    is_slower = (p50(row) or 0.0) > (p50(best) or 0.0)
+    return f"{'is slower' if is_slower else 'is not clearly faster'}, with {_figures(row)}"
+
+
+def _figures(row: Row) -> str:
+    """Latency, and what the gate measured against FP32: time in turns, and the loss."""
+    found = row["gate"] or {}
+    parts = [f"p50 {milliseconds(p50(row))} ms"]
+    if found.get("latency_ratio") is not None:
+        parts.append(f"{times(found['latency_ratio'])} FP32's time in turns")
+    if found.get("drop") is not None:
+        parts.append(f"a loss of {accuracy(found['drop'])} mAP50-95 {spread(row)}".rstrip())
+    return ", ".join(parts)
 
 
 def first_gain(gain: Row | None) -> str:
@@ -125,7 +191,7 @@ def _refusals(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _quantised(rows: Sequence[Row]) -> Iterator[str]:
-    """Each reduced precision against FP32 of the same role, backend and device, where its latency says something."""
+    """Each reduced precision against FP32 of the same role and device, where its latency says something."""
     for row in filter(is_timed_here, rows):
         full = _full_precision(row, rows)
         if full is None or p50(row) is None or p50(full) is None:
@@ -133,20 +199,23 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
         own, other = p50(row) or 0.0, p50(full) or 0.0
         figures = f"p50 {milliseconds(own)} ms against {milliseconds(other)} ms"
         answer = "is faster than" if own < (1 - SAME_TOLERANCE) * other else "is not faster than"
-        yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {row['backend']}): {figures}."
+        backends = " against ".join(dict.fromkeys((row["backend"], full["backend"])))
+        yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {backends}): {figures}."
 
 
 def _full_precision(row: Row, rows: Sequence[Row]) -> Row | None:
-    same = [
-        other for other in rows if all(other.get(k) == row.get(k) for k in ("role", "backend", "device", "identity"))
-    ]
-    return next((r for r in same if r["precision"] == "fp32"), None) if row["precision"] != "fp32" else None
+    """FP32 beside a row of another precision; in the same backend, if it was measured there too."""
+    same = [other for other in rows if all(other.get(key) == row.get(key) for key in ("role", "device", "identity"))]
+    full = sorted((r for r in same if r["precision"] == FULL), key=lambda other: other["backend"] != row["backend"])
+    return full[0] if full and row["precision"] != FULL else None
 
 
 def _slower_students(rows: Sequence[Row]) -> Iterator[str]:
-    for teacher in (row for row in rows if row["role"] == "teacher" and p50(row)):
-        for row in rows:
-            if row["role"] == "student" and (p50(row) or 0.0) >= (p50(teacher) or 0.0):
+    timed = [row for row in rows if is_timed_here(row) and p50(row) is not None]
+    for teacher in (row for row in timed if row["role"] == "teacher"):
+        for row in timed:
+            comparable = row["role"] == "student" and row["device"] == teacher["device"]
+            if comparable and (p50(row) or 0.0) >= (p50(teacher) or 0.0):
                 yield f"{row['file']} is not faster than the teacher's {teacher['file']}."
 
 
@@ -159,9 +228,9 @@ def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
 def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
     for engine in engines:
         if not engine["ran"]:
-            built = f"built for {', '.join(engine['targets'])} and not run on this machine"
-            note = engine.get("note") or "it does not match"
-            yield f"{engine['file']} was {built if engine['targets'] else 'not built'}: {note}."
+            built = f"built for {', '.join(engine['targets'])} and " if engine["targets"] else ""
+            state = "not built" if engine["bytes"] is None else f"{built}not run on this machine"
+            yield f"{engine['file']} was {state}: {engine.get('note') or 'it does not match'}."
 
 
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:

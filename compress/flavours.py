@@ -36,6 +36,9 @@ class Flavour:
     backend: str = ""
     """Backend of the runtime that runs the file on a CPU. Where its library is installed, its kernels judge accuracy
     and its latency counts in the gate; elsewhere the accuracy is that of the graph as it is written."""
+    devices: tuple[str, ...] = ()
+    """Devices of the runtime that the file is made for, the best first. Its card names them and the backend, so that
+    the runtime takes these, or refuses the file in one line, unless the caller names others."""
     engine: bool = False
     """TensorRT plans are built from it."""
     note: str = ""
@@ -73,17 +76,25 @@ FOR_OPENVINO = "made for OpenVINO (pip install 'edgestill[openvino]'); its laten
 FOR_ORT = "made for ONNX Runtime; its latency in another library says nothing"
 
 _ROWS = (
-    Flavour("fp16", "compress.graph.fp16:body_to_fp16", engine=True, note=FOR_TENSORRT, check=FP16_OVERFLOW),
     Flavour(
-        "int8-trt",
-        QDQ,
-        SCHEMES["tensorrt"],
+        "fp16",
+        "compress.graph.fp16:body_to_fp16",
+        devices=("cuda", "tensorrt"),
         engine=True,
         note=FOR_TENSORRT,
         check=FP16_OVERFLOW,
     ),
-    Flavour("int8-openvino", QDQ, SCHEMES["openvino"], backend="openvino", note=FOR_OPENVINO),
-    Flavour("int8-ort", QDQ, SCHEMES["onnxruntime"], backend="onnx", note=FOR_ORT),
+    Flavour(
+        "int8-trt",
+        QDQ,
+        SCHEMES["tensorrt"],
+        devices=("tensorrt",),
+        engine=True,
+        note=FOR_TENSORRT,
+        check=FP16_OVERFLOW,
+    ),
+    Flavour("int8-openvino", QDQ, SCHEMES["openvino"], "openvino", ("cpu",), note=FOR_OPENVINO),
+    Flavour("int8-ort", QDQ, SCHEMES["onnxruntime"], "onnx", ("cpu",), note=FOR_ORT),
 )
 
 FLAVOURS: Mapping[str, Flavour] = {row.name: row for row in _ROWS}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
@@ -30,7 +30,7 @@ from compress.graph.builder import write_model
 from compress.graph.metadata import opset_of, read_card, write_card
 from compress.graph.parts import GraphParts
 from compress.graph.placement import layers
-from compress.graph.ranges import Ranges, calibrate
+from compress.graph.ranges import METHODS, Ranges, calibrate
 from compress.graph.sensitivity import LayerError, number_form, rank_layers, remaining_error
 from compress.graph.session import open_session
 from compress.inputs import own_plan
@@ -128,18 +128,30 @@ class Loss:
         return f"{self.drop:+.4f}{error} mAP50-95 ({draws})"
 
 
+class Choice(NamedTuple):
+    """A way to calibrate a file: the method of its ranges, and the layers that stay in float."""
+
+    method: str = ""
+    float_layers: tuple[str, ...] = ()
+
+
+NO_CHOICE = Choice()
+"""For flavours that are not calibrated."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """A file with these layers in float: the error that the ranking predicts, the loss, and the time against FP32."""
+    """A file of this choice: the error that the ranking predicts, the loss, and the time against FP32."""
 
-    float_layers: tuple[str, ...]
+    choice: Choice
     predicted_error: float | None = None
     loss: Loss | None = None
     latency: LatencyRatio | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "float_layers": len(self.float_layers),
+            "method": self.choice.method,
+            "float_layers": len(self.choice.float_layers),
             "predicted_error": self.predicted_error,
             "drop": self.loss and self.loss.drop,
             "standard_error": self.loss and self.loss.standard_error,
@@ -151,9 +163,9 @@ class Step:
 class JudgedFile:
     """A file of one precision, and whether its gate keeps it; `path` is None if the file could not be made.
 
-    `map50_95` is that of the file itself; `loss` is over its draws. `calibration` has the number of images and their
-    digest. `latency` is against FP32, measured only if it counts. `ranking` has the layers, worst first, and `steps`
-    what was tried with how many of them in float, the last of which is the file.
+    `map50_95` is that of the file itself; `loss` is over its draws. `calibration` has the method, the number of images
+    and their digest. `latency` is against FP32, measured only if it counts. `ranking` has the layers, worst first, and
+    `steps` what was tried with how many of them in float, the last of which is the file.
     """
 
     name: str
@@ -169,7 +181,7 @@ class JudgedFile:
 
     @property
     def float_layers(self) -> tuple[str, ...]:
-        return self.steps[-1].float_layers if self.steps else ()
+        return self.steps[-1].choice.float_layers if self.steps else ()
 
     def to_json(self) -> dict[str, Any]:
         ratio = self.latency
@@ -215,31 +227,37 @@ class Origin:
     source: onnx.ModelProto
     card: ModelCard
     canvases: Canvases
-    ranges: Ranges
-    rank: Callable[[Scheme], tuple[LayerError, ...]]
-    """Ranks the layers of a number form."""
+    ranges: Callable[[str], Ranges]
+    """The activations' ranges by a method, measured when they are wanted first."""
+    rank: Callable[[str, Scheme], tuple[LayerError, ...]]
+    """Ranks the layers by the ranges of a method and a number form."""
     gate: Gate
     reference: Floats
 
-    @property
-    def calibration(self) -> dict[str, Any]:
-        return {**_digest(self.canvases.paths), "method": self.config.method}
+    def calibration(self, method: str) -> dict[str, Any]:
+        return {**_digest(self.canvases.paths), "method": method}
 
-    def ranking(self, flavour: Flavour) -> tuple[LayerError, ...]:
+    def ranking(self, flavour: Flavour, method: str) -> tuple[LayerError, ...]:
         """The layers of a flavour, worst first; empty where none is to stay in float."""
         if flavour.scheme is None or self.config.float_layers == 0:
             return ()
-        return self.rank(number_form(flavour.scheme))
+        return self.rank(method, number_form(flavour.scheme))
 
-    def write(self, flavour: Flavour, path: Path, float_layers: Sequence[str] = (), draw: int = 0) -> Path:
+    def write(self, flavour: Flavour, path: Path, choice: Choice = NO_CHOICE, draw: int = 0) -> Path:
         """The flavour as a file, with its card."""
         made = (
-            flavour.make(self.source, self.ranges, float_layers=float_layers, draw=draw)
+            flavour.make(self.source, self.ranges(choice.method), float_layers=choice.float_layers, draw=draw)
             if flavour.scheme
             else flavour.make(self.source)
         )
-        provenance = {**self.card.provenance, "opset": opset_of(made)}
-        write_card(made, replace(self.card, precision=flavour.name, provenance=provenance))
+        card = replace(
+            self.card,
+            precision=flavour.name,
+            backend=flavour.backend,
+            devices=flavour.devices,
+            provenance={**self.card.provenance, "opset": opset_of(made)},
+        )
+        write_card(made, card)
         return write_model(made, path)
 
 
@@ -256,8 +274,10 @@ def origin_of(
     _require_layers(config, source, model.name)
     canvases = Canvases(spread(images, config.calibration_images), card)
     has_int8 = any(FLAVOURS[name].scheme for name in config.flavours)
-    ranges = calibrate(source, canvases, config.method) if has_int8 else {}
-    rank = cache(lambda form: rank_layers(source, ranges, form, canvases.some(RANKING_IMAGES)))
+    ranges = cache(lambda method: calibrate(source, canvases, method))
+    rank = cache(lambda method, form: rank_layers(source, ranges(method), form, canvases.some(RANKING_IMAGES)))
+    if has_int8:
+        ranges(methods_of(config)[0])
     return Origin(config, model, source, card, canvases, ranges, rank, gate, gate.maps(model))
 
 
@@ -271,21 +291,17 @@ def flavour_of(config: QuantizeConfig, name: str) -> Flavour:
 
 def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedFile:
     """The flavour as the file `path`, with as many layers in float as it needs; `folder` is for files to throw away."""
-    ranking = origin.ranking(flavour)
-    calibration = origin.calibration if flavour.scheme else {}
     steps: list[Step] = []
-    for float_layers in choices(origin.config, flavour, ranking):
+    for choice in choices(origin, flavour):
         try:
-            origin.write(flavour, path, float_layers)
+            origin.write(flavour, path, choice)
         except EdgestillError as error:
             path.unlink(missing_ok=True)  # of an earlier calibration
             return JudgedFile(flavour.name, None, False, f"it cannot be made: {error.message}")
-        maps = [
-            _draw_maps(origin, flavour, path, float_layers, draw, folder) for draw in _draws(origin.config, flavour)
-        ]
+        maps = [_draw_maps(origin, flavour, path, choice, draw, folder) for draw in _draws(origin.config, flavour)]
         loss = Loss.of(origin.reference, maps)
-        predicted = remaining_error(ranking, float_layers) if ranking else None
-        steps.append(Step(tuple(float_layers), predicted, loss))
+        ranking = origin.ranking(flavour, choice.method)
+        steps.append(Step(choice, _predicted(ranking, choice), loss))
         if loss.drop <= origin.config.max_map_drop:
             break
     found = float(maps[0][0])
@@ -293,32 +309,57 @@ def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedF
         loss, found, float(origin.reference[0]), origin.config.max_map_drop, flavour.judge
     )
     fault = _fault(flavour, origin.source, path, origin.canvases.some(SANITY_IMAGES))
+    calibration = origin.calibration(choice.method) if flavour.scheme else {}
     judged = JudgedFile(
         flavour.name, path, within and not fault, fault or reason, found, loss, calibration, None, ranking, tuple(steps)
     )
     return _timed(origin, flavour, judged, path, folder) if judged.kept and flavour.is_run_here else judged
 
 
-def choices(config: QuantizeConfig, flavour: Flavour, ranking: Sequence[LayerError]) -> list[tuple[str, ...]]:
-    """The layers to leave in float, in the order in which they are tried until the loss is within its limit."""
+def choices(origin: Origin, flavour: Flavour) -> Iterator[Choice]:
+    """The ways to calibrate a flavour, in the order in which they are tried until the loss is within its limit.
+
+    Another method costs the device nothing, so all of them come before more layers stay in float.
+    """
     if flavour.scheme is None:
-        return [()]
-    if isinstance(config.float_layers, tuple):
-        return [tuple(name for name in config.float_layers if name in {layer.name for layer in ranking})]
-    counts = FLOAT_STEPS if isinstance(config.float_layers, str) else (config.float_layers,)
-    worst = [tuple(layer.name for layer in ranking[:count]) for count in counts]
-    return list(dict.fromkeys(worst))
+        yield NO_CHOICE
+        return
+    seen = set()
+    for wanted in _float_layers_tried(origin.config):
+        for method in methods_of(origin.config):
+            choice = Choice(method, _in_float(wanted, origin.ranking(flavour, method)))
+            if choice not in seen:
+                yield choice
+            seen.add(choice)
+
+
+def methods_of(config: QuantizeConfig) -> tuple[str, ...]:
+    """The methods that are tried, the first one first."""
+    return METHODS if config.method == "auto" else (config.method,)
+
+
+def _float_layers_tried(config: QuantizeConfig) -> Sequence[int | tuple[str, ...]]:
+    """Numbers of the worst layers, or the names that the recipe has."""
+    return FLOAT_STEPS if isinstance(config.float_layers, str) else (config.float_layers,)
+
+
+def _in_float(wanted: int | tuple[str, ...], ranking: Sequence[LayerError]) -> tuple[str, ...]:
+    """The names of that many of the worst layers, or those of the wanted that the flavour has."""
+    known = tuple(layer.name for layer in ranking)
+    return known[:wanted] if isinstance(wanted, int) else tuple(name for name in wanted if name in known)
+
+
+def _predicted(ranking: Sequence[LayerError], choice: Choice) -> float | None:
+    return remaining_error(ranking, choice.float_layers) if ranking else None
 
 
 def _draws(config: QuantizeConfig, flavour: Flavour) -> range:
     return range(config.draws if flavour.scheme else 1)
 
 
-def _draw_maps(
-    origin: Origin, flavour: Flavour, path: Path, float_layers: Sequence[str], draw: int, folder: Path
-) -> Floats:
+def _draw_maps(origin: Origin, flavour: Flavour, path: Path, choice: Choice, draw: int, folder: Path) -> Floats:
     """Draw 0 is the file itself."""
-    drawn = origin.write(flavour, folder / "draw.onnx", float_layers, draw) if draw else path
+    drawn = origin.write(flavour, folder / "draw.onnx", choice, draw) if draw else path
     return origin.gate.maps(drawn, flavour)
 
 
@@ -327,19 +368,20 @@ def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, fol
     latency = origin.gate.latency(origin.model, path, flavour)
     verdict = latency.verdict(origin.config.max_latency_ratio)
     reason = f"{judged.reason}; latency against FP32 {latency}, {SPEED[verdict]} {origin.config.max_latency_ratio:g}"
-    before = judged.steps[:-1]
-    if judged.float_layers:
-        before = (Step((), remaining_error(judged.ranking, ())), *before)
-    earlier = [
-        replace(
-            step,
-            latency=origin.gate.latency(
-                origin.model, origin.write(flavour, folder / "step.onnx", step.float_layers), flavour
-            ),
-        )
-        for step in before
-    ]
-    steps = (*earlier, replace(judged.steps[-1], latency=latency))
+    choice = judged.steps[-1].choice
+    known = {len(choice.float_layers): latency}
+
+    def timed(step: Step) -> Step:
+        """With its latency, which does not depend on the method."""
+        count = len(step.choice.float_layers)
+        if count not in known:
+            file = origin.write(flavour, folder / "step.onnx", step.choice)
+            known[count] = origin.gate.latency(origin.model, file, flavour)
+        return replace(step, latency=known[count])
+
+    none = Choice(choice.method)
+    first = [Step(none, _predicted(judged.ranking, none))] if judged.float_layers else []
+    steps = tuple(map(timed, (*first, *judged.steps)))
     return replace(judged, kept=verdict != "slower", reason=reason, latency=latency, steps=steps)
 
 

@@ -14,10 +14,11 @@ from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
 from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.candidates import Validation
+from compress.models.checkpoint import load
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
-from runtime.errors import InputError
+from runtime.errors import InputError, UnavailableError
 from runtime.files import read_json
 from runtime.identity import IN_A_FOLDER, ROWS_SETTINGS, SETTINGS, OccupiedError, require_same
 
@@ -69,12 +70,31 @@ def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
     On a CPU a flavour is measured by its `own_plan`, unless the plan names a backend. Raises the errors of
     `Detector.load`.
     """
-    with plan.detector(path, spin=False) as detector:
-        flavour, is_cpu = FLAVOURS.get(detector.card.precision), device_name(detector.providers) == CPU
-    if flavour is None or not is_cpu:
+    flavour = _flavour_on_cpu(plan, path)
+    if flavour is None:
         return replace(plan, as_written=False), ""
     chosen = own_plan(plan, flavour) if plan.backend == "auto" else replace(plan, as_written=False)
     return chosen, "" if chosen.backend == flavour.backend and not chosen.as_written else flavour.note
+
+
+def _flavour_on_cpu(plan: Plan, path: Path) -> Flavour | None:
+    """The flavour that a CPU would compute, also because the library or the GPU that it is made for is not here."""
+    try:
+        with plan.detector(path, spin=False) as detector:
+            is_cpu = device_name(detector.providers) == CPU
+            return FLAVOURS.get(detector.card.precision) if is_cpu else None
+    except UnavailableError:
+        card = None if path.is_dir() else card_inside(path)
+        flavour = FLAVOURS.get(card.precision) if card else None
+        if flavour is None or (plan.device, plan.backend) != ("auto", "auto"):
+            raise
+        return flavour
+
+
+def measured_teacher(recipe: Recipe, folders: Folders) -> Path | None:
+    """The teacher's checkpoint; None where its classes are not the data's, by which accuracy is measured."""
+    file = folders["teacher"] / TEACHER
+    return file if load(file).architecture.names == load_data(recipe.data).names else None
 
 
 class MeasuredFile(NamedTuple):
@@ -89,18 +109,26 @@ class MeasuredFile(NamedTuple):
     kept: bool | None = None
     reason: str = ""
     loss: Mapping[str, float | None] | None = None
-    """The gate's figures: drop, standard_error, image_error, draws."""
+    """The gate's figures: drop, standard_error, image_error, draws, and latency_ratio where it was timed."""
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
-    """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
+    """The teacher's file where it was exported, the student's FP32 file, and every flavour that was made, refused ones
+    included.
+    """
     flavours = [
-        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], entry["loss"])
+        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], _figures(entry))
         for entry, file in _made_flavours(folders)
         if entry["name"] != REFERENCE
     ]
     student = MeasuredFile(folders["export"] / SHIPPED, "student", REFERENCE)
-    return [MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE), student, *flavours]
+    teacher = MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE)
+    return [*([teacher] if teacher.path.is_file() else []), student, *flavours]
+
+
+def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    latency = entry["latency"]
+    return {**(entry["loss"] or {}), **({"latency_ratio": latency["ratio"]} if latency else {})}
 
 
 def refuse_another_model(out: Path, card: ModelCard, writes: Collection[str]) -> None:
@@ -139,6 +167,11 @@ def calibrated_entries(folders: Folders) -> dict[str, dict[str, Any]]:
 def trained_entries(folders: Folders) -> dict[str, dict[str, Any]]:
     """The entries of quantisation-aware distillation by the name of the flavour."""
     return {entry["name"]: entry for entry in read_json(folders["qad"] / QAD)}
+
+
+def tried_steps(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps of a flavour's entry whose loss was measured, the file itself last; of others only the time was."""
+    return [step for step in entry["steps"] if step["drop"] is not None]
 
 
 def flavour_entries(folders: Folders) -> list[tuple[dict[str, Any], Path]]:

@@ -29,6 +29,11 @@ class ModelFile(NamedTuple):
     card: ModelCard | None
     artifact: Artifact | None
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices of its backend that the file is made for, the best first; empty where it suits any."""
+        return tuple(device for device in self.card.devices if device in self.spec.devices) if self.card else ()
+
 
 def model_files(path: str | Path, variant: str | None = None, backend: str = "auto") -> list[ModelFile]:
     """The model files at `path`, in order of preference. `variant` picks from a bundle by precision or file name.
@@ -61,7 +66,14 @@ def _model_files(path: Path, variant: str | None) -> list[ModelFile]:
     if variant:
         raise UsageError(f"variant {variant!r} picks from a bundle, {path} is one file", "Leave it out")
     spec = backend_of(path)
-    return [ModelFile(path, spec, card_inside(path, spec), None) if spec.portable else _engine_file(path, spec)]
+    return [_lone_file(path, spec) if spec.portable else _engine_file(path, spec)]
+
+
+def _lone_file(path: Path, first: BackendSpec) -> ModelFile:
+    """With the backend that the file is made for, else the `first` that reads its suffix."""
+    card = card_inside(path, first)
+    own = BACKENDS[card.backend] if card and card.backend else first
+    return ModelFile(path, own if path.suffix.lower() in own.suffixes else first, card, None)
 
 
 def listed_files(path: Path) -> list[ModelFile]:
@@ -84,7 +96,7 @@ def _bundle_files(folder: Path, variant: str | None) -> list[ModelFile]:
 
 
 def _listed_file(folder: Path, card: ModelCard, artifact: Artifact) -> ModelFile:
-    own = replace(card, precision=artifact.precision, batches=artifact.batches)
+    own = replace(card, precision=artifact.precision, batches=artifact.batches, devices=artifact.devices)
     return ModelFile(folder / artifact.file, BACKENDS[artifact.backend], own, artifact)
 
 
@@ -126,25 +138,23 @@ def folder_card(folder: Path, model: Path) -> ModelCard:
     """
     own, beside = card_of(model), folder / CARD_FILE
     if not beside.is_file():
-        return replace(own, artifacts=())
+        return replace(own, artifacts=(), backend="", devices=())
     card = ModelCard.load(beside)
     hint, common = "Choose another folder with --out", (*SETTINGS, *IN_A_FOLDER)
     require_same((own, model), (card, beside), hint, settings=common, error=OccupiedError)
     return card
 
 
-def list_files(
+def card_with(
     folder: Path, model: Path, made: Sequence[Artifact], order: Callable[[Artifact], Any] | None = None
 ) -> ModelCard:
-    """Put files made of the ONNX file `model` before those that the card of `folder` lists, and write that card.
+    """The card of `folder` with files made of the ONNX file `model` before those that it lists; it is not written.
 
-    The card is read again, as another build may have added to it meanwhile. `order` sorts the whole list.
+    It is read again, as another build may have added to it meanwhile. `order` sorts the whole list.
     """
     card, names = folder_card(folder, model), {artifact.file for artifact in made}
     listed = (*made, *(artifact for artifact in card.artifacts if artifact.file not in names))
-    card = replace(card, artifacts=tuple(sorted(listed, key=order)) if order else listed)
-    card.save(folder / CARD_FILE)
-    return card
+    return replace(card, artifacts=tuple(sorted(listed, key=order)) if order else listed)
 
 
 def refuse_foreign_prefix(path: Path) -> None:

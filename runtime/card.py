@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from runtime.backends import BACKENDS
+from runtime.backends import BACKENDS, DEVICES
 from runtime.errors import InputError
 from runtime.files import write_json
 from runtime.identity import SHOWN, identity_of
@@ -57,7 +57,8 @@ class FileDigest:
 class Artifact(FileDigest):
     """A model file of a bundle. `backend` is a name of the table of backends, `targets` are the GPUs it was built for
     ("sm86"), `versions` those of the libraries that built it, `parts` further files that it cannot be loaded without,
-    `identity` that of the model it was made from, where it is known, `batches` the images that one call takes.
+    `identity` that of the model it was made from, where it is known, `batches` the images that one call takes,
+    `devices` those that it is made for, empty for any.
     """
 
     precision: str
@@ -67,11 +68,13 @@ class Artifact(FileDigest):
     parts: tuple[FileDigest, ...] = ()
     identity: str = ""
     batches: Batches = ONE_IMAGE
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.backend in BACKENDS, "artifacts.backend", self.backend, tuple(BACKENDS))
         _require_batches("artifacts.batches", self.batches)
+        _require_devices("artifacts.devices", self.devices)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the `DEFAULTS` that older readers do not know."""
@@ -87,7 +90,8 @@ class ModelCard:
     `output`: "boxes" is float32 [B, K, 6] x1 y1 x2 y2 score class in canvas pixels (frame pixels for "frame"),
     rows with score 0 are empty, and `cutoff` [B], the score up to which boxes may be missing; "rows" is float32
     [B, N, 5 + C], and the host does the NMS. B is within `batches`. `weights` is the digest of the network, empty where
-    it is not known. `artifacts` are in order of preference. Raises InputError when a value is of the wrong kind.
+    it is not known. `backend` and `devices` are those that the file is made for, as it is slower or wrong in others;
+    empty for any. `artifacts` are in order of preference. Raises InputError when a value is of the wrong kind.
     """
 
     name: str
@@ -104,6 +108,8 @@ class ModelCard:
     frame_hw: tuple[int, int] | None = None
     batches: Batches = ONE_IMAGE
     precision: str = "fp32"
+    backend: str = ""
+    devices: tuple[str, ...] = ()
     weights: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     artifacts: tuple[Artifact, ...] = ()
@@ -122,6 +128,8 @@ class ModelCard:
         sized = self.frame_hw is not None and len(self.frame_hw) == 2 and min(self.frame_hw) > 0
         _require(sized or self.input != "frame", "frame_hw", self.frame_hw, 'two positive sizes for input "frame"')
         _require_batches("batches", self.batches)
+        _require(self.backend in ("", *BACKENDS), "backend", self.backend, tuple(BACKENDS))
+        _require_devices("devices", self.devices)
 
     @property
     def input_name(self) -> str:
@@ -203,7 +211,14 @@ class ModelCard:
         return next((artifact for artifact in self.artifacts if artifact.file == file), None)
 
 
-DEFAULTS: Mapping[str, object] = {"identity": "", "weights": "", "parts": (), "batches": ONE_IMAGE}
+DEFAULTS: Mapping[str, object] = {
+    "identity": "",
+    "weights": "",
+    "parts": (),
+    "batches": ONE_IMAGE,
+    "backend": "",
+    "devices": (),
+}
 """Values of the keys that the first cards had not: written only where they differ, as older readers refuse the keys."""
 
 
@@ -219,6 +234,10 @@ def _require(condition: bool, key: str, value: object, expected: object) -> None
 def _require_batches(key: str, batches: Batches) -> None:
     least, most = batches
     _require(1 <= least <= (least if most is None else most), key, list(batches), "[least, most], most null if any")
+
+
+def _require_devices(key: str, devices: tuple[str, ...]) -> None:
+    _require(set(devices) <= set(DEVICES[1:]), key, list(devices), f"some of {', '.join(DEVICES[1:])}")
 
 
 def _require_identity(card: ModelCard, written: str) -> None:
@@ -295,7 +314,7 @@ def _items(value: object) -> list[Any]:
 
 READERS_BY_KIND = {
     "text": (_text, ("name", "input", "output", "precision", "file", "sha256", "backend", "weights", "identity")),
-    "a list of texts": (_strings, ("names", "targets")),
+    "a list of texts": (_strings, ("names", "targets", "devices")),
     "a list of whole numbers": (_sizes, ("size_hw", "frame_hw")),
     "a whole number, and another one or null": (_batches, ("batches",)),
     "a whole number": (_whole, ("stride", "max_det", "candidates", "nms_iterations", "bytes", "schema_version")),

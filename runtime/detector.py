@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import machine
-from runtime.backends import DEVICES, NAMES, Array, Backend, LoadOptions, LoadRequest, RawOutput, load_backend
+from runtime.backends import BACKENDS, DEVICES, NAMES, Array, Backend, LoadOptions, LoadRequest, RawOutput, load_backend
 from runtime.boxes import detections_from_rows, unletterbox
 from runtime.bundle import ModelFile, metadata_of, model_files, read_checked
 from runtime.card import Artifact, ModelCard
@@ -76,12 +76,13 @@ class Detector:
         """Load an ONNX or IR file, an engine with its card beside it, or the first file of a bundle that works here.
 
         `device` is "auto", "cpu", "cuda" or "tensorrt"; any value but "auto" is used or refused, and so is `backend`,
-        "onnx" or "openvino" for example: "auto" takes the one that the bundle names, else the first that reads the
-        file. `variant` picks one precision or file of a bundle; `threads` limits the threads of the CPU. With `spin`
-        those of ONNX Runtime wait actively for the next frame: fastest when frames follow at once, at over twice the
-        CPU time on a camera. `as_written` computes the quantised layers of an ONNX file in float: it shows the accuracy
-        of a file made for another library. Raises UsageError, InputError, UnavailableError or EngineError with one
-        line: what is wrong and what helps.
+        "onnx" or "openvino" for example. "auto" takes those that the file is made for, as its card or bundle says, and
+        refuses it where they are not here; other files run in the first backend that reads them. `variant` picks one
+        precision or file of a bundle; `threads` limits the threads of the CPU. With `spin` those of ONNX Runtime wait
+        actively for the next frame: fastest when frames follow at once, at over twice the CPU time on a camera.
+        `as_written` computes the quantised layers of an ONNX file in float: it shows the accuracy of a file made for
+        another library. Raises UsageError, InputError, UnavailableError or EngineError with one line: what is wrong
+        and what helps.
         """
         if device not in DEVICES:
             raise UsageError(f"device is {device!r}, expected {', '.join(DEVICES)}")
@@ -92,15 +93,16 @@ class Detector:
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}, expected 1 or more")
         options = LoadOptions(device, threads, spin, as_written)
+        as_made = backend == "auto"
         files = model_files(path, variant, backend)
         if len(files) == 1:
-            return cls._open(files[0], read_checked(files[0]), conf, options)
+            return cls._open(files[0], read_checked(files[0]), conf, options, as_made=as_made)
         skipped: list[tuple[str, EdgestillError]] = []
         for file in files:
             contents = read_checked(file) if file.path.is_file() else {}  # a changed file is an error, not skipped
             try:
                 refuse_unsuited(file, device)
-                detector = cls._open(file, contents, conf, options)
+                detector = cls._open(file, contents, conf, options, as_made=as_made)
             except EdgestillError as error:
                 skipped.append((file.path.name, error))
                 continue
@@ -113,11 +115,11 @@ class Detector:
 
     @classmethod
     def _open(
-        cls, file: ModelFile, contents: Mapping[str, bytes], conf: float | None, options: LoadOptions
+        cls, file: ModelFile, contents: Mapping[str, bytes], conf: float | None, options: LoadOptions, *, as_made: bool
     ) -> Detector:
         refuse_mismatch(file)
-        has_card = file.card is not None
-        backend = load_backend(LoadRequest(file.spec.name, file.path, contents, options, has_card))
+        request = LoadRequest(file.spec.name, file.path, contents, options, has_card=file.card is not None)
+        backend = load_as_made(file, request) if as_made else load_backend(request)
         try:
             card = file.card or yolov5_card(file.path, metadata_of(file.path, file.spec), backend)
             return cls(backend, card, artifact=file.artifact, conf=conf)
@@ -198,7 +200,7 @@ class Detector:
     def infer(self, prepared: Prepared) -> RawOutput:
         """The model's raw output: finished boxes [B, K, 6] or rows [B, N, 5 + C], as the card says, and its cutoff.
 
-        Raises UsageError when the detector is closed.
+        Raises UsageError when the detector is closed, EngineError when the model fails on this input.
         """
         return self._backend.run(prepared.array)
 
@@ -294,12 +296,37 @@ def _reasons(skipped: Sequence[tuple[str, EdgestillError]]) -> str:
     )
 
 
+def load_as_made(file: ModelFile, request: LoadRequest) -> Backend:
+    """The model on the device that its file is made for, unless the request names one; elsewhere it would be slower
+    than FP32 without a word.
+
+    Raises the errors of `load_backend`. When that device or its library is not there, the error says how to run the
+    file all the same.
+    """
+    if not file.devices:
+        return load_backend(request)
+    options, suffix = request.options, file.path.suffix.lower()
+    is_free = options.device == "auto"
+    try:
+        return load_backend(request._replace(options=options._replace(device=file.devices[0])) if is_free else request)
+    except UnavailableError as error:
+        readers = [spec.name for spec in BACKENDS.values() if suffix in spec.suffixes and spec.is_installed]
+        others = readers if is_free or not file.spec.is_installed else []
+        named = [f"name the backend, {' or '.join(others)}, to run it all the same"] if others else []
+        raise UnavailableError(
+            f"{file.path.name} is made for {file.spec.name} on {' or '.join(file.devices)}: {error.message}",
+            ", or ".join([*filter(None, [error.hint]), *named]),
+        ) from error
+
+
 def refuse_unsuited(file: ModelFile, device: str) -> None:
-    """Raises InputError when the file is absent, UsageError when its backend does not serve the device."""
+    """Raises InputError when the file is absent, UsageError when it is not made for the device."""
     if not file.path.is_file():
         raise InputError("not in the folder")
     if device not in ("auto", *file.spec.devices):
         raise UsageError(f"a file for {file.spec.name}, device is {device}")
+    if device not in ("auto", *(file.devices or (device,))):
+        raise UsageError(f"a file for {' or '.join(file.devices)}, device is {device}")
 
 
 def refuse_mismatch(file: ModelFile) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from runtime import machine
+from runtime.backends import BACKENDS
 from runtime.backends.tensorrt import INSTALL, collecting_logger, deserialize, errors_of, import_tensorrt
-from runtime.card import Artifact, Batches, ModelCard
+from runtime.bundle import card_with
+from runtime.card import CARD_FILE, METADATA_KEY, Artifact, Batches, ModelCard
 from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
@@ -31,6 +33,7 @@ from runtime.layers import (
     FP16,
     EngineLayer,
     layer_of,
+    layers_file,
     layers_in_json,
     layers_in_log,
     moves_more,
@@ -40,6 +43,8 @@ from runtime.layers import (
 from runtime.onnx_file import read_metadata
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
+DEVICE = "tensorrt"
+"""The device of the runtime for which plans are built."""
 Hardware = Literal["this", "ampere_plus", "same_compute_capability"]
 HARDWARE = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 NO_INT8: Mapping[str, str] = {
@@ -49,10 +54,6 @@ NO_INT8: Mapping[str, str] = {
 """Builder -> why it gets no INT8 file."""
 NO_TARGET = ("NONE", "CURRENT")
 MIB = 1 << 20
-
-
-class SlowerError(EngineError):
-    """An INT8 plan that moves more bytes than the FP16 plan of its model, and so is slower."""
 
 
 class ShapeRange(NamedTuple):
@@ -128,7 +129,6 @@ def build_engine(
     dla_core: int | None = None,
     hardware: Hardware = "this",
     timing_cache: str | Path | None = None,
-    fp16: Sequence[EngineLayer] = (),
 ) -> BuildReport:
     """Build the plan of an ONNX file and publish it at `out_path`; nothing is left there when it fails.
 
@@ -137,14 +137,16 @@ def build_engine(
     `targets` ("sm86", ...) are for tensorrt_rtx, which builds ahead of time; plain TensorRT builds for the GPU that is
     there and says so in the log. `shapes` maps an input with open dimensions to (smallest, usual, largest).
     `dla_core` and `hardware` are refused if the backend would silently ignore them. `timing_cache` is a file that
-    makes later builds with plain TensorRT faster. Raises InputError, UsageError, UnavailableError, EngineError with
-    TensorRT's own error lines, or SlowerError when an INT8 plan moves more bytes than the model's FP16 plan with the
-    layers `fp16`.
+    makes later builds with plain TensorRT faster. Raises InputError, UsageError, UnavailableError, or EngineError with
+    TensorRT's own error lines.
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file", "Give an .onnx file")
-    read_metadata(onnx_path)  # refuses what is no ONNX file: TensorRT's parser takes some as an empty network
+    known = BACKENDS[BUILDERS[0]].suffixes
+    if out_path.suffix.lower() not in known:  # under another name it would not be loaded, or replace another file
+        raise UsageError(f"{out_path}: a plan's name ends in {', '.join(known)}", "Choose another name")
+    refuse_unsuited(onnx_path)
     request = BuildRequest(
         onnx=str(onnx_path.resolve()),
         backend=resolve_backend(backend),
@@ -159,16 +161,42 @@ def build_engine(
     with atomic_write(out_path) as temporary:
         temporary.touch()  # a folder that cannot be written is reported before the long build
         report = _build_in_child(request, temporary.resolve())
-        if reason := moves_more(report.layers, fp16):
-            raise SlowerError(f"{onnx_path.name}: {reason}", "Use the FP16 plan")
     save_layers(out_path, report.sha256, report.layers)
     return report
 
 
-def fp16_layers(folder: Path, card: ModelCard, backend: str) -> tuple[EngineLayer, ...]:
-    """Layers of the FP16 plan of this builder that the card of the folder lists; empty where they are not known."""
-    plans = (artifact for artifact in card.artifacts if (artifact.precision, artifact.backend) == (FP16, backend))
-    return next((found for plan in plans if (found := read_layers(folder / plan.file, plan.sha256))), ())
+def list_plans(
+    folder: Path, model: Path, made: Sequence[Artifact], order: Callable[[Artifact], Any] | None = None
+) -> dict[str, str]:
+    """Put plans made of the ONNX file `model` before what the card of `folder` lists, without those that are no gain.
+
+    An INT8 plan that moves more bytes than the FP16 plan beside it is removed, whichever of the two was built first.
+    The result maps the name of its file to the reason. `order` sorts the whole list.
+    """
+    card = card_with(folder, model, made, order)
+    slower = slower_plans(folder, card)
+    kept = tuple(artifact for artifact in card.artifacts if artifact.file not in slower)
+    replace(card, artifacts=kept).save(folder / CARD_FILE)
+    for name in slower:
+        for file in (folder / name, layers_file(folder / name)):
+            file.unlink(missing_ok=True)
+    return slower
+
+
+def slower_plans(folder: Path, card: ModelCard) -> dict[str, str]:
+    """The INT8 plans of a card that move more bytes than its FP16 plan of the same builder and GPUs, and the reasons.
+
+    Plans whose layers are not known are none of them.
+    """
+    plans = [artifact for artifact in card.artifacts if artifact.backend in BUILDERS]
+    layers = {plan.file: read_layers(folder / plan.file, plan.sha256) for plan in plans}
+    fp16 = {
+        (plan.backend, plan.targets): layers[plan.file]
+        for plan in reversed(plans)  # of several the first one stays
+        if plan.precision == FP16 and layers[plan.file]
+    }
+    reasons = {plan.file: moves_more(layers[plan.file], fp16.get((plan.backend, plan.targets), ())) for plan in plans}
+    return {file: reason for file, reason in reasons.items() if reason}
 
 
 def resolve_backend(backend: str) -> str:
@@ -190,6 +218,16 @@ def checked_shapes(name: str, triple: Sequence[Sequence[int]]) -> ShapeRange:
     if not all(0 < low <= usual <= high for low, usual, high in zip(*rows, strict=True)):
         raise UsageError(f"shapes of {name} are {rows}, expected smallest <= usual <= largest in every dimension")
     return ShapeRange(*rows)
+
+
+def refuse_unsuited(onnx_path: Path) -> None:
+    """Raises InputError when it is no ONNX file, as TensorRT's parser takes some as an empty network, and UsageError
+    when its card says that it is made for other devices.
+    """
+    text = read_metadata(onnx_path).get(METADATA_KEY)
+    devices = ModelCard.from_json(text, str(onnx_path)).devices if text else ()
+    if devices and DEVICE not in devices:
+        raise UsageError(f"{onnx_path.name} is made for {' or '.join(devices)}", "Build model.fp16.onnx")
 
 
 def refuse_ignored(request: BuildRequest) -> None:

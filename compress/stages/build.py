@@ -9,7 +9,7 @@ one file; plain TensorRT builds for the GPU that is there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,13 @@ from compress.inputs import kept_files
 from compress.log import Log
 from compress.stages import Figures, Stage, packages
 from runtime.backends import BACKENDS
-from runtime.bundle import card_of, folder_card, list_files
-from runtime.card import ONE_IMAGE, Artifact, ModelCard
-from runtime.engine import NO_INT8, SlowerError, build_engine, fp16_layers, profile_of, resolve_backend
+from runtime.bundle import card_of, folder_card
+from runtime.card import ONE_IMAGE, Artifact
+from runtime.engine import NO_INT8, build_engine, list_plans, profile_of, resolve_backend
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256, write_json
 from runtime.identity import require_same
-from runtime.layers import FP16, EngineLayer, moved_bytes
+from runtime.layers import EngineLayer, moved_bytes
 
 
 class Config(Settings):
@@ -124,14 +124,24 @@ def build(
     if config.backend == "none":
         plans = [EnginePlan(precision, None, 0.0, "skipped: the backend is none") for precision in wanted]
     else:
-        plans = []
-        for precision in wanted:
-            fp16 = next((plan.layers for plan in plans if plan.precision == FP16), ())
-            plans.append(_plan(config, models[precision], out, card, fp16))
+        plans = [_plan(config, models[precision], out, card.name) for precision in wanted]
+    slower = list_plans(out, first, [plan.artifact for plan in plans if plan.artifact], _preference)
+    plans = [_without_slower(plan, slower) for plan in plans]
     for plan in plans:
         log(describe(plan))
-    list_files(out, first, [plan.artifact for plan in plans if plan.artifact], _preference)
+    for file in sorted(slower.keys() - {plan_name(card.name, precision) for precision in wanted}):
+        log(f"{file}, of an earlier build, is removed: {slower[file]}")
     return tuple(plans)
+
+
+def _without_slower(plan: EnginePlan, slower: Mapping[str, str]) -> EnginePlan:
+    if plan.artifact is None or plan.artifact.file not in slower:
+        return plan
+    return replace(plan, artifact=None, layers=(), skipped=f"left out: {slower[plan.artifact.file]}")
+
+
+def plan_name(model: str, precision: str) -> str:
+    return f"{model}.{precision}.plan"
 
 
 def _preference(artifact: Artifact) -> int:
@@ -151,11 +161,11 @@ def describe(plan: EnginePlan) -> str:
     return f"{plan.precision}: {made.file}, {size} for {targets}{batches}{moved}, {plan.seconds:.1f} s"
 
 
-def _plan(config: BuildConfig, model: Path, out: Path, listed: ModelCard, fp16: Sequence[EngineLayer]) -> EnginePlan:
-    """The plan of one file. `fp16` are the layers of the FP16 plan; without them, those that the card `listed` has."""
+def _plan(config: BuildConfig, model: Path, out: Path, name: str) -> EnginePlan:
+    """The plan of one file; `name` is that of the model in the card of `out`."""
     out.mkdir(parents=True, exist_ok=True)
     card = card_of(model)
-    precision, target = card.precision, out / f"{listed.name}.{card.precision}.plan"
+    precision, target = card.precision, out / plan_name(name, card.precision)
     try:
         builder = resolve_backend(config.backend)
         if _is_int8(precision) and builder in NO_INT8:
@@ -167,10 +177,7 @@ def _plan(config: BuildConfig, model: Path, out: Path, listed: ModelCard, fp16: 
             targets=config.targets,
             workspace_mib=config.workspace_mib,
             shapes=profile_of(card, config.batches),
-            fp16=fp16 or fp16_layers(out, listed, builder),
         )
-    except SlowerError as error:
-        return EnginePlan(precision, None, 0.0, f"left out: {error.message}")
     except UnavailableError as error:
         if config.backend != "auto":
             raise

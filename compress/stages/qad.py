@@ -40,6 +40,7 @@ from compress.inputs import (
     dataset_of,
     plan_of,
     refuse_another_model,
+    tried_steps,
 )
 from compress.log import Log
 from compress.losses.distill import check_losses
@@ -123,15 +124,15 @@ def qad(config: Config, inputs: Inputs, *, out: Path, gate: Gate, log: Log) -> l
 def _start(origin: Origin, student: Path, flavour: Flavour) -> Start:
     """As few layers stay in float as calibration tries first."""
     assert flavour.scheme
-    float_layers = choices(origin.config, flavour, origin.ranking(flavour))[0]
-    return Start(student, origin.source, origin.ranges, flavour.scheme, float_layers)
+    choice = next(choices(origin, flavour))
+    return Start(student, origin.source, origin.ranges(choice.method), flavour.scheme, choice.float_layers)
 
 
 def _judged(origin: Origin, start: Start, learned: Learned, flavour: Flavour, path: Path) -> JudgedFile:
     """The file with the learned weights and scales, and the verdict."""
     card = replace(origin.card, provenance={**origin.card.provenance, "qad": sha256(learned.training.best)})
     config = origin.config.model_copy(update={"float_layers": start.float_layers or 0})
-    trained = replace(origin, config=config, source=learned.model, ranges=learned.ranges, card=card)
+    trained = replace(origin, config=config, source=learned.model, ranges=lambda _: learned.ranges, card=card)
     with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
         return judge(trained, flavour, path, Path(folder))
 
@@ -148,9 +149,11 @@ def wanted(config: Config, calibrated: Mapping[str, Mapping[str, Any]]) -> tuple
 
 
 def _misses(entry: Mapping[str, Any], limit: float) -> bool:
-    """Whether calibration lost too much with the fewest layers in float that it tried; not where that is unknown."""
-    drops = [step["drop"] for step in entry["steps"] if step["drop"] is not None]  # none where only time was measured
-    return bool(drops) and drops[0] > limit
+    """Whether no calibrated file passes its gate, though one might that loses less with the fewest layers in float."""
+    tried = tried_steps(entry)
+    fewest = min((step["float_layers"] for step in tried), default=0)
+    drops = [step["drop"] for step in tried if step["float_layers"] == fewest]
+    return not entry["kept"] and bool(drops) and all(drop > limit for drop in drops)
 
 
 def is_better(judged: JudgedFile, calibrated: Mapping[str, Any]) -> bool:
@@ -201,4 +204,5 @@ STAGE = Stage(
         "unlabelled": lambda recipe: unlabelled_digest(recipe.qad.unlabelled),
     },
     facts={"machine": cpu_and_runtime},
+    version=2,
 )

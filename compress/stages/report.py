@@ -19,7 +19,7 @@ from compress.config import DistillConfig, ExportConfig, LossChoice, Recipe, Set
 from compress.data import Dataset
 from compress.evaluate import fitness
 from compress.gain import gain_of, study_of, training_of
-from compress.inputs import SHIPPED, calibrated_entries, dataset_of, flavour_entries, trained_entries
+from compress.inputs import SHIPPED, calibrated_entries, dataset_of, flavour_entries, trained_entries, tried_steps
 from compress.log import Log
 from compress.losses.distill import LOSSES, reference_of
 from compress.stages import Figures, Stage
@@ -114,14 +114,15 @@ def trained_for_int8(folders: Folders) -> Iterator[str]:
     """One sentence for each flavour that quantisation-aware distillation trained: what it gained."""
     calibrated = calibrated_entries(folders)
     for name, entry in trained_entries(folders).items():
-        before, after = calibrated[name]["steps"], entry["steps"]
+        after = tried_steps(entry)
+        count = after[-1]["float_layers"] if after else 0
+        before = [step["drop"] for step in tried_steps(calibrated[name]) if step["float_layers"] == count]
         if not (before and after):
             continue
-        layers = f"with {after[0]['float_layers']} layers in float"
         verdict = "so it replaces the calibrated file" if entry["replaces"] else "and the calibrated file stays"
         yield (
-            f"{name} was trained for INT8: by calibration alone it lost {before[0]['drop']:.4f} mAP50-95 {layers}, "
-            f"now {after[0]['drop']:.4f}, {verdict}."
+            f"{name} was trained for INT8: by calibration alone it lost {min(before):.4f} mAP50-95 with {count} layers "
+            f"in float, now {after[-1]['drop']:.4f}, {verdict}."
         )
 
 
@@ -255,7 +256,8 @@ def _calibration(folders: Folders) -> dict[str, Any] | None:
     used = [entry["calibration"] for entry in calibrated_entries(folders).values() if entry["calibration"]]
     if not used:
         return None
-    return {"images": used[0]["n"], "sha256": used[0]["sha256"], "method": used[0]["method"], "split": "train"}
+    methods = ", ".join(dict.fromkeys(calibration["method"] for calibration in used))
+    return {"images": used[0]["n"], "sha256": used[0]["sha256"], "method": methods, "split": "train"}
 
 
 def _quantisation(folders: Folders) -> list[dict[str, Any]]:
@@ -274,7 +276,7 @@ def _engine(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "bytes": plan["bytes"],
         "seconds": plan["seconds"],
         "ran": False,
-        "note": plan["skipped"] or "built ahead of time; not run on the machine that made this report",
+        "note": plan["skipped"].removeprefix("skipped: ") or "a run measures on the CPU",
         **facts_of(layers),
     }
 

@@ -55,7 +55,7 @@ from compress.training.state import STATE, random_state, restore_random_state, s
 from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
 from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, UsageError
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ class Trainer:
         self.accelerator = _accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        require_share(self.config.batch, self.processes)
         self.log: Log = log if self.is_main else lambda _: None
         self.batches = batch_count(len(job.train), self.config.batch)
         self.schedule = Schedule(self.config.optimizer, self.config.epochs, self.batches, self.config.batch)
@@ -464,6 +465,12 @@ class Trainer:
             statistics.keep()
         restore_random_state(state["random"])
         self.state = TrainState(**state["train_state"])
+
+
+def require_share(batch: int, processes: int) -> None:
+    """Raises UsageError when a batch is too small for each process to have an image of it."""
+    if batch < processes:
+        raise UsageError(f"a batch of {batch} for {processes} processes", f"Set batch to {processes} or more")
 
 
 def of_teacher(name: str) -> str:

@@ -79,7 +79,7 @@ def curves(last: float, distilled: bool) -> list[dict[str, float | int | None]]:
     ]
 
 
-LOSS = {"drop": 0.0054, "standard_error": 0.0007, "image_error": 0.0031, "draws": 4}
+LOSS = {"drop": 0.0054, "standard_error": 0.0007, "image_error": 0.0031, "draws": 4, "latency_ratio": 0.732}
 UNTIMED = {"standard_error": None, "latency_ratio": None}
 
 
@@ -174,7 +174,14 @@ def build_sample() -> Report:
                     ]
                 ],
                 "steps": [
-                    {**{"float_layers": 0, "predicted_error": 0.187, "drop": None}, **UNTIMED, "latency_ratio": 0.6},
+                    {
+                        "method": "mse",
+                        "float_layers": 0,
+                        "predicted_error": 0.187,
+                        "drop": None,
+                        **UNTIMED,
+                        "latency_ratio": 0.6,
+                    },
                     {
                         **{"float_layers": 2, "predicted_error": 0.062, "drop": 0.0054, "standard_error": 0.0007},
                         "latency_ratio": 0.61,

@@ -4,15 +4,61 @@ import csv
 import io
 import re
 
+import pytest
+
 from benchmarks import wording
+from benchmarks.formats import milliseconds
 from benchmarks.render import to_csv, to_html, to_markdown
 from benchmarks.report import Report
+from benchmarks.rows import is_kept, p50, preference
 from tests.benchmarks.conftest import SETTINGS, with_models
 
 
 def test_int8_that_is_not_faster_is_said_in_words(sample: Report) -> None:
     assert any(s.startswith("int8-trt is not faster than fp32") for s in wording.findings(sample.data))
     assert any(s.startswith("int8-ort is faster than fp32") for s in wording.findings(sample.data))
+
+
+def test_the_file_to_take_is_named_with_the_reasons_against_the_others(sample: Report) -> None:
+    written = SETTINGS | {"as_written": True}
+    data = with_models(sample, fp16={"settings": written}).data
+    first, second = wording.choice(data["models"])
+    fp32, int8 = (milliseconds(p50(data["models"][index])) for index in (1, 3))
+    assert first == (
+        f"Of the files that passed their gates take model.int8-ort.onnx here: on cpu in onnx it has p50 {int8} ms, "
+        "0.73× FP32's time in turns, a loss of 0.00540 mAP50-95 ± 0.00070 over 4 draws."
+    )
+    assert second == (
+        f"Not the others: model.onnx is slower, with p50 {fp32} ms; model.fp16.onnx is made for another library or "
+        "device, so it was not timed; model.int8-trt.onnx was refused by its gate."
+    )
+    assert wording.findings(data)[:2] == list(wording.choice(data["models"]))
+
+
+def test_fp32_is_the_file_to_take_where_no_other_is_clearly_faster(sample: Report) -> None:
+    slow = next(row["latency"] for row in sample.data["models"] if row["file"] == "model.onnx")
+    near = slow | {"end_to_end": slow["end_to_end"] | {"p50": 0.97 * slow["end_to_end"]["p50"]}}
+    report = with_models(sample, int8_ort={"latency": near})
+    first, second = wording.choice(report.data["models"])
+    assert first.startswith("Of the files that passed their gates take model.onnx here: on cpu in onnx it has p50 ")
+    assert first.endswith(" ms.")
+    assert "model.int8-ort.onnx is not clearly faster, with p50 " in second
+    assert "a loss of 0.00540 mAP50-95 ± 0.00070 over 4 draws" in second
+    assert min(filter(is_kept, report.data["models"][1:]), key=preference)["file"] == "model.onnx"
+
+
+def test_no_file_is_recommended_where_none_was_gated_or_they_are_several_models(sample: Report) -> None:
+    rows = sample.data["models"]
+    assert list(wording.choice([row | {"gate": None} for row in rows])) == []
+    assert list(wording.choice([row | {"identity": row["sha256"]} for row in rows])) == []
+    assert list(wording.choice([row for row in rows if row["role"] == "teacher"])) == []
+
+
+def test_a_flavour_in_another_library_is_compared_with_fp32_all_the_same(sample: Report) -> None:
+    sentences = wording.findings(with_models(sample, int8_ort={"backend": "openvino"}).data)
+    assert any(
+        s.startswith("int8-ort is faster than fp32 on this machine (student, openvino against onnx)") for s in sentences
+    )
 
 
 def test_a_hair_is_not_faster(sample: Report) -> None:
@@ -33,9 +79,31 @@ def test_engines_that_did_not_run_say_why(sample: Report) -> None:
 
 
 def test_an_engine_without_a_target_was_not_built(sample: Report) -> None:
-    engine = sample.data["engines"][0] | {"targets": [], "note": "the backend is none"}
+    engine = sample.data["engines"][0] | {"targets": [], "bytes": None, "note": "the backend is none"}
     sentences = wording.findings({**sample.data, "engines": [engine]})
     assert "model.fp32.plan was not built: the backend is none." in sentences
+
+
+def test_a_file_whose_library_is_absent_is_not_called_unbuilt(sample: Report) -> None:
+    engine = sample.data["engines"][0] | {"file": "a.onnx", "targets": [], "note": "openvino is not installed"}
+    assert "a.onnx was not run on this machine: openvino is not installed." in wording.findings(
+        {**sample.data, "engines": [engine]}
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"device": "GPU 1"}, {"settings": SETTINGS | {"as_written": True}}, {"latency": None}, {}]
+)
+def test_only_latencies_of_one_device_that_say_something_call_a_student_slow(sample: Report, change: dict) -> None:
+    slow = {"latency": sample.data["models"][0]["latency"]}
+    sentences = wording.findings(with_models(sample, fp16=slow | change).data)
+    assert any(s.startswith("model.fp16.onnx is not faster than the teacher's") for s in sentences) == (change == {})
+
+
+def test_an_axis_says_what_a_latency_covers(sample: Report) -> None:
+    four = SETTINGS | {"batch": 4}
+    assert "frame to boxes (ms" in to_html(sample)
+    assert "all frames of a call to boxes (ms" in to_html(with_models(sample, fp16={"settings": four}))
 
 
 def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench import Plan
+from compress.flavours import FLAVOURS
 from compress.inputs import kept_files, measured_files, refuse_another_model, suited
 from runtime import backends
 from runtime.bundle import folder_card
 from runtime.card import CARD_FILE, Batches
-from runtime.errors import InputError
+from runtime.errors import InputError, UnavailableError
 from runtime.files import write_json
 from runtime.identity import OccupiedError
 from tests.runtime.toys import canvas_model, card
+
+UNMEASURED = {"loss": None, "latency": None}
 
 
 def write_files(folders: dict[str, Path], **changes: object) -> None:
@@ -28,13 +31,15 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
     folders["quantize"].mkdir()
     write_json(folders["qad"] / "qad.json", [])
     entries = [
-        {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference", "loss": None},
-        {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made", "loss": None},
-        {"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": False, "reason": "loses 0.5", "loss": None},
-        {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0", "loss": None},
+        {"name": "fp32", "file": "model.onnx", "kept": True, "reason": "the reference"},
+        {"name": "fp16", "file": None, "kept": False, "reason": "it cannot be made"},
+        {"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": False, "reason": "loses 0.5"},
+        {"name": "int8-trt", "file": "model.int8-trt.onnx", "kept": True, "reason": "loses 0.0"},
     ]
-    (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
+    (folders["quantize"] / "quantize.json").write_text(json.dumps([UNMEASURED | entry for entry in entries]))
     write_files(folders)
+    assert [file.role for file in measured_files(folders)] == ["student"] * 3
+    canvas_model(folders["export"] / "teacher.onnx", card())
     files = {(file.role, file.precision): file.path.name for file in measured_files(folders)}
     assert files == {
         ("teacher", "fp32"): "teacher.onnx",
@@ -50,7 +55,7 @@ def test_a_trained_file_is_measured_and_shipped_in_place_of_the_calibrated_one(t
     folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
     names = {"fp32": "model.onnx", "int8-ort": "model.int8-ort.onnx", "int8-trt": "model.int8-trt.onnx"}
     entries = [
-        {"name": name, "file": file, "kept": name != "int8-trt", "reason": "", "loss": None}
+        {**UNMEASURED, "name": name, "file": file, "kept": name != "int8-trt", "reason": ""}
         for name, file in names.items()
     ]
     write_json(folders["quantize"] / "quantize.json", entries)
@@ -60,6 +65,23 @@ def test_a_trained_file_is_measured_and_shipped_in_place_of_the_calibrated_one(t
     expected = folders["qad" if replaces else "quantize"] / "model.int8-trt.onnx"
     assert [file.path for file in measured_files(folders)][-1] == expected
     assert kept_files(folders).get("int8-trt") == (expected if replaces else None)
+
+
+def test_a_measured_file_brings_what_its_gate_measured(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("export", "quantize", "qad")}
+    loss = {"drop": 0.01, "standard_error": 0.001, "image_error": None, "draws": 4}
+    latency = {"ratio": 0.6, "low": 0.59, "high": 0.61, "rounds": 20}
+    entries = [
+        {**UNMEASURED, "name": "fp32", "file": "model.onnx", "kept": True, "reason": ""},
+        {
+            **{"name": "int8-ort", "file": "model.int8-ort.onnx", "kept": True, "reason": ""},
+            **{"loss": loss, "latency": latency},
+        },
+    ]
+    write_json(folders["quantize"] / "quantize.json", entries)
+    write_json(folders["qad"] / "qad.json", [])
+    write_files(folders)
+    assert measured_files(folders)[-1].loss == {**loss, "latency_ratio": 0.6}
 
 
 @pytest.mark.parametrize("changes", [{"weights": "6" * 64}, {"max_det": 100}, {"weights": ""}])
@@ -102,6 +124,21 @@ def test_the_card_and_the_device_decide_what_runs_a_file_and_what_is_computed_as
     monkeypatch.setattr("compress.inputs.device_name", lambda providers: "a GPU")
     on_gpu = Plan([], device=device, backend="onnx", as_written=True)
     assert suited(on_gpu, model) == (Plan([], device=device, backend="onnx"), "")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-trt", "int8-openvino"])
+def test_a_flavour_whose_library_or_gpu_is_not_here_is_computed_as_it_is_written(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, no_openvino: None
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "openvino" else object())
+    row = FLAVOURS[precision]
+    model = canvas_model(
+        tmp_path / "model.onnx", card(precision=precision, backend=row.backend, devices=row.devices)
+    )  # fmt: skip
+    plan, note = suited(Plan([]), model)
+    assert (plan.backend, plan.as_written, note) == ("onnx", True, row.note)
+    with pytest.raises(UnavailableError):
+        suited(Plan([], device="tensorrt"), model)
 
 
 @pytest.mark.parametrize(("precision", "has_note"), [("fp32", False), ("int8-ort", False), ("int8-openvino", True)])

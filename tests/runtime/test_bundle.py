@@ -9,7 +9,7 @@ import pytest
 
 from runtime.backends import BACKENDS
 from runtime.backends import tensorrt as tensorrt_backend
-from runtime.bundle import folder_card, list_files, model_files, problems, read_checked
+from runtime.bundle import card_with, folder_card, model_files, problems, read_checked
 from runtime.card import Artifact, FileDigest, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError, UnavailableError, UsageError
@@ -234,7 +234,7 @@ def test_a_folder_of_another_model_is_not_taken(folder, toys, changes):
     with pytest.raises(OccupiedError):
         folder_card(folder, other)
     with pytest.raises(OccupiedError):
-        list_files(folder, other, [made])
+        card_with(folder, other, [made])
     assert (folder / "model.json").read_bytes() == before
 
 
@@ -242,13 +242,13 @@ def test_a_new_file_stands_before_those_that_the_card_lists_already(folder, toys
     card = replace(ModelCard.load(folder), conf=0.5)  # chosen by the user
     card.save(folder / "model.json")
     model = toys.canvas_model(folder / "toy.fp16.onnx", toys.card(precision="fp16"))
-    list_files(folder, model, [artifact(model, "fp16")])
-    list_files(folder, model, [artifact(model, "fp16")])
-    found = ModelCard.load(folder)
+    for _ in range(2):
+        found = card_with(folder, model, [artifact(model, "fp16")])
+        found.save(folder / "model.json")
     assert [item.file for item in found.artifacts] == ["toy.fp16.onnx", "toy.fp16.plan", "toy.onnx", "toy.int8.onnx"]
     assert replace(found, artifacts=()) == replace(card, artifacts=())
 
 
 def test_the_first_file_in_a_folder_takes_the_card_of_its_model(toys, tmp_path):
     model = toys.canvas_model(tmp_path / "toy.onnx", toys.card(artifacts=(Artifact("x", "0" * 64, 1, "fp32", "onnx"),)))
-    assert list_files(tmp_path / "new", model, []) == ModelCard.load(tmp_path / "new") == toys.card()
+    assert card_with(tmp_path / "new", model, []) == toys.card()

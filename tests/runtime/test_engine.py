@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from runtime import child_process, engine
-from runtime.bundle import card_of, folder_card, list_files, model_files, read_checked
-from runtime.card import Batches
-from runtime.engine import BuildReport, BuildRequest, ShapeRange, SlowerError, build_engine, profile_of
+from runtime.bundle import card_of, folder_card, model_files, read_checked
+from runtime.card import Artifact, Batches, ModelCard
+from runtime.engine import BuildRequest, ShapeRange, build_engine, list_plans, profile_of
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
-from runtime.layers import EngineLayer, TensorType, read_layers
+from runtime.layers import EngineLayer, TensorType, layers_file, read_layers, save_layers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 rtx = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('tensorrt_rtx')", reason="needs tensorrt_rtx")
@@ -44,24 +44,48 @@ def test_the_layers_of_a_plan_are_written_beside_it(toys, tmp_path):
     assert report.layers[0].inputs[0] == TensorType("Float", (1, 3, 64, 64))
 
 
-def int8_report(layers):
-    return BuildReport("tensorrt", {}, 1.0, 4, "a" * 64, (), (), layers=layers)
+def a_plan(folder, precision, types, *, backend="tensorrt", sm="sm86") -> Artifact:
+    """A plan of one convolution with these types of input and output, as a build leaves it."""
+    plan, shape = folder / f"{precision}.{backend}.{sm}.plan", (1, 8, 100, 100)
+    plan.write_bytes(b"vtrt")
+    kind, out = (TensorType(name, shape) for name in types)
+    save_layers(plan, sha256(plan), (EngineLayer("c", "CaskConvolution", (), (kind,), (out,)),))
+    return Artifact(plan.name, sha256(plan), 4, precision, backend, (sm,))
 
 
-def test_an_int8_plan_that_moves_more_than_fp16_is_not_published(toys, tmp_path, monkeypatch):
-    shape = (1, 8, 100, 100)
-    int8, half = (
-        (EngineLayer("c", "CaskConvolution", (), (TensorType(kind, shape),), (TensorType(out, shape),)),)
-        for kind, out in (("Int8", "Float"), ("Half", "Half"))
-    )
-    monkeypatch.setattr(engine, "find_spec", lambda name: True)
-    monkeypatch.setattr(engine, "_build_in_child", lambda *_: int8_report(int8))
-    model, out = toys.conv_model(tmp_path / "a.onnx"), tmp_path / "out" / "a.plan"
-    with pytest.raises(SlowerError, match=r"a\.onnx: its INT8 moves 0\.4 MB a call, FP16 moves 0\.3"):
-        build_engine(model, out, fp16=half)
-    assert list(out.parent.iterdir()) == []
-    build_engine(model, out)
-    assert read_layers(out, "a" * 64) == int8
+SLOW, FAST, HALF = ("Int8", "Float"), ("Int8", "Int8"), ("Half", "Half")
+
+
+@pytest.mark.parametrize("order", [("fp16", "int8-trt"), ("int8-trt", "fp16"), None], ids=["first", "last", "at once"])
+@pytest.mark.parametrize(("int8", "is_slower"), [(SLOW, True), (FAST, False)])
+def test_an_int8_plan_that_moves_more_than_fp16_is_not_listed_whichever_is_built_first(
+    toys, tmp_path, order, int8, is_slower
+):
+    model = toys.canvas_model(tmp_path / "toy.onnx")
+    made = {"fp16": a_plan(tmp_path, "fp16", HALF), "int8-trt": a_plan(tmp_path, "int8-trt", int8)}
+    steps = [[made[name]] for name in order] if order else [list(made.values())]
+    *_, found = (list_plans(tmp_path, model, step) for step in steps)
+    file = made["int8-trt"].file
+    assert found == ({file: "its INT8 moves 0.4 MB a call, FP16 moves 0.3"} if is_slower else {})
+    assert (made["int8-trt"] in ModelCard.load(tmp_path).artifacts) is not is_slower
+    assert made["fp16"] in ModelCard.load(tmp_path).artifacts
+    assert [path.exists() for path in (tmp_path / file, layers_file(tmp_path / file))] == [not is_slower] * 2
+    assert read_layers(tmp_path / made["fp16"].file, made["fp16"].sha256)
+
+
+@pytest.mark.parametrize("other", [{"backend": "tensorrt_rtx"}, {"sm": "sm89"}])
+def test_plans_of_another_builder_or_gpu_are_not_compared(toys, tmp_path, other):
+    model = toys.canvas_model(tmp_path / "toy.onnx")
+    plans = [a_plan(tmp_path, "int8-trt", SLOW), a_plan(tmp_path, "fp16", HALF, **other)]
+    assert list_plans(tmp_path, model, plans) == {}
+
+
+def test_an_int8_plan_of_unknown_layers_stays(toys, tmp_path):
+    model = toys.canvas_model(tmp_path / "toy.onnx")
+    plans = [a_plan(tmp_path, "int8-trt", SLOW), a_plan(tmp_path, "fp16", HALF)]
+    layers_file(tmp_path / plans[0].file).unlink()
+    assert list_plans(tmp_path, model, plans) == {}
+    assert list(ModelCard.load(tmp_path).artifacts) == plans
 
 
 @rtx
@@ -179,7 +203,7 @@ def test_a_built_plan_is_listed_in_the_card_beside_it(toys, tmp_path):
     model, out = toys.canvas_model(tmp_path / "toy.onnx"), tmp_path / "toy.plan"
     report = build_engine(model, out, targets=("sm86",))
     for _ in range(2):  # building again replaces the entry
-        list_files(tmp_path, model, [report.artifact(out.name, card_of(model))])
+        list_plans(tmp_path, model, [report.artifact(out.name, card_of(model))])
     (file,) = model_files(out)
     assert (file.spec.name, file.artifact.targets) == ("tensorrt_rtx", ("sm86",))
     assert read_checked(file) == {out.name: out.read_bytes()}
@@ -387,3 +411,12 @@ class Inspector:
 
 def cannot_load(*_):
     raise EngineError("no GPU")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "plan", "a.plan.bak"])
+def test_a_plan_replaces_no_file_of_another_kind(toys, tmp_path, name):
+    model = toys.canvas_model(tmp_path / "model.onnx")
+    before = model.read_bytes()
+    with pytest.raises(UsageError, match=r"a plan's name ends in \.engine, \.plan"):
+        build_engine(model, tmp_path / name, targets=("sm86",))
+    assert model.read_bytes() == before

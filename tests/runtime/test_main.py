@@ -13,8 +13,7 @@ import pytest
 import runtime
 from runtime import engine
 from runtime.__main__ import main
-from runtime.card import Artifact, Batches
-from runtime.engine import SlowerError
+from runtime.card import Artifact, Batches, ModelCard
 from runtime.files import sha256
 from runtime.layers import EngineLayer, TensorType, save_layers
 
@@ -237,26 +236,28 @@ def test_build_writes_plan_and_card_and_info_explains_them(model, tmp_path, caps
     assert "toy.plan" in told["runs_here"]
 
 
-def test_build_compares_int8_with_the_fp16_plan_that_the_same_builder_made(toys, tmp_path, monkeypatch, capsys):
-    plan = tmp_path / "toy.fp16.plan"
-    plan.write_bytes(b"vtrt")
-    layers = (EngineLayer("c", "CaskConvolution", (), (TensorType("Half", (1, 8)),), ()),)
-    save_layers(plan, sha256(plan), layers)
-    made = Artifact(plan.name, sha256(plan), 4, "fp16", "tensorrt_rtx", identity=toys.card().identity)
-    toys.card(artifacts=(made,)).save(tmp_path / "model.json")
-    given = []
+@pytest.mark.parametrize("first", ["fp16", "int8-trt"])
+def test_build_keeps_no_int8_plan_that_moves_more_than_fp16_in_either_order(toys, tmp_path, monkeypatch, capsys, first):
+    types = {"fp16": ("Half", "Half"), "int8-trt": ("Int8", "Float")}
 
-    def build(onnx, out, *, fp16, **_):
-        given.append(fp16)
-        raise SlowerError("its INT8 moves 2.0 MB a call, FP16 moves 1.0", "Use the FP16 plan")
+    def build(onnx, out, **_):
+        out.write_bytes(b"vtrt")
+        kind, made = (TensorType(name, (1, 8)) for name in types[out.name.split(".")[1]])
+        layers = (EngineLayer("c", "CaskConvolution", (), (kind,), (made,)),)
+        save_layers(out, sha256(out), layers)
+        return engine.BuildReport("tensorrt", {}, 1.0, 4, sha256(out), ("sm86",), (), layers=layers)
 
     monkeypatch.setattr(engine, "build_engine", build)
-    monkeypatch.setattr(engine, "find_spec", lambda name: True)
-    model = toys.canvas_model(tmp_path / "toy.int8-trt.onnx", toys.card(precision="int8-trt"))
-    for backend in ("tensorrt_rtx", "tensorrt"):
-        assert main(["build", str(model), "--backend", backend]) == 1
-        assert "its INT8 moves 2.0 MB a call, FP16 moves 1.0. Use the FP16 plan" in capsys.readouterr().err
-    assert given == [layers, ()]
+    codes = {}
+    for precision in (first, *(types.keys() - {first})):
+        model = toys.canvas_model(tmp_path / f"toy.{precision}.onnx", toys.card(precision=precision))
+        codes[precision] = main(["build", str(model), "--backend", "tensorrt"])
+    assert [artifact.precision for artifact in ModelCard.load(tmp_path).artifacts] == ["fp16"]
+    assert not list(tmp_path.glob("toy.int8-trt.plan*"))
+    reason = "its INT8 moves 0.0 MB a call, FP16 moves 0.0"
+    told = capsys.readouterr().err
+    assert codes == {"fp16": 0, "int8-trt": int(first == "fp16")}
+    assert f"toy.int8-trt.{f'onnx: {reason}. Use' if first == 'fp16' else f'plan is removed: {reason}'}" in told
 
 
 def test_build_gives_a_plan_of_an_open_batch_its_profile(toys, tmp_path, capsys):
@@ -288,3 +289,35 @@ def test_wrong_usage_exits_with_two():
     done = subprocess.run([sys.executable, "-m", "runtime", "fly"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["build", ""], ["info", ""], ["verify", ""], ["detect", "a.jpg", "--model", ""], ["build", "m.onnx", "--out", ""]],
+)
+def test_an_empty_path_is_wrong_usage(arguments, capsys):
+    assert main(arguments) == 2
+    assert "a path is empty" in capsys.readouterr().err
+
+
+def test_a_source_without_a_name_is_no_folder(model, images, monkeypatch, capsys):
+    monkeypatch.chdir(images)
+    assert main(["detect", "", "--model", model]) == 1
+    assert "the name of a source is empty" in capsys.readouterr().err
+
+
+def test_a_number_that_no_camera_has_is_one_line(model, capsys):
+    assert main(["detect", "99999999999999999999", "--model", model]) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_folder_is_nothing_to_build(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "."]) == 1
+    assert "no backend runs a file without suffix" in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_error():
+    command = f"{sys.executable} -m runtime info >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from runtime import backends
 from runtime.backends import LoadOptions, LoadRequest, load_backend
 from runtime.card import METADATA_KEY, Artifact, Batches, FileDigest
 from runtime.detector import Detector
@@ -188,13 +186,10 @@ def test_of_a_bundle_a_named_backend_takes_its_own_file_first(bundle, options, f
         assert (detector.artifact.file, detector.providers[0]) == (file, library)
 
 
-def test_without_openvino_its_files_are_skipped_with_the_command_that_installs_it(toys, bundle, monkeypatch):
+def test_without_openvino_its_files_are_skipped_with_the_command_that_installs_it(toys, bundle, no_openvino):
     card = toys.card()
     listed = replace(card, artifacts=tuple(map(artifact, (bundle / "b.onnx", bundle / "a.onnx"), ("openvino", "onnx"))))
     listed.save(bundle / "model.json")
-    monkeypatch.delitem(sys.modules, "runtime.backends.openvino", raising=False)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delattr(backends, "openvino", raising=False)
     with Detector.load(bundle) as detector:
         assert detector.artifact.file == "a.onnx"
         ((file, reason),) = detector.skipped

@@ -1,8 +1,10 @@
 """Measure what quantisation-aware distillation gains over calibration: `python measure.py DATA_YAML OUT NAME=FILE ...`.
 
-In: a data set with val and test, and networks by name; `--teacher FILE` teaches in the cases with a big teacher. Out:
-`OUT/results.json`, a row a case and seed: mAP50-95 lost against FP32, mean of val and test, four draws. Cases that are
-done are kept, and a training that was killed goes on.
+In: a data set with val and test, and networks by name, one file for each seed that the network was trained with
+(`p=RUN-0/student.safetensors p=RUN-1/student.safetensors`); `--teacher FILE` teaches in the cases with a big teacher.
+Out: `OUT/results.json`, a row a case and seed: mAP50-95 lost against FP32, mean of val and test, four draws; and
+`OUT/table.md`, the means over the seeds. Cases that are done are kept, and a training that was killed goes on. The
+cheap cases of all networks come first.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from compress.config import ExportConfig, QadConfig, QuantizeConfig
 from compress.data import Dataset, index_dataset, load_data
 from compress.data.coco import to_coco
 from compress.flavours import FLAVOURS, Flavour
-from compress.gate import Origin, origin_of
+from compress.gate import Choice, Origin, origin_of
 from compress.graph.sensitivity import number_form
 from compress.graph.untrusted_onnx import read_model
 from compress.log import Log
@@ -35,6 +37,7 @@ from compress.training.qad import Start, train_for_int8
 from runtime.files import write_json
 
 NAME = "int8-openvino"
+METHOD: Final = "mse"
 FLAVOUR, SCHEME, IMGSZ, DRAWS = FLAVOURS[NAME], SCHEMES["openvino"], 320, 4
 SPLITS = ("val", "test")
 
@@ -72,7 +75,8 @@ class Judge:
 def row_of(origin: Origin, float_layers: tuple[str, ...]) -> dict[str, Any]:
     """The loss of a file over its draws."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [origin.write(FLAVOUR, Path(folder) / f"{draw}.onnx", float_layers, draw) for draw in range(DRAWS)]
+        choice = Choice(METHOD, float_layers)
+        files = [origin.write(FLAVOUR, Path(folder) / f"{draw}.onnx", choice, draw) for draw in range(DRAWS)]
         maps = np.array([origin.gate.maps(file) for file in files])
     drops = (origin.reference - maps).mean(1)
     return {
@@ -85,58 +89,130 @@ def row_of(origin: Origin, float_layers: tuple[str, ...]) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-    """One way to an INT8 file; without a seed by calibration alone."""
+    """One way to an INT8 file, by calibration alone or with a training behind it."""
 
     name: str
     floats: int
     """The worst layers that stay in float."""
-    seed: int | None = None
+    is_trained: bool = False
     has_teacher: bool = False
 
 
-def cases(seeds: int, teacher: Path | None) -> Iterator[Case]:
-    """The cheap ones first."""
-    yield Case("calibration", 0)
-    yield Case("calibration, 2 in float", 2)
-    for seed in range(seeds):
-        yield Case("QAD, 2 in float", 2, seed)
-        if teacher:
-            yield Case("QAD, 2 in float, big teacher", 2, seed, has_teacher=True)
-        yield Case("QAD", 0, seed)
+CALIBRATION = Case("calibration", 0)
+CASES = (
+    CALIBRATION,
+    Case("calibration, 2 in float", 2),
+    Case("QAD, 2 in float", 2, is_trained=True),
+    Case("QAD, 2 in float, big teacher", 2, is_trained=True, has_teacher=True),
+    Case("QAD", 0, is_trained=True),
+)
+"""The cheap ones first."""
 
 
-def measure(network: str, file: Path, teacher: Path | None, data: Dataset, out: Path, seeds: int, say: Log) -> None:
-    """Add every case of one network to results.json that it does not have."""
-    folder, results = out / network, out / "results.json"
-    model = folder / "model.onnx"
-    if not model.is_file():
-        export(ExportConfig(), model=file, out=folder, imgsz=IMGSZ, log=say)
-    source, judge = read_model(model), Judge(data)
-    images = [sample.image for sample in data.splits["train"].samples]
-    settings = QuantizeConfig(flavours=(NAME,), method="mse", draws=DRAWS)
-    origin = origin_of(settings, source, model=model, images=images, gate=judge)
-    ranking = [layer.name for layer in origin.rank(number_form(SCHEME))]
-    say(f"{network}: FP32 {origin.reference.tolist()}")
-    for case in cases(seeds, teacher):
-        rows = json.loads(results.read_text()) if results.is_file() else []
-        if any((row["network"], row["case"], row["seed"]) == (network, case.name, case.seed) for row in rows):
-            continue
-        layers = tuple(ranking[: case.floats])
-        judged, figures = origin, dict[str, float]()
-        if case.seed is not None:
+class Network(NamedTuple):
+    """A network that was trained with one of its seeds, 0 the first; `teacher` is the big one, if it has one."""
+
+    name: str
+    seed: int
+    file: Path
+    teacher: Path | None
+
+
+def networks(texts: Sequence[str], teacher: Path | None) -> list[Network]:
+    """From NAME=FILE: the files of one name are its seeds. A network does not teach itself."""
+    found: list[Network] = []
+    for name, file in (text.split("=", 1) for text in texts):
+        seed, own = sum(network.name == name for network in found), Path(file)
+        has_teacher = teacher is not None and teacher.resolve() != own.resolve()
+        found.append(Network(name, seed, own, teacher if has_teacher else None))
+    return found
+
+
+class Measurement(NamedTuple):
+    """The images, the folder of the results, and the settings of every training."""
+
+    data: Dataset
+    out: Path
+    qad: QadConfig
+    imgsz: int
+    say: Log
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        results = self.out / "results.json"
+        return json.loads(results.read_text()) if results.is_file() else []
+
+    def origin(self, network: Network) -> Origin:
+        """FP32 and its calibration."""
+        model = self.folder(network) / "model.onnx"
+        if not model.is_file():
+            export(ExportConfig(), model=network.file, out=model.parent, imgsz=self.imgsz, log=self.say)
+        images = [sample.image for sample in self.data.splits["train"].samples]
+        settings = QuantizeConfig(flavours=(NAME,), method=METHOD, draws=DRAWS)
+        return origin_of(settings, read_model(model), model=model, images=images, gate=Judge(self.data))
+
+    def folder(self, network: Network) -> Path:
+        return self.out / f"{network.name}-{network.seed}"
+
+    def measure(self, network: Network, cases: Sequence[Case]) -> None:
+        """Add those cases of one network to results.json that it does not have."""
+        known = {(row["network"], row["seed"], row["case"]) for row in self.rows}
+        cases = [case for case in cases if network.teacher or not case.has_teacher]
+        cases = [case for case in cases if (network.name, network.seed, case.name) not in known]
+        if not cases:
+            return
+        origin = self.origin(network)
+        self.say(f"{network.name}, seed {network.seed}: FP32 {origin.reference.tolist()}")
+        for case in cases:
+            row = self.row(network, case, origin)
+            write_json(self.out / "results.json", [*self.rows, row])
+            (self.out / "table.md").write_text(table(self.rows))
+            told = f"{row['drop']:+.4f} ± {row['standard_error']:.4f}"
+            self.say(f"{network.name}, seed {network.seed}, {case.name}: drop {told}")
+
+    def row(self, network: Network, case: Case, origin: Origin) -> dict[str, Any]:
+        ranking = [layer.name for layer in origin.rank(METHOD, number_form(SCHEME))]
+        layers, seconds, judged = tuple(ranking[: case.floats]), None, origin
+        if case.is_trained:
             learned = train_for_int8(
-                QadConfig(imgsz=IMGSZ, seed=case.seed, threads=1, tensorboard=False),
-                Start(file, source, origin.ranges, SCHEME, layers),
-                teachers=[teacher] if teacher and case.has_teacher else [], data=data,
-                out=folder / f"{case.name.replace(', ', '-').replace(' ', '_')}-{case.seed}", device="cpu", log=say,
+                self.qad.model_copy(update={"seed": network.seed}),
+                Start(network.file, origin.source, origin.ranges(METHOD), SCHEME, layers),
+                teachers=[network.teacher] if network.teacher and case.has_teacher else [], data=self.data,
+                out=self.folder(network) / case.name.replace(", ", "-").replace(" ", "_"), device="cpu", log=self.say,
             )  # fmt: skip
-            judged = replace(origin, source=learned.model, ranges=learned.ranges)
-            figures = learned.training.figures
+            judged = replace(origin, source=learned.model, ranges=lambda _: learned.ranges)
+            seconds = learned.training.figures.get("seconds")
         fp32 = dict(zip(SPLITS, origin.reference.tolist(), strict=True))
-        row = {"network": network, "case": case.name, "seed": case.seed, "fp32": fp32, **row_of(judged, layers)}
-        row |= {"seconds": figures.get("seconds")}
-        write_json(results, [*rows, row])
-        say(f"{network}, {case.name}, seed {case.seed}: drop {row['drop']:+.4f} ± {row['standard_error']:.4f}")
+        common = {"network": network.name, "case": case.name, "seed": network.seed, "fp32": fp32, "seconds": seconds}
+        return common | row_of(judged, layers)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: points of mAP50-95 lost against FP32, and how many less than by calibration alone.
+
+    Means over the seeds of a network, each with the standard error of the mean; of one seed the loss has that of its
+    draws.
+    """
+    lines = ["| network | FP32 | case | seeds | lost | less than calibration |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == name]
+        plain = {row["seed"]: row["drop"] for row in own if row["case"] == CALIBRATION.name}
+        fp32 = np.mean([list(row["fp32"].values()) for row in own if row["case"] == CALIBRATION.name])
+        for case in CASES:
+            found = [row for row in own if row["case"] == case.name]
+            if not found:
+                continue
+            drops = [row["drop"] for row in found]
+            error = standard_error(drops) if len(drops) > 1 else found[0]["standard_error"]
+            gained = [plain[row["seed"]] - row["drop"] for row in found if row["seed"] in plain]
+            less = "" if case == CALIBRATION or not gained else points(gained, standard_error(gained))
+            cells = (name, f"{100 * fp32:.2f}", case.name, str(len(found)), points(drops, error), less)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def points(values: Sequence[float], error: float | None) -> str:
+    return f"{100 * np.mean(values):.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def main() -> None:
@@ -145,12 +221,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("networks", nargs="+", metavar="NAME=FILE")
     parser.add_argument("--teacher", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=QadConfig().epochs)
+    parser.add_argument("--imgsz", type=int, default=IMGSZ)
     given = parser.parse_args()
     data = index_dataset(load_data(given.data), ("train", *SPLITS))
-    for network, file in (text.split("=", 1) for text in given.networks):
-        teacher = given.teacher if given.teacher and given.teacher.resolve() != Path(file).resolve() else None
-        measure(network, Path(file), teacher, data, given.out, given.seeds, lambda line: print(line, flush=True))
+    qad = QadConfig(imgsz=given.imgsz, epochs=given.epochs, threads=1, tensorboard=False)
+    measurement = Measurement(data, given.out, qad, given.imgsz, lambda line: print(line, flush=True))
+    for cases in ([case for case in CASES if not case.is_trained], CASES):
+        for network in networks(given.networks, given.teacher):
+            measurement.measure(network, cases)
+    print(table(measurement.rows), end="")
 
 
 if __name__ == "__main__":

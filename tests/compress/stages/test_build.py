@@ -21,7 +21,7 @@ from compress.stages.build import Inputs, build, by_precision, require_open_batc
 from compress.stages.export import export
 from runtime.bundle import card_of, model_files, problems
 from runtime.card import Artifact, Batches, ModelCard
-from runtime.engine import BuildReport, SlowerError
+from runtime.engine import BuildReport
 from runtime.errors import EdgestillError, InputError, UnavailableError, UsageError
 from runtime.files import sha256
 from runtime.identity import OccupiedError
@@ -128,30 +128,38 @@ def test_tensorrt_rtx_gets_no_int8_plan_and_the_log_says_why(tmp_path, monkeypat
     assert "int8-trt: skipped: TensorRT-RTX fuses no INT8 convolution with its activation" in lines[1]
 
 
-def test_an_int8_plan_that_moves_more_than_fp16_is_left_out_with_the_reason(tmp_path, monkeypatch):
-    half = (EngineLayer("c", "CaskConvolution", (), (TensorType("Half", (1, 8)),), ()),)
-    given = {}
+@pytest.mark.parametrize("commands", [(("fp16", "int8-trt"),), (("fp16",), ("int8-trt",)), (("int8-trt",), ("fp16",))])
+def test_an_int8_plan_that_moves_more_than_fp16_is_left_out_with_the_reason(tmp_path, monkeypatch, commands):
+    """Whether both are built by one command or by two, in either order."""
+    types = {"fp16": ("Half", "Half"), "int8-trt": ("Int8", "Float")}
 
-    def build_engine(model: Path, target: Path, *, fp16: Any, **more: Any) -> BuildReport:
-        given[target.name] = fp16
-        if fp16:
-            raise SlowerError("its INT8 moves 2.0 MB a call, FP16 moves 1.0", "Use the FP16 plan")
-        return replace(fake_build(model, target), backend="tensorrt", layers=half)
+    def build_engine(model: Path, target: Path, **_: Any) -> BuildReport:
+        read, written = (TensorType(name, (1, 500_000)) for name in types[card_of(model).precision])
+        layers = (EngineLayer("c", "CaskConvolution", (), (read,), (written,)),)
+        report = replace(fake_build(model, target), backend="tensorrt", layers=layers)
+        save_layers(target, report.sha256, layers)
+        return report
 
     monkeypatch.setattr(stage, "build_engine", build_engine)
     monkeypatch.setattr(stage, "resolve_backend", lambda _: "tensorrt")
-    models = {name: write_model(tmp_path / f"model.{name}.onnx", name) for name in ("fp16", "int8-trt")}
+    models = {name: write_model(tmp_path / f"model.{name}.onnx", name) for name in types}
     lines: list[str] = []
-    plans = build(BuildConfig(), models=models, out=tmp_path / "out", log=lines.append)
-    assert given == {"part.fp16.plan": (), "part.int8-trt.plan": half}
-    assert [plan.to_json()["moved_bytes"] for plan in plans] == [16, None]
-    assert lines[1] == "int8-trt: left out: its INT8 moves 2.0 MB a call, FP16 moves 1.0"
+    plans = [
+        plan
+        for names in commands
+        for plan in build(
+            BuildConfig(), models={name: models[name] for name in names}, out=tmp_path / "out", log=lines.append
+        )
+    ]
+    reason = "its INT8 moves 2.5 MB a call, FP16 moves 2.0"
+    assert lines[-1] in (
+        f"int8-trt: left out: {reason}", f"part.int8-trt.plan, of an earlier build, is removed: {reason}"
+    )  # fmt: skip
     (listed,) = ModelCard.load(tmp_path / "out").artifacts
     assert listed.precision == "fp16"
-    given.clear()
-    save_layers(tmp_path / "out" / listed.file, listed.sha256, half)
-    build(BuildConfig(), models={"int8-trt": models["int8-trt"]}, out=tmp_path / "out", log=lines.append)
-    assert given == {"part.int8-trt.plan": half}, "those of the plan that an earlier build listed"
+    assert not list((tmp_path / "out").glob("*int8*"))
+    if commands[0] != ("int8-trt",):
+        assert [plan.to_json()["moved_bytes"] for plan in plans] == [2_000_000, None]
 
 
 def fake_build(model: Path, target: Path, **_: Any) -> BuildReport:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.config import NoSettings
+from compress.flavours import FLAVOURS
 from compress.stages.bundle import run
 from runtime.bundle import model_files
 from runtime.card import Artifact, Batches, ModelCard
@@ -74,6 +75,7 @@ def test_every_file_of_a_bundle_is_of_its_model(folders: dict[str, Path], tmp_pa
     assert read_layers(files[0].path, sha256(plan)) == layers
     assert {file.artifact.identity for file in files if file.artifact} == {MINE.identity}
     assert ModelCard.load(tmp_path / "bundle").identity == MINE.identity
+    assert "python -m runtime build model.onnx" in (tmp_path / "bundle" / "README.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -91,15 +93,19 @@ def test_files_of_cpus_come_in_the_order_of_their_latency_in_the_library_that_ru
     files = {"fp32": folders["export"] / "model.onnx"}
     for name in p50:
         if name != "fp32":
-            files[name] = canvas_model(folders["quantize"] / f"model.{name}.onnx", replace(MINE, precision=name))
+            made_for = {"backend": FLAVOURS[name].backend, "devices": FLAVOURS[name].devices}
+            own = replace(MINE, precision=name, **made_for)
+            files[name] = canvas_model(folders["quantize"] / f"model.{name}.onnx", own)
     entries = [{"name": name, "file": file.name, "kept": True, "reason": ""} for name, file in files.items()]
     (folders["quantize"] / "quantize.json").write_text(json.dumps(entries))
     write_bench(folders, [row(n, sha256(f), p50[n], as_written=n in written) for n, f in files.items()])
     out = bundle(folders, tmp_path / "bundle")
     listed = ModelCard.load(out).artifacts[1:]
     assert [(item.precision, item.backend) for item in listed] == order
+    assert all(item.devices == FLAVOURS[item.precision].devices for item in listed if item.precision != "fp32")
     readme = (out / "README.txt").read_text()
     assert "their latency on Toy CPU (linux-toy)" in readme
+    assert "python -m runtime build model.fp16.onnx" in readme
     assert f"pip install 'edgestill[{'openvino' if is_timed else 'cpu'}]'" in readme
     assert ModelCard.load(out).provenance["order_measured_on"] == "Toy CPU (linux-toy)"
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.latency import Durations, LatencyRatio
 from compress.config import ExportConfig, Recipe
 from compress.data import Dataset
-from compress.gate import JudgedFile, Loss, Step
+from compress.gate import Choice, JudgedFile, Loss, Step
 from compress.graph.metadata import read_card
 from compress.models import Architecture, YOLOv5
 from compress.models.checkpoint import save_model
@@ -48,11 +48,20 @@ class FixedGate:
         return LatencyRatio(0.5, 0.5, 0.5, (0.5,) * 20, times, times)
 
 
-def calibrated(drop: float, *, kept: bool, float_layers: int = 0, found: float | None = None) -> dict[str, Any]:
-    """An entry of quantize.json whose first try lost `drop`, and whose file loses `found`."""
+def calibrated(*drops: float, kept: bool, float_layers: int = 0) -> dict[str, Any]:
+    """An entry of quantize.json whose tries by one method after the other lost `drops`, the last one being the file.
+
+    It was timed with no layers in float, too.
+    """
     layers = [{"name": str(index), "error": 1.0, "is_float": index < float_layers} for index in range(3)]
-    loss = {"drop": drop if found is None else found}
-    return {"name": "int8-openvino", "kept": kept, "steps": [{"drop": drop}], "layers": layers, "loss": loss}
+    steps = [{"float_layers": 0, "drop": None}, *({"float_layers": float_layers, "drop": drop} for drop in drops)]
+    return {"name": "int8-openvino", "kept": kept, "steps": steps, "layers": layers, "loss": {"drop": drops[-1]}}
+
+
+def more_in_float(drop: float, *, kept: bool) -> dict[str, Any]:
+    """An entry whose first try lost too much with one layer in float, and whose file with two loses `drop`."""
+    entry = calibrated(drop, kept=kept, float_layers=2)
+    return entry | {"steps": [{"float_layers": 1, "drop": 0.03}, *entry["steps"][1:]]}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +113,14 @@ def test_the_calibrated_file_stays_where_the_trained_one_loses_more(
     ("when", "entry", "expected"),
     [
         ("needed", calibrated(0.03, kept=False), True),
-        ("needed", calibrated(0.03, kept=True, float_layers=2, found=0.01), True),
+        ("needed", calibrated(0.03, 0.04, kept=False, float_layers=2), True),
+        ("needed", more_in_float(0.03, kept=False), True),
+        ("needed", more_in_float(0.01, kept=False), True),
+        ("needed", more_in_float(0.01, kept=True), False),
+        ("needed", calibrated(0.03, 0.01, kept=True), False),
         ("needed", calibrated(0.01, kept=True), False),
         ("needed", calibrated(0.01, kept=False), False),
+        ("needed", calibrated(0.03, 0.01, kept=False), False),
         ("needed", calibrated(float("nan"), kept=False), False),
         ("needed", calibrated(0.03, kept=False) | {"steps": []}, False),
         ("always", calibrated(0.01, kept=True), True),
@@ -114,16 +128,21 @@ def test_the_calibrated_file_stays_where_the_trained_one_loses_more(
     ],
     ids=[
         "lost too much",
-        "only with more layers in float",
+        "by both methods",
+        "with more layers in float, too",
+        "too slow with more layers in float",
+        "holds with more layers in float",
+        "holds by the other method",
         "holds",
         "too slow",
+        "too slow by the other method",
         "not measurable",
         "not made",
         "always",
         "never",
     ],
 )
-def test_it_runs_where_calibration_loses_too_much_with_the_fewest_layers_in_float(
+def test_it_runs_where_no_calibrated_file_passes_and_the_fewest_layers_in_float_lose_too_much(
     when: str, entry: dict[str, Any], expected: bool
 ) -> None:
     found = wanted(settings(qad={"when": when}), {"fp16": {}, "int8-openvino": entry})
@@ -132,7 +151,8 @@ def test_it_runs_where_calibration_loses_too_much_with_the_fewest_layers_in_floa
 
 def judged(drop: float, *, kept: bool = True, float_layers: tuple[str, ...] = ()) -> JudgedFile:
     loss = Loss(drop, 0.0, 0.0, 2)
-    return JudgedFile("int8-openvino", Path("file"), kept, "", 0.5, loss, steps=(Step(float_layers, loss=loss),))
+    step = Step(Choice("mse", float_layers), loss=loss)
+    return JudgedFile("int8-openvino", Path("file"), kept, "", 0.5, loss, steps=(step,))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +163,7 @@ def judged(drop: float, *, kept: bool = True, float_layers: tuple[str, ...] = ()
         (judged(0.03, kept=False), calibrated(0.01, kept=True), False),
         (judged(0.01), calibrated(0.02, kept=True), True),
         (judged(0.01), calibrated(0.005, kept=True), False),
-        (judged(0.01, float_layers=("1",)), calibrated(0.03, kept=True, float_layers=2, found=0.0), True),
+        (judged(0.01, float_layers=("1",)), calibrated(0.0, kept=True, float_layers=2), True),
         (judged(0.0, float_layers=("1",)), calibrated(0.01, kept=True), False),
     ],
     ids=[
@@ -169,7 +189,7 @@ def test_the_teacher_of_the_run_teaches_where_the_recipe_wants_it(
     inputs = STAGE.inputs(recipe, folders)
     assert inputs.teachers == ((folders["teacher"] / "teacher.safetensors",) if with_teacher else ())
     assert inputs.student == folders["distill"] / "student.safetensors"
-    assert inputs.calibrated["int8-openvino"]["steps"] == [{"drop": 0.1}]
+    assert inputs.calibrated["int8-openvino"]["loss"] == {"drop": 0.1}
 
 
 def test_nothing_is_read_where_it_is_not_needed(tiny_data: Dataset, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from runtime.image import read_image
 
 SIZE = 160
 OPENVINO = FLAVOURS["int8-openvino"].is_run_here
-CONFIG = QuantizeConfig(calibration_images=4, draws=2, float_layers=0)
+CONFIG = QuantizeConfig(calibration_images=4, draws=2, float_layers=0, method="minmax")
 """Every flavour, as it is."""
 
 
@@ -124,6 +124,18 @@ def run(
 def flavours(model: Path, images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("flavours")
     return run(CONFIG, model, images, out, {"int8-trt": 0.47, "fp16": 0.485})
+
+
+def test_each_file_says_what_it_is_made_for_and_is_the_same_model_all_the_same(flavours):
+    cards = {name: read_card(onnx.load(judged.path), name) for name, judged in flavours[0].items()}
+    assert {name: (card.backend, card.devices) for name, card in cards.items()} == {
+        "fp32": ("", ()),
+        "fp16": ("", ("cuda", "tensorrt")),
+        "int8-trt": ("", ("tensorrt",)),
+        "int8-openvino": ("openvino", ("cpu",)),
+        "int8-ort": ("onnx", ("cpu",)),
+    }
+    assert {card.identity for card in cards.values()} == {cards["fp32"].identity}
 
 
 def test_the_gate_is_the_measured_drop(flavours):
@@ -377,7 +389,7 @@ def test_layers_return_to_float_until_the_loss_is_within_its_limit(model, images
     found, lines = run(config, model, images, tmp_path, maps)
     judged = found["int8-trt"]
     assert judged.kept
-    assert [len(step.float_layers) for step in judged.steps] == [2, 4, 8]
+    assert [len(step.choice.float_layers) for step in judged.steps] == [2, 4, 8]
     assert judged.float_layers == tuple(layer.name for layer in judged.ranking[:8])
     predicted = [step.predicted_error for step in judged.steps]
     assert predicted == sorted(predicted, reverse=True)
@@ -393,7 +405,37 @@ def test_a_flavour_that_never_holds_is_left_out_with_all_its_steps(model, images
     found, _ = run(replace_config(**INT8_ALONE, float_layers="auto"), model, images, tmp_path, {"int8-trt": 0.4})
     judged = found["int8-trt"]
     assert not judged.kept
-    assert [len(step.float_layers) for step in judged.steps] == [2, 4, 8, 16]
+    assert [len(step.choice.float_layers) for step in judged.steps] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("maps", "tried"),
+    [
+        ([0.5], [("minmax", 2)]),
+        ([0.4, 0.5], [("minmax", 2), ("mse", 2)]),
+        ([0.4, 0.4, 0.5], [("minmax", 2), ("mse", 2), ("minmax", 4)]),
+    ],
+)
+def test_both_methods_are_tried_before_more_layers_stay_in_float(model, images, tmp_path, maps, tried):
+    config = replace_config(**INT8_ALONE, float_layers="auto", method="auto", draws=1)
+    found, _ = run(config, model, images, tmp_path, {"int8-trt": maps})
+    judged = found["int8-trt"]
+    assert [(step.choice.method, len(step.choice.float_layers)) for step in judged.steps] == tried
+    assert judged.kept
+    assert judged.calibration["method"] == judged.to_json()["steps"][-1]["method"] == tried[-1][0]
+    assert judged.float_layers == tuple(layer.name for layer in judged.ranking[: tried[-1][1]])
+    only = replace_config(**INT8_ALONE, float_layers=judged.float_layers, method=tried[-1][0], draws=1)
+    again, _ = run(only, model, images, tmp_path / "again", {"int8-trt": 0.5})
+    assert again["int8-trt"].path.read_bytes() == judged.path.read_bytes()
+
+
+def test_each_number_of_layers_is_timed_once_whatever_the_method(model, images, tmp_path):
+    config = replace_config(flavours=("int8-ort",), float_layers=2, method="auto", draws=1)
+    found, _ = run(config, model, images, tmp_path, {"int8-ort": [0.4, 0.5]}, FASTER)
+    steps = found["int8-ort"].to_json()["steps"]
+    assert [(step["method"], step["float_layers"], step["latency_ratio"]) for step in steps] == [
+        ("mse", 0, 0.8), ("minmax", 2, 0.8), ("mse", 2, 0.8),
+    ]  # fmt: skip
 
 
 def test_each_step_of_a_flavour_for_this_cpu_is_timed_beside_none_in_float(model, images, tmp_path):
@@ -407,7 +449,7 @@ def test_each_step_of_a_flavour_for_this_cpu_is_timed_beside_none_in_float(model
 def test_named_layers_stay_in_float_and_an_unknown_name_is_one_line(model, images, tmp_path):
     config = replace_config(**INT8_ALONE, float_layers=("2.cv1", "1"))
     found, _ = run(config, model, images, tmp_path, {"int8-trt": 0.4})
-    assert [step.float_layers for step in found["int8-trt"].steps] == [("2.cv1", "1")]
+    assert [step.choice.float_layers for step in found["int8-trt"].steps] == [("2.cv1", "1")]
     with pytest.raises(InputError, match=r"model\.onnx has no layer '99'"):
         run(replace_config(**INT8_ALONE, float_layers=("99",)), model, images, tmp_path, {})
 
@@ -435,7 +477,7 @@ def test_rectangular_batches_are_calibrated_and_checked(images, tmp_path, batch)
     assert {judged.name for judged in found.values() if judged.kept} == {"fp32", *CONFIG.flavours}
     frames = [read_image(path) for path in images[:4]]
     for judged in found.values():
-        with Detector.load(judged.path) as detector:
+        with Detector.load(judged.path, device="cpu") as detector:
             assert detector.card.batches == batches
             assert judged.name == "fp32" or detector.card.provenance["opset"] == opset_of(onnx.load(judged.path))
             assert [one.to_list() for one in detector(frames)] == [detector(frame).to_list() for frame in frames]

@@ -40,8 +40,11 @@ def folders_with(
 
 
 def test_a_flavour_that_was_trained_for_int8_has_a_sentence(tmp_path: Path) -> None:
-    before = {"name": "int8-trt", "steps": [{"float_layers": 2, "drop": 0.031}, {"float_layers": 4, "drop": 0.01}]}
-    after = {"name": "int8-trt", "steps": [{"float_layers": 2, "drop": 0.0042}], "replaces": True}
+    """Against the best file of calibration with as many layers in float; what was only timed is no loss."""
+    timed = {"float_layers": 0, "drop": None}
+    drops = ((2, 0.04), (2, 0.031), (4, 0.01))
+    before = {"name": "int8-trt", "steps": [timed, *({"float_layers": n, "drop": drop} for n, drop in drops)]}
+    after = {"name": "int8-trt", "steps": [timed, {"float_layers": 2, "drop": 0.0042}], "replaces": True}
     folders = folders_with(tmp_path, [{"name": "fp32", "steps": []}, before], [after])
     assert list(trained_for_int8(folders)) == [
         "int8-trt was trained for INT8: by calibration alone it lost 0.0310 mAP50-95 with 2 layers in float, "
