@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a fresh machine with Python 3.10-3.13 runs `make demo` or `make test` as it is.
 
-PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && exit; done; command -v python3)
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do python$$v -V >/dev/null 2>&1 && command -v python$$v && exit; done; command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := python
@@ -14,10 +14,12 @@ help:  ## this list
 demo: $(READY)  ## distil, export, quantise, build and measure on a generated data set
 	$(BIN)/edgestill demo
 
-test: $(READY)  ## every test; with RUN="coverage run" it notes the lines that they run
-	$(BIN)/$(RUN) -m pytest -q
+test: $(READY)  ## every test, on all cores; with RUN="coverage run" it notes the lines that they run
+	@$(BIN)/coverage erase
+	$(BIN)/$(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 coverage: $(READY)  ## the percentage of lines that `make test RUN="coverage run"` noted, in all and of each package
+	@$(BIN)/coverage combine --quiet --keep
 	@for package in runtime benchmarks compress; do \
 	  echo "coverage of $$package: $$($(BIN)/coverage report --format=total --include="$$package/*") %"; \
 	done
@@ -38,7 +40,7 @@ format: $(READY)  ## repair the style
 	$(BIN)/ruff format .
 
 clean:  ## remove what the targets made, the virtual environment included
-	rm -rf $(VENV) build dist *.egg-info .coverage
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.*
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \

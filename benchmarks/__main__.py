@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.accuracy import read_coco
+from benchmarks.accuracy import read_ground_truth
 from benchmarks.bench import Plan, dataset_of, measure_all, numbered_images
-from benchmarks.compare import fail_on, parse_rule
+from benchmarks.compare import parse_rule, violations
 from benchmarks.environment import environment
 from benchmarks.render import require_packages, to_markdown, write
 from benchmarks.report import make_report
+from runtime.arguments import Parser, path
 from runtime.numbers import real, whole
 from runtime.terminal import exit_code_of
 
@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
-    made.add_argument("--model", type=Path, required=True, help=".onnx file, engine with its model.json, or bundle")
-    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
-    made.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations of the images, for mAP")
-    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.json, .html, .md, .csv go here")
+    made = Parser(prog="python -m benchmarks", description=DESCRIPTION)
+    made.add_argument("--model", type=path, required=True, help=".onnx file, engine with its model.json, or bundle")
+    made.add_argument("--images", type=path, required=True, metavar="DIR", help="folder with images")
+    made.add_argument("--annotations", type=path, metavar="JSON", help="COCO annotations of the images, for mAP")
+    made.add_argument("--out", type=path, required=True, metavar="DIR", help="report.json, .html, .md, .csv go here")
     made.add_argument("--variant", help="precision or file to take from a bundle (default: all that run here)")
     made.add_argument("--device", default=Plan.device, help="auto, cpu, cuda or tensorrt (default: %(default)s)")
     made.add_argument("--backend", default=Plan.backend, help="library that runs it (default: %(default)s)")
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     rules = [parse_rule(text) for text in options.fail_on]  # a typo is reported before the minutes of measuring
     require_packages()
-    truth = read_coco(options.annotations) if options.annotations else None
+    truth = read_ground_truth(options.annotations) if options.annotations else None
     plan = Plan(
         images=numbered_images(options.images, truth, options.max_images),
         ground_truth=truth,
@@ -89,9 +89,9 @@ def run(options: argparse.Namespace) -> int:
     paths = write(report, options.out)
     print(to_markdown(report), end="")
     print("\n".join(map(str, paths)), file=sys.stderr)
-    violations = [found for rule in rules for found in fail_on(rule, report)]
-    print("".join(f"failed: {violation}\n" for violation in violations), end="", file=sys.stderr)
-    return 1 if violations else 0
+    broken = violations(rules, [report])
+    print("".join(f"failed: {sentence}\n" for sentence in broken), end="", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

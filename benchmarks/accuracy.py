@@ -7,11 +7,12 @@ an interpolated curve, and knows no crowd regions. On COCO128 the difference is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,7 @@ def _evaluate(ground_truth: Mapping[str, Any], found: list[dict[str, Any]], max_
         {
             "images": list(ground_truth["images"]),
             "categories": list(ground_truth["categories"]),
-            "annotations": [{"iscrowd": 0, **entry} for entry in ground_truth["annotations"]],
+            "annotations": [_with_all_keys(*item) for item in enumerate(ground_truth["annotations"], 1)],
         }
     )
     evaluation = package.COCOeval_faster(truth, truth.loadRes(found), iouType="bbox", print_function=_quiet)
@@ -110,6 +111,12 @@ def _evaluate(ground_truth: Mapping[str, Any], found: list[dict[str, Any]], max_
     evaluation.evaluate()
     evaluation.accumulate()
     return np.asarray(evaluation.eval["precision"])[..., -1], np.asarray(evaluation.eval["recall"])[..., -1]
+
+
+def _with_all_keys(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An annotation as the package wants it; its id is not 0, which would stand for no match."""
+    known = {key: value for key, value in entry.items() if value is not None}
+    return {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **known, "id": number}
 
 
 def _quiet(*_: object) -> None:
@@ -198,13 +205,60 @@ def category_ids(names: Sequence[str], categories: Sequence[Mapping[str, Any]]) 
 
 def read_coco(path: Path) -> dict[str, Any]:
     """COCO ground truth from a JSON file. Raises InputError when it is something else."""
-    hint = "Give COCO's instances JSON"
-    data = read_json(path, hint)
+    data = read_json(path, COCO_HINT)
     for key in ("images", "annotations", "categories"):
         entries = data.get(key) if isinstance(data, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise InputError(f"{path}: `{key}` is not a list of objects", hint)
+            raise InputError(f"{path}: `{key}` is not a list of objects", COCO_HINT)
     return data
+
+
+def read_ground_truth(path: Path) -> dict[str, Any]:
+    """COCO ground truth of which every entry can be measured against.
+
+    Raises InputError that names the first one that cannot, or two categories of one name.
+    """
+    data = read_coco(path)
+    for key, wanted in ENTRIES.items():
+        for number, entry in enumerate(data[key], 1):
+            for name, (what, is_right) in wanted.items():
+                if not is_right(entry.get(name)):
+                    value = reprlib.repr(entry.get(name))
+                    raise InputError(f"{path}: {name} of {key}[{number}] is {value}, expected {what}", COCO_HINT)
+    names = [category["name"] for category in data["categories"]]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two categories have one name", "Give every class its own name")
+    return data
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= MAX_COCO_NUMBER
+
+
+def is_box(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+COCO_HINT = "Give COCO's instances JSON"
+MAX_COCO_NUMBER = 1e9
+"""Of a coordinate or an area; NaN is refused, too."""
+WHOLE, TEXT = ("a whole number", is_whole), ("text", lambda value: isinstance(value, str))
+ENTRIES: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    "images": {"id": WHOLE, "file_name": TEXT},
+    "categories": {"id": WHOLE, "name": TEXT},
+    "annotations": {
+        "image_id": WHOLE,
+        "category_id": WHOLE,
+        "bbox": ("four numbers", is_box),
+        "area": ("a number, or none", lambda value: value is None or _is_number(value)),
+        "iscrowd": ("0 or 1, or none", lambda value: value in (None, 0, 1)),
+    },
+}
+"""List of a ground truth -> keys of its entries that are read, what each holds in words, and the check of a value."""
 
 
 def restrict(ground_truth: Mapping[str, Any], image_ids: set[int]) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def digest(images: Sequence[Path], truth: Mapping[str, Any] | None = None) -> st
     root = os.path.commonpath([path.parent for path in images])
     whole = hashlib.sha256()
     for path in images:
-        whole.update(f"{path.relative_to(root).as_posix()}\0{sha256(path)}\n".encode())
+        whole.update(os.fsencode(f"{path.relative_to(root).as_posix()}\0{sha256(path)}\n"))
     if truth is not None:
         whole.update(json.dumps(truth, sort_keys=True).encode())
     return whole.hexdigest()

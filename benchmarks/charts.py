@@ -132,13 +132,16 @@ ROUND = (1, 2, 5, 10)
 """Steps between ticks, times a power of ten."""
 
 
-def pareto(points: Sequence[Point]) -> str:
-    """Scatter of mAP over latency, with the front of files that no kept file beats in both; "" below two points."""
+def pareto(points: Sequence[Point], span: str) -> str:
+    """Scatter of mAP over latency, with the front of files that no kept file beats in both; "" below two points.
+
+    `span` says what a latency covers.
+    """
     if len(points) < FEWEST_POINTS:
         return ""
     with _drawing():
         figure, axes = _axes(CHART_WH, PLOT)
-        _scales(axes, points)
+        _scales(axes, points, span)
         best = pareto_front(points)
         axes.plot([p.x for p in best], [p.y for p in best], color=colour("accent"), linewidth=2, linestyle=(0, (1, 2)))
         for point in points:
@@ -158,7 +161,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return chosen
 
 
-def _scales(axes: Any, points: Sequence[Point]) -> None:
+def _scales(axes: Any, points: Sequence[Point], span: str) -> None:
     ticker = optional("matplotlib.ticker", "matplotlib")
     low, high = min(point.x for point in points), max(point.x_high for point in points)
     is_log = high / low > LOG_FROM
@@ -181,7 +184,7 @@ def _scales(axes: Any, points: Sequence[Point]) -> None:
     axes.grid(color=colour("line"), linewidth=1)
     axes.tick_params(left=False, bottom=False, pad=9, labelcolor=colour("faint"))
     scale = ", logarithmic" if is_log else ""
-    axes.set_xlabel(f"Latency, frame to boxes (ms{scale}) → slower", color=colour("soft"), labelpad=10)
+    axes.set_xlabel(f"Latency, {span} (ms{scale}) → slower", color=colour("soft"), labelpad=10)
     axes.set_ylabel("mAP50-95 → better", color=colour("soft"), labelpad=12)
 
 

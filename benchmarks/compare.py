@@ -15,14 +15,13 @@ from benchmarks import charts, page, wording
 from benchmarks.render import markdown_table
 from benchmarks.report import Report
 from benchmarks.rows import COLUMNS, TITLED, Row, cells, is_kept
+from runtime.backends import BACKENDS
 from runtime.errors import UsageError
 
 COMPARED_SETTINGS = (
     *("imgsz", "batch", "conf", "iou", "max_det", "accuracy_conf", "accuracy_max_det"),
     *("interval_ms", "threads"),
 )
-COMPARED_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-"""Packages whose version changes a latency: TensorRT 10 and 11, for example, choose different kernels."""
 
 
 class Comparison(NamedTuple):
@@ -68,11 +67,15 @@ def _as_written(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> l
 
 
 def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The facts that must be equal before figures may be compared, each with every value that the report has for it."""
-    packages = data["machine"].get("packages", {})
+    """The facts that must be equal before figures may be compared, each with every value that the report has for it.
+
+    The versions of the libraries that ran its files are among them: TensorRT 10 and 11, for example, choose different
+    kernels.
+    """
+    packages, used = data["machine"].get("packages", {}), {row["backend"] for row in data["models"]}
     return {
         **{key: list(dict.fromkeys(row["settings"][key] for row in data["models"])) for key in COMPARED_SETTINGS},
-        **{key: [packages.get(key)] for key in COMPARED_PACKAGES},
+        **{spec.library: [packages.get(spec.library)] if name in used else [] for name, spec in BACKENDS.items()},
         "machine": [wording.machine_name(data["machine"])],
         "data": [(data["dataset"] or {}).get("sha256")],
     }
@@ -81,7 +84,7 @@ def comparable(data: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _difference(what: str, names: Sequence[str], values: Sequence[list[Any]]) -> str:
     if len({value for own in values for value in own}) <= 1:
         return ""
-    each = (f"{' and '.join(map(_short, own))} in {name}" for name, own in zip(names, values, strict=True))
+    each = (f"{' and '.join(map(_short, own))} in {name}" for name, own in zip(names, values, strict=True) if own)
     return f"{what} differs, so the figures are not directly comparable: {', '.join(each)}"
 
 
@@ -112,7 +115,8 @@ def to_html(found: Comparison) -> str:
     ]
     tables = [group | {"cells": list(map(cells, group["rows"]))} for group in groups]
     template = page.environment().get_template("compare.html")
-    return template.render(columns=TITLED, groups=tables, warnings=found.warnings, pareto=charts.pareto(points))
+    chart = charts.pareto(points, wording.short_span([row for _, row in found.rows]))
+    return template.render(columns=TITLED, groups=tables, warnings=found.warnings, pareto=chart)
 
 
 def letters(index: int) -> str:
@@ -152,6 +156,10 @@ def parse_rule(text: str) -> Rule:
         raise UsageError(f"{text!r} is not a rule", "Write, for example, map50_95<0.30 or int8-ort.p50_ms>20")
     if found["metric"] not in known:
         raise UsageError(f"{text!r} names no known figure", f"Known are {', '.join(known)}")
+    if found["precision"] and found["metric"] in RATIOS:
+        raise UsageError(
+            f"{text!r}: {found['metric']} is that of the report's best file", f"Leave {found['precision']} out"
+        )
     return Rule(found["metric"], found["sign"], float(found["limit"]), found["precision"], text.strip())
 
 
@@ -162,20 +170,30 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def fail_on(rule: str | Rule, report: Report) -> list[str]:
-    """One sentence for each student file (kept by its gate) for which the rule holds; empty when all is well.
+def violations(rules: Sequence[Rule], reports: Sequence[Report]) -> list[str]:
+    """One sentence for each student file (kept by its gate) for which a rule holds; empty when all is well.
 
     A figure that was not measured is a violation too: a threshold that was not checked must not pass.
     """
-    asked = parse_rule(rule) if isinstance(rule, str) else rule
-    values = _values(asked, report.data)
-    if not values:
-        return [f"{asked.text}: no file of the report has {asked.metric}"]
-    holds = OPERATORS[asked.sign]
+    names = distinct([report.data["name"] for report in reports])
+    starts = [f"{name}: " if len(reports) > 1 else "" for name in names]
     return [
-        f"{asked.text}: {file} has {asked.metric} {'not measured' if value is None else f'{value:.5g}'}"
+        f"{start}{rule.text}: {found}"
+        for rule in rules
+        for start, report in zip(starts, reports, strict=True)
+        for found in _violations(rule, report.data)
+    ]
+
+
+def _violations(rule: Rule, data: Mapping[str, Any]) -> list[str]:
+    values = _values(rule, data)
+    if not values:
+        return ["the report has no best file" if rule.metric in RATIOS else f"no {rule.precision or 'student'} file"]
+    holds = OPERATORS[rule.sign]
+    return [
+        f"{file} has {rule.metric} {'not measured' if value is None else f'{value:.5g}'}"
         for file, value in values
-        if value is None or holds(value, asked.limit)
+        if value is None or holds(value, rule.limit)
     ]
 
 

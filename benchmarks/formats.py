@@ -24,8 +24,8 @@ def percentile(value: float | None) -> str:
 
 
 def accuracy(value: float | None) -> str:
-    """Five figures, as COCO results are published."""
-    return NOTHING if value is None else f"{value:.5f}"
+    """Five figures, as COCO results are published; no minus before a zero."""
+    return NOTHING if value is None else f"{round(value, 5) + 0.0:.5f}"
 
 
 def short_accuracy(value: float | None) -> str:

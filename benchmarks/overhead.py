@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
-from benchmarks.latency import Frame, LatencyRatio, compare_in_turns
+from benchmarks.latency import LEAST_ROUNDS, Frame, LatencyRatio, compare_in_turns
+from runtime.arguments import Parser, path
 from runtime.backends import LoadOptions
 from runtime.errors import InputError
 from runtime.numbers import whole
@@ -27,11 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
-    made.add_argument("--model", type=Path, required=True, help=".onnx file")
-    made.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder with images")
+    made = Parser(prog="python -m benchmarks.overhead", description=__doc__)
+    made.add_argument("--model", type=path, required=True, help=".onnx file")
+    made.add_argument("--images", type=path, required=True, metavar="DIR", help="folder with images")
     made.add_argument(
-        "--rounds", type=whole(1), default=20, help="each is ABBA or BAAB with five calls per letter (default: 20)"
+        "--rounds",
+        type=whole(LEAST_ROUNDS),
+        default=20,
+        help="each is ABBA or BAAB with five calls per letter (default: 20)",
     )
     made.add_argument("--threads", type=whole(1), default=1, help="CPU threads of one inference (default: 1)")
     return made
@@ -58,10 +62,10 @@ def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
     """`session.run` of ONNX Runtime on the CPU, with nothing around it and the detector's options."""
     import onnxruntime
 
-    from runtime.backends.onnx import session_options
+    from runtime.backends.onnx import readable, session_options
 
     options = session_options(LoadOptions("cpu", threads))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(readable(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda array: session.run(None, {name: array})
 

@@ -86,7 +86,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "teacher_latency": latency_of(data, "teacher_file"),
         "columns": ON_PAGE,
         "rows": [dict(row, kind=kind_of(row), kept=is_kept(row), cells=list(cells_of(row))) for row in rows],
-        "pareto": charts.pareto(pareto_points(rows)),
+        "pareto": charts.pareto(pareto_points(rows), wording.short_span(rows)),
         "span_bars": span_bars(rows),
         "classes": class_bars(data, best),
         "curves": [training_view(training) for training in data["training"]],

@@ -11,7 +11,7 @@ from benchmarks import page, wording
 from benchmarks.packages import optional
 from benchmarks.report import REPORT_FILE, Report
 from benchmarks.rows import COLUMNS, TITLED, cells
-from runtime.files import atomic_write
+from runtime.files import write_text
 
 
 def to_html(report: Report) -> str:
@@ -61,6 +61,5 @@ def write(report: Report, folder: Path) -> tuple[Path, ...]:
     report.save(first)
     paths = [first.with_suffix(f".{suffix}") for suffix in RENDERERS]
     for path, render in zip(paths, RENDERERS.values(), strict=True):
-        with atomic_write(path) as temporary:
-            temporary.write_text(render(report), encoding="utf-8", newline="")
+        write_text(path, render(report))
     return first, *paths

@@ -61,8 +61,18 @@ def summary(data: Mapping[str, Any]) -> list[str]:
 
 def timed_span(rows: Sequence[Row]) -> str:
     """The time that one latency covers: that of a frame, or of all frames of a call."""
-    alone = all(row["settings"]["batch"] == 1 for row in rows)
-    return "decoded frame to final boxes" if alone else "the decoded frames of a call to the final boxes of all"
+    if _one_frame_a_call(rows):
+        return "decoded frame to final boxes"
+    return "the decoded frames of a call to the final boxes of all"
+
+
+def short_span(rows: Sequence[Row]) -> str:
+    """`timed_span` in the words that fit the axis of a chart."""
+    return "frame to boxes" if _one_frame_a_call(rows) else "all frames of a call to boxes"
+
+
+def _one_frame_a_call(rows: Sequence[Row]) -> bool:
+    return all(row["settings"]["batch"] == 1 for row in rows)
 
 
 def labelled(dataset: Mapping[str, Any]) -> str:
@@ -201,9 +211,11 @@ def _full_precision(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def _slower_students(rows: Sequence[Row]) -> Iterator[str]:
-    for teacher in (row for row in rows if row["role"] == "teacher" and p50(row)):
-        for row in rows:
-            if row["role"] == "student" and (p50(row) or 0.0) >= (p50(teacher) or 0.0):
+    timed = [row for row in rows if is_timed_here(row) and p50(row) is not None]
+    for teacher in (row for row in timed if row["role"] == "teacher"):
+        for row in timed:
+            comparable = row["role"] == "student" and row["device"] == teacher["device"]
+            if comparable and (p50(row) or 0.0) >= (p50(teacher) or 0.0):
                 yield f"{row['file']} is not faster than the teacher's {teacher['file']}."
 
 
@@ -216,9 +228,9 @@ def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
 def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:
     for engine in engines:
         if not engine["ran"]:
-            built = f"built for {', '.join(engine['targets'])} and not run on this machine"
-            note = engine.get("note") or "it does not match"
-            yield f"{engine['file']} was {built if engine['targets'] else 'not built'}: {note}."
+            built = f"built for {', '.join(engine['targets'])} and " if engine["targets"] else ""
+            state = "not built" if engine["bytes"] is None else f"{built}not run on this machine"
+            yield f"{engine['file']} was {state}: {engine.get('note') or 'it does not match'}."
 
 
 def _few_images(data: Mapping[str, Any]) -> Iterator[str]:

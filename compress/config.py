@@ -42,21 +42,35 @@ Side = Annotated[Int, Field(ge=1, le=8192)]
 IMGSZ = 640
 
 
-def _sides(value: Any) -> Any:
-    """640, [384, 640], "384x640" and "384 640" as two sides; the field judges them."""
+def _sides(value: Any) -> list[Any]:
+    """The sides in 640, [384, 640], "384x640" and "384 640"; the field judges them."""
     sides = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
-    sides = list(sides) if isinstance(sides, list | tuple) else [sides]
-    if len(sides) > 2:
-        raise PydanticCustomError("too_many_sides", "expected one side, or height and width")
-    return (sides[0], sides[-1]) if sides else sides
+    return list(sides) if isinstance(sides, list | tuple) else [sides]
 
 
-Shape = Annotated[tuple[Side, Side], BeforeValidator(_sides)]
+def _both_sides(value: Any) -> list[Any]:
+    sides = _sides(value)
+    if len(sides) not in (1, 2):
+        raise PydanticCustomError("shape_sides", "expected one side, or height and width")
+    return [sides[0], sides[-1]]
+
+
+def _frame_sides(value: Any) -> list[Any]:
+    sides = _sides(value)
+    if len(sides) != 2:
+        raise PydanticCustomError("frame_sides", "expected height and width, such as 1080x1920")
+    return sides
+
+
+Shape = Annotated[tuple[Side, Side], BeforeValidator(_both_sides)]
 """(height, width) in pixels; one number is both."""
+FrameShape = Annotated[tuple[Side, Side], BeforeValidator(_frame_sides)]
+"""(height, width) in pixels; both are given, as no camera is square."""
 
 
-def _counts(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
+def _listed(value: Any) -> Any:
+    """The parts of a text with commas."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def _ascending(counts: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -65,8 +79,10 @@ def _ascending(counts: tuple[int, int, int]) -> tuple[int, int, int]:
     return counts
 
 
-Profile = Annotated[tuple[Count, Count, Count], BeforeValidator(_counts), AfterValidator(_ascending)]
+Profile = Annotated[tuple[Count, Count, Count], BeforeValidator(_listed), AfterValidator(_ascending)]
 """Smallest, usual and largest batch."""
+Targets = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""Compute capabilities of GPUs: sm86, sm89."""
 
 SCALES: dict[str, tuple[float, float]] = {
     "p": (0.33, 0.125),
@@ -441,7 +457,7 @@ class ExportConfig(Settings):
     """Rows that enter NMS; 0 takes one for each 25 rows of the head, at least 320. More let larger crowds through."""
     nms_iterations: Annotated[Int, Field(ge=1, le=1000)] = 8
     """Length of the longest suppression chain that is followed in one round; on COCO128 none is longer than 7."""
-    frame: tuple[Side, Side] | None = None
+    frame: FrameShape | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
     opset: Annotated[Int, Field(ge=12, le=21)] = 19
     """ONNX operator set of the conventional file; the shipped one has 17 or more."""
@@ -518,7 +534,7 @@ class BuildConfig(Settings):
     """TensorRT plans, one per precision that passed its gate."""
 
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = "auto"
-    targets: tuple[str, ...] = ("sm86", "sm89", "sm120")
+    targets: Targets = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
     precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
     batches: Profile = (1, 4, 8)
@@ -560,6 +576,7 @@ class TeacherConfig(TrainConfig):
     scale: ScaleName = "n"
     """Architecture when there is no checkpoint to start from."""
     finetune: Literal["auto", "always", "never"] = "auto"
+    """auto: where its classes are not the data's. never: `distill.class_map` may then say what its classes are."""
 
 
 class StudentConfig(Settings):

@@ -5,13 +5,15 @@ Generated data, a teacher trained from scratch, a student of half its width.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from compress.config import Recipe
 from compress.data.demo.generate import generate
 from compress.log import Log
 from compress.recipe import load_recipe
-from runtime.files import atomic_write
+from runtime.files import write_text
+from runtime.text import printable
 
 IMAGES, SIZE, SEED = 200, 256, 0
 RECIPE = """\
@@ -33,6 +35,10 @@ def prepare(out: Path, log: Log) -> Recipe:
         generate(data, images=IMAGES, size=(SIZE, SIZE), seed=SEED)
         log(f"generated {IMAGES} images of metal parts on a conveyor belt in {data}")
     if not file.is_file():
-        with atomic_write(file) as temporary:
-            temporary.write_text(RECIPE.format(file=file, out=out))
+        write_text(file, RECIPE.format(file=_argument(file), out=_argument(out)))
     return load_recipe(file)
+
+
+def _argument(path: Path) -> str:
+    """The path as a shell takes it, on one line."""
+    return printable(shlex.quote(str(path)))

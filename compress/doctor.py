@@ -111,10 +111,11 @@ def _fused_kernels() -> Finding:
         compiler = f"NVRTC {toolchain.compiler_version()}, headers in {toolchain.header_folders()[0]}"
         if not here:
             return Finding("fused kernels", None, f"{compiler}; no NVIDIA GPU here, plain torch is used")
-        architecture = "sm_" + here[0]["compute_capability"].replace(".", "")
+        major, minor = map(int, here[0]["compute_capability"].split("."))
+        architecture = toolchain.architecture_for((major, minor))
         from compress.kernels.rescale import SOURCE  # needs torch, which may be absent
 
-        toolchain.cubin(SOURCE, architecture)
+        toolchain.code_for(SOURCE, architecture)
     except (EdgestillError, ImportError) as error:
         return Finding("fused kernels", False if here else None, one_line(error), toolchain.REMEDY)
     return Finding("fused kernels", True, f"{compiler}; for {architecture}, kept in {toolchain.cache_folder()}")

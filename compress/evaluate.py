@@ -53,6 +53,8 @@ class ImageResult(NamedTuple):
     boxes: Detected
     labels: NDArray[np.float32]
     """(m, 5): class x1 y1 x2 y2."""
+    exact: Detected
+    """The boxes, each axis by its own gain: COCO's figures compare them with labels that were never resized."""
 
 
 def fitness(map50: float, map50_95: float) -> float:
@@ -173,9 +175,8 @@ class _Runner:
         with self.watch.phase("inference"):
             rows = self._forward(images, batch.targets).cpu().numpy()
         with self.watch.phase("nms"):
-            boxes = [self._boxes(rows[i], batch, i) for i in range(len(batch.samples))]
-        labels = (batch_labels(batch, i) for i in range(len(batch.samples)))
-        return [ImageResult(*one) for one in zip(batch.samples, boxes, labels, strict=True)]
+            found = [detections_from_rows(of_image, **self._nms._asdict()) for of_image in rows]
+        return [image_result(boxes, batch, index) for index, boxes in enumerate(found)]
 
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with computing_in(self._dtype, self._device):
@@ -184,11 +185,6 @@ class _Runner:
         if self._loss:
             self._losses.append(self._loss(raw, targets.to(self._device))[1])
         return self._decode(raw)
-
-    def _boxes(self, rows: NDArray[np.float32], batch: ValBatch, index: int) -> Detected:
-        found = detections_from_rows(rows, **self._nms._asdict())
-        found[:, :4] = to_original(found[:, :4], batch, index)
-        return found
 
     @property
     def mean_loss(self) -> tuple[float, float, float] | None:
@@ -203,9 +199,28 @@ def as_network_input(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True).div(255).contiguous(memory_format=torch.channels_last)
 
 
-def to_original(boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int) -> NDArray[np.float32]:
-    """Boxes (n, 4) of one image, from pixels of the batch to those of the original image."""
-    return unletterbox(boxes_xyxy, batch.gains[index], batch.pads_wh[index], batch.samples[index].size_hw)
+def image_result(found: Detected, batch: ValBatch, index: int) -> ImageResult:
+    """The outcome for image `index` of the batch, in which `found` was detected, (n, 6) in pixels of the batch."""
+    boxes, exact = found.copy(), found.copy()
+    boxes[:, :4] = to_original(found[:, :4], batch, index)
+    exact[:, :4] = to_original(found[:, :4], batch, index, exact=True)
+    return ImageResult(batch.samples[index], boxes, batch_labels(batch, index), exact)
+
+
+def to_original(
+    boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int, *, exact: bool = False
+) -> NDArray[np.float32]:
+    """Boxes (n, 4) of one image, from pixels of the batch to those of the original image.
+
+    YOLOv5 takes the height's gain for both axes, of labels as of detections. The width's may differ by the rounding to
+    whole pixels: boxes at the right of an image of 1000x561, seen at 320 pixels, are then 3 pixels off. `exact` takes
+    the gain of each axis.
+    """
+    (gain_w, gain_h), (pad_w, pad_h) = batch.gains_wh[index], batch.pads_wh[index]
+    if exact:
+        boxes_xyxy = boxes_xyxy.copy()
+        boxes_xyxy[:, 0::2] = (boxes_xyxy[:, 0::2] - pad_w) * np.float32(gain_h / gain_w) + pad_w
+    return unletterbox(boxes_xyxy, gain_h, (pad_w, pad_h), batch.samples[index].size_hw)
 
 
 def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
@@ -232,6 +247,6 @@ def coco_metrics(found: Sequence[ImageResult], names: Sequence[str], annotations
     """AP by COCO's protocol, against the text labels or the given COCO JSON."""
     samples = [one.sample for one in found]
     truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)
-    boxes = ((image_id, Detections.from_rows(one.boxes)) for image_id, one in enumerate(found, 1))
+    boxes = ((image_id, Detections.from_rows(one.exact)) for image_id, one in enumerate(found, 1))
     rows = [row for image_id, own in boxes for row in coco_rows(image_id, own, range(len(names)))]
     return coco_accuracy(truth, rows, names=names)

@@ -14,6 +14,7 @@ from compress.data import INDEX, Dataset, load_data
 from compress.data.coco import to_coco
 from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.candidates import Validation
+from compress.models.checkpoint import load
 from compress.store import Folders
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
@@ -90,6 +91,12 @@ def _flavour_on_cpu(plan: Plan, path: Path) -> Flavour | None:
         return flavour
 
 
+def measured_teacher(recipe: Recipe, folders: Folders) -> Path | None:
+    """The teacher's checkpoint; None where its classes are not the data's, by which accuracy is measured."""
+    file = folders["teacher"] / TEACHER
+    return file if load(file).architecture.names == load_data(recipe.data).names else None
+
+
 class MeasuredFile(NamedTuple):
     """A file to measure, and the result of its gate: `kept` is None if there was no gate.
 
@@ -106,14 +113,17 @@ class MeasuredFile(NamedTuple):
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
-    """The teacher's file, the student's FP32 file, and every flavour that was made, refused ones included."""
+    """The teacher's file where it was exported, the student's FP32 file, and every flavour that was made, refused ones
+    included.
+    """
     flavours = [
         MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], _figures(entry))
         for entry, file in _made_flavours(folders)
         if entry["name"] != REFERENCE
     ]
     student = MeasuredFile(folders["export"] / SHIPPED, "student", REFERENCE)
-    return [MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE), student, *flavours]
+    teacher = MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE)
+    return [*([teacher] if teacher.path.is_file() else []), student, *flavours]
 
 
 def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:

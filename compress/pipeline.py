@@ -12,7 +12,7 @@ from compress.log import Log
 from compress.processes import process_count
 from compress.recipe import suggestion
 from compress.stages import Stage
-from compress.store import SECONDS, Outcome, execute
+from compress.store import SECONDS, Outcome, alone_in, execute
 from runtime.errors import UsageError
 
 ORDER = ("data", "teacher", "distill", "export", "quantize", "qad", "build", "bench", "report", "bundle")
@@ -31,7 +31,7 @@ def run_recipe(
 
     The user's settings and files are checked for all stages before the first one runs. Raises UsageError when a
     stage or a setting is unknown, a network does not take images of the recipe's size, a class map has no teacher to
-    map or several processes were started, InputError when a checkpoint is missing.
+    map, several processes were started or another run works in `out`, InputError when a checkpoint is missing.
     """
     if (processes := process_count()) > 1:
         raise UsageError(
@@ -46,9 +46,10 @@ def run_recipe(
         prepare.check_image_sizes(recipe)
         prepare.check_class_map(recipe)
     outcomes = []
-    for task in tasks:
-        outcomes.append(execute(task, out, log=log, force=task.name in force))
-        log(_line(outcomes[-1]))
+    with alone_in(out):
+        for task in tasks:
+            outcomes.append(execute(task, out, log=log, force=task.name in force))
+            log(_line(outcomes[-1]))
     return outcomes
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ def content_digest(path: Path) -> str:
     if not path.is_dir():
         raise EdgestillError(f"{path}: expected an input that an earlier stage wrote", "Run without --until first")
     lines = [f"{file.relative_to(path)} {sha256(file)}" for file in _files(path)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> Outcome:
@@ -102,6 +104,29 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
     _publish(work, target)
     _drop_stale_work(run_folder / ".work", task.name)
     return _outcome(task.name, target, manifest, skipped=False)
+
+
+@contextmanager
+def alone_in(run_folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a run's folder against other processes that would work in it at the same time.
+
+    One that is there already is waited for with `wait`. Raises UsageError without.
+    """
+    lock = run_folder / ".work" / "lock"
+    try:
+        import fcntl
+
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except (ImportError, OSError):  # Windows; or nothing can be written, and a stage that has to says why it cannot
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{run_folder}: another run works there", "Wait for it, or choose another --out") from None
+        yield
 
 
 def _run_task(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
@@ -134,7 +159,7 @@ def _finished(folder: Path, mark: str) -> dict[str, Any] | None:
         complete = manifest["fingerprint"] == mark and all(
             (folder / name).stat().st_size == size for name, size in manifest["files"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if complete else None
 

@@ -18,6 +18,8 @@ from compress.models import load_model
 from runtime.errors import InputError, UsageError
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
+OF_CHECKPOINTS = ("imgsz", "batch", "rect", "iou", "max_det", "single_label", "annotations", "half")
+"""Arguments of `validate_file` that say nothing to a file for the device, in which they are fixed."""
 ANNOTATIONS = Path("annotations", "instances.json")
 """COCO JSON beside the images of a data set that was made from COCO: it has crowd regions, which text labels lack."""
 
@@ -82,8 +84,8 @@ def validate_file(
     UsageError when a checkpoint is to be run by a backend of files.
     """
     config = load_data(data)
-    if weights.suffix.lower() not in CHECKPOINTS:
-        return _validate_shipped(weights, config, split, conf, backend)
+    if not is_checkpoint(weights):
+        return _validate_shipped(weights, config, split, conf, device, backend)
     if backend != "auto":
         raise UsageError(f"--backend {backend}: {weights.name} is a checkpoint, which torch runs", "Give an .onnx file")
     flush_denormals()
@@ -101,16 +103,22 @@ def validate_file(
     return FileAccuracy(weights.name, found.images, named, found.coco, found.yolo, dict(found.speed_ms))
 
 
+def is_checkpoint(file: Path) -> bool:
+    return file.suffix.lower() in CHECKPOINTS
+
+
 def _annotations_of(config: DataConfig) -> Path | None:
     file = config.root / ANNOTATIONS
     return file if file.is_file() else None
 
 
-def _validate_shipped(path: Path, config: DataConfig, split: str, conf: float, backend: str) -> FileAccuracy:
+def _validate_shipped(
+    path: Path, config: DataConfig, split: str, conf: float, device: str, backend: str
+) -> FileAccuracy:
     if split != "val":
         raise UsageError(f"--split {split}: shipped files are measured on val", "Leave --split out")
     truth = validation_of(index_dataset(config, ["val"]))
-    plan, _ = suited(Plan(truth.images, backend=backend), path)
+    plan, _ = suited(Plan(truth.images, device=device, backend=backend), path)
     with plan.detector(path, spin=False) as detector:
         require_same_classes(path, detector.card.names, config)
         found = detector_accuracy(detector, truth.images, truth.ground_truth, conf=conf)

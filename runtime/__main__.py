@@ -6,23 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from runtime import __version__
+from runtime.arguments import Parser, path
 from runtime.detect import add_detect_options, detect
-from runtime.errors import EngineError, InputError, UsageError
+from runtime.errors import EngineError, InputError
 from runtime.identity import SHOWN
 from runtime.numbers import batches, whole
 from runtime.terminal import exit_code_of, log, print_json, print_line
 
 DESCRIPTION = "Detect with edgestill models, build engines, and see what this machine can do."
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong usage as one line, without the credentials of an address. Raises UsageError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, f"See `{self.prog} --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     detect_.set_defaults(command=detect)
 
     build_ = commands.add_parser("build", help="build a TensorRT engine from an ONNX file")
-    build_.add_argument("onnx", type=Path, help="model.onnx")
-    build_.add_argument("--out", type=Path, help="the plan (default: beside the ONNX file, suffix .plan)")
+    build_.add_argument("onnx", type=path, help="model.onnx")
+    build_.add_argument("--out", type=path, help="the plan (default: beside the ONNX file, suffix .plan)")
     build_.add_argument("--backend", default="auto", help="auto, tensorrt or tensorrt_rtx (default: auto)")
     build_.add_argument("--targets", default="", metavar="SM,...", help="GPUs to build for (tensorrt_rtx): sm86,sm89")
     build_.add_argument(
@@ -59,16 +53,16 @@ def parser() -> argparse.ArgumentParser:
     build_.add_argument(
         "--workspace", type=whole(1, 1 << 20), default=2048, metavar="MIB", help="builder's memory (default: 2048)"
     )
-    build_.add_argument("--timing-cache", type=Path, metavar="FILE", help="speeds up later builds (plain TensorRT)")
+    build_.add_argument("--timing-cache", type=path, metavar="FILE", help="speeds up later builds (plain TensorRT)")
     build_.add_argument("--dla-core", type=whole(0, 63), metavar="N", help="build for this DLA core, GPU as fallback")
     build_.set_defaults(command=build)
 
     info_ = commands.add_parser("info", help="this machine, or what a model file is")
-    info_.add_argument("path", nargs="?", type=Path, help=".onnx file, engine or bundle folder")
+    info_.add_argument("path", nargs="?", type=path, help=".onnx file, engine or bundle folder")
     info_.set_defaults(command=info)
 
     verify_ = commands.add_parser("verify", help="check the hash of every file of a bundle")
-    verify_.add_argument("path", type=Path, metavar="BUNDLE", help="bundle folder")
+    verify_.add_argument("path", type=path, metavar="BUNDLE", help="bundle folder")
     verify_.set_defaults(command=verify)
     return root
 
@@ -78,6 +72,7 @@ def build(options: argparse.Namespace) -> None:
     from runtime.engine import build_engine, list_plans, profile_of
     from runtime.layers import moved_bytes
 
+    card = card_of(options.onnx)
     out = options.out or options.onnx.with_suffix(".plan")
     folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
     report = build_engine(
@@ -86,13 +81,13 @@ def build(options: argparse.Namespace) -> None:
         backend=options.backend,
         targets=tuple(filter(None, options.targets.split(","))),
         workspace_mib=options.workspace,
-        shapes=profile_of(card_of(options.onnx), options.batches),
+        shapes=profile_of(card, options.batches),
         timing_cache=options.timing_cache,
         dla_core=options.dla_core,
     )
     for line in report.log:
         log(f"warning: {line}")
-    slower = list_plans(out.parent, options.onnx, [report.artifact(out.name, card_of(options.onnx))])
+    slower = list_plans(out.parent, options.onnx, [report.artifact(out.name, card)])
     if out.name in slower:
         raise EngineError(f"{options.onnx.name}: {slower[out.name]}", "Use the FP16 plan")
     for file, reason in slower.items():

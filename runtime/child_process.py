@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import NoReturn
@@ -47,6 +49,23 @@ def start_child(statement: str, *, pass_fds: Collection[int] = ()) -> subprocess
         pass_fds=tuple(pass_fds),
         start_new_session=True,
     )
+
+
+def end_when_closed(pipe_fd: int, grace_s: float) -> None:
+    """End this process, the child, when nobody has a pipe's other end open any more: with the process that started it,
+    by whatever end. Returns at once.
+
+    SIGTERM ends it; SIGKILL, where it still runs `grace_s` seconds later. `pipe_fd` is the end that is read.
+    """
+
+    def watch() -> None:
+        while os.read(pipe_fd, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def how_it_ended(status: int) -> str:

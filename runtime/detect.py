@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.arguments import path
 from runtime.errors import EdgestillError, InputError
 from runtime.numbers import real, whole
 from runtime.terminal import log, print_json, print_line
@@ -29,7 +29,7 @@ SOURCES = "image, folder, pattern, video, camera number, /dev/video0, address (r
 def add_detect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=SOURCES)
     parser.add_argument(
-        "--model", "--weights", required=True, help=".onnx file, engine with its card, or bundle folder"
+        "--model", "--weights", type=path, required=True, help=".onnx file, engine with its card, or bundle folder"
     )
     parser.add_argument("--conf", "--conf-thres", type=real(0, 1), help="least score (default: that of the model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt (default: auto)")
@@ -60,7 +60,7 @@ def add_detect_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--save",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="write images and videos with drawn boxes; names that are taken get a number",
     )

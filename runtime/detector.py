@@ -200,7 +200,7 @@ class Detector:
     def infer(self, prepared: Prepared) -> RawOutput:
         """The model's raw output: finished boxes [B, K, 6] or rows [B, N, 5 + C], as the card says, and its cutoff.
 
-        Raises UsageError when the detector is closed.
+        Raises UsageError when the detector is closed, EngineError when the model fails on this input.
         """
         return self._backend.run(prepared.array)
 

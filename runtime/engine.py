@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from runtime import machine
+from runtime.backends import BACKENDS
 from runtime.backends.tensorrt import INSTALL, collecting_logger, deserialize, errors_of, import_tensorrt
 from runtime.bundle import card_with
 from runtime.card import CARD_FILE, METADATA_KEY, Artifact, Batches, ModelCard
@@ -142,6 +143,9 @@ def build_engine(
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file", "Give an .onnx file")
+    known = BACKENDS[BUILDERS[0]].suffixes
+    if out_path.suffix.lower() not in known:  # under another name it would not be loaded, or replace another file
+        raise UsageError(f"{out_path}: a plan's name ends in {', '.join(known)}", "Choose another name")
     refuse_unsuited(onnx_path)
     request = BuildRequest(
         onnx=str(onnx_path.resolve()),

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +35,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, with its suffix; it becomes `path` when the block ends without an error.
 
     The parent folder is made. Readers see the old file or the new one, never a part; a failed block leaves nothing
-    behind. Raises EdgestillError when the file cannot be written, with the remedy.
+    behind. Raises EdgestillError when the file cannot be written, with the remedy: of a folder before the block begins.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:100]}.{uuid.uuid4().hex[:12]}{path.suffix}")
+    if path.is_dir():
+        raise unwritable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -91,6 +94,21 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name by which such libraries can open the file, there or not yet, within the block: its own, or that of a link.
+
+    A file stays open when the link is gone.
+    """
+    if is_utf8(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
+        link = Path(folder, f"link{os.fsencode(path.suffix).decode(errors='ignore')}")
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file's bytes, which are read in blocks."""
     digest = hashlib.sha256()
@@ -113,11 +131,15 @@ def read_json(path: str | Path, hint: str = "") -> Any:
         raise InputError(f"{path} is not JSON: {one_line(error)}", hint) from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Publish `text` as UTF-8, whatever the machine's own encoding is. Names that are not UTF-8 become escapes."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
 def write_json(path: str | Path, obj: Any) -> None:
     """Publish `obj` as indented JSON with a final newline. Paths become strings; NaN is refused (JSON has none)."""
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +12,8 @@ from typing import NamedTuple
 
 import cv2
 
-from runtime.errors import EdgestillError, InputError, UnavailableError, UsageError
-from runtime.files import is_utf8
+from runtime.errors import InputError, UnavailableError, UsageError
+from runtime.files import utf8_name
 from runtime.image import Image, read_image
 from runtime.sources import PIPELINE, Source
 
@@ -173,26 +172,22 @@ def opened(source: Source) -> Iterator[cv2.VideoCapture]:
 
     Raises UnavailableError when the source is a GStreamer pipeline and OpenCV was built without GStreamer.
     """
-    with tempfile.TemporaryDirectory(prefix="edgestill-") as folder:
-        capture = _capture(source.target, Path(folder))
-        try:
-            yield capture
-        finally:
-            capture.release()
+    capture = _capture(source.target)
+    try:
+        yield capture
+    finally:
+        capture.release()
 
 
-def _capture(target: Path | str | int, folder: Path) -> cv2.VideoCapture:
+def _capture(target: Path | str | int) -> cv2.VideoCapture:
+    if isinstance(target, Path):
+        with utf8_name(target) as name:
+            return cv2.VideoCapture(name)
     if isinstance(target, str) and PIPELINE in target:
         if not _has_gstreamer():
             hint = "Use the OpenCV of JetPack or of your Linux, or an rtsp:// address"
             raise UnavailableError("this OpenCV is built without GStreamer", hint)
         return cv2.VideoCapture(target, cv2.CAP_GSTREAMER)
-    if isinstance(target, Path):
-        if not is_utf8(target):
-            link = folder / f"video{target.suffix}"
-            link.symlink_to(target.absolute())
-            target = link
-        target = str(target)
     return cv2.VideoCapture(target)
 
 
@@ -202,10 +197,13 @@ def _has_gstreamer() -> bool:
 
 
 def newest(frames: Iterator[Frame]) -> Iterator[Frame]:
-    """Read frames in a thread as they arrive, and give the newest one each time; those in between are skipped."""
+    """Read frames in a thread as they arrive, and give the newest one each time; those in between are skipped.
+
+    Raises what `frames` raises.
+    """
     changed = threading.Condition()
     waiting: list[Frame] = []
-    ended: list[EdgestillError | None] = []
+    ended: list[BaseException | None] = []
     stopped = threading.Event()
 
     def read() -> None:
@@ -218,7 +216,7 @@ def newest(frames: Iterator[Frame]) -> Iterator[Frame]:
                     changed.notify()
                 if stopped.is_set():
                     break
-        except EdgestillError as caught:
+        except BaseException as caught:  # also a bug, or the reader would wait for ever
             error = caught
         with changed:
             ended.append(error)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 
 from runtime.errors import EdgestillError
-from runtime.files import atomic_write, unwritable
+from runtime.files import atomic_write, unwritable, utf8_name
 from runtime.frames import Frame
 from runtime.image import WRITABLE, Image
 from runtime.sources import VIDEO_SUFFIXES
@@ -19,6 +19,9 @@ from runtime.sources import VIDEO_SUFFIXES
 CODECS = ((".mp4", "mp4v"), (".avi", "MJPG"))
 """Tried in this order: builds of OpenCV without FFmpeg write only the second."""
 MAX_NAME = 100
+"""Characters of the name that is made of an address."""
+MAX_NAME_BYTES = 255
+"""Of file systems."""
 HINT = "Free some space, or choose another folder"
 
 
@@ -75,7 +78,8 @@ class ResultWriter:
             raise unwritable(self._folder, error) from error
         for suffix, codec in CODECS:
             path = free_path(self._folder, video_stem(source), suffix)
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, size_wh)  # type: ignore[attr-defined]
+            with utf8_name(path) as name:
+                writer = cv2.VideoWriter(name, cv2.VideoWriter_fourcc(*codec), fps, size_wh)  # type: ignore[attr-defined]
             if writer.isOpened():
                 return OpenVideo(source, path, writer, size_wh)
         raise EdgestillError(f"{path}: the video cannot be written", HINT)
@@ -87,7 +91,8 @@ class ResultWriter:
         if video is None:
             return
         video.writer.release()
-        written = cv2.VideoCapture(str(video.path))
+        with utf8_name(video.path) as name:
+            written = cv2.VideoCapture(name)
         held = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
         written.release()
         if held != frames:
@@ -108,6 +113,14 @@ def video_stem(source: str) -> str:
 
 
 def free_path(folder: Path, stem: str, suffix: str) -> Path:
-    """`folder/stem.suffix`, or the first of `stem-2`, `stem-3`, ... that does not exist."""
-    names = (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}" for number in count(1))
-    return next(folder / name for name in names if not os.path.lexists(folder / name))
+    """`folder/stem.suffix`, or the first of `stem-2`, `stem-3`, ... that does not exist; a long stem is cut short."""
+    endings = (suffix if number == 1 else f"-{number}{suffix}" for number in count(1))
+    paths = (folder / (_shortened(stem, MAX_NAME_BYTES - len(os.fsencode(ending))) + ending) for ending in endings)
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def _shortened(text: str, most_bytes: int) -> str:
+    """As many whole characters of the text as fit."""
+    while len(os.fsencode(text)) > most_bytes:
+        text = text[:-1]
+    return text

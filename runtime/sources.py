@@ -18,6 +18,11 @@ URL = re.compile(r"([a-z][a-z0-9+.-]+)(://.+)", re.IGNORECASE | re.DOTALL)
 PIPELINE = " ! "
 """Between the elements of a GStreamer pipeline."""
 DEVICES = Path("/dev")
+MOST_CAMERAS = 1 << 31
+"""Numbers from here on are none that OpenCV takes."""
+
+
+SOURCES_HINT = "Give images, a folder, a video, a camera's number or device, an address, or a GStreamer pipeline"
 
 
 class Source(NamedTuple):
@@ -40,7 +45,7 @@ def find_sources(texts: Iterable[str | Path]) -> list[Source]:
 
 
 def _sources_of(text: str) -> list[Source]:
-    if text.isdecimal():
+    if text.isdecimal() and int(text) < MOST_CAMERAS:
         return [Source(text, "stream", int(text))]
     if PIPELINE in text:
         return [Source(without_credentials(text), "stream", text)]
@@ -57,6 +62,8 @@ def _file_source(path: Path) -> Source:
 
 def _files(text: str) -> list[Path]:
     path = Path(text)
+    if text == "":
+        raise InputError("the name of a source is empty", SOURCES_HINT)
     if path.is_file() or _is_device(path):
         return [path]
     if path.is_dir():
@@ -66,8 +73,7 @@ def _files(text: str) -> list[Path]:
     elif path.is_relative_to(DEVICES):
         raise InputError(f"{text}: no such device", "Check the cable, or see /dev for the cameras that are there")
     else:
-        hint = "Give images, a folder, a video, a camera's number or device, an address, or a GStreamer pipeline"
-        raise InputError(f"{text}: no such file or folder", hint)
+        raise InputError(f"{text}: no such file or folder", SOURCES_HINT)
     usable = sorted(file for file in found if file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
     if not usable:
         raise InputError(f"{text}: holds no image or video", f"Images are {', '.join(IMAGE_SUFFIXES)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.errors import EdgestillError, one_line
@@ -19,25 +20,29 @@ def escape_what_cannot_be_printed() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def exit_code_of(command: Callable[[], int | None]) -> int:
+def exit_code_of(command: Callable[[], int | None], name: str = "error") -> int:
     """Run a command line: its own exit code or 0; 1 where the work failed, 2 for wrong usage.
 
-    An error is one line on standard error.
+    An error is one line on standard error, which begins with `name`.
     """
     escape_what_cannot_be_printed()
     try:
         code = command()
-        sys.stdout.flush()
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()
     except EdgestillError as error:
-        log(f"error: {error}")
+        log(f"{name}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`: nothing more may be written to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        log(f"{name}: there is not enough memory")
+        return 1
     except OSError as error:  # a path that cannot even be looked at, a disk that fails
-        log(f"error: {one_line(error)}")
+        log(f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror or one_line(error)}")
         return 1
     return code or 0
 
@@ -53,6 +58,19 @@ def print_line(line: str) -> None:
 
 
 def print_json(document: Any, indent: int | None = None) -> None:
-    """Print JSON on standard output at once. Names that are not UTF-8 become escapes that JSON readers decode."""
-    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(document, indent=indent, ensure_ascii=not unicode), flush=True)
+    """Print JSON on standard output at once; what JSON has no type for as text, NaN and infinity as null.
+
+    Names that are not UTF-8 become escapes that JSON readers decode.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    is_utf8 = encoding.lower().replace("-", "") == "utf8"
+    text = json.dumps(_finite(document), indent=indent, ensure_ascii=not is_utf8, allow_nan=False, default=str)
+    print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""For all tests: one thread, denormal numbers kept, and the folder with real data, images and checkpoints."""
+"""For all tests: one thread, denormal numbers kept, the folder with real data, and how processes share the work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,42 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # and if other work runs beside, two threads that wait for each other took a 40-second pipeline over 500 seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it, for tests that want two
+
+WORKER_BYTES = 2 * 10**9
+"""The most that a process of tests takes, with the commands that it starts."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of `pytest -n auto`: one for each core that may be used, if the memory is there."""
+    import psutil
+
+    from runtime.machine import usable_cores
+
+    return max(1, min(usable_cores(), psutil.virtual_memory().available // WORKER_BYTES))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of several processes keeps to its share of the CPUs: libraries start a thread for every CPU that they see,
+    and threads of two processes on one CPU wait for each other.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        cpus, number = sorted(os.sched_getaffinity(0)), int(worker["workerid"].removeprefix("gw"))
+        os.sched_setaffinity(0, cpus[number :: worker["workercount"]] or [cpus[number % len(cpus)]])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes begin with the files that hold slow tests: at the end one would keep a process busy alone."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_without_coverage() -> None:
+    """`coverage run` measures the processes that run tests; the commands that these start would only become slower."""
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
 @pytest.fixture(autouse=True)

@@ -187,6 +187,9 @@ def test_init_writes_a_recipe_that_run_accepts_and_never_overwrites(dataset: Pat
     folder = dataset.parent
     assert edgestill("init", "job.yaml", "--data", dataset, "--imgsz", 64, cwd=folder).returncode == 0
     assert "exists" in refused("init", "job.yaml", "--data", dataset, cwd=folder, code=2)
+    count = len(list((folder / "images/train").iterdir()))
+    assert f"x {count} training images" in (folder / "job.yaml").read_text()
+    assert "split: val " in (folder / "job.yaml").read_text()
     done = edgestill("run", "job.yaml", "--until", "data", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs/job/data/stage.json").is_file()

@@ -16,7 +16,7 @@ README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SHORT = (
     "--set teacher.epochs=1 --set distill.epochs=1 --set bench.latency_samples=11 --set quantize.calibration_images=4"
-    " --set export.max_box_error=1"
+    " --set export.max_box_error=1 --set quantize.draws=1 --set quantize.float_layers=0"
 )
 SMALLER = {
     r"--imgsz 320": "--imgsz 64",
@@ -24,12 +24,12 @@ SMALLER = {
     r"map50_95<0\.30": "map50_95<0",
     r"--epochs \d+": "--epochs 1",
     r"(edgestill run \S+)": rf"\1 {SHORT} --set quantize.max_map_drop=1",
-    r"--seeds 5 --jobs 2": "--seeds 1 --set distill.epochs=1",
+    r"--seeds 5 --jobs 2": "--seeds 1 --arms scratch,soft --set distill.epochs=1",
     r"(edgestill export )": r"\1--set max_box_error=1 ",
     r"(edgestill bench )": r"\1--set latency_samples=11 ",
     r"(--quantize \S+)": r"\1 --epochs 1 --set quantize.calibration_images=4 --set quantize.float_layers=0"
     " --set quantize.draws=1 --set quantize.max_map_drop=1 --set export.max_box_error=1 --set bench.latency_samples=11",
-    r"(edgestill quantize )": r"\1--set calibration_images=4 --set max_map_drop=1 ",
+    r"(edgestill quantize )": r"\1--set calibration_images=4 --set max_map_drop=1 --set draws=1 --set float_layers=0 ",
 }
 """How a command that takes minutes becomes one that takes seconds; what it does stays.
 

@@ -7,13 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import click
 
 from runtime import __version__
-from runtime.errors import EdgestillError, UsageError
-from runtime.text import printable, without_credentials
+from runtime.errors import EdgestillError, UnavailableError, UsageError
+from runtime.terminal import exit_code_of
 
 COMMANDS = {
     "demo": "runs",
@@ -77,39 +76,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 wrong usage. An error is one line."""
     # read when torch is loaded: threads that wait for each other actively keep a core from the one that is waited for
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.exit(exit_code_of(lambda: _run(arguments), "edgestill"))
+
+
+def _run(arguments: Sequence[str] | None) -> int | None:
+    """The command's own exit code, if it has one. What click or an import raises becomes an EdgestillError."""
     try:
-        status = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        status = error.exit_code
         click.echo(error.format_message(), err=True)
-    except (
-        EdgestillError,
-        click.ClickException,
-        OSError,
-        ModuleNotFoundError,
-        KeyboardInterrupt,
-        click.Abort,
-    ) as error:
-        text, status = _in_one_line(error)
-        click.echo(f"edgestill: {text}", err=True)
-    sys.stdout.flush()
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _in_one_line(error: Any) -> tuple[str, int]:
-    if isinstance(error, EdgestillError):
-        text, status = str(error), error.exit_code
-    elif isinstance(error, click.ClickException):
-        text, status = error.format_message(), error.exit_code
-    elif isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        text, status = "the reader of the output is gone", 1
-    elif isinstance(error, ModuleNotFoundError):
+        return error.exit_code
+    except click.ClickException as error:
+        kind = UsageError if error.exit_code == UsageError.exit_code else EdgestillError
+        raise kind(" ".join(error.format_message().split())) from error
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
+    except ModuleNotFoundError as error:
         if str(error.name).startswith(("runtime", "benchmarks", "compress")):
-            raise error
-        text, status = f"{error.name} is not installed. pip install 'edgestill[compress]'", 1
-    elif isinstance(error, OSError):
-        text, status = f"{error.filename or 'file'}: {error.strerror or error}", 1
-    else:
-        text, status = "interrupted", 130
-    return printable(without_credentials(" ".join(text.split()))), status
+            raise
+        raise UnavailableError(f"{error.name} is not installed", "pip install 'edgestill[compress]'") from error

@@ -46,22 +46,22 @@ from runtime.identity import OccupiedError
     callback=lambda _, __, given: say("--simplify: the files are written without nodes to fold") if given else None,
     help="For those who are used to it: the files are written without nodes to fold.",
 )
-@click.option(
+@setting(
     "--frame",
-    metavar="HxW",
+    key="export.frame",
+    metavar="H W",
     help="Letterbox inside the graph: frames of this size in, their boxes out.",
 )
 @click.option("--out", type=FILE, help="Folder to write into; default runs/export, or a new one beside other models.")
 @changes
 @as_json
-def export(weights: Path, data: Path | None, frame: str | None, out: Path | None, as_json: bool) -> None:
+def export(weights: Path, data: Path | None, out: Path | None, as_json: bool) -> None:
     """Checkpoint to model.onnx (frame in, boxes out) and model.yolov5.onnx (YOLOv5's conventions)."""
     from compress.inputs import CONVENTIONAL, SHIPPED, validation_of
     from compress.stages.export import STAGE, Inputs
 
-    more = {"export.frame": _frame(frame)} if frame else {}
     inputs = cache(lambda: Inputs(weights, validation_of(indexed(data, "val")) if data else None))
-    folder = into(out, Path("runs/export"), lambda target: run_alone(STAGE, inputs, target, more))
+    folder = into(out, Path("runs/export"), lambda target: run_alone(STAGE, inputs, target))
     show(read_json(folder / "export.json"), f"{folder / SHIPPED}\n{folder / CONVENTIONAL}", as_json)
 
 
@@ -77,14 +77,6 @@ def into(out: Path | None, default: Path, work: Callable[[Path], None]) -> Path:
         else:
             return folder
     raise UsageError(f"{default} and the folders after it hold other models", "Choose a folder with --out")
-
-
-def _frame(text: str) -> list[int]:
-    try:
-        height, width = (int(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise UsageError(f"--frame {text[:40]!r}: expected HEIGHTxWIDTH", "For example --frame 1080x1920") from None
-    return [height, width]
 
 
 @click.command()
@@ -109,16 +101,14 @@ def quantize(model: Path, data: Path, out: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.option("--model", "--weights", "models", type=FILE, multiple=True, required=True, help=".onnx file; repeatable.")
-@click.option("--target", default="", help="For example sm86,sm89,sm120; tensorrt_rtx builds for them ahead of time.")
+@setting("--targets", "--target", key="build.targets", metavar="SM,...", help="GPUs that tensorrt_rtx builds for.")
 @setting("--batches", key="build.batches", metavar="MIN,OPT,MAX", help="Batch of the plans of dynamic files.")
 @click.option("--out", type=FILE, help="Folder to write into; default runs/build, or a new one beside other models.")
 @changes
 @as_json
-def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool) -> None:
+def build(models: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """ONNX to TensorRT plans with the model.json that they need on the device."""
     from compress.stages.build import STAGE, Inputs, by_precision, require_open_batches
-
-    more = {"build.targets": target.split(",")} if target else {}
 
     @cache
     def inputs() -> Inputs:
@@ -127,7 +117,7 @@ def build(models: tuple[Path, ...], target: str, out: Path | None, as_json: bool
             require_open_batches(found)
         return found
 
-    folder = into(out, Path("runs/build"), lambda folder: run_alone(STAGE, inputs, folder, more))
+    folder = into(out, Path("runs/build"), lambda folder: run_alone(STAGE, inputs, folder))
     show(read_json(folder / "build.json"), folder, as_json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -13,8 +12,19 @@ import click
 
 from compress.processes import is_first_process
 from runtime.errors import InputError
+from runtime.terminal import print_json
 
-FILE = click.Path(path_type=Path)
+
+class PathType(click.Path):
+    """A path. An empty one, as an unset variable of a shell leaves, would be the folder that the user is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("a path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = PathType(path_type=Path)
 GIVEN = "edgestill.settings"
 """Where a command's context keeps the settings that its options gave: dotted key of the recipe -> value."""
 
@@ -145,19 +155,19 @@ IMGSZ_OPTIONS = ("--imgsz", "--img", "--img-size")
 
 
 class SizedCommand(click.Command):
-    """A command whose `--imgsz` takes one number or two, as YOLOv5's does: `--imgsz 384 640`."""
+    """A command whose `--imgsz` takes one number or two, as YOLOv5's does: `--imgsz 384 640`; so does `--frame`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, joined_sides(args))
 
 
 def joined_sides(args: Sequence[str]) -> list[str]:
-    """The arguments with the two numbers behind `--imgsz` as one, "384x640"."""
+    """The arguments with the two numbers behind such an option as one, "384x640"."""
     joined: list[str] = []
     for arg in args:
         option, equals, value = joined[-1].partition("=") if joined else ("", "", "")
         option, value = (option, value) if equals else (joined[-2] if len(joined) > 1 else "", option)
-        if option in IMGSZ_OPTIONS and value.isdecimal() and arg.isdecimal():
+        if option in (*IMGSZ_OPTIONS, "--frame") and value.isdecimal() and arg.isdecimal():
             joined[-1] += f"x{arg}"
         else:
             joined.append(arg)
@@ -257,13 +267,9 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, default=str))
-
-
 def show(document: Any, text: object, as_json: bool) -> None:
     """Print a result as JSON or as text."""
     if as_json:
-        print_json(document)
+        print_json(document, indent=2)
     else:
         click.echo(text)

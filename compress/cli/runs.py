@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,13 @@ from compress.cli.options import (
     given_changes,
     given_settings,
     imgsz,
-    print_json,
     say,
     setting,
     show,
 )
 from runtime.errors import EdgestillError, UsageError
+from runtime.terminal import print_json
+from runtime.text import printable
 
 if TYPE_CHECKING:
     from compress.config import Recipe
@@ -54,24 +56,31 @@ def run(file: Path, until: str | None, force: tuple[str, ...], out: Path | None,
 @imgsz(expose_value=True)
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int, overwrite: bool) -> None:
-    """Write a commented recipe; change it and give it to `edgestill run`."""
+    """Write a commented recipe; change it and give it to `edgestill run`.
+
+    Its epochs suit the number of training images.
+    """
+    from compress.data import load_data
     from compress.recipe import load_recipe, recipe_text
     from runtime.files import atomic_write
 
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists", "Choose another name or add --overwrite")
+    splits = load_data(data).splits if data.is_file() else {}
     text = recipe_text(
-        file=file.name,
+        file=printable(shlex.quote(file.name)),
         name=file.stem,
         data=_relative(data, file.parent),
         weights=None if weights is None else _relative(weights, file.parent),
         student=student,
         imgsz=imgsz,
+        images=len(splits["train"]) if splits else None,
+        split="val" if splits and "test" not in splits else "test",
     )
     with atomic_write(file) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         _check(load_recipe(temporary))
-    say(f"wrote {file}; next: edgestill run {file}")
+    say(f"wrote {file}; next: edgestill run {shlex.quote(str(file))}")
 
 
 @click.command()
@@ -118,20 +127,19 @@ def study(file: Path, arms: str, out: Path | None, as_json: bool) -> None:
 @as_json
 def report(runs: tuple[Path, ...], fail_on: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Compare runs (folders or report.json files) and check them for CI."""
-    from benchmarks.compare import compare, to_markdown
-    from benchmarks.compare import fail_on as violated
+    from benchmarks.compare import compare, parse_rule, to_markdown, violations
     from benchmarks.report import Report
 
+    rules = [parse_rule(text) for text in fail_on]
     reports = [Report.load(_report_of(run)) for run in runs]
     found = compare(reports)
     if out:
         _write_comparison(found, out)
     if as_json:
-        print_json(found._asdict())
+        print_json(found._asdict(), indent=2)
     elif not out:
         click.echo(to_markdown(found), nl=False)
-    broken = [sentence for rule in fail_on for report in reports for sentence in violated(rule, report)]
-    if broken:
+    if broken := violations(rules, reports):
         raise EdgestillError("; ".join(broken))
 
 
@@ -142,13 +150,12 @@ def _report_of(path: Path) -> Path:
 
 def _write_comparison(found: Any, out: Path) -> None:
     from benchmarks import compare
-    from runtime.files import atomic_write
+    from runtime.files import write_text
 
     renderers = {".md": compare.to_markdown, ".html": compare.to_html}
     if out.suffix not in renderers:
         raise UsageError(f"--out {out}: expected a file ending in {' or '.join(renderers)}")
-    with atomic_write(out) as temporary:
-        temporary.write_text(renderers[out.suffix](found), encoding="utf-8")
+    write_text(out, renderers[out.suffix](found))
 
 
 def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_json: bool) -> None:
@@ -156,7 +163,7 @@ def _run(recipe: Any, out: Path, until: str | None, force: tuple[str, ...], as_j
 
     outcomes = run_recipe(recipe, out, until=until or ORDER[-1], force=force, log=say)
     if as_json:
-        print_json([dataclasses.asdict(outcome) for outcome in outcomes])
+        print_json([dataclasses.asdict(outcome) for outcome in outcomes], indent=2)
     elif outcomes[-1].stage == "bundle":
         click.echo(f"report  {out / 'report' / 'report.html'}\nbundle  {out / 'bundle'}")
 

@@ -13,12 +13,10 @@ from compress.cli.options import FILE, as_json, show
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def detect(arguments: tuple[str, ...]) -> None:
     """Detect on images, videos, cameras and streams; the same as `python -m runtime detect`."""
-    from runtime.__main__ import Parser
+    from runtime.arguments import Parser
     from runtime.detect import add_detect_options
     from runtime.detect import detect as run
-    from runtime.terminal import escape_what_cannot_be_printed
 
-    escape_what_cannot_be_printed()
     parser = Parser(prog="edgestill detect", description="Find objects in images, videos or the frames of a camera.")
     add_detect_options(parser)
     run(parser.parse_intermixed_args(list(arguments)))

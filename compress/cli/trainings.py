@@ -308,12 +308,17 @@ def _print_best(out: Path) -> None:
 @click.option("--single-label", is_flag=True, help="One class a box, as the shipped graph has it.")
 @click.option("--annotations", type=FILE, help="COCO JSON for the COCO figures, in place of the text labels.")
 @click.option("--half", is_flag=True, help="float16 network; GPU only.")
-@device
+@click.option("--device", default="auto", help="auto, cpu, or a GPU number; of other files auto, cpu, cuda, tensorrt.")
 @backend
 @as_json
 def val(as_json: bool, **options: Any) -> None:
     """Measure mAP by YOLOv5's protocol and by COCO's."""
-    from compress.validate_file import validate_file
+    from compress.validate_file import OF_CHECKPOINTS, is_checkpoint, validate_file
 
+    weights = options["weights"]
+    given = [key for key in OF_CHECKPOINTS if is_given(click.get_current_context(), key)]
+    if given and not is_checkpoint(weights):
+        option = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{option} has no effect on {weights.name}, which runs as on the device", "Leave it out")
     result = validate_file(**options)
     show(result.to_json(), result.to_text(), as_json)

@@ -35,7 +35,8 @@ def _is_served(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     if device.type == "cuda":
         return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= AMPERE
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_mkldnn = torch.backends.mkldnn.is_available()
+    return dtype == torch.bfloat16 and has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _named(device: torch.device) -> str:

@@ -191,21 +191,24 @@ def warp_image(image: Image, matrix: NDArray[np.float64], out_hw: tuple[int, int
 def warp_boxes(boxes: Boxes, matrix: NDArray[np.float64], out_hw: tuple[int, int], scale: float) -> Boxes:
     """Axis-aligned bounds of the warped corners, clipped to the output, without those now too small or thin.
 
-    `scale` is that of the warp: a box is judged by the share of its area that is still inside.
+    `scale` is that of the warp: a box is judged by the share of its area that is still inside. A box that reaches
+    across the horizon of a perspective is left out: its corners do not bound its image.
     """
-    hulls = _hulls(boxes[:, 1:], matrix)
+    corners = _warped_corners(boxes[:, 1:], matrix)
+    is_across = corners[..., 2].min(1) * corners[..., 2].max(1) <= 0
+    boxes, points = boxes[~is_across], corners[~is_across, :, :2] / corners[~is_across, :, 2:]
+    hulls = np.concatenate([points.min(1), points.max(1)], axis=1).astype(np.float32)
     np.clip(hulls[:, 0::2], 0, out_hw[1], out=hulls[:, 0::2])
     np.clip(hulls[:, 1::2], 0, out_hw[0], out=hulls[:, 1::2])
     keep = _worth_keeping(boxes[:, 1:] * scale, hulls)
     return np.concatenate([boxes[keep, :1], hulls[keep]], axis=1, dtype=np.float32)
 
 
-def _hulls(boxes_xyxy: NDArray[np.float32], matrix: NDArray[np.float64]) -> NDArray[np.float32]:
+def _warped_corners(boxes_xyxy: NDArray[np.float32], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, 4, 3): the corners of boxes (n, 4) in homogeneous coordinates."""
     corners = np.ones((len(boxes_xyxy) * 4, 3))
     corners[:, :2] = boxes_xyxy[:, [0, 1, 2, 3, 0, 3, 2, 1]].reshape(-1, 2)
-    corners = corners @ matrix.T
-    points = (corners[:, :2] / corners[:, 2:]).reshape(-1, 4, 2)
-    return np.concatenate([points.min(1), points.max(1)], axis=1).astype(np.float32)
+    return (corners @ matrix.T).reshape(-1, 4, 3)
 
 
 def _worth_keeping(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.bool_]:

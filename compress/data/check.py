@@ -155,9 +155,13 @@ def _identical_files(indices: Mapping[str, SplitIndex]) -> tuple[Groups, Groups]
     for split, index in indices.items():
         for sample in index.samples:
             places[sample.sha256].add((split, sample.key))
-    shared = [group for group in places.values() if len({split for split, _ in group}) > 1]
-    repeated = [group for group in places.values() if len(group) > 1 and group not in shared]
+    shared = [group for group in places.values() if _splits_of(group) > 1]
+    repeated = [group for group in places.values() if len(group) > 1 and _splits_of(group) == 1]
     return _keys(shared), _keys(repeated)
+
+
+def _splits_of(group: set[tuple[str, str]]) -> int:
+    return len({split for split, _ in group})
 
 
 def _keys(groups: Iterable[set[tuple[str, str]]]) -> Groups:

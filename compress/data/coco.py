@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import category_ids, read_coco
+from benchmarks.accuracy import category_ids, read_ground_truth
 from compress.data.dataset import Sample
 from runtime.errors import InputError
 
@@ -57,31 +57,27 @@ def read_annotations(path: Path, samples: Sequence[Sample], names: Sequence[str]
 
     Categories are matched by class name, images by the end of the path: `file_name` may be `0001.jpg` or
     `cam1/0001.jpg` for the sample `val/cam1/0001.jpg`; the longer one wins. Raises InputError when the file is not COCO
-    JSON, when a class or an image is not in it, or when one of its images fits several samples.
+    JSON, when a class or an image is not in it or has another size there, or when one of its images fits several
+    samples.
     """
-    raw = read_coco(path)
-    try:
-        by_file = {PurePosixPath(image["file_name"].replace("\\", "/")).parts: image for image in raw["images"]}
-        images = [_image_of(sample, by_file, path) for sample in samples]
-        class_ids = {key: index for index, key in enumerate(category_ids(names, raw["categories"]))}
-        image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
-        counts = Counter(image["id"] for image in images)
-        repeated = next((image["file_name"] for image in images if counts[image["id"]] > 1), None)
-        if repeated is not None:
-            raise InputError(
-                f"{path}: {repeated} fits several images of the data", "Write more of the path into file_name"
-            )
-        return {
-            "images": [image | {"id": number} for number, image in enumerate(images, 1)],
-            "annotations": [
-                entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
-                for entry in raw["annotations"]
-                if entry["image_id"] in image_ids and entry["category_id"] in class_ids
-            ],
-            "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a COCO annotation file ({error!r})", "Give COCO's instances JSON") from error
+    raw = read_ground_truth(path)
+    by_file = {PurePosixPath(image["file_name"].replace("\\", "/")).parts: image for image in raw["images"]}
+    images = [_image_of(sample, by_file, path) for sample in samples]
+    class_ids = {key: index for index, key in enumerate(category_ids(names, raw["categories"]))}
+    image_ids = {image["id"]: number for number, image in enumerate(images, 1)}
+    counts = Counter(image["id"] for image in images)
+    repeated = next((image["file_name"] for image in images if counts[image["id"]] > 1), None)
+    if repeated is not None:
+        raise InputError(f"{path}: {repeated} fits several images of the data", "Write more of the path into file_name")
+    return {
+        "images": [image | {"id": number} for number, image in enumerate(images, 1)],
+        "annotations": [
+            entry | {"image_id": image_ids[entry["image_id"]], "category_id": class_ids[entry["category_id"]]}
+            for entry in raw["annotations"]
+            if entry["image_id"] in image_ids and entry["category_id"] in class_ids
+        ],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+    }
 
 
 def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]], path: Path) -> dict[str, Any]:
@@ -89,4 +85,11 @@ def _image_of(sample: Sample, by_file: Mapping[tuple[str, ...], dict[str, Any]],
     found = next((by_file[parts[start:]] for start in range(len(parts)) if parts[start:] in by_file), None)
     if found is None:
         raise InputError(f"{path}: no image {sample.key}", "Give file_name as it ends the path of the image")
+    height, width = sample.size_hw
+    stated_hw = found.get("height", height), found.get("width", width)
+    if stated_hw != (height, width):
+        raise InputError(
+            f"{path}: {sample.key} has {stated_hw[1]}x{stated_hw[0]} pixels there, and {width}x{height} in the data",
+            "Give the annotations of these very images",
+        )
     return found

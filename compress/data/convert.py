@@ -6,6 +6,7 @@ Boxes are checked against the real size of each image; what cannot be used is sk
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from xml.parsers import expat
 
 import numpy as np
 
-from benchmarks.accuracy import read_coco
+from benchmarks.accuracy import is_box, is_whole, read_coco
 from compress.data.dataset import Problem
 from compress.data.index import decoded_size_hw, image_problem
 from compress.data.labels import label_path
@@ -119,7 +120,7 @@ def _coco_classes(path: Path, content: Mapping[str, Any], problems: list[Problem
     A category that only groups others, such as an exporter's root, does not become a class, and is reported.
     """
     names = {entry.get("id"): entry.get("name") for entry in content["categories"]}
-    if not names or not all(_is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
+    if not names or not all(is_whole(key) and isinstance(name, str) and name for key, name in names.items()):
         raise InputError(f"{path}: categories need a whole-number id and a name each")
     for key in _grouping_categories(content):
         problems.append(Problem(path, 0, f"category {names.pop(key)!r} groups others and has no boxes: no class"))
@@ -134,7 +135,7 @@ def _grouping_categories(content: Mapping[str, Any]) -> set[int]:
     categories = content["categories"]
     below = [(entry["id"], entry.get("supercategory")) for entry in categories]
     annotated = (annotation.get("category_id") for annotation in content["annotations"])
-    used = {category_id for category_id in annotated if _is_whole(category_id)}
+    used = {category_id for category_id in annotated if is_whole(category_id)}
     return {
         entry["id"]
         for entry in categories
@@ -144,9 +145,9 @@ def _grouping_categories(content: Mapping[str, Any]) -> set[int]:
 
 def _coco_image(path: Path, image: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
     name, size_hw = image.get("file_name"), (image.get("height"), image.get("width"))
-    if not isinstance(name, str) or not _is_whole(image.get("id")):
+    if not isinstance(name, str) or not is_whole(image.get("id")):
         raise InputError(f"{path}: an image without whole-number id or file_name", "Expected COCO instances JSON")
-    return name, size_hw if all(_is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
+    return name, size_hw if all(is_whole(side) for side in size_hw) else None  # type: ignore[return-value]
 
 
 def _coco_box(
@@ -154,25 +155,14 @@ def _coco_box(
 ) -> Box | str:
     """The box of an annotation, or what is wrong with it."""
     image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
-    if not _is_whole(image_id) or image_id not in by_id:
+    if not is_whole(image_id) or image_id not in by_id:
         return f"image_id {image_id!r:.40} is not among the images"
-    if category_id is None or not _is_whole(category_id) or category_id not in classes:
+    if category_id is None or not is_whole(category_id) or category_id not in classes:
         return f"category_id {category_id!r:.40} is not among the categories"
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and _finite(v) for v in box):
+    if not is_box(box):
         return f"bbox {box!r:.60} is not four numbers"
     x, y, width, height = map(float, box)
     return classes[category_id], x, y, x + width, y + height
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond float's range
-        return False
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------
@@ -257,6 +247,14 @@ def safe_relative(name: str, origin: Path) -> PurePosixPath:
     return relative
 
 
+class Usable(NamedTuple):
+    """One image that can be copied: its path below the image folder, its size, and its boxes, clipped to it."""
+
+    relative: PurePosixPath
+    size_hw: tuple[int, int]
+    boxes: np.ndarray
+
+
 def _write(
     annotated: list[AnnotatedImage],
     names: Sequence[str],
@@ -269,41 +267,52 @@ def _write(
         raise InputError(f"{images}: no such folder", "Give the folder of the images")
     annotated = sorted(annotated, key=lambda one: one.file_name)
     relatives = [safe_relative(one.file_name, origin=images) for one in annotated]
-    counts: dict[PurePosixPath, int] = {}
     with new_folder(out) as folder:
-        for one, relative in zip(annotated, relatives, strict=True):
-            if relative.with_suffix("") in counts:
-                problems.append(Problem(images / relative, 0, "shares its label file with another image"))
-                continue
-            split = split_of(len(counts), len(annotated))
-            boxes = _write_image(folder / "images" / split / relative, images / relative, one, problems)
-            if boxes is not None:
-                counts[relative.with_suffix("")] = boxes
-        if not counts:
+        usable = _usable(zip(annotated, relatives, strict=True), images, problems)
+        if not usable:
             raise InputError(f"{images}: none of {len(annotated)} images can be used", _first(problems))
+        for index, one in enumerate(usable):
+            _copy(images / one.relative, folder / "images" / split_of(index, len(usable)) / one.relative, one)
         write_data_yaml(folder, names)
-    return Converted(out / "data.yaml", len(counts), sum(counts.values()), skipped, tuple(problems))
+    boxes = sum(len(one.boxes) for one in usable)
+    return Converted(out / "data.yaml", len(usable), boxes, skipped, tuple(problems))
 
 
-def _write_image(target: Path, source: Path, one: AnnotatedImage, problems: list[Problem]) -> int | None:
-    """Copy one image and write its labels; returns the number of boxes, None if the image was left out."""
+def _usable(
+    named: Iterable[tuple[AnnotatedImage, PurePosixPath]], images: Path, problems: list[Problem]
+) -> list[Usable]:
+    """The images that can be used. The splits are made of these, so that both have some."""
+    found: dict[PurePosixPath, Usable] = {}
+    for one, relative in named:
+        source, labels = images / relative, relative.with_suffix("")
+        if labels in found:
+            problems.append(Problem(source, 0, "shares its label file with another image"))
+        elif size_hw := _size_hw(source, one, problems):
+            found[labels] = Usable(relative, size_hw, _clipped(one.boxes, size_hw, source, problems))
+    return list(found.values())
+
+
+def _size_hw(source: Path, one: AnnotatedImage, problems: list[Problem]) -> tuple[int, int] | None:
+    """(height, width) of a decoded image; None and a problem if it cannot be used."""
     try:
-        data = read_bytes(source)
-        size_hw = decoded_size_hw(data, source)
+        size_hw = decoded_size_hw(read_bytes(source), source)
     except InputError as error:
         problems.append(image_problem(source, error))
         return None
-    if one.size_hw not in (None, size_hw):
-        stated, real = one.size_hw[::-1], size_hw[::-1]  # type: ignore[index]
-        problems.append(Problem(source, 0, f"is {real[0]}x{real[1]} but annotated as {stated[0]}x{stated[1]}"))
-        return None
+    if one.size_hw in (None, size_hw):
+        return size_hw
+    stated, real = one.size_hw[::-1], size_hw[::-1]  # type: ignore[index]
+    problems.append(Problem(source, 0, f"is {real[0]}x{real[1]} but annotated as {stated[0]}x{stated[1]}"))
+    return None
+
+
+def _copy(source: Path, target: Path, one: Usable) -> None:
+    """Copy one image and write its labels."""
     labels = label_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     labels.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(data)
-    boxes = _clipped(one.boxes, size_hw, source, problems)
-    labels.write_text(label_text(boxes, size_hw))
-    return len(boxes)
+    shutil.copyfile(source, target)
+    labels.write_text(label_text(one.boxes, one.size_hw))
 
 
 def _clipped(boxes: Sequence[Box], size_hw: tuple[int, int], source: Path, problems: list[Problem]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from runtime.files import atomic_write, read_json
 INDEX = "index.json"
 """The usual name of the file that `Dataset.save` writes."""
 SCHEMA_VERSION = 1
+SHOWN_PROBLEMS = 5
 FLOAT32_DIGITS = ".9g"
 """Nine digits restore a float32 exactly, also when they are read as float64 first."""
 
@@ -70,6 +71,13 @@ class SplitIndex:
             digest.update(json.dumps([sample.key, sample.sha256, len(sample.labels)]).encode())
             digest.update(sample.labels.astype("<f4").tobytes())
         return digest.hexdigest()
+
+    def problem_lines(self, name: str) -> Iterator[str]:
+        """A line for each of the first problems, and one that counts the others. `name` is that of the images."""
+        for problem in self.problems[:SHOWN_PROBLEMS]:
+            yield f"{name}: skipped {problem}"
+        if len(self.problems) > SHOWN_PROBLEMS:
+            yield f"{name}: {len(self.problems) - SHOWN_PROBLEMS} more problems"
 
     def count_in(self, other: SplitIndex) -> int:
         """The number of images whose bytes are those of an image of `other`."""

@@ -39,9 +39,8 @@ def index_dataset(
     splits: Iterable[str] = USED,
     *,
     labelled: Collection[str] | None = None,
-    workers: int | None = None,
 ) -> Dataset:
-    """Index `splits` with `workers` threads (as many as there are cores); an image in two splits is decoded once.
+    """Index `splits`; an image in two splits is decoded once.
 
     Bad rows and bad images are left out and reported. Raises InputError when a split is absent, when none of its images
     can be used, or when none of them has a label and the split is one of `labelled`; None means all.
@@ -50,7 +49,7 @@ def index_dataset(
     absent = next((split for split in splits if split not in config.splits), None)
     if absent is not None:
         raise InputError(f"{config.path}: no {absent} split", f"It has {', '.join(config.splits)}")
-    indices = index_images(config, splits, workers=workers)
+    indices = index_images(config, splits)
     for split, index in indices.items():
         if not index.samples:
             raise InputError(
@@ -90,10 +89,10 @@ def _label_folder(sample: Sample, root: Path) -> str:
     return key_of(label_path(sample.image).parent, root)
 
 
-def index_images(config: DataConfig, splits: Sequence[str], *, workers: int | None = None) -> Mapping[str, SplitIndex]:
-    """Split -> index; a split without a usable image is no error here."""
+def index_images(config: DataConfig, splits: Sequence[str]) -> Mapping[str, SplitIndex]:
+    """Split -> index, made by a thread on each core; a split without a usable image is no error here."""
     images = sorted({image for split in splits for image in config.splits[split]})
-    with ThreadPoolExecutor(workers or usable_cores()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         found = dict(zip(images, pool.map(lambda image: index_image(image, config), images), strict=True))
     return {split: _split_index(found[image] for image in config.splits[split]) for split in splits}
 

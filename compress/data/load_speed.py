@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = TrainDataset(samples, asked.imgsz, AugmentConfig(), cache=True)
 
     def tasks(epoch: int) -> list[Task]:
-        return epoch_tasks(dataset, epoch, batch=asked.batch, rank=0, world=1, mosaic=True)
+        return epoch_tasks(dataset, epoch, batch=asked.batch)
 
     def processes(workers: int) -> TrainLoader:
         ends = asked.epochs + 2  # an epoch behind the last: its first batches are made as those of the others were

@@ -47,40 +47,32 @@ class Batch(NamedTuple):
 class ValBatch(NamedTuple):
     """A validation batch; all per-image fields are in batch order.
 
-    images uint8 (B, 3, H, W) RGB, channels last; targets as in `Batch`. `gains` is resized height / original height,
-    `pads_wh` the float letterbox pad in pixels: `runtime.boxes.unletterbox` takes them, and the samples' sizes.
+    images uint8 (B, 3, H, W) RGB, channels last; targets as in `Batch`. `gains_wh` are resized / original width and
+    height, which differ by the rounding to whole pixels; `pads_wh` is the float letterbox pad in pixels.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     samples: tuple[Sample, ...]
-    gains: tuple[float, ...]
+    gains_wh: tuple[tuple[float, float], ...]
     pads_wh: tuple[tuple[float, float], ...]
 
 
-def train_batches(
-    dataset: TrainItems,
-    *,
-    batch: int,
-    epoch: int,
-    workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    augment_mosaic: bool = True,
-) -> Iterator[Batch]:
-    """The batches of one epoch, made by `workers` threads, or by the caller's own.
+def train_batches(dataset: TrainItems, tasks: Iterable[Task], workers: int = 0) -> Iterator[Batch]:
+    """The batches of `tasks` in their order, made by `workers` threads; with 0 by the thread that asks for them."""
+    yield from map_ahead(lambda task: train_batch(dataset, task), tasks, workers)
+
+
+def epoch_tasks(
+    dataset: TrainItems, epoch: int, *, batch: int, rank: int = 0, world: int = 1, mosaic: bool = True
+) -> list[Task]:
+    """The batches of one epoch, before they are made.
 
     `batch` counts the images of all ranks together: rank r takes the r-th of `world` nearly equal slices of every
     global batch, so the union over ranks does not depend on `world`. The last batch may be smaller; if it has fewer
     images than there are ranks, some of its images are repeated, so that every rank has work. In a batch, images whose
     labels are not known come last.
     """
-    tasks = epoch_tasks(dataset, epoch, batch=batch, rank=rank, world=world, mosaic=augment_mosaic)
-    yield from map_ahead(lambda task: train_batch(dataset, task), tasks, workers)
-
-
-def epoch_tasks(dataset: TrainItems, epoch: int, *, batch: int, rank: int, world: int, mosaic: bool) -> list[Task]:
-    """The batches of an epoch as `train_batches` yields them, before they are made."""
     return [
         Task(epoch, *_labelled_first(indices, dataset.labelled), mosaic)
         for indices in rank_slices(dataset.order(epoch), batch=batch, rank=rank, world=world)
@@ -162,8 +154,10 @@ def _val_batch(imgsz: int, samples: Sequence[Sample], shape_hw: tuple[int, int])
     return ValBatch(as_tensor(images), torch.from_numpy(targets), tuple(samples), gains, pads)
 
 
-def _write_val_item(sample: Sample, imgsz: int, out: Image) -> tuple[NDArray[np.float32], float, tuple[float, float]]:
-    """Write the sample's image into `out` as RGB. Returns its labels, gain and pad.
+def _write_val_item(
+    sample: Sample, imgsz: int, out: Image
+) -> tuple[NDArray[np.float32], tuple[float, float], tuple[float, float]]:
+    """Write the sample's image into `out` as RGB. Returns its labels, gains (width, height) and pad.
 
     An unreadable image is an error: mAP must count every image.
     """
@@ -172,7 +166,8 @@ def _write_val_item(sample: Sample, imgsz: int, out: Image) -> tuple[NDArray[np.
     framed = letterbox(image, (out.shape[0], out.shape[1]), scale_up=False)
     boxes = to_pixels(sample.labels, framed.gain * width, framed.gain * height, *framed.pad_wh)
     write_rgb(framed.image, out)
-    return to_normalised(boxes, out.shape[1], out.shape[0]), height / sample.size_hw[0], framed.pad_wh
+    gains_wh = width / sample.size_hw[1], height / sample.size_hw[0]
+    return to_normalised(boxes, out.shape[1], out.shape[0]), gains_wh, framed.pad_wh
 
 
 def map_ahead(function: Callable[[A], B], jobs: Iterable[A], workers: int) -> Iterator[B]:

@@ -19,7 +19,7 @@ import torch
 
 from compress.compute.upload import Upload, Uploader
 from compress.data import shared_array
-from compress.data.loader import Batch, as_tensor, epoch_tasks, map_ahead, train_batch
+from compress.data.loader import Batch, as_tensor, epoch_tasks, train_batches
 from compress.data.train_dataset import Task, TrainItems
 from compress.data.worker_pool import WorkerPool
 from runtime.machine import usable_cores
@@ -69,7 +69,7 @@ def open_loader(
 ) -> TrainLoader:
     """The batches of a training of `epochs` epochs, the first `mosaic_epochs` of them with mosaics.
 
-    Process `rank` of `world` gets its part of each batch, as from `train_batches`.
+    Process `rank` of `world` gets its part of each batch, as from `epoch_tasks`.
     """
 
     def tasks(epoch: int) -> list[Task]:
@@ -88,7 +88,7 @@ class ThreadLoader:
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of an epoch, on the CPU."""
-        yield from map_ahead(lambda task: train_batch(self._dataset, task), self._tasks(number), self._workers)
+        return train_batches(self._dataset, self._tasks(number), self._workers)
 
     def close(self) -> None:
         """Nothing is left to end: threads live as long as an epoch."""

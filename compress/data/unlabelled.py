@@ -36,7 +36,6 @@ RECENT = 50
 """Images that a new one is compared with: those that were kept last."""
 JPEG_QUALITY = 95
 NO_LABELS = np.zeros((0, 5), np.float32)
-SHOWN_PROBLEMS = 5
 
 
 class Found(NamedTuple):
@@ -62,8 +61,8 @@ def open_unlabelled(config: DistillConfig, out: Path, log: Log) -> SplitIndex | 
     found = _read(place, source)
     images, video = len(found.split.samples), "" if source.is_dir() else f", one frame in {config.frame_stride}"
     log(f"unlabelled: {images} images of {source}{video}; {found.duplicates} near-duplicates left out")
-    for problem in found.split.problems[:SHOWN_PROBLEMS]:
-        log(f"unlabelled: skipped {problem}")
+    for line in found.split.problem_lines("unlabelled"):
+        log(line)
     return found.split
 
 

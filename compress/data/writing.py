@@ -46,8 +46,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def split_of(index: int, images: int) -> str:
-    """The split of image `index`. In a set that is too small for a fifth image, the last one is for validation."""
-    return "val" if index % VAL_EVERY == VAL_EVERY - 1 or (images < VAL_EVERY and index == images - 1) else "train"
+    """The split of image `index`. In a set that is too small for a fifth image, the last one is for validation; a
+    single image is for training.
+    """
+    is_last_of_few = images < VAL_EVERY and 0 < index == images - 1
+    return "val" if is_last_of_few or index % VAL_EVERY == VAL_EVERY - 1 else "train"
 
 
 def label_text(boxes: NDArray[np.floating[Any]], size_hw: tuple[int, int]) -> str:

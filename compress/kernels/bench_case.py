@@ -17,10 +17,12 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,10 @@ HOST_CALLS, HOST_REPEATS = 20, 5
 """Calls that are queued at once: so few that no queue is full, which would make the host wait for the GPU."""
 UPSTREAM = 65536.0
 """The initial factor of a gradient scaler."""
+COMPILED = "compile"
+"""The variant that torch compiles, which may take longer than all others together."""
+LEAST_S, RESERVED_S = 5.0, 6.0
+"""Seconds that a variant may prepare itself for in any case, and those that are left for timing all of them."""
 MAPS_MOVED = {"copy": 2}
 """Least number of maps that a variant reads and writes; 3 for any other."""
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
@@ -215,7 +221,7 @@ def variants(case: Case, device: torch.device, count: int) -> dict[str, Call]:
         "ours": backward(fused),
         "ours_again": backward(fused),
         "eager": backward(plain),
-        "compile": backward(compiled),
+        COMPILED: backward(compiled),
     }
 
 
@@ -350,8 +356,24 @@ class Timed(NamedTuple):
         }
 
 
-def measure(case: Case, device: torch.device, samples: int) -> Timed:
-    """Time the calls of all variants of a case."""
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a `with` block of the main thread that takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not ready in {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(case: Case, device: torch.device, samples: int, until: float) -> Timed:
+    """Time the calls of all variants of a case that are ready soon enough for all to be timed before `until`."""
     started = time.monotonic()
     count = input_sets(case.map_bytes, torch.cuda.get_device_properties(device).L2_cache_size)
     found: dict[str, dict[str, Any]] = {}
@@ -359,7 +381,8 @@ def measure(case: Case, device: torch.device, samples: int) -> Timed:
     calls = variants(case, device, count)
     for name, call in calls.items():
         try:
-            ready[name] = prepare(call, count)
+            with at_most(max(LEAST_S, until - RESERVED_S - time.monotonic())):
+                ready[name] = prepare(call, count)
         except Exception as error:  # whatever it is, the other variants can still be measured
             found[name] = {"error": f"{type(error).__name__}: {one_line(error)}"}
     times = times_in_turns({name: variant.run for name, variant in ready.items()}, samples)
@@ -424,7 +447,7 @@ def measure_all(cases: Sequence[Case], device: torch.device, samples: int, until
     for case in cases:
         if time.monotonic() + longest > until:
             continue
-        timed.append(measure(case, device, samples))
+        timed.append(measure(case, device, samples, until))
         longest = max(longest, timed[-1].seconds)
         add_line(lines, timed[-1].row())
     add_kernel_times(timed)

@@ -20,6 +20,8 @@ from runtime.errors import UsageError
 
 MAX_LEVELS = 4
 """Most pyramid levels of one launch: P3 to P6."""
+MAX_ELEMENTS = (1 << 31) - 1
+"""Most elements of a map: kernels count them in 32 bits."""
 WARP = 32
 """Threads."""
 SUFFIX = {torch.float32: "_f32", torch.float16: "_f16", torch.bfloat16: "_bf16"}
@@ -55,7 +57,8 @@ class Launch(NamedTuple):
     shared: int = 0
     """Bytes of dynamic shared memory of a block."""
     cluster: int = 1
-    """Blocks that run together and see each other's shared memory; divides `grid`."""
+    """Blocks that run together and see each other's shared memory; divides `grid`. 8 at most, which every GPU with
+    clusters can run."""
 
 
 class Device(Protocol):

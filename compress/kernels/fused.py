@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from compress.kernels.device import MAX_LEVELS, SUFFIX, Device, Launches, Maps, Result
+from compress.kernels.device import MAX_ELEMENTS, MAX_LEVELS, SUFFIX, Device, Launches, Maps, Result
 from compress.kernels.gpu import Gpu, gpu
 from compress.kernels.rescale import rescale
 from compress.kernels.toolchain import Source
@@ -187,9 +187,9 @@ def as_operations() -> Iterator[None]:
 
 
 def runs_fused(students: Maps) -> bool:
-    """Whether the kernels serve these maps: on an NVIDIA GPU, all in float32, float16 or bfloat16."""
+    """Whether the kernels serve these maps: on an NVIDIA GPU, all in float32, float16 or bfloat16, none too large."""
     first = students[0]
-    alike = all(s.is_cuda and s.dtype == first.dtype for s in students)
+    alike = all(s.is_cuda and s.dtype == first.dtype and s.numel() <= MAX_ELEMENTS for s in students)
     served = alike and first.dtype in SUFFIX and len(students) <= MAX_LEVELS
     return served and os.environ.get(SWITCH) != "off" and not unavailable_reason(first.device.index)
 

@@ -21,10 +21,6 @@ from compress.kernels.device import Facts, Launch
 from compress.kernels.toolchain import Source
 from runtime.errors import EdgestillError, UnavailableError, one_line
 
-STATIC_SHARED_BYTES = 48 << 10
-"""Dynamic shared memory that a kernel may have without setting an attribute."""
-PORTABLE_CLUSTER = 8
-"""Blocks of a cluster that every GPU with clusters can run together."""
 SLAB_TICKETS = 1 << 16
 """Tickets that captured graphs share out among them before new ones are made: 256 KiB, enough for a hundred calls."""
 
@@ -40,6 +36,7 @@ class Gpu:
         device = self._call("cuDeviceGet", index)
         self._context = int(self._call("cuDevicePrimaryCtxRetain", device))
         self.facts = self._facts(device)
+        self._architecture = toolchain.architecture_for(self.facts.capability)
         self._kernels: dict[tuple[Source, str], Any] = {}
         self._libraries: dict[Source, Any] = {}
         self._shared: dict[tuple[Source, str], int] = {}
@@ -60,10 +57,6 @@ class Gpu:
             ask("L2_CACHE_SIZE"),
             ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
         )
-
-    @property
-    def architecture(self) -> str:
-        return "sm_{}{}".format(*self.facts.capability)
 
     def launch(self, launch: Launch) -> None:
         """See `Device.launch`."""
@@ -135,20 +128,16 @@ class Gpu:
             handle = self._call("cuLibraryGetKernel", self._library(launch.source), launch.kernel.encode())
             self._kernels[key] = self._call("cuKernelGetFunction", handle)
         function = self._kernels[key]
-        attributes = self._driver.CUfunction_attribute
+        most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         with self._raising:  # and never lowered, or what another thread or a captured graph launches would be refused
-            if launch.shared > self._shared.get(key, STATIC_SHARED_BYTES):
-                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            if launch.shared > self._shared.get(key, 0):  # unasked it is 48 KB less what the kernel has beside it
                 self._call("cuFuncSetAttribute", function, most, launch.shared)
                 self._shared[key] = launch.shared
-        if launch.cluster > PORTABLE_CLUSTER:
-            allowed = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            self._call("cuFuncSetAttribute", function, allowed, 1)
         return function
 
     def _library(self, source: Source) -> Any:
         if source not in self._libraries:
-            code = toolchain.cubin(source, self.architecture)
+            code = toolchain.code_for(source, self._architecture)
             self._libraries[source] = self._call("cuLibraryLoadData", code, [], [], 0, [], [], 0)
         return self._libraries[source]
 

@@ -24,7 +24,7 @@ from compress.kernels.bench_case import LAYOUTS, LEVELS, SIZES
 from compress.kernels.device import RESERVED_SHARED_BYTES, SUFFIX, VECTOR_BYTES, WARP, Facts, Launch
 from compress.kernels.losses import FUSED
 from compress.kernels.sass import disassemble, loads_under_way
-from compress.kernels.toolchain import compile_cubin
+from compress.kernels.toolchain import compile_for
 
 DTYPE = torch.float16
 ARCHITECTURE = "sm_90"
@@ -323,8 +323,8 @@ def found_kernels() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     launches = [launch for loss, layout in product(MODELLED, LAYOUTS) for launch in launches_of(loss, "s8", layout)]
     for source in dict.fromkeys(launch.source for launch in launches):
-        code, resources = compile_cubin(source, ARCHITECTURE)
-        loads = loads_under_way(disassemble(code))
+        compiled = compile_for(source, ARCHITECTURE)
+        loads, resources = loads_under_way(disassemble(compiled.code)), compiled.resources
         for entry in dict.fromkeys(launch.kernel for launch in launches if launch.source == source):
             name, took = entry.removesuffix(SUFFIX[DTYPE]), resources[entry]
             before = found.get(name, KERNELS[name]._replace(registers=0, static_shared=0, loads=loads[entry]))

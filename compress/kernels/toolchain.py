@@ -1,7 +1,7 @@
 """Compile CUDA C++ sources by NVRTC: no compiler, no torch headers, no GPU and no network are needed.
 
-A cubin is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; then
-it is read from the file. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
+Code is compiled once for each source, architecture, set of defines and compiler version, and kept on disk; then it is
+read from the file. The cache's folder is `EDGESTILL_CACHE`, else the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100",
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 REMEDY = "pip install 'edgestill[kernels]'"
 _DIGEST_BYTES = 32
-_KERNEL_SECTION = re.compile(rb"\0\.text\.(\w+)\0")
+_KERNEL = re.compile(rb"(?:\0\.text\.|\.entry )(\w+)[\0(]")
+"""A section of a cubin, an entry of PTX."""
 _REPORTED = re.compile(r"(\d+) (registers|bytes spill stores|bytes smem)")
 
 
@@ -47,19 +48,30 @@ class Source(NamedTuple):
         return Source(self.folder, tuple(f"{name}={value}" for name, value in values.items()))
 
 
-def cubin(source: Source, architecture: str) -> bytes:
-    """Machine code of `source` for `architecture` (as "sm_90"), from the cache or compiled now.
+def architecture_for(capability: tuple[int, int]) -> str:
+    """What to compile for: "sm_90" for a GPU of compute capability (9, 0). For one too new for the compiler it is the
+    newest that it knows, as "compute_120": PTX, of which the GPU's driver makes machine code.
+
+    Raises UnavailableError when NVRTC is not installed.
+    """
+    own, known = 10 * capability[0] + capability[1], _checked(load_nvrtc(), "nvrtcGetSupportedArchs")
+    older = [number for number in known if number < own]
+    return f"sm_{own}" if own in known or not older else f"compute_{max(older)}"
+
+
+def code_for(source: Source, architecture: str) -> bytes:
+    """The code of `source` for `architecture`, as `architecture_for` gives it, from the cache or compiled now.
 
     Raises UnavailableError when NVRTC or the CUDA headers are not installed, and EdgestillError with the compiler's
     first error.
     """
-    path = cache_folder() / f"{source.folder}-{architecture}-{_key(source, architecture)[:24]}.cubin"
-    return _read(path) or _keep(path, compile_cubin(source, architecture)[0])
+    path = cache_folder() / f"{source.folder}-{architecture}-{_key(source, architecture)[:24]}.bin"
+    return _read(path) or _keep(path, compile_for(source, architecture).code)
 
 
 def kernel_names(code: bytes) -> list[str]:
-    """The kernels of a cubin, from the names of its sections."""
-    return sorted({name.decode() for name in _KERNEL_SECTION.findall(code)})
+    """The kernels of a cubin or of PTX."""
+    return sorted({name.decode() for name in _KERNEL.findall(code)})
 
 
 class Resources(NamedTuple):
@@ -73,8 +85,27 @@ class Resources(NamedTuple):
     """Static, per block."""
 
 
-def compile_cubin(source: Source, architecture: str) -> tuple[bytes, dict[str, Resources]]:
-    """Machine code, and by kernel what it takes."""
+class Compiled(NamedTuple):
+    """What the compiler made of a source."""
+
+    code: bytes
+    """A cubin; PTX for an architecture as "compute_120"."""
+    log: str
+
+    @property
+    def resources(self) -> dict[str, Resources]:
+        """What each kernel of a cubin takes, from the assembler's log, which has a paragraph per kernel."""
+        found = {}
+        for paragraph in self.log.split("Compiling entry function ")[1:]:
+            numbers = {name: int(value) for value, name in _REPORTED.findall(paragraph)}
+            found[paragraph.split("'")[1]] = Resources(
+                numbers["registers"], numbers.get("bytes spill stores", 0), numbers.get("bytes smem", 0)
+            )
+        return found
+
+
+def compile_for(source: Source, architecture: str) -> Compiled:
+    """As `code_for`, compiled now."""
     nvrtc = load_nvrtc()
     options = [*OPTIONS, f"--gpu-architecture={architecture}"]
     options += [f"--include-path={folder}" for folder in (FOLDER, *header_folders())]
@@ -86,7 +117,8 @@ def compile_cubin(source: Source, architecture: str) -> tuple[bytes, dict[str, R
         (code,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         if int(code) != 0:
             raise EdgestillError(f"{name} does not compile for {architecture}: {_first_error(_log(nvrtc, program))}")
-        return _output(nvrtc, program, "CUBIN"), _resources(_log(nvrtc, program))
+        kind = "CUBIN" if architecture.startswith("sm_") else "PTX"
+        return Compiled(_output(nvrtc, program, kind), _log(nvrtc, program))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -137,20 +169,20 @@ def _key(source: Source, architecture: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """A cubin of the cache; None if there is none, or if its digest is wrong."""
+    """Code of the cache; None if there is none, or if its digest is wrong."""
     try:
         kept = path.read_bytes()
     except OSError:
         return None
-    digest, binary = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
-    return binary if hashlib.sha256(binary).digest() == digest else None
+    digest, code = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _keep(path: Path, binary: bytes) -> bytes:
-    """`binary`, after writing it to the cache if the folder can be written."""
+def _keep(path: Path, code: bytes) -> bytes:
+    """`code`, after writing it to the cache if the folder can be written."""
     with suppress(EdgestillError), atomic_write(path) as temporary:  # a read-only home costs time at each start
-        temporary.write_bytes(hashlib.sha256(binary).digest() + binary)
-    return binary
+        temporary.write_bytes(hashlib.sha256(code).digest() + code)
+    return code
 
 
 def _checked(nvrtc: Any, name: str, *arguments: Any) -> Any:
@@ -161,7 +193,7 @@ def _checked(nvrtc: Any, name: str, *arguments: Any) -> Any:
 
 
 def _output(nvrtc: Any, program: Any, what: str) -> bytes:
-    """The program's CUBIN or ProgramLog."""
+    """The program's CUBIN, PTX or ProgramLog."""
     text = b" " * _checked(nvrtc, f"nvrtcGet{what}Size", program)
     _checked(nvrtc, f"nvrtcGet{what}", program, text)
     return text
@@ -176,24 +208,13 @@ def _first_error(log: str) -> str:
     return (lines or log.splitlines() or ["the compiler gave no reason"])[0]
 
 
-def _resources(log: str) -> dict[str, Resources]:
-    """Resources by kernel, from the assembler's log, which has a paragraph per kernel."""
-    found = {}
-    for paragraph in log.split("Compiling entry function ")[1:]:
-        numbers = {name: int(value) for value, name in _REPORTED.findall(paragraph)}
-        found[paragraph.split("'")[1]] = Resources(
-            numbers["registers"], numbers.get("bytes spill stores", 0), numbers.get("bytes smem", 0)
-        )
-    return found
-
-
 def resource_table() -> str:
     """Registers per thread of every kernel on every architecture, with the bytes that it spills if it does."""
     from compress.kernels.losses import SOURCES  # imports torch, which nothing else here needs
 
     found: dict[str, dict[str, Resources]] = {architecture: {} for architecture in ARCHITECTURES}
     for architecture, source in product(ARCHITECTURES, SOURCES):
-        found[architecture] |= compile_cubin(source, architecture)[1]
+        found[architecture] |= compile_for(source, architecture).resources
     names = sorted(set().union(*found.values()))
     lines = [f"{'registers':24}" + "".join(f"{architecture:>8}" for architecture in ARCHITECTURES)]
     lines += [f"{name:24}" + "".join(_cell(found[a].get(name)) for a in ARCHITECTURES) for name in names]

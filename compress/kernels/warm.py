@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from compress.kernels.toolchain import ARCHITECTURES, Source, cubin, kernel_names
+from compress.kernels.toolchain import ARCHITECTURES, Source, architecture_for, code_for, kernel_names
 from runtime.errors import UnavailableError
 from runtime.machine import compute_threads
 from runtime.terminal import exit_code_of, print_line
@@ -20,20 +20,20 @@ from runtime.terminal import exit_code_of, print_line
 def warm(sources: Iterable[Source], architecture: str) -> list[str]:
     """Compile what the cache lacks, as many sources at a time as there are cores; NVRTC's threads share no lock.
 
-    Returns the names of all kernels. Raises the errors of `toolchain.cubin`.
+    Returns the names of all kernels. Raises the errors of `toolchain.code_for`.
     """
     with ThreadPoolExecutor(compute_threads()) as pool:
-        codes = pool.map(lambda source: cubin(source, architecture), sources)
+        codes = pool.map(lambda source: code_for(source, architecture), sources)
         return sorted({name for code in codes for name in kernel_names(code)})
 
 
 def architecture_here() -> str:
-    """The architecture of the first GPU, as "sm_90". Raises UnavailableError when torch sees none."""
+    """The `architecture_for` the first GPU. Raises UnavailableError when torch sees none."""
     import torch
 
     if not torch.cuda.is_available():
         raise UnavailableError("torch sees no NVIDIA GPU here", f"Name an architecture, such as {ARCHITECTURES[-1]}")
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+    return architecture_for(torch.cuda.get_device_capability(0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,6 +27,8 @@ _OFFSETS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
 _BALANCE = {3: (4.0, 1.0, 0.4)}
 _BALANCE_OTHERWISE = (4.0, 1.0, 0.25, 0.06, 0.02)
 _FOCAL_ALPHA = 0.25
+LEAST_ROWS = 64
+"""Targets of a batch after padding, at least."""
 
 
 class Grid(NamedTuple):
@@ -131,13 +133,13 @@ def scaled_gains(config: LossConfig, nc: int, levels: int, imgsz: int) -> Gains:
     )
 
 
-def padded(targets: Tensor, least: int = 64) -> Tensor:
+def padded(targets: Tensor) -> Tensor:
     """Targets (nt, 6), followed by boxes of no size outside of the image, up to a power of two.
 
     So few shapes serve all batches. A box that is assigned to no cell and touches none changes no loss by more than
     rounding.
     """
-    rows = max(least, 1 << max(len(targets) - 1, 0).bit_length())
+    rows = max(LEAST_ROWS, 1 << max(len(targets) - 1, 0).bit_length())
     filled = F.pad(targets, (0, 0, 0, rows - len(targets)))
     filled[len(targets) :, 2:4].fill_(-1)
     return filled

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.models.activations import ACTIVATIONS, Activation
 from compress.models.architecture import Architecture
+from runtime.errors import UsageError
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
 PROBED_VARIANCE = 0.9
@@ -63,6 +64,12 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises UsageError when a training has one value a channel, which has no variance."""
+        if self.training and x.numel() == x.shape[1]:
+            raise UsageError(
+                "one image whose coarsest map is one pixel cannot be trained on alone",
+                "Raise imgsz, or take a batch that leaves no single image over",
+            )
         assert self.momentum is not None
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
@@ -169,12 +176,12 @@ class BottleneckCSP(CspBlock):
 class SPP(Block):
     """Max pools of several kernels side by side (releases up to 5.0)."""
 
-    def __init__(self, c1: int, c2: int, act: Activation, kernels: Sequence[int] = (5, 9, 13)) -> None:
+    def __init__(self, c1: int, c2: int, act: Activation) -> None:
         super().__init__()
         half = c1 // 2
         self.cv1 = Conv(c1, half, act)
-        self.cv2 = Conv(half * (len(kernels) + 1), c2, act)
-        self.m = nn.ModuleList(nn.MaxPool2d(k, 1, k // 2) for k in kernels)
+        self.cv2 = Conv(half * 4, c2, act)
+        self.m = nn.ModuleList(nn.MaxPool2d(k, 1, k // 2) for k in (5, 9, 13))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
@@ -184,12 +191,12 @@ class SPP(Block):
 class SPPF(Block):
     """The same pools as `SPP`, in series."""
 
-    def __init__(self, c1: int, c2: int, act: Activation, k: int = 5) -> None:
+    def __init__(self, c1: int, c2: int, act: Activation) -> None:
         super().__init__()
         half = c1 // 2
         self.cv1 = Conv(c1, half, act)
         self.cv2 = Conv(half * 4, c2, act)
-        self.m = nn.MaxPool2d(k, 1, k // 2)
+        self.m = nn.MaxPool2d(5, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
@@ -201,9 +208,9 @@ class SPPF(Block):
 class Focus(Block):
     """The stem of releases up to 5.0: the four pixel phases become channels, then a 3x3 convolution."""
 
-    def __init__(self, c1: int, c2: int, act: Activation, k: int = 3) -> None:
+    def __init__(self, c1: int, c2: int, act: Activation) -> None:
         super().__init__()
-        self.conv = Conv(4 * c1, c2, act, k)
+        self.conv = Conv(4 * c1, c2, act, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         phases = (x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2])

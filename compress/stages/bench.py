@@ -18,7 +18,7 @@ from benchmarks.rows import Row, named_apart, plain
 from compress.config import IMGSZ, BenchConfig, ExportConfig, Recipe, Settings, Side
 from compress.data import Dataset, Sample, SplitIndex
 from compress.evaluate import evaluate
-from compress.inputs import STUDENT, TEACHER, MeasuredFile, dataset_of, measured_files, plan_of, suited
+from compress.inputs import STUDENT, MeasuredFile, dataset_of, measured_files, measured_teacher, plan_of, suited
 from compress.log import Log
 from compress.models import complexity, load_model
 from compress.stages import Figures, Stage, cpu_and_runtime
@@ -131,8 +131,9 @@ def write_report(out: Path) -> Report:
 
 
 def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
-    networks = {"teacher": folders["teacher"] / TEACHER, "student": folders["distill"] / STUDENT}
-    return Inputs(measured_files(folders), dataset_of(recipe, folders), networks)
+    networks = {"teacher": measured_teacher(recipe, folders), "student": folders["distill"] / STUDENT}
+    measured = {role: file for role, file in networks.items() if file}
+    return Inputs(measured_files(folders), dataset_of(recipe, folders), measured)
 
 
 STAGE = Stage(

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.rows import Row, preference
 from compress.config import NoSettings
 from compress.flavours import REFERENCE
-from compress.inputs import kept_files, read_json
+from compress.inputs import kept_files
 from compress.log import Log
 from compress.stages import Figures, Stage
 from compress.store import Folders
@@ -22,8 +22,8 @@ from runtime.bundle import card_of, model_files, problems
 from runtime.card import CARD_FILE, Artifact, ModelCard
 from runtime.detector import Detector
 from runtime.errors import EngineError, InputError
-from runtime.files import sha256
-from runtime.layers import layers_file
+from runtime.files import read_json, sha256, write_text
+from runtime.layers import FP16, layers_file
 
 README = """\
 edgestill bundle "{name}": {classes} classes, {size} pixels, mAP and latency in report.html.
@@ -40,7 +40,7 @@ Run it on the device (Python 3.10+, NumPy, OpenCV, and an inference library):
 model.json lists the files in order of preference; the first one that works on the machine is used. The order of those
 for CPUs is that of their latency on {cpu}. For an engine that fits the device's own GPU and TensorRT:
 
-    python -m runtime build model.fp16.onnx
+    python -m runtime build {source}
 """
 
 
@@ -63,7 +63,8 @@ def run(_: NoSettings, folders: Folders, out: Path, log: Log) -> Figures:
     card = replace(reference, artifacts=(*plans, *onnx), provenance=provenance)
     card.save(out / CARD_FILE)
     shutil.copyfile(folders["report"] / "report.html", out / "report.html")
-    (out / "README.txt").write_text(_readme(card, onnx[0], cpu))
+    source = models.get(FP16, models[REFERENCE]).name
+    write_text(out / "README.txt", _readme(card, onnx[0], cpu, source))
     if wrong := [problem for file in model_files(out) for problem in problems(file)]:
         raise EngineError(wrong[0])
     with Detector.load(out, device="cpu") as detector:
@@ -76,13 +77,14 @@ EXTRAS = {"onnx": "cpu", "openvino": "openvino"}
 """Backend of a CPU -> the extra that installs its library."""
 
 
-def _readme(card: ModelCard, best: Artifact, cpu: str) -> str:
+def _readme(card: ModelCard, best: Artifact, cpu: str, source: str) -> str:
+    """`source` is the file that the device builds its own plan from."""
     extra = EXTRAS[best.backend]
     others = ", ".join(f"edgestill[{other}]" for other in ("cpu", "openvino", "gpu", "rtx") if other != extra)
     size = "x".join(map(str, card.size_hw))
     return README.format(
         name=card.name, classes=len(card.names), size=size, extra=extra, space=" " * (13 - len(extra)), others=others,
-        cpu=cpu,
+        cpu=cpu, source=source,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from compress.compute.numerics import flush_denormals
 from compress.config import DistillConfig, Recipe, Settings, StudentConfig
-from compress.data import Dataset
+from compress.data import Dataset, Sample
 from compress.data.unlabelled import open_unlabelled, unlabelled_digest
 from compress.inputs import STUDENT, TEACHER, dataset_of
 from compress.log import Log
@@ -30,6 +30,7 @@ from compress.processes import is_first_process
 from compress.stages import Figures, Stage, weights_digest
 from compress.training.adapters import fit_adapters
 from compress.training.checks import (
+    check_anchors,
     check_distillation,
     check_teacher,
     compared,
@@ -41,7 +42,7 @@ from compress.training.curves import METRICS
 from compress.training.inheritance import HeadTeacher, check_start, inherit_from, new_student, source_of
 from compress.training.joint import join
 from compress.training.loop import Job, TrainResult, of_teacher, run_job
-from compress.training.prepare import adapt_anchors, model_from_state, open_distillation
+from compress.training.prepare import adapt_anchors, model_from_state, open_distillation, require_statistics
 from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from compress.training.teacher import (
@@ -126,23 +127,26 @@ def _prepare(config: Config, inputs: Inputs, out: Path, log: Log, *, resume: boo
     own = next((source for source in sources if source.model), None)
     larger = None if state else source_of(start, own.model if own else None, log)
     model = model_from_state(state, data.names) if state else _new_model(config, data, sources, larger, log)
+    require_statistics(model.arch, settings, len(splits.train))
     teacher = make_teacher(sources, model, settings, config.device, log)
     joint = trainable(sources, teacher) if settings.rules.trains_teacher else None
     objective = distillation(model, teacher, settings, has_labels=splits.train.labelled > 0)
     if larger:
         by = HeadTeacher(teacher, own.classes.first) if own and larger is own.model else None
         inherit_from(larger, objective, splits.train, settings, config.device, out, log, by)
+    if joint:
+        join(objective, joint, settings)
     learns = len(objective.losses) > 0
     job = Job(
         settings, objective, splits.train, splits.val, out, teacher=teacher if learns and not joint else None,
         teacher_rate=settings.teacher_rate, origin=origin,
     )  # fmt: skip
     starts_trained = larger is not None or start.weights is not None
+    labelled = data.splits["train"].samples if settings.label_weight else ()
     checks = (
-        _checked(settings, job, teacher, sources, log, starts_trained=starts_trained) if learns and not state else []
-    )
-    if joint:
-        join(objective, joint, settings, config.device, log)
+        _checked(settings, job, teacher, sources, labelled, log, starts_trained=starts_trained)
+        if learns and not state else []
+    )  # fmt: skip
     return Prepared(job, state, checks, {"unlabelled_images": len(unlabelled.samples)} if unlabelled else {})
 
 
@@ -162,11 +166,15 @@ def _checked(
     job: Job,
     teacher: AnyTeacher,
     sources: Sequence[Source],
+    labelled: Sequence[Sample],
     log: Log,
     *,
     starts_trained: bool,
 ) -> list[Check]:
-    """Everything that is checked before the first epoch, after the adapters are fitted. Writes the results."""
+    """Everything that is checked before the first epoch, after the adapters are fitted. Writes the results.
+
+    `labelled` are the images whose labels are learned from.
+    """
     student = job.objective.model
     fit_adapters(job.objective, teacher, job.train, settings, log)
     checks = check_distillation(job.objective, teacher, job.train, settings, log)
@@ -175,7 +183,10 @@ def _checked(
         start = None
         if starts_trained:
             start = student_accuracy(student, job.val, settings, teacher.device, rect=found.rect)
-        more = check_teacher(sources, found, start, settings, student.arch.names)
+        more = [
+            *check_anchors(student.arch.anchors, labelled, settings),
+            *check_teacher(sources, found, start, settings, student.arch.names),
+        ]
         log(f"{more[-1].name}: {more[-1].detail}")
         require_passed(more[:-1], log)
         checks = [*checks, *more]

@@ -38,9 +38,9 @@ from compress.inputs import (
     CONVENTIONAL,
     SHIPPED,
     STUDENT,
-    TEACHER,
     TEACHER_ONNX,
     dataset_of,
+    measured_teacher,
     refuse_another_model,
     validation_of,
 )
@@ -97,7 +97,7 @@ def inputs_of(recipe: Recipe, folders: Folders) -> Inputs:
     data = validation_of(dataset_of(recipe, folders))
     if recipe.export.frame:
         require_frames(data, recipe.export.frame)
-    return Inputs(folders["distill"] / STUDENT, data, folders["teacher"] / TEACHER)
+    return Inputs(folders["distill"] / STUDENT, data, measured_teacher(recipe, folders))
 
 
 def require_frames(data: Validation, frame_hw: tuple[int, int]) -> None:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from compress.compute.numerics import flush_denormals
 from compress.config import NO_START, Settings, StudentConfig, TeacherConfig, TrainConfig
 from compress.data import Dataset
-from compress.data.class_names import class_conflict
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.models import checkpoint
@@ -23,10 +22,9 @@ from compress.stages import Figures, Stage, weights_digest
 from compress.training.inheritance import inherit_from, new_student, source_of
 from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.prepare import adapt_anchors, model_from_state, open_splits
+from compress.training.prepare import adapt_anchors, model_from_state, open_splits, require_statistics
 from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
-from runtime.errors import UsageError
 
 
 class Config(Settings):
@@ -48,12 +46,12 @@ class Inputs(NamedTuple):
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     """Write the teacher into `out`; a training that is begun there goes on.
 
-    Raises UsageError when a teacher of other classes may not be fine-tuned, and the errors of `train`.
+    Raises the errors of `train`.
     """
     flush_denormals()
     teacher, weights = config.teacher, config.teacher.weights
     if weights and _usable_as_it_is(teacher, weights, inputs.data):
-        log(f"teacher: {weights.name} knows these classes and is used as it is")
+        log(f"teacher: {weights.name} is used as it is")
         given = checkpoint.load(weights)
         meta = {"origin": weights.name} | ({"imgsz": given.imgsz} if given.imgsz else {})
         checkpoint.save_model(checkpoint.network_of(given), out / TEACHER, meta)
@@ -72,14 +70,9 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
 
 
 def _usable_as_it_is(config: TeacherConfig, weights: Path, data: Dataset) -> bool:
-    names = checkpoint.load(weights).architecture.names
-    same = names == data.names
-    if config.finetune == "never" and not same:
-        raise UsageError(
-            class_conflict(f"teacher {weights.name}", names, "the data", data.names),
-            "Set teacher.finetune to auto, or give a teacher of these classes",
-        )
-    return same and config.finetune != "always"
+    if config.finetune != "auto":
+        return config.finetune == "never"
+    return checkpoint.load(weights).architecture.names == data.names
 
 
 def train(
@@ -110,6 +103,7 @@ def train(
         model = new_student(start, data.names, source=source, seed=config.seed, log=log)
         if config.autoanchor:
             model = adapt_anchors(model, data.splits["train"].samples, config, log)
+    require_statistics(model.arch, config, len(splits.train))
     objective = Objective(model, detection_loss(model, config))
     if source:
         inherit_from(source, objective, splits.train, config, device, out, log)

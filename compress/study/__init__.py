@@ -12,10 +12,11 @@ a best epoch is chosen on the val split, which favours the arm that varies most.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,10 @@ from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
 from compress.store import Outcome
 from compress.study.figures import Run, summary
-from compress.study.judge import accuracy_of, measured_once, split_index
+from compress.study.judge import measured_once, split_index, teacher_accuracy_of
 from compress.study.render import draw, to_markdown
 from compress.training.prepare import check_class_map, check_image_sizes
+from runtime.child_process import how_it_ended
 from runtime.errors import EdgestillError, UsageError
 from runtime.files import atomic_write, read_json, sha256, write_json
 from runtime.sources import image_files
@@ -43,7 +45,9 @@ JOB, RESULT, PROTOCOL = "job.json", "result.json", "log.txt"
 SHOWN_LINES = 3
 """Last lines of a failed run that its error shows."""
 GRACE_S = 10
-"""Seconds that a run has to end when the study's time is up."""
+"""Seconds that a run has to end when the study's time is up, or the study has ended."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a run that was asked to end."""
 
 
 class Failed(NamedTuple):
@@ -54,15 +58,16 @@ class Failed(NamedTuple):
 
 
 End = Run | Failed | None
-"""None is a run for which too little time was left."""
+"""None is a run that was stopped, or not begun since the time was up."""
 
 
 def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = print) -> Path:
     """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
 
-    A run that is done is not repeated; one that was killed, or stopped because the time was up, goes on. A run that
-    fails costs the others nothing: the study is written without it. Raises UsageError when arms or split are unknown or
-    an arm cannot be trained as it is set, EdgestillError when a run failed.
+    A run that is done is not repeated; one that was killed, or stopped because the time was up, goes on. The runs end
+    with this process, by whatever end. A run that fails costs the others nothing: the study is written without it.
+    Raises UsageError when arms or split are unknown or an arm cannot be trained as it is set, EdgestillError when a run
+    failed.
     """
     limit = recipe.study.time_limit_s
     until = None if limit is None else time.monotonic() + limit
@@ -85,7 +90,7 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     )
     write(document, out)
     if unfinished:
-        log(f"the time is up: {len(unfinished)} of {len(plan)} runs are not done; run the study again to go on")
+        log(f"{len(unfinished)} of {len(plan)} runs are not done; run the study again to go on")
     if failed:
         name, reason = next(iter(failed.items()))
         raise EdgestillError(
@@ -136,7 +141,7 @@ def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Pa
     """`map50_95` and `map50` of the teacher at the students' image size."""
     of = {"teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": str(recipe.distill.imgsz)}
     weights = teacher.folder / TEACHER
-    return measured_once(out / "teacher.json", of, lambda: accuracy_of(weights, recipe, judges))
+    return measured_once(out / "teacher.json", of, lambda: teacher_accuracy_of(weights, recipe, judges))
 
 
 def write(document: Mapping[str, Any], out: Path) -> None:
@@ -224,17 +229,24 @@ def _index_split(recipe: Recipe, out: Path) -> Dataset:
 def _in_processes(
     plan: Sequence[tuple[str, int, Recipe]], jobs: int, out: Path, until: float | None, log: Log
 ) -> dict[str, End]:
-    """How each run of the plan ended, by its name. `until`, on the monotonic clock, is when the time is up."""
+    """How each run of the plan ended, by its name. `until`, on the monotonic clock, is when the time is up.
+
+    Each run reads a pipe that only this process holds open, and ends when it is closed: a study that is interrupted or
+    killed leaves no training behind.
+    """
     pool = ThreadPoolExecutor(jobs)
+    wanted_fd, held_fd = os.pipe()
     try:
-        ends = list(pool.map(lambda job: _run_apart(*job, out=out, until=until, log=log), plan))
+        ends = list(pool.map(lambda job: _run_apart(*job, out=out, until=until, wanted_fd=wanted_fd, log=log), plan))
     finally:
+        os.close(held_fd)
         pool.shutdown(cancel_futures=True)  # an interrupted study starts no further run
+        os.close(wanted_fd)
     return {f"{arm}-{seed}": end for (arm, seed, _), end in zip(plan, ends, strict=True)}
 
 
-def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float | None, log: Log) -> End:
-    """One run in a process of its own."""
+def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float | None, wanted_fd: int, log: Log) -> End:
+    """One run in a process of its own, until it is done, the time is up, or the pipe behind `wanted_fd` is closed."""
     left = None if until is None else until - time.monotonic()
     if left is not None and left <= 0:
         return None
@@ -242,26 +254,31 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float |
     folder.mkdir(parents=True, exist_ok=True)
     job = {"arm": arm, "seed": seed, "recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     write_json(folder / JOB, job)
-    status = _status_of([sys.executable, "-m", "compress.study", str(folder), str(out)], folder / PROTOCOL, left)
-    if status is None:
+    command = [sys.executable, "-m", "compress.study", str(folder), str(out), str(wanted_fd)]
+    status = _status_of(command, folder / PROTOCOL, left, [wanted_fd])
+    if status in (None, STOPPED, -signal.SIGTERM):
         return None
     if status:
         printed = (folder / PROTOCOL).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
         log(f"{arm} seed {seed}: failed; see {folder / PROTOCOL}")
-        return Failed(" / ".join(printed) or f"ended with {status}")
+        return Failed(" / ".join(printed if printed and status > 0 else [*printed, how_it_ended(status)]))
     run = Run(**read_json(folder / RESULT)["found"])
     log(f"{arm} seed {seed}: mAP50-95 {run.map50_95:.4f}, {1e3 * run.seconds_per_step:.0f} ms a step")
     return run
 
 
-def _status_of(command: Sequence[str], protocol: Path, seconds: float | None) -> int | None:
+def _status_of(
+    command: Sequence[str], protocol: Path, seconds: float | None, pass_fds: Collection[int] = ()
+) -> int | None:
     """Run a command, what it prints added to `protocol`. Returns its exit status; None when it was stopped after
-    `seconds`.
+    `seconds`. A Ctrl-C at the terminal does not reach it.
     """
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with (
         protocol.open("a", encoding="utf-8") as lines,
-        subprocess.Popen(command, stdout=lines, stderr=lines, env=environment) as process,  # noqa: S603
+        subprocess.Popen(  # noqa: S603
+            command, stdout=lines, stderr=lines, env=environment, pass_fds=tuple(pass_fds), start_new_session=True
+        ) as process,
     ):
         try:
             return process.wait(seconds)

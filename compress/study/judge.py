@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress.config import Recipe
 from compress.data import Dataset, load_data
 from compress.evaluate import evaluate
-from compress.models import load_model
+from compress.models import YOLOv5, load_model
+from compress.training.checks import teacher_accuracy
+from compress.training.teacher import load_sources, make_teacher
 from runtime.files import read_json, write_json
 
 
@@ -28,6 +31,21 @@ def accuracy_of(weights: Path, recipe: Recipe, judges: Dataset) -> dict[str, flo
     samples = judges.splits[recipe.study.split].samples
     model = load_model(weights)
     found = evaluate(model, samples, imgsz=recipe.distill.imgsz, device=recipe.device, coco=False).yolo
+    return {"map50_95": found.map50_95, "map50": found.map50}
+
+
+def teacher_accuracy_of(weights: Path, recipe: Recipe, judges: Dataset) -> dict[str, float]:
+    """`accuracy_of` the teacher, its classes mapped as the recipe says where they are not the data's."""
+    model = load_model(weights)
+    if model.arch.names == judges.names:
+        return accuracy_of(weights, recipe, judges)
+    changes = {name: own for name, own in (recipe.distill.class_map or {}).items() if name in model.arch.names}
+    config = recipe.distill.model_copy(update={"class_map": changes, "teacher_flip": False, "teacher_imgsz": None})
+    mapped = make_teacher(
+        load_sources([weights], judges.names, config, recipe.device),
+        YOLOv5(replace(model.arch, names=judges.names)), config, recipe.device, print,
+    )  # fmt: skip
+    found = teacher_accuracy(mapped, judges.splits[recipe.study.split].samples, config)
     return {"map50_95": found.map50_95, "map50": found.map50}
 
 

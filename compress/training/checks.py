@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,16 @@ from compress.compute.resize import reduced
 from compress.compute.timing import Stopwatch
 from compress.config import DistillConfig
 from compress.data.dataset import Sample
-from compress.data.loader import Batch, batch_count, train_batches
+from compress.data.loader import Batch, batch_count, epoch_tasks, train_batch
 from compress.data.train_dataset import TrainItems
 from compress.data.train_loader import worker_count
 from compress.evaluate import as_network_input, evaluate_outputs
 from compress.log import Log
+from compress.losses.autoanchor import GOOD_RECALL, measure, scaled_sizes
+from compress.losses.distill import detached
 from compress.losses.preflight import Check, preflight
 from compress.models import YOLOv5
+from compress.models.architecture import Anchors
 from compress.models.network import decode_level
 from compress.training.objective import Objective
 from compress.training.teacher import AnyTeacher, Source, Teacher
@@ -35,9 +39,11 @@ from runtime.errors import EdgestillError
 
 PROBE_IMAGES = 4
 OPTIMIZER_COPIES = 5
-"""Copies of the student's weights that a training holds: themselves, their gradients, two averages of the optimiser and
+"""Copies of the trained weights that a training holds: themselves, their gradients, two averages of the optimiser and
 the averaged model."""
 GIB = 1 << 30
+LEAST_MAP50 = 0.05
+"""A teacher below it was made for other images or classes, or not trained."""
 
 
 def require_passed(checks: Sequence[Check], log: Log) -> None:
@@ -58,7 +64,7 @@ def check_distillation(
     One small training batch passes through copies: no weight, statistic or gradient changes. Raises EdgestillError
     when a check fails, with the first that did.
     """
-    batch = next(train_batches(train, batch=min(config.batch, PROBE_IMAGES), epoch=0))
+    batch = train_batch(train, epoch_tasks(train, 0, batch=min(config.batch, PROBE_IMAGES))[0])
     probe = to_device(copy.deepcopy(objective), teacher.device)
     on_device = batch._replace(images=batch.images.to(teacher.device), targets=batch.targets.to(teacher.device))
     losses: Any = probe.losses
@@ -78,17 +84,19 @@ def check_distillation(
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds an image, and bytes: `fixed` whatever the batch, `an_image` more with each of its images."""
+    """Milliseconds an image, and bytes: `fixed` whatever the batch, `image_bytes` more with each of its images."""
 
     teacher_ms: float
     student_ms: float
     fixed_bytes: int
     image_bytes: float
+    trains_teacher: bool = False
 
     @property
     def line(self) -> str:
         share = self.teacher_ms / (self.teacher_ms + self.student_ms)
-        return f"teacher: {self.teacher_ms:.1f} ms an image, {share:.0%} of a step (student {self.student_ms:.1f} ms)"
+        teacher = "teacher, which trains too" if self.trains_teacher else "teacher"
+        return f"{teacher}: {self.teacher_ms:.1f} ms an image, {share:.0%} of a step (student {self.student_ms:.1f} ms)"
 
     def estimate(self, config: DistillConfig, images: int) -> str:
         """The time of a step and of all, and the memory, for a training on so many images."""
@@ -103,18 +111,27 @@ class Cost:
 
 
 def measured_cost(objective: Objective, teacher: AnyTeacher, batch: Batch, config: DistillConfig) -> Cost:
-    """Time of the teacher, and of the student's forward and backward; and their memory. Leaves gradients behind."""
-    images = as_network_input(batch.images, teacher.device)
+    """Time and memory of the teacher's forward, with its backward where it trains too, and of the student's forward and
+    backward. Leaves gradients behind.
+    """
+    images, joint = as_network_input(batch.images, teacher.device), objective.teacher
     watch, peaks = Stopwatch(teacher.device), _Memory(teacher.device)
     for _ in range(2):  # the first round warms up
         watch.seconds.clear()
-        with watch.phase("teacher"), peaks.watched():
-            teacher_outputs = teacher(images)
-        with watch.phase("student"), peaks.watched():
-            objective(reduced(images, config.imgsz), batch.targets, teacher_outputs).total.backward()
+        with peaks.watched():
+            with watch.phase("teacher"):
+                outputs = joint.student_outputs(images) if joint else teacher(images)
+            with watch.phase("student"):
+                student = objective.student_outputs(reduced(images, config.imgsz))
+                loss = objective.loss(student, detached(outputs), batch.targets, labelled=batch.labelled)
+                loss.total.backward()
+            if joint:
+                with watch.phase("teacher"):
+                    joint.label_loss(outputs.raw, batch.targets, batch.labelled)[0].backward()
     teacher_ms, student_ms = (1e3 * watch.seconds[name] / len(images) for name in ("teacher", "student"))
-    fixed = OPTIMIZER_COPIES * _bytes(objective.parameters()) + sum(_bytes(n.parameters()) for n in teacher.networks)
-    return Cost(teacher_ms, student_ms, fixed, peaks.bytes / len(images))
+    frozen = () if joint else teacher.networks
+    fixed = OPTIMIZER_COPIES * _bytes(objective.parameters()) + sum(_bytes(one.parameters()) for one in frozen)
+    return Cost(teacher_ms, student_ms, fixed, peaks.bytes / len(images), trains_teacher=joint is not None)
 
 
 def _bytes(tensors: Any) -> int:
@@ -197,6 +214,19 @@ def student_accuracy(
     return teacher_accuracy(Teacher(student, device), val, own, rect=rect)
 
 
+def check_anchors(anchors: Anchors, labelled: Sequence[Sample], config: DistillConfig) -> Iterator[Check]:
+    """The part of the labelled boxes that match an anchor, in pixels of the student's images; nothing without boxes."""
+    sizes = scaled_sizes([one.labels[:, 3:5] for one in labelled], [one.size_hw for one in labelled], config.imgsz)
+    sizes = sizes[(sizes > 0).all(1)]
+    if not len(sizes):
+        return
+    recall = measure(sizes, np.array(anchors).reshape(-1, 2), config.loss.anchor_t).recall
+    told = f"{recall:.1%} of the labelled boxes match one at {config.imgsz} pixels"
+    if recall <= GOOD_RECALL:
+        told += "; no box is learned from the others: fine-tune the teacher on this data at this size, or raise imgsz"
+    yield Check("anchors suit the labels", True, told, warns=recall <= GOOD_RECALL)
+
+
 def check_teacher(
     sources: Sequence[Source], teacher: Accuracy, start: Accuracy | None, config: DistillConfig, names: Sequence[str]
 ) -> list[Check]:
@@ -229,14 +259,16 @@ def _classes(source: Source, names: Sequence[str], config: DistillConfig) -> Che
 
 def _is_better(teacher: Accuracy, start: Accuracy | None) -> Check:
     told = f"mAP50-95 {teacher.map50_95:.4f}, mAP50 {teacher.map50:.4f} on {teacher.images} val images"
-    if start is None:
-        return Check("accuracy of the teacher", True, told)
-    beside = f"{told}; the student starts at {start.map50_95:.4f}"
-    if teacher.map50_95 > start.map50_95:
-        return Check("accuracy of the teacher", True, beside)
-    return Check(
-        "accuracy of the teacher", True, f"{beside}: train the teacher longer, or take a better one", warns=True
-    )
+    if start:
+        told += f"; the student starts at {start.map50_95:.4f}"
+    remedies = {
+        "it finds next to nothing here, so check its classes and image size, or fine-tune it on this data":
+            teacher.map50 < LEAST_MAP50,
+        "train the teacher longer, or take a better one":
+            start is not None and teacher.map50_95 <= start.map50_95,
+    }  # fmt: skip
+    remedy = next((text for text, holds in remedies.items() if holds), "")
+    return Check("accuracy of the teacher", True, f"{told}: {remedy}" if remedy else told, warns=bool(remedy))
 
 
 def compared(student_map: float, teacher_map: float) -> str:

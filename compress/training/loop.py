@@ -55,7 +55,7 @@ from compress.training.state import STATE, random_state, restore_random_state, s
 from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
 from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
-from runtime.errors import EdgestillError
+from runtime.errors import EdgestillError, UsageError
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ class Trainer:
         self.accelerator = _accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        require_share(self.config.batch, self.processes)
         self.log: Log = log if self.is_main else lambda _: None
         self.batches = batch_count(len(job.train), self.config.batch)
         self.schedule = Schedule(self.config.optimizer, self.config.epochs, self.batches, self.config.batch)
@@ -301,11 +302,14 @@ class Trainer:
         return tuple(fading_factor(self.state.epoch, self.config.epochs, loss.until) for _, loss in self._losses())
 
     def _upstream(self) -> Tensor | None:
-        """The gradient that a batch's loss will get: the gradient scaler's factor times the processes. None without a
-        scaler, where gradients have float32's range and need no such care.
+        """The gradient that a batch's loss will get: the processes, times the gradient scaler's factor if there is one.
+        None on a CPU without a scaler, where no loss computes gradients ahead.
         """
         scaler = self.accelerator.scaler
-        return scaler.scale(torch.ones((), device=self.device)) * self.processes if scaler else None
+        if scaler is None and self.device.type == "cpu":
+            return None
+        ones = torch.ones((), device=self.device)
+        return (scaler.scale(ones) if scaler else ones) * self.processes
 
     def backward(self, total: Tensor) -> None:
         """Add the loss's gradients to the pending ones.
@@ -461,6 +465,12 @@ class Trainer:
             statistics.keep()
         restore_random_state(state["random"])
         self.state = TrainState(**state["train_state"])
+
+
+def require_share(batch: int, processes: int) -> None:
+    """Raises UsageError when a batch is too small for each process to have an image of it."""
+    if batch < processes:
+        raise UsageError(f"a batch of {batch} for {processes} processes", f"Set batch to {processes} or more")
 
 
 def of_teacher(name: str) -> str:

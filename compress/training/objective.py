@@ -137,9 +137,9 @@ class Objective(nn.Module):
         student: Outputs,
         teacher: Outputs | None,
         targets: Tensor,
-        factors: Sequence[float],
-        upstream: Tensor | None,
-        measure: bool,
+        factors: Sequence[float] = (),
+        upstream: Tensor | None = None,
+        measure: bool = False,
         labelled: int | None = None,
     ) -> Loss:
         """The sum of all losses of the model; see `forward`."""
@@ -154,9 +154,10 @@ class Objective(nn.Module):
         upstream = None if upstream is None else upstream * batch
         seen = own_views(student)
         losses: list[Any] = [
-            self._compare(name, seen, teacher, targets, None if upstream is None else upstream * weight, labelled)
-            if factor else self._left_out(name, terms)
-            for name, weight, factor in zip(self.losses, weights, factors, strict=True)
+            # multiplied just as autograd will do it, to the same bits
+            loss(seen, teacher, Context(targets, None if upstream is None else upstream * weight, labelled))
+            if factor else _left_out(loss, terms)
+            for loss, weight, factor in zip(self.losses.values(), weights, factors, strict=True)
         ]  # fmt: skip
         if measure:
             of = dict(zip(self.losses, losses, strict=True))
@@ -185,25 +186,6 @@ class Objective(nn.Module):
         """The weights (components,) of each distillation loss as they are now, times its factor."""
         return [weights * factor for weights, factor in zip(self.weights.of_losses(), factors, strict=True)]
 
-    def _compare(
-        self,
-        name: str,
-        student: Outputs,
-        teacher: Outputs,
-        targets: Tensor,
-        upstream: Tensor | None,
-        labelled: int | None,
-    ) -> Tensor:
-        """One distillation loss, unweighted. `upstream` is multiplied just as autograd will do it, to the same bits."""
-        loss: Tensor = self.losses[name](student, teacher, Context(targets, upstream, labelled))
-        return loss
-
-    def _left_out(self, name: str, terms: Tensor) -> Tensor:
-        """Zeros (components,), with a gradient of 0 for the loss's parameters: several processes wait for each."""
-        loss: Any = self.losses[name]
-        sums = [parameter.sum() for parameter in loss.parameters()]
-        return (0 * torch.stack([terms.new_zeros(()), *sums]).sum()).expand(loss.components)
-
     def _measure(
         self, reference: Tensor, losses: Sequence[Tensor], student: Outputs, seen: Outputs, upstream: Tensor | None
     ) -> None:
@@ -221,6 +203,12 @@ class Objective(nn.Module):
             found.append(squared_norms((factor * loss).sum(), maps) / factor.square())
         norms, *own = summed_over_processes(torch.stack(found))
         self.weights.follow(norms, torch.stack(own))
+
+
+def _left_out(loss: Any, terms: Tensor) -> Tensor:
+    """Zeros (components,), with a gradient of 0 for the loss's parameters: several processes wait for each."""
+    sums = [parameter.sum() for parameter in loss.parameters()]
+    return (0 * torch.stack([terms.new_zeros(()), *sums]).sum()).expand(loss.components)
 
 
 def own_views(outputs: Outputs) -> Outputs:

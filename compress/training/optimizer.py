@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from compress.config import OptimizerConfig
 from compress.models.checkpoint import FAKE_SCALES
 from compress.training.schedule import BIASES, NORMS, WEIGHTS, Rates
+from runtime.errors import UsageError
 
 RATE = "rate"
 """Key of a group whose learning rate is a share of that of its role."""
@@ -76,13 +76,11 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
             group["momentum"] = rates.momentum
 
 
-def freeze(layers: nn.Module, count: int) -> None:
-    """Stop training the first `count` children; their normalisation statistics still move, as in YOLOv5."""
-    for parameter in _leading_parameters(layers, count):
-        parameter.requires_grad_(False)
+def freeze(layers: nn.Sequential, count: int) -> None:
+    """Stop training the first `count` layers; their normalisation statistics still move, as in YOLOv5.
 
-
-def _leading_parameters(layers: nn.Module, count: int) -> Iterator[nn.Parameter]:
-    for index, layer in enumerate(layers.children()):
-        if index < count:
-            yield from layer.parameters()
+    Raises UsageError when no layer would be left to train.
+    """
+    if count >= len(layers):
+        raise UsageError(f"freeze is {count}, the network has {len(layers)} layers", "Leave one to train, at least")
+    layers[:count].requires_grad_(False)

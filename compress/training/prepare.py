@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,10 @@ import torch
 from compress.config import DistillConfig, Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
+from compress.data.dataset_yaml import load_data
 from compress.data.image_store import fits_in_memory
 from compress.data.index import require_labels
-from compress.data.loader import Batch, train_batches
+from compress.data.loader import Batch, epoch_tasks, train_batches
 from compress.data.train_dataset import MixedDataset, TrainDataset, TrainItems
 from compress.evaluate import as_network_input
 from compress.log import Log
@@ -24,9 +24,9 @@ from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
 from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
+from compress.training.class_map import map_classes, map_to_write, require_known
 from runtime.errors import UsageError
 
-SHOWN_PROBLEMS = 5
 FITTED_BATCHES = 4
 """Training batches to which statistics, head and adapters are fitted before the first step."""
 
@@ -79,18 +79,29 @@ def _tell_shared(val: SplitIndex, trained: SplitIndex, kind: str, log: Log) -> N
 
 def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     log(f"{split}: {len(index.samples)} images, {index.boxes} boxes, {index.background} images without labels")
-    for problem in index.problems[:SHOWN_PROBLEMS]:
-        log(f"{split}: skipped {problem}")
-    if len(index.problems) > SHOWN_PROBLEMS:
-        log(f"{split}: {len(index.problems) - SHOWN_PROBLEMS} more problems; see `edgestill data check`")
+    for line in index.problem_lines(split):
+        log(line)
     return index.samples
+
+
+def require_statistics(arch: Architecture, config: TrainConfig, images: int) -> None:
+    """Raises UsageError when the smallest batch of a training has one image, and this one cell at the coarsest level:
+    BatchNorm has no statistics of a single value.
+    """
+    smallest = min(images % config.batch or config.batch, images)
+    if smallest == 1 and config.imgsz <= max(arch.strides):
+        raise UsageError(
+            f"a batch of 1 image has a single cell of {max(arch.strides)} pixels, too few for BatchNorm",
+            f"Set imgsz to {2 * max(arch.strides)} or more",
+        )
 
 
 def first_batches(train: TrainItems, config: TrainConfig, device: torch.device) -> list[Batch]:
     """The first batches of a training, at most FITTED_BATCHES, on the device; their images are float 0..1."""
-    batches = islice(train_batches(train, batch=config.batch, epoch=0), FITTED_BATCHES)
+    tasks = epoch_tasks(train, 0, batch=config.batch)[:FITTED_BATCHES]
     return [
-        one._replace(images=as_network_input(one.images, device), targets=one.targets.to(device)) for one in batches
+        one._replace(images=as_network_input(one.images, device), targets=one.targets.to(device))
+        for one in train_batches(train, tasks)
     ]
 
 
@@ -173,14 +184,23 @@ def check_image_sizes(recipe: Recipe) -> None:
 
 
 def check_class_map(recipe: Recipe) -> None:
-    """Raises UsageError when the recipe maps classes and no teacher has others than the data: the first one is
-    fine-tuned to them.
+    """Raises UsageError when a recipe's first teacher has other classes than the data, may not be fine-tuned, and they
+    are not mapped; or when classes are mapped and no teacher has others.
     """
-    if recipe.distill.class_map and not recipe.distill.teachers:
+    teacher, own, changes = recipe.teacher, load_data(recipe.data).names, recipe.distill.class_map
+    names = load(teacher.weights).architecture.names if teacher.weights and teacher.finetune == "never" else own
+    who = f"teacher {teacher.weights and teacher.weights.name}"
+    if names == own and changes and not recipe.distill.teachers:
         raise UsageError(
-            "distill.class_map is for further teachers: a recipe's first one is fine-tuned to the data's classes",
-            "Add distill.teachers, or distil with `edgestill distill --teacher FILE --set class_map=...`",
+            "distill.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
+            "Set teacher.finetune: never to use it as it is, or leave the map out",
         )
+    if names != own and changes is None:
+        raise UsageError(class_conflict(who, names, "the data", own), map_to_write(names, own))
+    if names != own and changes is not None:
+        map_classes(who, names, own, changes)
+        if not recipe.distill.teachers:
+            require_known(changes, [names])
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

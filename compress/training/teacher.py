@@ -251,7 +251,8 @@ def make_teacher(
     where, first = pick_device(device), sources[0]
     factor = config.image_side // config.imgsz
     networks = [Teacher(one.model, where, precision=config.precision) if one.model else None for one in sources]
-    if networks[0] and len(sources) == 1 and factor == 1 and not config.teacher_flip and first.classes.is_identity:
+    as_it_is = len(sources) == 1 and factor == 1 and not config.teacher_flip and first.classes.is_identity
+    if networks[0] and as_it_is and networks[0].arch.names == student.arch.names:
         return networks[0]
     members = [_member(*pair, student, config) for pair in zip(sources, networks, strict=True)]
     featured = next((source for source in sources if source.model), None)

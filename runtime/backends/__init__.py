@@ -145,7 +145,7 @@ class Backend(Protocol):
     def run(self, array: Array) -> RawOutput:
         """The outputs for `array`, which has the input's dtype and shape, in memory that the caller owns.
 
-        Raises UsageError (`closed_error`) when the model is closed.
+        Raises UsageError (`closed_error`) when the model is closed, EngineError when it fails on this input.
         """
 
     def close(self) -> None:

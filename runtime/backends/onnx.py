@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.backends import CUTOFF, Array, LoadOptions, LoadRequest, RawOutput, TensorSpec, closed_error
 from runtime.backends.child_load import load_in_child
-from runtime.errors import InputError, UnavailableError, UsageError, one_line
+from runtime.errors import EngineError, InputError, UnavailableError, UsageError, one_line
 from runtime.files import is_utf8
 from runtime.machine import compute_threads, exact_sums
 
@@ -46,14 +46,18 @@ class OnnxBackend:
             raise InputError(f"{path}: has {len(inputs)} inputs ({names}), expected 1", "Give a detector's export")
         self.input, self.output = tensor_spec(inputs[0], path), tensor_spec(outputs[0], path)
         self.providers = tuple(session.get_providers())
-        self._session = session
+        self._session, self._path = session, path
         self._wanted = [self.output.name, *(node.name for node in outputs[1:] if node.name == CUTOFF)]
 
     def run(self, array: Array) -> RawOutput:
         session = self._session
         if session is None:
             raise closed_error()
-        return RawOutput(*session.run(self._wanted, {self.input.name: array}))
+        try:
+            return RawOutput(*session.run(self._wanted, {self.input.name: array}))
+        except Exception as error:  # ONNX Runtime's errors share no other base
+            reason = f"ONNX Runtime cannot run it on {array.dtype} {list(array.shape)}: {one_line(error)}"
+            raise EngineError(f"{self._path}: {reason}") from error
 
     def close(self) -> None:
         self._session = None

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.backends import CUTOFF, Array, LoadOptions, LoadRequest, RawOutput, TensorSpec, closed_error
 from runtime.backends.child_load import load_in_child
-from runtime.errors import InputError, UnavailableError, UsageError
+from runtime.errors import EngineError, InputError, UnavailableError, UsageError
 from runtime.files import is_utf8
 from runtime.machine import compute_threads
 
@@ -40,14 +40,18 @@ class OpenVinoBackend:
             raise InputError(f"{path}: has {len(inputs)} inputs ({names}), expected 1", "Give a detector's export")
         self.input, self.output = tensor_spec(inputs[0], path), tensor_spec(outputs[0], path)
         self._read = [0, *(index for index, port in enumerate(outputs) if index and CUTOFF in port.names)]
-        self._request = compiled.create_infer_request()
+        self._request, self._path = compiled.create_infer_request(), path
         self._lock = threading.Lock()
 
     def run(self, array: Array) -> RawOutput:
         with self._lock:
             if self._request is None:
                 raise closed_error()
-            self._request.infer([array], share_inputs=True)
+            try:
+                self._request.infer([array], share_inputs=True)
+            except RuntimeError as error:
+                reason = f"OpenVINO cannot run it on {array.dtype} {list(array.shape)}: {reason_of(error)}"
+                raise EngineError(f"{self._path}: {reason}") from error
             return RawOutput(*(self._request.get_output_tensor(index).data.copy() for index in self._read))
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ from onnx import TensorProto, helper
 
 from benchmarks import overhead
 from benchmarks.__main__ import main
-from benchmarks.accuracy import read_coco
+from benchmarks.accuracy import coco_accuracy, read_coco, read_ground_truth
 from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
@@ -305,6 +307,68 @@ def test_json_that_is_not_coco_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="is not a list of objects") as caught:
         read_coco(tmp_path / "a.json")
     assert "\n" not in str(caught.value)
+
+
+WHOLE = {
+    "images": [{"id": 1, "file_name": "0.png"}],
+    "categories": [{"id": 7, "name": "bolt"}, {"id": 8, "name": "nut"}],
+    "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40]}],
+}
+
+
+def test_ids_and_areas_of_annotations_need_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(WHOLE))
+    found = [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 30, 40], "score": 0.9}]
+    for extra in ({}, {"id": 0, "area": None, "iscrowd": None}):
+        entry = WHOLE["annotations"][0] | extra
+        (tmp_path / "a.json").write_text(json.dumps(WHOLE | {"annotations": [entry]}))
+        assert coco_accuracy(read_ground_truth(tmp_path / "a.json"), found).map50_95 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value"),
+    [
+        *((key, name, None) for key, name in [
+            ("images", "id"), ("images", "file_name"), ("categories", "id"), ("categories", "name"),
+            ("annotations", "image_id"), ("annotations", "category_id"), ("annotations", "bbox"),
+        ]),
+        ("images", "id", [1]), ("images", "id", True), ("images", "file_name", 3), ("categories", "name", 5),
+        ("annotations", "bbox", [1, 2]), ("annotations", "bbox", "abcd"), ("annotations", "bbox", [1, 2, 3, math.nan]),
+        ("annotations", "bbox", [1, 2, 3, 10**400]), ("annotations", "area", "big"), ("annotations", "iscrowd", 2),
+        ("annotations", "bbox", ["x" * 9000]),
+    ],
+)  # fmt: skip
+def test_an_entry_of_the_ground_truth_that_cannot_be_used_is_named(
+    tmp_path: Path, key: str, name: str, value: object
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(WHOLE | {key: [WHOLE[key][0] | {name: value}]}))
+    with pytest.raises(InputError, match=rf"{name} of {key}\[1\] is ") as caught:
+        read_ground_truth(tmp_path / "a.json")
+    assert len(str(caught.value)) < len(str(tmp_path)) + 200
+
+
+def test_two_categories_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(WHOLE | {"categories": [{"id": n, "name": "a"} for n in (1, 2)]}))
+    with pytest.raises(InputError, match="two categories have one name"):
+        read_ground_truth(tmp_path / "a.json")
+
+
+def test_wrong_usage_is_one_line(capsys: Any) -> None:
+    assert main(["--model", "m.onnx"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["--model", "", "--images", "x", "--out", "y"]) == 2
+    assert "a path is empty" in capsys.readouterr().err
+
+
+def test_files_and_images_of_names_that_are_not_utf8_are_reported(folder: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff")
+    shutil.copy(folder / "model.onnx", tmp_path / f"{name}.onnx")
+    (tmp_path / "images").mkdir()
+    shutil.copy(folder / "images" / "0.png", tmp_path / "images" / f"{name}.png")
+    given = ["--images", str(tmp_path / "images"), "--samples", "11", "--warmup", "1", "--out", str(tmp_path / name)]
+    assert main(["--model", str(tmp_path / f"{name}.onnx"), *given]) == 0
+    assert json.loads((tmp_path / name / "report.json").read_text())["models"][0]["file"] == f"{name}.onnx"
+    assert {path.suffix for path in (tmp_path / name).iterdir()} == {".json", ".html", ".md", ".csv"}
 
 
 def test_overhead_is_a_ratio_with_its_interval(folder: Path, capsys: Any) -> None:

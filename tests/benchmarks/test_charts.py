@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import page
-from benchmarks.charts import COLOURS, PLOT, Bar, Box, Point, curve, layers, pareto, pareto_front, place_labels
+from benchmarks import charts, page
+from benchmarks.charts import COLOURS, PLOT, Bar, Box, Point, curve, layers, pareto_front, place_labels
 from runtime.errors import UnavailableError
+
+
+def pareto(points: list[Point]) -> str:
+    return charts.pareto(points, "frame to boxes")
 
 
 def point(x: float, y: float, label: str = "p", kept: bool = True) -> Point:

@@ -16,3 +16,7 @@ def test_milliseconds_have_three_figures(value: float, text: str) -> None:
 @pytest.mark.parametrize(("value", "text"), [(512, "0.50 KiB"), (7_534_201, "7.19 MiB"), (2**33, "8.00 GiB")])
 def test_sizes_take_the_unit_that_fits(value: int, text: str) -> None:
     assert formats.size(value) == text
+
+
+def test_a_loss_of_nothing_has_no_sign() -> None:
+    assert (formats.accuracy(-4e-6), formats.accuracy(-6e-6)) == ("0.00000", "-0.00001")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare import fail_on
+from benchmarks.compare import parse_rule, violations
 from benchmarks.render import to_html
 from benchmarks.report import REPORT_FILE, Report, headline, make_report, schema
 from benchmarks.wording import findings
@@ -53,7 +53,7 @@ def test_the_best_of_several_models_is_no_headline(sample: Report) -> None:
     report = make_report("two", machine={}, models=models)
     assert any("are 2 models" in sentence and "b" * 12 in sentence for sentence in findings(report.data))
     assert "speed-up" not in to_html(report).lower()
-    assert "speedup<1: no file" in fail_on("speedup<1", report)[0]
+    assert violations([parse_rule("speedup<1")], [report]) == ["speedup<1: the report has no best file"]
 
 
 def test_two_teachers_are_no_headline(sample: Report) -> None:

@@ -4,6 +4,8 @@ import csv
 import io
 import re
 
+import pytest
+
 from benchmarks import wording
 from benchmarks.formats import milliseconds
 from benchmarks.render import to_csv, to_html, to_markdown
@@ -77,9 +79,31 @@ def test_engines_that_did_not_run_say_why(sample: Report) -> None:
 
 
 def test_an_engine_without_a_target_was_not_built(sample: Report) -> None:
-    engine = sample.data["engines"][0] | {"targets": [], "note": "the backend is none"}
+    engine = sample.data["engines"][0] | {"targets": [], "bytes": None, "note": "the backend is none"}
     sentences = wording.findings({**sample.data, "engines": [engine]})
     assert "model.fp32.plan was not built: the backend is none." in sentences
+
+
+def test_a_file_whose_library_is_absent_is_not_called_unbuilt(sample: Report) -> None:
+    engine = sample.data["engines"][0] | {"file": "a.onnx", "targets": [], "note": "openvino is not installed"}
+    assert "a.onnx was not run on this machine: openvino is not installed." in wording.findings(
+        {**sample.data, "engines": [engine]}
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"device": "GPU 1"}, {"settings": SETTINGS | {"as_written": True}}, {"latency": None}, {}]
+)
+def test_only_latencies_of_one_device_that_say_something_call_a_student_slow(sample: Report, change: dict) -> None:
+    slow = {"latency": sample.data["models"][0]["latency"]}
+    sentences = wording.findings(with_models(sample, fp16=slow | change).data)
+    assert any(s.startswith("model.fp16.onnx is not faster than the teacher's") for s in sentences) == (change == {})
+
+
+def test_an_axis_says_what_a_latency_covers(sample: Report) -> None:
+    four = SETTINGS | {"batch": 4}
+    assert "frame to boxes (ms" in to_html(sample)
+    assert "all frames of a call to boxes (ms" in to_html(with_models(sample, fp16={"settings": four}))
 
 
 def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from compress.config import DistillConfig, Recipe, TeacherConfig, TrainConfig, result_settings
+from compress.config import BuildConfig, DistillConfig, Recipe, TeacherConfig, TrainConfig, result_settings
 
 
 @pytest.mark.parametrize("change", [{"workers": 7}, {"tensorboard": False}, {"checkpoint_interval": 9}])
@@ -32,3 +32,8 @@ def test_a_gpu_number_may_be_written_as_yaml_reads_it() -> None:
     assert Recipe.model_validate({"data": "data.yaml", "device": 0}).device == "0"
     with pytest.raises(ValidationError):
         Recipe.model_validate({"data": "data.yaml", "device": True})
+
+
+@pytest.mark.parametrize("targets", ["sm86,sm89", "sm86, sm89,", ["sm86", "sm89"]])
+def test_targets_are_a_list_or_a_text_with_commas(targets: object) -> None:
+    assert BuildConfig.model_validate({"targets": targets}).targets == ("sm86", "sm89")

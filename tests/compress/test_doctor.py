@@ -49,7 +49,8 @@ def test_it_is_told_whether_the_fused_kernels_can_run_and_why_not(monkeypatch, g
     monkeypatch.setattr(doctor, "gpus", lambda: gpus)
     monkeypatch.setattr(doctor.toolchain, "compiler_version", version)
     monkeypatch.setattr(doctor.toolchain, "header_folders", lambda: ("include",))
-    monkeypatch.setattr(doctor.toolchain, "cubin", lambda source, architecture: b"")
+    monkeypatch.setattr(doctor.toolchain, "architecture_for", "sm_{0[0]}{0[1]}".format)
+    monkeypatch.setattr(doctor.toolchain, "code_for", lambda source, architecture: b"")
     finding = {found.name: found for found in doctor.examine()}["fused kernels"]
     assert finding.ok is ok
     assert says in finding.detail

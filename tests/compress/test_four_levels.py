@@ -47,7 +47,9 @@ def recipe(tiny_data: Dataset, teacher: Path) -> Recipe:
         "data": tiny_data.path, "imgsz": SIDE, "device": "cpu",
         "teacher": quick | {"weights": teacher, "finetune": "always"},
         "distill": quick | {"losses": dict.fromkeys(LOSSES, 0.1)},
-        "quantize": {"calibration_images": 4, "max_map_drop": 1.0, "max_latency_ratio": 1000},
+        "quantize": {
+            "calibration_images": 4, "draws": 1, "float_layers": 2, "max_map_drop": 1.0, "max_latency_ratio": 1000,
+        },
         "build": {"backend": "none"}, "bench": {"latency_samples": 11, "warmup_ms": 0},
     })  # fmt: skip
 

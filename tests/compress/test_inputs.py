@@ -38,6 +38,8 @@ def test_a_flavour_that_could_not_be_made_is_neither_measured_nor_shipped(tmp_pa
     ]
     (folders["quantize"] / "quantize.json").write_text(json.dumps([UNMEASURED | entry for entry in entries]))
     write_files(folders)
+    assert [file.role for file in measured_files(folders)] == ["student"] * 3
+    canvas_model(folders["export"] / "teacher.onnx", card())
     files = {(file.role, file.precision): file.path.name for file in measured_files(folders)}
     assert files == {
         ("teacher", "fp32"): "teacher.onnx",

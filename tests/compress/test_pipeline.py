@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from compress.config import Recipe
 from compress.data import Dataset
+from compress.inputs import measured_teacher
+from compress.models import Architecture, YOLOv5, save_model
+from compress.models.checkpoint import load
 from compress.pipeline import ORDER, run_recipe, stage
 from compress.store import fingerprint
 from runtime.errors import InputError, UsageError
+from runtime.files import read_json
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -57,7 +62,7 @@ def test_a_class_map_without_a_teacher_of_other_classes_is_found_before_the_firs
     tiny_data: Dataset, tmp_path: Path
 ) -> None:
     recipe = Recipe.model_validate({"data": tiny_data.path, "distill": {"class_map": {"car": "red"}}})
-    with pytest.raises(UsageError, match=r"class_map is for further teachers.*edgestill distill"):
+    with pytest.raises(UsageError, match=r"class_map has nothing to map.*finetune: never"):
         run_recipe(recipe, tmp_path / "run", log=print)
     assert not (tmp_path / "run").exists()
 
@@ -69,3 +74,26 @@ def test_a_missing_checkpoint_of_the_student_is_found_before_the_first_stage_run
     with pytest.raises(InputError, match=r"none\.pt"):
         run_recipe(recipe, tmp_path / "run", log=print)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_recipes_teacher_of_other_classes_teaches_by_the_map_and_is_not_measured_beside_the_student(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    save_model(YOLOv5(Architecture.of_scale("n", ("crimson", "green", "blue"))), tmp_path / "t.safetensors", {})
+    distill = {"epochs": 1, "batch": 5, "workers": 0, "tensorboard": False, "class_map": {"crimson": "red"}}
+    teacher = {"weights": tmp_path / "t.safetensors", "finetune": "never"}
+    recipe = Recipe.model_validate(
+        {"data": tiny_data.path, "imgsz": 64, "device": "cpu", "teacher": teacher, "distill": distill}
+    )
+    run_recipe(recipe, tmp_path / "run", until="distill", log=lambda _: None)
+    folders = {name: tmp_path / "run" / name for name in ORDER}
+    assert load(folders["teacher"] / "teacher.safetensors").architecture.names == ("crimson", "green", "blue")
+    assert load(folders["distill"] / "student.safetensors").architecture.names == tiny_data.names
+    assert read_json(folders["distill"] / "inheritance.json")["classes"] == ["red", "green"]
+    assert measured_teacher(recipe, folders) is None
+    known = tmp_path / "known"
+    known.mkdir()
+    shutil.copyfile(folders["distill"] / "student.safetensors", known / "teacher.safetensors")
+    assert measured_teacher(recipe, folders | {"teacher": known}) == known / "teacher.safetensors"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from compress.config import TrainConfig
-from compress.recipe import load_recipe, recipe_text, with_change
+from compress.recipe import FINETUNED_DRAWS, TRAINED_DRAWS, epochs_for, load_recipe, recipe_text, with_change
 from runtime.errors import EdgestillError, InputError, UsageError
 
 
@@ -21,6 +21,21 @@ def test_the_template_is_a_valid_recipe_whose_paths_are_relative_to_it(tmp_path:
     assert recipe.data == tmp_path.resolve() / "sets/data.yaml"
     assert recipe.teacher.weights == tmp_path.resolve() / "w: 1.pt"
     assert recipe.teacher.imgsz == recipe.distill.imgsz == 320
+
+
+@pytest.mark.parametrize(
+    ("images", "trained", "finetuned"),
+    [(1, 300, 300), (60, 300, 200), (100, 200, 120), (205, 100, 60), (400, 60, 60), (100_000, 60, 60)],
+)
+def test_few_images_get_many_epochs(images: int, trained: int, finetuned: int, tmp_path: Path) -> None:
+    assert (epochs_for(images, TRAINED_DRAWS), epochs_for(images, FINETUNED_DRAWS)) == (trained, finetuned)
+    for weights, teacher in (("w.pt", finetuned), (None, trained)):
+        text = recipe_text(
+            file="r.yaml", name="r", data="d.yaml", weights=weights, student="p", imgsz=320, images=images, split="val"
+        )
+        recipe = load_recipe(written(tmp_path, text))
+        assert (recipe.teacher.epochs, recipe.distill.epochs, recipe.study.split) == (teacher, trained, "val")
+        assert f"x {images} training images = {trained * images} draws" in text
 
 
 def test_paths_of_arms_are_relative_to_the_recipe_too(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.store import MANIFEST, Task, execute, fingerprint
+from compress.store import MANIFEST, Task, alone_in, execute, fingerprint
 from runtime.errors import EdgestillError, UsageError
 
 
@@ -113,3 +113,28 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None
     blocked.touch()
     with pytest.raises(EdgestillError, match="--out"):
         execute(counting_task([]), blocked, log=silent)
+
+
+def test_a_folder_is_held_against_a_second_run_and_free_after_the_first(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"):
+        with pytest.raises(UsageError, match="another run works there"), alone_in(tmp_path / "run"):
+            pytest.fail("two at once")
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / ".work").touch()
+    with alone_in(tmp_path), alone_in(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".work"]
+
+
+@pytest.mark.parametrize("files", [[], {"result.txt": "5"}, None, 3])
+def test_a_manifest_of_another_form_is_that_of_no_result(tmp_path: Path, files: object) -> None:
+    calls: list[str] = []
+    execute(counting_task(calls), tmp_path, log=silent)
+    manifest = tmp_path / "count" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": files}))
+    assert not execute(counting_task(calls), tmp_path, log=silent).skipped

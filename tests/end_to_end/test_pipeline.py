@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ quantize: {calibration_images: 4, draws: 2, max_map_drop: 1.0, max_latency_ratio
 build: {targets: [sm86]}
 bench: {latency_samples: 11}
 """
-
+TRAINED = ["data", "teacher", "distill"]
 REPORTS = {f"report.{kind}" for kind in ("json", "html", "md", "csv")}
 
 pytestmark = pytest.mark.slow
@@ -127,7 +128,7 @@ def test_a_second_run_skips_every_stage(folder: Path, first: list[Outcome]) -> N
 
 
 def test_a_changed_setting_runs_its_stage_and_later_ones_only(folder: Path, first: list[Outcome]) -> None:
-    outcomes, _ = run(folder, "--set", "quantize.calibration_images=2")
+    outcomes, _ = run(folder, "--set", "quantize.draws=1", "--set", "quantize.float_layers=0")
     redone = [outcome["stage"] for outcome in outcomes if not outcome["skipped"]]
     assert redone[0] == "quantize"
     assert set(redone) >= {"quantize", "bench", "report", "bundle"}
@@ -184,9 +185,15 @@ def test_a_run_killed_in_training_goes_on_and_ends_with_the_same_student(folder:
     assert student[0].read_bytes() == student[1].read_bytes()
 
 
-def test_frames_with_the_letterbox_baked_in_go_through_the_pipeline(folder: Path, tmp_path: Path) -> None:
+def test_frames_with_the_letterbox_baked_in_go_through_the_pipeline(
+    folder: Path, first: list[Outcome], tmp_path: Path
+) -> None:
     out = str(tmp_path / "frame")
-    run(folder, "--set", "export.frame=[96, 96]", "--set", "build.backend=none", "--out", out)
+    for stage in TRAINED:
+        shutil.copytree(folder / "runs/tiny" / stage, tmp_path / "frame" / stage)
+    short = ["--set", "quantize.flavours=[int8-ort]", "--set", "quantize.float_layers=0"]
+    outcomes, _ = run(folder, "--set", "export.frame=[96, 96]", "--set", "build.backend=none", *short, "--out", out)
+    assert [outcome["stage"] for outcome in outcomes if outcome["skipped"]] == TRAINED
     from runtime import Detector
 
     image = cv2.imread(str(min((folder / "belt/images/val").iterdir())))

@@ -1,8 +1,9 @@
 """All that a GPU is needed for, in two calls: `bash tests/gpu/run.sh measure`, then `bash tests/gpu/run.sh train`.
 
 needs    the packages that must be brought to the machine; needs no GPU
-measure  correctness: tests and compute-sanitizer, all at once; then alone on the GPU: bytes of memory that each kernel
-         moves, the benchmark, a distillation step. In DIR: summary.json, traffic.json, bench.json, step.json
+measure  correctness: tests and compute-sanitizer, all at once, while the benchmark's rivals are compiled; then alone on
+         the GPU: bytes of memory that each kernel moves, the benchmark, a distillation step. In DIR: summary.json,
+         traffic.json, bench.json, step.json
 train    `edgestill study` of bccd.yaml with ten trainings at a time until the time is up. In DIR: study.json, .md, .png
 
 Everything that was printed is in DIR/run.log; no more than 10 000 characters of it are shown. What fails does not stop
@@ -130,11 +131,12 @@ def facts() -> str:
     """Versions, the GPU and its clocks."""
     import torch
 
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+    from compress.kernels.bench import clocks
+
     versions = f"python {sys.version.split()[0]}, torch {torch.__version__}, {torch.cuda.get_device_name()}"
     bindings = ", ".join(f"{name} {metadata.version(name)}" for name in ("cuda-bindings", "nvidia-cuda-nvrtc"))
-    clocks = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True)
-    return f"{versions}, {bindings}, {os.cpu_count()} cores; {clocks.stdout.decode().strip()}"
+    state = ", ".join(f"{name} {value}" for name, value in clocks().items())
+    return f"{versions}, {bindings}, {os.cpu_count()} cores; {state}"
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ def builds() -> Part:
 
 
 def correctness(losses: Sequence[str], kernels: Sequence[str]) -> list[Part]:
-    """A process for each loss, since after a fault a process can do no more, and one for each kind of sanitizer.
+    """A process for each loss, since after a fault a process can do no more, and one for each kind of sanitizer. Beside
+    them the benchmark's rivals are compiled, since these processes leave cores idle.
 
     Only launches whose kernel has one of the names `kernels` in its own are sanitized: those of torch take minutes.
     """
@@ -153,13 +156,14 @@ def correctness(losses: Sequence[str], kernels: Sequence[str]) -> list[Part]:
     return [
         *(tests(name, KERNELS, name if name != REST else f"not ({' or '.join(losses)})") for name in names),
         tests("loading", "tests/gpu/test_loading.py", ""),
+        Part("rivals", (PYTHON, "tests/gpu/rivals.py"), 150),
         sanitizer("memcheck", kernels, "--report-api-errors", "no"),  # asking for a newer driver's function is no fault
         sanitizer("racecheck", kernels),
     ]
 
 
 def tests(name: str, file: str, chosen: str) -> Part:
-    pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore")  # torch warns of its own settings
+    pytest = (PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "ignore")  # torch warns of its own settings
     return Part(
         f"tests: {name}", (*pytest, file, "-k", chosen), 150, shown=400,
         lines="^(FAILED|ERROR|largest)", is_wrong=bool,
@@ -179,10 +183,11 @@ def sanitizer(tool: str, kernels: Iterable[str], *options: str) -> Part:
 def timings(out: Path) -> list[Part]:
     """The measurements, which need the GPU to themselves."""
     bench = (PYTHON, "-m", "compress.kernels.bench", "--out", str(out / "bench.json"), "--seconds", "{seconds}")
+    step = (PYTHON, "tests/gpu/step.py", "--out", str(out / "step.json"), "--seconds", "{seconds}")
     return [
         Part("traffic", (PYTHON, "tests/gpu/traffic.py", str(out / "traffic.json")), 45, least_s=30, shown=800),
         Part("bench", bench, 150, least_s=90, shown=2800),
-        Part("step", (PYTHON, "tests/gpu/step.py", "--out", str(out / "step.json")), 50, least_s=40, shown=500),
+        Part("step", step, 50, least_s=40, shown=500),
     ]
 
 

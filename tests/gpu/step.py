@@ -1,9 +1,9 @@
 """One real training step, way by way: `python3 tests/gpu/step.py [--out FILE.json]`.
 
 A yolov5s learns from 32 random images of 640 pixels, mixed precision, by the product's own training loop. The ways take
-turns in blocks: labels alone; beside a yolov5l that teaches nothing; taught by its outputs, also as a CUDA graph;
-taught by feat_mse and cwd, in plain torch and by the kernels. At the end the profiler tells how long the GPU works in a
-step, and how much of the step it is.
+turns in blocks, as long as there is time: labels alone; beside a yolov5l that teaches nothing; taught by its outputs,
+also as a CUDA graph; taught by feat_mse and cwd, in plain torch and by the kernels. At the end the profiler tells how
+long the GPU works in a step, and how much of the step it is.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import math
 import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,23 +172,41 @@ def switch(value: str | None) -> None:
         os.environ[SWITCH] = value
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from compress.kernels.bench_case import shuffled_rounds
-    from runtime import machine
-
+def measure(options: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The document. What is known of it before the profiler starts, which may not end, is given to `keep`."""
+    until = time.monotonic() + options.seconds
     steps = Steps(options, folder)
     for name in WAYS:
         steps.block(name, WARM_UP, counts=False)
-    size = min(BLOCK, options.steps)
-    for name in shuffled_rounds(list(WAYS), options.steps // size, random.Random(0)):
-        steps.block(name, size)
+    take_turns(steps, options.steps, until)
     ways = {name: found(steps, name) for name in WAYS}
+    keep(document_of(options, ways))
     steps.add_gpu_work(ways)
+    return document_of(options, ways)
+
+
+def take_turns(steps: Steps, count: int, until: float) -> None:
+    """`count` steps of each way in blocks; after the first round only those rounds that end before `until`."""
+    from compress.kernels.bench_case import shuffled_rounds
+
+    size, rng, longest = min(BLOCK, count), random.Random(0), 0.0
+    for _ in range(count // size):
+        started = time.monotonic()
+        if longest and started + longest > until:
+            break
+        for name in shuffled_rounds(list(WAYS), 1, rng):
+            steps.block(name, size)
+        longest = max(longest, time.monotonic() - started)
+
+
+def document_of(options: argparse.Namespace, ways: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    from runtime import machine
+
     bare = next(iter(ways.values()))["ms"]["p50"]
     return {
         "measured": "tests/gpu/step.py",
         "machine": machine.facts(),
-        "settings": {k: v for k, v in vars(options).items() if k != "out"},
+        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "seconds")},
         "ways": {name: way | {"more_ms": way["ms"]["p50"] - bare} for name, way in ways.items()},
     }
 
@@ -239,6 +258,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--steps", type=int, default=20, help="of each way")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of work before the profiler starts")
     options = parser.parse_args()
     if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         print(f"no distillation step: {', '.join(absent)} not installed")
@@ -246,15 +266,18 @@ def main() -> int:
     from runtime.errors import EdgestillError
     from runtime.files import write_json
 
+    def keep(document: dict[str, Any]) -> None:
+        if options.out:
+            write_json(options.out, document)
+
     try:
         with tempfile.TemporaryDirectory() as folder:
-            document = measure(options, Path(folder))
+            document = measure(options, Path(folder), keep)
     except (ImportError, EdgestillError) as error:
         print(f"no distillation step: {error}")
         return 1
     print(table(document))
-    if options.out:
-        write_json(options.out, document)
+    keep(document)
     return 0
 
 

@@ -37,7 +37,7 @@ def samples_in(folder: Path, count: int) -> list[Sample]:
 
 
 def tasks_of(dataset: TrainDataset) -> Callable[[int], list[Task]]:
-    return lambda epoch: epoch_tasks(dataset, epoch, batch=BATCH, rank=0, world=1, mosaic=True)
+    return lambda epoch: epoch_tasks(dataset, epoch, batch=BATCH)
 
 
 def test_batches_reach_the_gpu_as_they_were_made_while_it_is_busy(tmp_path: Path) -> None:

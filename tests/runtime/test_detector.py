@@ -497,3 +497,15 @@ def test_a_detection_loads_neither_torch_nor_onnx(toys, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_model_that_fails_on_its_input_is_one_line(toys, tmp_path, white_frame, backend):
+    """The card allows more images than the graph does: its weights are reshaped to one."""
+    pytest.importorskip({"onnx": "onnxruntime"}.get(backend, backend))
+    path = toys.one_image_model(tmp_path / "toy.onnx")
+    with Detector.load(path, backend=backend) as detector:
+        assert len(detector([white_frame])) == 1
+        with pytest.raises(EngineError, match=r"cannot run it on uint8 \[2, 64, 64, 3\]") as caught:
+            detector([white_frame, white_frame])
+    assert "\n" not in str(caught.value)

@@ -411,3 +411,12 @@ class Inspector:
 
 def cannot_load(*_):
     raise EngineError("no GPU")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "plan", "a.plan.bak"])
+def test_a_plan_replaces_no_file_of_another_kind(toys, tmp_path, name):
+    model = toys.canvas_model(tmp_path / "model.onnx")
+    before = model.read_bytes()
+    with pytest.raises(UsageError, match=r"a plan's name ends in \.engine, \.plan"):
+        build_engine(model, tmp_path / name, targets=("sm86",))
+    assert model.read_bytes() == before

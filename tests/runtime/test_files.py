@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import EdgestillError
-from runtime.files import atomic_write, sha256, write_json
+from runtime.files import atomic_write, sha256, utf8_name, write_json, write_text
 
 
 def names_in(folder):
@@ -88,3 +88,32 @@ def test_json_takes_paths_and_numpy_and_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "b.json", {"n": float("nan")})
     assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize("name", ["語" * 84, "a" * 255, "b" * 250 + ".json"])
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path, name):
+    write_text(tmp_path / name, "whole")
+    assert names_in(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("place", ["", "folder"])
+def test_a_folder_of_that_name_is_reported_before_the_work(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(EdgestillError, match="There is a folder of that name"), atomic_write(place):
+        pytest.fail("the block began")
+    assert names_in(tmp_path) == ["folder"]
+
+
+def test_text_is_utf8_whatever_the_machine_has_and_other_names_are_escaped(tmp_path):
+    write_text(tmp_path / "a", os.fsdecode(b"\xc3\xbc \xff\n"))
+    assert (tmp_path / "a").read_bytes() == b"\xc3\xbc \\udcff\n"
+
+
+@pytest.mark.parametrize("name", [b"a.avi", b"\xff.avi", b"a.\xff"])
+def test_a_file_can_be_opened_by_its_utf8_name(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    with utf8_name(path) as opened:
+        opened.encode()
+        Path(opened).write_bytes(b"through")
+    assert path.read_bytes() == b"through"

@@ -178,12 +178,14 @@ def test_the_reading_thread_ends_before_an_interpreter_whose_reader_was_left_ope
     assert subprocess.check_output([sys.executable, "-c", READER_LEFT_OPEN], text=True).strip() == "0"
 
 
-def test_an_error_of_the_feed_arrives_at_the_reader():
+@pytest.mark.timeout(60)  # a reader that the error does not reach waits for ever
+@pytest.mark.parametrize("error", [UnavailableError("gone"), cv2.error("gone"), KeyError("gone")])
+def test_an_error_of_the_feed_arrives_at_the_reader(error):
     def feed():
         yield Frame("0", 0, np.zeros((2, 2, 3), np.uint8), 25.0)
-        raise UnavailableError("gone")
+        raise error
 
-    with pytest.raises(UnavailableError, match="gone"):
+    with pytest.raises(type(error), match="gone"):
         list(newest(feed()))
 
 

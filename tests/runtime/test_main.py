@@ -289,3 +289,35 @@ def test_wrong_usage_exits_with_two():
     done = subprocess.run([sys.executable, "-m", "runtime", "fly"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["build", ""], ["info", ""], ["verify", ""], ["detect", "a.jpg", "--model", ""], ["build", "m.onnx", "--out", ""]],
+)
+def test_an_empty_path_is_wrong_usage(arguments, capsys):
+    assert main(arguments) == 2
+    assert "a path is empty" in capsys.readouterr().err
+
+
+def test_a_source_without_a_name_is_no_folder(model, images, monkeypatch, capsys):
+    monkeypatch.chdir(images)
+    assert main(["detect", "", "--model", model]) == 1
+    assert "the name of a source is empty" in capsys.readouterr().err
+
+
+def test_a_number_that_no_camera_has_is_one_line(model, capsys):
+    assert main(["detect", "99999999999999999999", "--model", model]) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_folder_is_nothing_to_build(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "."]) == 1
+    assert "no backend runs a file without suffix" in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_error():
+    command = f"{sys.executable} -m runtime info >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

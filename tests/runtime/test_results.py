@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -57,3 +58,20 @@ def test_a_video_that_does_not_hold_every_frame_is_an_error(tmp_path):
 def test_a_stream_is_named_by_its_address_in_plain_characters():
     assert video_stem("rtsp://***@10.0.0.7:554/cam 1") == "rtsp-10.0.0.7-554-cam-1"
     assert video_stem("0") == "camera-0"
+
+
+def test_a_folder_that_is_not_utf8_gets_its_video(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    with ResultWriter(folder) as writer:
+        for number in range(3):
+            writer.write(Frame("a.avi", number, GREY, 5.0), GREY)
+    assert names(folder) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("stem", ["a" * 251, "語" * 83])
+def test_a_long_name_that_is_taken_is_cut_for_its_number(tmp_path, stem):
+    with ResultWriter(tmp_path) as writer:
+        written = [writer.write(Frame(f"{stem}.jpg", 0, GREY), GREY).name for _ in range(3)]
+    assert len(set(written)) == 3
+    assert sorted(written) == names(tmp_path)
+    assert all(len(os.fsencode(name)) <= 255 for name in written)

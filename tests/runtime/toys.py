@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.card import METADATA_KEY, ModelCard
+from runtime.card import METADATA_KEY, Batches, ModelCard
 
 SIZE = 64
 NAMES = ("bolt", "nut")
@@ -150,4 +150,29 @@ def conv_model(path: Path, *, batch: int | str = 1, size: int = SIZE, model_card
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 8, size // 2, size // 2])],
         {"w": weights},
         {METADATA_KEY: model_card.to_json()} if model_card else {},
+    )
+
+
+def one_image_model(path: Path) -> Path:
+    """uint8 [B,H,W,3] -> [B,K,6], open in its card and its shapes, but reshaped to one image inside."""
+    open_card = card(batches=Batches(1, None))
+    nodes = [
+        helper.make_node("Reshape", ["canvas", "one"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats", "side"], ["mean"]),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+        helper.make_node("Add", ["boxes", "nothing"], ["detections"]),
+    ]
+    return save(
+        path,
+        nodes,
+        [helper.make_tensor_value_info("canvas", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info("detections", TensorProto.FLOAT, ["batch", len(BOXES), 6])],
+        {
+            "one": np.array([1, SIZE * SIZE, 3], np.int64),
+            "side": np.array([1, 2], np.int64),
+            "zero": np.array(0, np.float32),
+            "boxes": BOXES[None],
+        },
+        {METADATA_KEY: open_card.to_json()},
     )

@@ -61,8 +61,8 @@ def exported_with(arguments: str, monkeypatch: pytest.MonkeyPatch) -> ExportConf
     """The settings that `edgestill export` hands to its stage."""
     found: list[ExportConfig] = []
 
-    def run_alone(stage: Any, _: object, out: Path, more: dict[str, Any]) -> None:
-        found.append(settings(stage.settings, stage.name, more).export)
+    def run_alone(stage: Any, _: object, out: Path) -> None:
+        found.append(settings(stage.settings, stage.name).export)
         raise UsageError("seen")
 
     monkeypatch.setattr("compress.cli.files.run_alone", run_alone)
@@ -79,6 +79,8 @@ def exported_with(arguments: str, monkeypatch: pytest.MonkeyPatch) -> ExportConf
         ("--imgsz 384 640", {"imgsz": (384, 640)}),
         ("--img=384 640 --batch-size 8", {"imgsz": (384, 640), "batch": 8}),
         ("--imgsz 384x640 --opset 12", {"imgsz": (384, 640), "opset": 12}),
+        ("--frame 1080x1920", {"frame": (1080, 1920)}),
+        ("--imgsz 384 640 --frame 1080 1920", {"imgsz": (384, 640), "frame": (1080, 1920)}),
         ("--dynamic --half --simplify", {"dynamic": True, "half": True}),
         ("--set export.imgsz=[384,640] --set batch=2", {"imgsz": (384, 640), "batch": 2}),
         ("--imgsz 384 640 --set export.imgsz=96", {"imgsz": (96, 96)}),
@@ -97,6 +99,7 @@ def test_export_takes_the_options_of_yolov5s_export(
         ("--imgsz 384x640x3", "expected one side, or height and width"),
         ("--imgsz 384 640 3", "unexpected extra argument"),
         ("--imgsz wide", "wide"),
+        ("--frame 1080", "expected height and width, such as 1080x1920"),
         ("--imgsz 384 --imgsz", "requires an argument"),
         ("--opset 11", "greater than or equal to 12"),
         ("--opset 22", "less than or equal to 21"),

@@ -19,6 +19,7 @@ from compress.data import Dataset
 from compress.losses.distill import LOSSES
 from runtime.__main__ import main as runtime_main
 from runtime.__main__ import parser as runtime_parser
+from runtime.arguments import path as path_type
 
 NEVER = ("nan", "inf", "-inf", "-1", "1e999", "9" * 5000, "many", "true")
 """No number of the recipe or of a command is one of these."""
@@ -185,7 +186,7 @@ def device_numbers(parser: argparse.ArgumentParser) -> Iterator[tuple[list[str],
         if isinstance(action, argparse._SubParsersAction):
             for name, command in action.choices.items():
                 yield from ([[name, *path], option, read] for path, option, read in device_numbers(command))
-        elif action.type not in (None, Path):
+        elif action.type not in (None, path_type):
             yield [], action.option_strings[0], action.type
 
 

@@ -36,3 +36,9 @@ def test_bfloat16_needs_a_gpu_that_multiplies_in_it(
 def test_matrices_are_multiplied_in_the_precision(dtype: torch.dtype) -> None:
     with computing_in(dtype, CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_torch_without_onednn_says_that_it_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(UnavailableError, match=r"precision bfloat16 .*Choose float32$"):
+        pick_precision("bfloat16", CPU)

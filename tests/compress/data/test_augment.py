@@ -57,6 +57,13 @@ def test_warp_matrices_and_boxes_are_those_of_yolov5(numbers: dict[str, Any], ca
     np.testing.assert_allclose(warped, np.array(one["targets_out"]).reshape(-1, 5), atol=2e-4)
 
 
+def test_a_box_across_the_horizon_of_a_perspective_is_left_out() -> None:
+    matrix = augment.warp_matrix(augment.Warp(perspective_x=0.001), (2560, 2560), (1280, 1280))
+    boxes = np.array([[0, 200, 900, 350, 1100], [1, 1200, 1200, 1400, 1400]], np.float32)
+    assert matrix[2] @ (200, 900, 1) < 0 < matrix[2] @ (350, 900, 1)
+    assert augment.warp_boxes(boxes, matrix, (1280, 1280), 1.0)[:, 0].tolist() == [1]
+
+
 @pytest.mark.parametrize("case", range(5))
 def test_warped_pixels_are_those_of_yolov5_under_opencv_5(numbers: dict[str, Any], case: int) -> None:
     import cv2

@@ -110,6 +110,15 @@ def test_what_has_no_partner_is_named(
         read_annotations(write_coco(tmp_path / "a.json", files), cameras, names)
 
 
+def test_annotations_for_another_size_are_refused(cameras: list[Sample], tmp_path: Path) -> None:
+    path = write_coco(tmp_path / "a.json", ("cam1/0001.jpg", "cam2/0001.jpg"))
+    content = json.loads(path.read_text())
+    content["images"][1] |= {"width": 40, "height": 20}
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has 40x20 pixels there, and 20x10 in the data"):
+        read_annotations(path, cameras, ("red", "green"))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": [3]}', '{"images": [], "categories": []}'])
 def test_unusable_annotations_are_refused_in_one_line(cameras: list[Sample], tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)

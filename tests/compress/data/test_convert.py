@@ -36,6 +36,10 @@ def box(image_id: int, category_id: int, *bbox: float, **more: Any) -> dict[str,
     return {"image_id": image_id, "category_id": category_id, "bbox": list(bbox)} | more
 
 
+def splits(data_yaml: Path) -> dict[str, list[str]]:
+    return {split: [image.name for image in images] for split, images in load_data(data_yaml).splits.items()}
+
+
 def all_samples(data_yaml: Path) -> list[Sample]:
     data = load_data(data_yaml)
     indices = index_images(data, tuple(data.splits)).values()
@@ -54,10 +58,7 @@ def test_coco_boxes_become_normalised_rows_and_crowds_are_counted(source: Path, 
     samples = all_samples(result.data_yaml)
     np.testing.assert_allclose(samples[0].labels, [[0, 0.2, 0.3, 0.2, 0.2], [1, 0.5, 0.5, 1, 1]], atol=1e-6)
     assert [len(sample.labels) for sample in samples] == [2, 0, 0, 0, 0, 0]
-    assert {split: len(images) for split, images in load_data(result.data_yaml).splits.items()} == {
-        "train": 5,
-        "val": 1,
-    }
+    assert {split: len(images) for split, images in splits(result.data_yaml).items()} == {"train": 5, "val": 1}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,14 @@ def test_bad_images_and_wrong_sizes_are_left_out(source: Path, tmp_path: Path) -
     write_image(source / "2.png", 30, 30)
     result = convert.coco(coco_file(source, [box(4, 3, 1, 1, 5, 5)]), source, tmp_path / "out")
     assert (result.images, result.boxes, len(result.problems)) == (3, 1, 3)
+    assert splits(result.data_yaml) == {"train": ["3.png", "4.png"], "val": ["5.png"]}
     assert "is 30x30 but annotated as 100x50" in str(result)
+
+
+def test_a_single_image_is_both_splits(source: Path, tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "0.png"}]
+    result = convert.coco(coco_file(source, [box(1, 3, 1, 1, 5, 5)], images=images), source, tmp_path / "out")
+    assert splits(result.data_yaml) == {"train": ["0.png"], "val": ["0.png"]}
 
 
 def test_two_images_with_one_label_file_do_not_overwrite_each_other(source: Path, tmp_path: Path) -> None:

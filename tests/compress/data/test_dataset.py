@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compress.data import Dataset, Sample, SplitIndex, index_dataset, load_data
-from compress.data.dataset import key_of, path_of
+from compress.data.dataset import Problem, key_of, path_of
 from runtime.errors import InputError
 from tests.compress.data.conftest import write_image, write_labels
 
@@ -129,3 +129,13 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
         Dataset.load(tmp_path / "index.json", tmp_path)
     with pytest.raises(InputError, match="cannot be read"):
         Dataset.load(tmp_path / "gone.json", tmp_path)
+
+
+def test_the_first_problems_are_told_and_the_others_counted() -> None:
+    problems = tuple(Problem(Path("a.txt"), line, "odd") for line in range(1, 8))
+    lines = list(SplitIndex((), problems).problem_lines("train"))
+    assert lines[0] == "train: skipped a.txt:1: odd"
+    assert lines[4:] == ["train: skipped a.txt:5: odd", "train: 2 more problems"]
+    assert list(SplitIndex((), problems[:5]).problem_lines("val")) == [
+        f"val: skipped a.txt:{n}: odd" for n in range(1, 6)
+    ]

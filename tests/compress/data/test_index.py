@@ -186,10 +186,9 @@ def test_a_pickled_label_cache_is_never_opened(dataset: Path, tmp_path: Path, mo
     assert not (tmp_path / "CANARY").exists()
 
 
-def test_the_order_does_not_depend_on_the_number_of_workers(shared: Path) -> None:
+def test_samples_are_in_the_order_of_their_paths(shared: Path) -> None:
     data = load_data(shared / "data/bccd/data.yaml")
-    one, four = (index_dataset(data, ("val",), workers=workers).splits["val"].samples for workers in (1, 4))
-    assert [sample.image for sample in one] == [sample.image for sample in four] == list(data.splits["val"])
+    assert [sample.image for sample in index_dataset(data, ("val",)).splits["val"].samples] == list(data.splits["val"])
 
 
 def test_the_quick_digest_follows_every_file_of_the_data(dataset: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,15 @@ from compress.data import load_data
 from compress.data.dataset import Sample
 from compress.data.image_store import ImageStore, cached_bytes, free_bytes, resized_hw
 from compress.data.index import index_dataset
-from compress.data.loader import Batch, map_ahead, train_batches, val_batches
+from compress.data.loader import Batch, epoch_tasks, map_ahead, train_batches, val_batches
 from compress.data.train_dataset import TrainDataset, TrainItems
 from runtime.boxes import unletterbox
 from runtime.errors import InputError
 from tests.compress.data.conftest import PLAIN, assert_equal, folder_hash, mixed
 
 
-def epoch(dataset: TrainItems, **options: int | bool) -> list[Batch]:
-    return list(train_batches(dataset, **{"batch": 4, "epoch": 3} | options))  # type: ignore[arg-type]
+def epoch(dataset: TrainItems, number: int = 3, *, batch: int = 4, workers: int = 0, **options: Any) -> list[Batch]:
+    return list(train_batches(dataset, epoch_tasks(dataset, number, batch=batch, **options), workers))
 
 
 def test_a_batch_is_uint8_rgb_with_targets_that_name_their_image(samples: tuple[Sample, ...]) -> None:
@@ -70,7 +71,7 @@ def test_no_rank_is_left_without_an_image(samples: tuple[Sample, ...]) -> None:
 
 def test_epochs_and_seeds_differ(samples: tuple[Sample, ...]) -> None:
     dataset = TrainDataset(samples, 64, AugmentConfig())
-    assert epoch(dataset)[0].indices != epoch(dataset, epoch=4)[0].indices
+    assert epoch(dataset)[0].indices != epoch(dataset, 4)[0].indices
     assert not torch.equal(
         epoch(dataset)[0].images, epoch(TrainDataset(samples, 64, AugmentConfig(), seed=1))[0].images
     )
@@ -78,7 +79,7 @@ def test_epochs_and_seeds_differ(samples: tuple[Sample, ...]) -> None:
 
 def test_mosaic_can_be_switched_off_for_the_last_epochs(samples: tuple[Sample, ...]) -> None:
     plain = TrainDataset(samples, 64, AugmentConfig(mosaic=0))
-    assert_equal(epoch(TrainDataset(samples, 64, AugmentConfig(mixup=1)), augment_mosaic=False), epoch(plain))
+    assert_equal(epoch(TrainDataset(samples, 64, AugmentConfig(mixup=1)), mosaic=False), epoch(plain))
 
 
 def test_without_augmentation_labels_stay_on_their_objects(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_the_predicted_size_is_that_of_the_resized_image(samples: tuple[Sample, 
 def test_reading_a_dataset_changes_nothing_in_its_folder(dataset: Path) -> None:
     before = folder_hash(dataset.parent)
     found = index_dataset(load_data(dataset), ("train",)).splits["train"].samples
-    list(train_batches(TrainDataset(found, 64, AugmentConfig()), batch=2, epoch=0, workers=2))
+    epoch(TrainDataset(found, 64, AugmentConfig()), workers=2)
     list(val_batches(found, imgsz=64, batch=2, stride=32))
     assert folder_hash(dataset.parent) == before
 
@@ -160,7 +161,7 @@ def test_rectangular_batches_are_those_of_yolov5(shared: Path, reference: Path, 
 
     first, one = numbers[f"rect_item0_bs{batch}"], batches[0]
     assert one.samples[0].image.name == first["file"]
-    assert [list(one.samples[0].size_hw), [[one.gains[0]] * 2, list(one.pads_wh[0])]] == first["shapes"]
+    assert [list(one.samples[0].size_hw), [list(one.gains_wh[0])[::-1], list(one.pads_wh[0])]] == first["shapes"]
     np.testing.assert_allclose(one.targets[one.targets[:, 0] == 0].numpy(), first["labels"], atol=1e-6)
 
 
@@ -176,7 +177,7 @@ def test_validation_labels_can_be_mapped_to_the_original_boxes(samples: tuple[Sa
         for position, sample in enumerate(one.samples):
             cx, cy, w, h = (one.targets[one.targets[:, 0] == position, 2:].numpy() * [width, height, width, height]).T
             boxes = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1).astype(np.float32)
-            back = unletterbox(boxes, one.gains[position], one.pads_wh[position], sample.size_hw)
+            back = unletterbox(boxes, one.gains_wh[position][1], one.pads_wh[position], sample.size_hw)
             own_h, own_w = sample.size_hw
             expected = sample.labels[:, 3:5] * [own_w, own_h]
             np.testing.assert_allclose(back[:, 2:] - back[:, :2], expected, atol=0.02 * max(own_h, own_w))
@@ -189,7 +190,8 @@ def test_work_ahead_keeps_order_and_passes_errors_on() -> None:
 
 
 def test_an_abandoned_epoch_stops_its_workers(samples: tuple[Sample, ...]) -> None:
-    batches = train_batches(TrainDataset(samples, 64, PLAIN), batch=1, epoch=0, workers=2)
+    dataset = TrainDataset(samples, 64, PLAIN)
+    batches = train_batches(dataset, epoch_tasks(dataset, 0, batch=1), workers=2)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert next(batches, None) is None
@@ -243,7 +245,7 @@ def test_an_epoch_is_the_same_whatever_came_before_it(samples: tuple[Sample, ...
     config = AugmentConfig(mixup=0.5)
     dataset = mixed(samples, 4, config)
     for number in range(3):
-        epoch(dataset, epoch=number, workers=2)
+        epoch(dataset, number, workers=2)
     assert_equal(epoch(dataset), epoch(mixed(samples, 4, config)))
 
 

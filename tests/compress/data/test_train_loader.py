@@ -118,7 +118,7 @@ def test_a_process_reads_the_images_that_another_decoded(samples: tuple[Sample, 
     """The second works only when the files are gone."""
     count = len(samples)
     dataset, untouched = (TrainDataset(samples, 64, PLAIN, cache=True) for _ in range(2))
-    tasks = [epoch_tasks(dataset, epoch, batch=count, rank=0, world=1, mosaic=True)[0] for epoch in (0, 1)]
+    tasks = [epoch_tasks(dataset, epoch, batch=count)[0] for epoch in (0, 1)]
     expected = [train_batch(untouched, task) for task in tasks]
     dataset.load(0)  # before there are processes
     with closing(WorkerPool(dataset, workers=2, batch=count, slots=1)) as pool:
@@ -201,7 +201,7 @@ from compress.data.train_loader import ProcessLoader
 
 samples = index_dataset(load_data(Path(sys.argv[1])), ("train",)).splits["train"].samples
 data = TrainDataset(samples, 64, AugmentConfig())
-tasks = lambda epoch: epoch_tasks(data, epoch, batch=2, rank=0, world=1, mosaic=True)
+tasks = lambda epoch: epoch_tasks(data, epoch, batch=2)
 loader = ProcessLoader(data, tasks, 10**9, batch=2, workers=2, device=torch.device("cpu"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import types
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_the_ceilings_write_each_set_to_a_place_of_its_own(small_levels) -> None
 def test_a_case_that_would_not_end_in_time_is_left_out(monkeypatch, tmp_path) -> None:
     clock = iter([0.0, 8.0, 9.0])
     monkeypatch.setattr(bench_case.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(bench_case, "measure", lambda case, device, samples: Timed(case, 2, {}, {}, 8.0))
+    monkeypatch.setattr(bench_case, "measure", lambda case, device, samples, until: Timed(case, 2, {}, {}, 8.0))
     monkeypatch.setattr(bench_case, "kernel_times", list)
     measure_all(plan("cwd")[:3], CPU, 3, 15.0, tmp_path / "lines")
     assert [bench.case_of(row) for row in bench.read_cases(tmp_path / "lines")] == plan("cwd")[:1]
@@ -197,16 +198,21 @@ def timed_case(monkeypatch) -> Timed:
     def prepare(call, count):
         if call is len:
             raise RuntimeError("no memory")
+        if call is min:
+            time.sleep(60)
         return bench_case.PreparedVariant(call, {"host_us": 1.0})
 
     monkeypatch.setattr(bench_case, "prepare", prepare)
-    monkeypatch.setattr(bench_case, "variants", lambda case, device, count: {"ours": abs, "eager": max, "copy": len})
+    monkeypatch.setattr(bench_case, "LEAST_S", 0.1)
+    made = {"ours": abs, "compile": min, "eager": max, "copy": len}
+    monkeypatch.setattr(bench_case, "variants", lambda case, device, count: made)
     monkeypatch.setattr(bench_case, "times_in_turns", lambda runs, samples: {name: [2.0, 2.0] for name in runs})
-    return bench_case.measure(Case("cwd", "s8", "fp16"), CPU, 2)
+    return bench_case.measure(Case("cwd", "s8", "fp16"), CPU, 2, until=0.0)
 
 
-def test_a_variant_that_fails_costs_the_others_nothing(timed_case) -> None:
+def test_a_variant_that_fails_or_is_not_ready_in_time_costs_the_others_nothing(timed_case) -> None:
     assert timed_case.found["copy"] == {"error": "RuntimeError: no memory"}
+    assert timed_case.found["compile"] == {"error": "TimeoutError: not ready in 0 s"}
     assert timed_case.calls == {"ours": abs, "eager": max}
     assert timed_case.found["ours"]["us"]["p50"] == 1000
 

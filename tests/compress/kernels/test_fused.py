@@ -209,8 +209,9 @@ def test_maps_on_a_cpu_go_to_the_definition():
 class OnGpu:
     """A map as the choice sees it."""
 
-    def __init__(self, dtype=torch.float16):
+    def __init__(self, dtype=torch.float16, elements=1):
         self.is_cuda, self.dtype, self.device = True, dtype, torch.device("cuda:0")
+        self.numel = lambda: elements
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,7 @@ class OnGpu:
         ([OnGpu(torch.float64)], None, "", False),
         ([OnGpu(), OnGpu(torch.float32)], None, "", False),
         ([OnGpu()] * 5, None, "", False),
+        ([OnGpu(), OnGpu(elements=1 << 31)], None, "", False),
     ],
 )
 def test_kernels_run_where_they_can_and_are_wanted(monkeypatch, maps, switch, reason, expected):

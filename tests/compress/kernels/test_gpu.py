@@ -35,7 +35,6 @@ class Driver:
 
     class CUfunction_attribute:
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = "shared"
-        CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = "non-portable"
 
     class CUlaunchAttributeID:
         CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = "cluster"
@@ -94,7 +93,8 @@ class Args(ctypes.Structure):
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(module, "load_driver", lambda: driver)
-    monkeypatch.setattr(module.toolchain, "cubin", lambda source, target: f"{source.folder} {target}".encode())
+    monkeypatch.setattr(module.toolchain, "architecture_for", "sm_{0[0]}{0[1]}".format)
+    monkeypatch.setattr(module.toolchain, "code_for", lambda source, target: f"{source.folder} {target}".encode())
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -157,20 +157,20 @@ def test_a_failed_launch_leaves_the_context_as_it_was_and_says_what_failed(drive
     assert driver.calls[-1] == ("pop",)
 
 
-def test_much_shared_memory_and_large_clusters_are_asked_for(driver):
-    Gpu(0).launch(Launch(Source("pkd"), "k", Args(), grid=32, block=512, shared=100 << 10, cluster=16))
-    assert {call[2:] for call in driver.named("cuFuncSetAttribute")} == {("shared", 100 << 10), ("non-portable", 1)}
+def test_shared_memory_and_clusters_are_asked_for(driver):
+    Gpu(0).launch(Launch(Source("pkd"), "k", Args(), grid=32, block=512, shared=100 << 10, cluster=8))
+    assert {call[2:] for call in driver.named("cuFuncSetAttribute")} == {("shared", 100 << 10)}
     ((_, config, function, _, _),) = driver.named("cuLaunchKernelEx")
     assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream) == (32, 512, 100 << 10, 5)
-    assert config.attrs[0].value.clusterDim.x == 16
+    assert config.attrs[0].value.clusterDim.x == 8
     assert function == "function"
 
 
 def test_the_limit_of_shared_memory_is_raised_and_never_lowered(driver):
     gpu = Gpu(0)
-    for kibibytes in (100, 60, 100, 120):
+    for kibibytes in (47, 100, 60, 100, 120):
         gpu.launch(Launch(Source("pkd"), "k", Args(), grid=32, block=512, shared=kibibytes << 10))
-    assert [call[3] >> 10 for call in driver.named("cuFuncSetAttribute")] == [100, 120]
+    assert [call[3] >> 10 for call in driver.named("cuFuncSetAttribute")] == [47, 100, 120]
 
 
 @pytest.fixture
@@ -292,7 +292,8 @@ class Noting(gpu.Gpu):
     def _zeros(self, count):
         return torch.zeros(count, dtype=torch.int32)
 
-gpu.toolchain.cubin = lambda source, architecture: b"machine code"
+gpu.toolchain.architecture_for = lambda capability: "sm_90"
+gpu.toolchain.code_for = lambda source, architecture: b"machine code"
 torch.cuda.init = lambda: None
 torch.cuda.current_stream = lambda index: SimpleNamespace(cuda_stream=5, synchronize=lambda: None)
 torch.cuda.is_current_stream_capturing = lambda: False

@@ -6,7 +6,7 @@ import pytest
 
 from compress.kernels import model, sass
 from compress.kernels.sass import disassemble, disassembler, loads_under_way
-from compress.kernels.toolchain import Source, compile_cubin, header_folders, load_nvrtc
+from compress.kernels.toolchain import Source, compile_for, header_folders, load_nvrtc
 from runtime.errors import EdgestillError, UnavailableError
 
 
@@ -97,7 +97,7 @@ def test_a_disassembled_kernel_shows_its_loads(compiler_and_disassembler, monkey
             to[threadIdx.x] = sum;
         }"""
     )
-    assert loads_under_way(disassemble(compile_cubin(Source("sum"), "sm_90")[0])) == {"sum": 3}
+    assert loads_under_way(disassemble(compile_for(Source("sum"), "sm_90").code)) == {"sum": 3}
 
 
 def test_what_is_no_cubin_is_refused(compiler_and_disassembler):

@@ -23,8 +23,8 @@ def test_what_was_compiled_ahead_is_not_compiled_at_first_use(cache, monkeypatch
     sources = [RESCALE, RESCALE.replaced(THREADS=128)]
     assert warm.warm(sources, "sm_90") == ["rescale_bf16", "rescale_f16", "rescale_f32"]
     assert len(list(cache.iterdir())) == 2
-    monkeypatch.setattr(toolchain, "compile_cubin", None)
-    assert toolchain.cubin(sources[1], "sm_90")[:4] == b"\x7fELF"
+    monkeypatch.setattr(toolchain, "compile_for", None)
+    assert toolchain.code_for(sources[1], "sm_90")[:4] == b"\x7fELF"
 
 
 def test_a_source_that_does_not_compile_is_told(cache):

@@ -75,6 +75,7 @@ def test_every_file_of_a_bundle_is_of_its_model(folders: dict[str, Path], tmp_pa
     assert read_layers(files[0].path, sha256(plan)) == layers
     assert {file.artifact.identity for file in files if file.artifact} == {MINE.identity}
     assert ModelCard.load(tmp_path / "bundle").identity == MINE.identity
+    assert "python -m runtime build model.onnx" in (tmp_path / "bundle" / "README.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def test_files_of_cpus_come_in_the_order_of_their_latency_in_the_library_that_ru
     assert all(item.devices == FLAVOURS[item.precision].devices for item in listed if item.precision != "fp32")
     readme = (out / "README.txt").read_text()
     assert "their latency on Toy CPU (linux-toy)" in readme
+    assert "python -m runtime build model.fp16.onnx" in readme
     assert f"pip install 'edgestill[{'openvino' if is_timed else 'cpu'}]'" in readme
     assert ModelCard.load(out).provenance["order_measured_on"] == "Toy CPU (linux-toy)"
 

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from compress.compute.resize import reduced
-from compress.data import Dataset
+from compress.data import Dataset, Sample
 from compress.evaluate import evaluate
 from compress.losses.preflight import Check
 from compress.training.checks import (
     Accuracy,
     Cost,
+    check_anchors,
     check_teacher,
     compared,
     measured_cost,
@@ -61,6 +64,25 @@ def test_a_map_that_loses_classes_says_which() -> None:
 def test_a_class_that_neither_teacher_nor_labels_teach_is_told() -> None:
     (told,) = warnings(source(names=("nut", "car", "dog")), label_weight=0)
     assert told.endswith("; nothing teaches bolt")
+
+
+@pytest.mark.parametrize("start", [None, 0.01])
+def test_a_teacher_that_finds_next_to_nothing_is_told(start: float | None) -> None:
+    (told,) = warnings(source(), 0.02, start)
+    assert told.endswith("fine-tune it on this data")
+
+
+@pytest.mark.parametrize(
+    ("side", "said"), [(0.25, "100.0% of the labelled boxes match one at 64"), (0.02, "raise imgsz")]
+)
+def test_boxes_that_match_no_anchor_are_told(side: float, said: str) -> None:
+    labels = np.array([[0, 0.5, 0.5, side, side]], np.float32)
+    sample = Sample(Path("a.png"), "a.png", labels, (48, 64), "")
+    (check,) = check_anchors(network().arch.anchors, [sample], config())
+    assert check.ok
+    assert said in check.detail
+    assert check.warns == (side == 0.02)
+    assert not list(check_anchors(network().arch.anchors, [replace(sample, labels=labels[:0])], config()))
 
 
 @pytest.mark.parametrize("start", [0.5, 0.6])
@@ -122,3 +144,16 @@ def test_smaller_images_are_means_of_squares() -> None:
     images = torch.rand(2, 3, 8, 8)
     assert reduced(images, 8) is images
     assert torch.allclose(reduced(images, 4)[0, 0, 1, 0], images[0, 0, 2:4, 0:2].mean())
+
+
+def test_a_teacher_that_trains_too_costs_a_training_of_its_own(tmp_path: Path) -> None:
+    costs = {}
+    for strategy in ("offline", "joint"):
+        made = trainer(config(strategy=strategy, losses={"soft": "auto"}), tmp_path, distils=True)
+        teacher = made.job.teacher or Teacher(network("n", seed=1), "cpu")
+        costs[strategy] = measured_cost(made.objective, teacher, batch(0, 1), made.job.config)
+    offline, joint = costs.values()
+    assert joint.image_bytes > 2 * offline.image_bytes
+    assert joint.fixed_bytes > 2 * offline.fixed_bytes
+    assert offline.line.startswith("teacher: ")
+    assert joint.line.startswith("teacher, which trains too: ")

@@ -22,7 +22,7 @@ from compress.training.loop import Job, Trainer, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.progress import Progress
 from compress.training.state import STATE, load_state
-from runtime.errors import EdgestillError, UnavailableError
+from runtime.errors import EdgestillError, UnavailableError, UsageError
 
 from .toys import batch, config, quiet, trainer
 
@@ -169,6 +169,13 @@ def test_bfloat16_computes_in_it_and_keeps_weights_and_gradients_in_float32(tmp_
     assert not made.skips
 
 
+def test_losses_on_a_gpu_learn_what_gradient_they_will_get_without_a_scaler_too(tmp_path: Path) -> None:
+    made = trainer(config(), tmp_path)
+    assert made._upstream() is None
+    made.device = torch.device("meta")  # any that is no CPU
+    assert made._upstream().dtype == torch.float32
+
+
 def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="precision float16 is none in which this CPU computes"):
         trainer(config(precision="float16"), tmp_path)
@@ -301,6 +308,12 @@ def test_the_state_is_written_at_its_interval_and_at_the_end(tmp_path: Path, jud
     )
     made.run()
     assert epochs == [0, 2, 2, 4, 5, 5]  # after each epoch, and with the result
+
+
+def test_a_batch_without_an_image_for_each_process_is_refused() -> None:
+    loop.require_share(batch=2, processes=2)
+    with pytest.raises(UsageError, match="a batch of 2 for 3 processes"):
+        loop.require_share(batch=2, processes=3)
 
 
 def test_mosaic_closes_before_the_end(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from compress.config import OptimizerConfig
 from compress.training.optimizer import build_optimizer, freeze, parameter_groups, set_rates
 from compress.training.schedule import Rates
+from runtime.errors import UsageError
 
 
 def tiny() -> nn.Sequential:
@@ -53,3 +55,9 @@ def test_frozen_layers_do_not_move_but_their_statistics_do() -> None:
     optimizer.step()
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert moved == {"0.1.running_mean", "0.1.running_var", "0.1.num_batches_tracked", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("count", [3, 24])
+def test_a_network_with_nothing_left_to_train_is_refused(count: int) -> None:
+    with pytest.raises(UsageError, match=f"freeze is {count}, the network has 3 layers"):
+        freeze(tiny(), count)

@@ -59,6 +59,13 @@ def test_one_file_that_needs_no_change_is_the_network_itself(tmp_path: Path) -> 
     assert type(made([saved(tmp_path)])) is Teacher
 
 
+def test_a_file_whose_classes_have_other_names_answers_alike_under_the_datas(tmp_path: Path) -> None:
+    file, images = saved(tmp_path, names=("screw", "washer")), torch.rand(1, 3, SIDE, SIDE)
+    renamed = made([file], class_map=dict(zip(("screw", "washer"), NAMES, strict=True)))
+    assert renamed.arch.names == NAMES
+    assert same(renamed(images), made([saved(tmp_path)])(images).raw)
+
+
 def test_several_teach_by_the_mean_of_their_logits_and_the_first_ones_features(tmp_path: Path) -> None:
     files, images = [saved(tmp_path, 0), saved(tmp_path, 1)], torch.rand(2, 3, SIDE, SIDE)
     first, second = (alone(file)(images) for file in files)

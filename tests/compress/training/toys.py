@@ -72,7 +72,7 @@ def trainer(
     objective = Objective(student, detection_loss(student, settings), losses)
     if network_of_teacher and settings.rules.trains_teacher:
         teacher = None
-        join(objective, network_of_teacher, settings, device, quiet)
+        join(objective, network_of_teacher, settings)
     job = Job(settings, objective, cast(Any, Noise(images)), (), out, teacher, settings.teacher_rate)
     return Trainer(job, device, quiet)
 
