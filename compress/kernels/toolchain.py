@@ -49,8 +49,8 @@ class Source(NamedTuple):
 
 
 def architecture_for(capability: tuple[int, int]) -> str:
-    """What to compile for: "sm_90" for a GPU of compute capability (9, 0). For one too new for the compiler it is the
-    newest that it knows, as "compute_120": PTX, of which the GPU's driver makes machine code.
+    """The target to compile for: "sm_90" for a GPU of compute capability (9, 0). For one too new for the compiler it is
+    the newest that it knows, as "compute_120": PTX, of which the GPU's driver makes machine code.
 
     Raises UnavailableError when NVRTC is not installed.
     """
@@ -86,7 +86,7 @@ class Resources(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a source."""
+    """Machine code of a source, with the compiler's log."""
 
     code: bytes
     """A cubin; PTX for an architecture as "compute_120"."""
@@ -94,7 +94,7 @@ class Compiled(NamedTuple):
 
     @property
     def resources(self) -> dict[str, Resources]:
-        """What each kernel of a cubin takes, from the assembler's log, which has a paragraph per kernel."""
+        """The resources of each kernel of a cubin, from the assembler's log, which has a paragraph per kernel."""
         found = {}
         for paragraph in self.log.split("Compiling entry function ")[1:]:
             numbers = {name: int(value) for value, name in _REPORTED.findall(paragraph)}
