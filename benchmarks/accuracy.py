@@ -245,7 +245,7 @@ def is_box(value: Any) -> TypeGuard[list[Any]]:
 
 COCO_HINT = "Give COCO's instances JSON"
 MAX_COCO_NUMBER = 1e9
-"""Of a coordinate or an area; NaN is refused, too."""
+"""Largest coordinate and area; NaN is refused, too."""
 WHOLE, TEXT = ("a whole number", is_whole), ("text", lambda value: isinstance(value, str))
 ENTRIES: Mapping[str, Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "images": {"id": WHOLE, "file_name": TEXT},

@@ -21,7 +21,7 @@ CODECS = ((".mp4", "mp4v"), (".avi", "MJPG"))
 MAX_NAME = 100
 """Characters of the name that is made of an address."""
 MAX_NAME_BYTES = 255
-"""Of file systems."""
+"""File systems take no longer names."""
 HINT = "Free some space, or choose another folder"
 
 
