@@ -185,6 +185,10 @@ def test_an_onnx_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_init_writes_a_recipe_that_run_accepts_and_never_overwrites(dataset: Path) -> None:
     folder = dataset.parent
+    (folder / "images/test").mkdir()
+    (folder / "images/test/unlabelled.png").write_bytes((folder / "images/val/0.png").read_bytes())
+    with dataset.open("a") as file:
+        file.write("test: images/test\n")
     assert edgestill("init", "job.yaml", "--data", dataset, "--imgsz", 64, cwd=folder).returncode == 0
     assert "exists" in refused("init", "job.yaml", "--data", dataset, cwd=folder, code=2)
     count = len(list((folder / "images/train").iterdir()))

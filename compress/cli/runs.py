@@ -61,6 +61,7 @@ def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int,
     Its epochs suit the number of training images.
     """
     from compress.data import load_data
+    from compress.data.labels import label_path
     from compress.recipe import load_recipe, recipe_text
     from runtime.files import atomic_write
 
@@ -75,7 +76,7 @@ def init(file: Path, data: Path, weights: Path | None, student: str, imgsz: int,
         student=student,
         imgsz=imgsz,
         images=len(splits["train"]) if splits else None,
-        split="val" if splits and "test" not in splits else "test",
+        split="val" if splits and not any(label_path(image).is_file() for image in splits.get("test", ())) else "test",
     )
     with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")

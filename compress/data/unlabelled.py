@@ -31,6 +31,8 @@ from runtime.image import IMAGE_SUFFIXES, Image, read_bytes
 from runtime.machine import usable_cores
 from runtime.sources import VIDEO_SUFFIXES, Source, image_files
 
+UNLABELLED = "unlabelled"
+"""The folder of a training that holds index and frames."""
 THUMBNAIL = 32
 RECENT = 50
 """Images that a new one is compared with: those that were kept last."""
@@ -55,7 +57,7 @@ def open_unlabelled(config: DistillConfig, out: Path, log: Log) -> SplitIndex | 
     if source is None:
         return None
     settings = repr((unlabelled_digest(source), config.frame_stride, config.duplicate_threshold, config.image_side))
-    place = out / "unlabelled" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    place = out / UNLABELLED / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not place.is_dir():
         _make(source, config, place, log)
     found = _read(place, source)

@@ -66,6 +66,8 @@ MAPS_MOVED = {"copy": 2}
 """Least number of maps that a variant reads and writes; 3 for any other."""
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
 
+Noise = Callable[..., Tensor]
+"""(*shape, dtype=torch.float32) -> normal random numbers."""
 Call = Callable[[int], Sequence[Tensor]]
 """Forward and backward of one set of inputs, by its number -> the gradients."""
 
@@ -168,10 +170,18 @@ def arguments(case: Case, device: torch.device, seed: int) -> list[Any]:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    students = [normal(*shape, dtype=DTYPES[case.dtype]) for shape in case.shapes]
-    if case.loss != HEAD_LOSS:
-        students = [s.contiguous(memory_format=LAYOUTS[case.layout]) for s in students]
-    teachers = [0.4 * s + torch.empty_like(s).normal_(generator=generator) for s in students]
+    return arguments_of(case, normal)
+
+
+def arguments_of(case: Case, normal: Noise) -> list[Any]:
+    """`arguments` that `normal` makes."""
+
+    def maps(shape: Sequence[int]) -> Tensor:
+        made = normal(*shape, dtype=DTYPES[case.dtype])
+        return made if case.loss == HEAD_LOSS else made.contiguous(memory_format=LAYOUTS[case.layout])
+
+    students = [maps(shape) for shape in case.shapes]
+    teachers = [0.4 * s + maps(s.shape) for s in students]
     channels = [shape[1] for shape in case.shapes]
     masks = [normal(n, h, w).abs() / (h * w) for n, _, h, w, *_ in case.shapes]
     values: dict[str, Any] = {
@@ -192,7 +202,7 @@ def arguments(case: Case, device: torch.device, seed: int) -> list[Any]:
         "cls": 0.5,
         "box": 0.05,
     }
-    made = [*(values[name] for name in FUSED[case.loss].parameters), torch.tensor(UPSTREAM, device=device)]
+    made = [*(values[name] for name in FUSED[case.loss].parameters), normal().fill_(UPSTREAM)]
     for learner in learners_of(case.loss, made):
         learner.requires_grad_()
     return made

@@ -227,9 +227,9 @@ __device__ __forceinline__ bool is_last_block(uint32* ticket, unsigned blocks, b
     if (threadIdx.x == 0) {
         __threadfence();
         *last = atomicInc(ticket, blocks - 1) == blocks - 1;
+        if (*last) __threadfence();  // in the thread that took the ticket; the barrier hands on what it sees
     }
     __syncthreads();
-    if (*last) __threadfence();
     return *last;
 }
 

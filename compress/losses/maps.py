@@ -1,4 +1,4 @@
-"""Raw maps in other terms: mirrored, on a coarser grid, averaged, from decoded rows, or made from boxes.
+"""Raw maps in other terms: mirrored, on a coarser grid, averaged, of other anchors, from decoded rows, or of boxes.
 
 A teacher's maps must mean what the student's mean, cell by cell and logit by logit. A logit that a teacher cannot give
 is NaN; a loss takes the student's own value in its place, so that it pulls nowhere.
@@ -20,6 +20,9 @@ BACKGROUND = -12.0
 boxes in all where there is none."""
 EDGE = 1e-6
 """Distance that probabilities keep from 0 and 1, so that their logits are finite."""
+SIDE_LIMIT = 4.0
+"""Largest logit of a side for other anchors. Where there is no object any side is as good, and in a regression a larger
+logit would outweigh those of objects."""
 
 
 def logit(probability: Tensor) -> Tensor:
@@ -59,6 +62,16 @@ def coarser(raw: Tensor, factor: int) -> Tensor:
     place = torch.cat((best % factor, best // factor), -1)
     centre = (taken[..., :2].sigmoid() * 2 - 0.5 + place) / factor
     return torch.cat((logit((centre + 0.5) / 2), taken[..., 2:]), -1)
+
+
+def for_anchors(raw: Tensor, own_wh: Tensor, wanted_wh: Tensor) -> Tensor:
+    """A raw map (B, na, H, W, 5 + nc) of the anchors `own_wh` (na, 2) as float32 for the anchors `wanted_wh`.
+
+    The boxes stay, but for sides beyond SIDE_LIMIT.
+    """
+    share = raw[..., 2:4].float().sigmoid() * (own_wh / wanted_wh).sqrt().view(-1, 1, 1, 2)
+    sides = logit(share).clamp(-SIDE_LIMIT, SIDE_LIMIT)
+    return torch.cat((raw[..., :2].float(), sides, raw[..., 4:].float()), -1)
 
 
 def maps_from_rows(rows: Tensor, anchors_wh: Tensor, strides: Sequence[int], size_hw: tuple[int, int]) -> list[Tensor]:

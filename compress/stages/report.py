@@ -87,7 +87,12 @@ def assemble(config: Config, inputs: Inputs) -> Report:
         quantisation=_quantisation(folders),
         engines=[_engine(plan, folders["build"]) for plan in read_json(folders["build"] / "build.json")],
         stages=[_stage(name, folder) for name, folder in folders.items()],
-        notes=[*not_made(folders), *trained_for_int8(folders), *shared_images(inputs.data)],
+        notes=[
+            *not_made(folders),
+            *trained_for_int8(folders),
+            *teacher_left_out(bench["models"]),
+            *shared_images(inputs.data),
+        ],
     )
 
 
@@ -124,6 +129,12 @@ def trained_for_int8(folders: Folders) -> Iterator[str]:
             f"{name} was trained for INT8: by calibration alone it lost {min(before):.4f} mAP50-95 with {count} layers "
             f"in float, now {after[-1]['drop']:.4f}, {verdict}."
         )
+
+
+def teacher_left_out(rows: Sequence[Row]) -> Iterator[str]:
+    """A sentence where no file of the teacher was measured."""
+    if all(row["role"] != "teacher" for row in rows):
+        yield "The teacher's file is not measured beside the student's: its classes are not the data's."
 
 
 def shared_images(data: Dataset) -> Iterator[str]:

@@ -29,13 +29,13 @@ from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
-from compress.store import Outcome
+from compress.store import Outcome, fingerprint
 from compress.study.figures import Run, summary
-from compress.study.judge import measured_once, split_index, teacher_accuracy_of
+from compress.study.judge import measured_by, measured_once, split_index, teacher_accuracy_of
 from compress.study.render import draw, to_markdown
 from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.child_process import how_it_ended
-from runtime.errors import EdgestillError, UsageError
+from runtime.errors import EdgestillError, InputError, UsageError
 from runtime.files import atomic_write, read_json, sha256, write_json
 from runtime.sources import image_files
 
@@ -64,10 +64,11 @@ End = Run | Failed | None
 def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = print) -> Path:
     """Train every arm, or those named, with every seed, and write the study into `out`. Returns study.json's path.
 
-    A run that is done is not repeated; one that was killed, or stopped because the time was up, goes on. The runs end
-    with this process, by whatever end. A run that fails costs the others nothing: the study is written without it.
-    Raises UsageError when arms or split are unknown or an arm cannot be trained as it is set, EdgestillError when a run
-    failed.
+    A run that is done is not repeated; one that was killed, or stopped because the time was up, goes on. Arms that are
+    not named keep the runs that were made as they would be now. The runs end with this process, by whatever end. A run
+    that fails costs the others nothing: the study is written without it. Raises UsageError when arms or split are
+    unknown or an arm cannot be trained as it is set, InputError when no image of the split can judge, EdgestillError
+    when a run failed.
     """
     limit = recipe.study.time_limit_s
     until = None if limit is None else time.monotonic() + limit
@@ -77,13 +78,16 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
     plan = [(arm, seed, arm_recipe(recipe, arm, seed)) for seed in range(recipe.study.seeds) for arm in chosen]
     judges = _index_split(recipe, out)
     teacher = run_recipe(recipe, out, until="teacher", log=log)[-1]
-    about = _about(recipe, plan, judges, teacher, out, log)
+    kept = kept_runs(recipe, [arm for arm in recipe.study.arms if arm not in chosen], out, judges)
+    shown = [*plan, *((run.arm, run.seed, arm_recipe(recipe, run.arm, run.seed)) for run in kept)]
+    about = _about(recipe, shown, judges, teacher, out, log)
     ends = _in_processes(plan, recipe.study.jobs, out, until, log)
     failed = {name: end.reason for name, end in ends.items() if isinstance(end, Failed)}
     unfinished = [name for name, end in ends.items() if end is None]
+    known = {arm for arm, _, _ in shown}
     document = summary(
-        {arm: recipe.study.arms[arm] for arm in chosen},
-        [end for end in ends.values() if isinstance(end, Run)],
+        {arm: settings for arm, settings in recipe.study.arms.items() if arm in known},
+        [*(end for end in ends.values() if isinstance(end, Run)), *kept],
         seeds=max((seed for arm, seed, _ in plan if ends[f"{arm}-{seed}"]), default=0) + 1,
         failed=failed,
         **about,
@@ -97,6 +101,24 @@ def run_study(recipe: Recipe, out: Path, arms: Sequence[str] = (), log: Log = pr
             f"{len(failed)} of {len(plan)} runs failed; {name}: {reason}", "Run the study again: the others are kept"
         )
     return out / STUDY
+
+
+def kept_runs(recipe: Recipe, arms: Sequence[str], out: Path, judges: Dataset) -> list[Run]:
+    """The runs of these arms that were made by the same settings, data and teacher as they would be now."""
+    runs = (_kept_run(recipe, arm, seed, out, judges) for seed in range(recipe.study.seeds) for arm in arms)
+    return [run for run in runs if run]
+
+
+def _kept_run(recipe: Recipe, arm: str, seed: int, out: Path, judges: Dataset) -> Run | None:
+    file = out / "runs" / f"{arm}-{seed}" / RESULT
+    if not file.is_file():
+        return None
+    try:
+        training = fingerprint(stage("distill").task(arm_recipe(recipe, arm, seed), out))
+    except EdgestillError:  # the arm cannot be trained as it is set now
+        return None
+    kept = read_json(file)
+    return Run(**kept["found"]) if kept["of"] == measured_by(training, judges) else None
 
 
 def _about(
@@ -218,7 +240,10 @@ def _index_split(recipe: Recipe, out: Path) -> Dataset:
     data, split = load_data(recipe.data), recipe.study.split
     if split not in data.splits:
         raise UsageError(f"{recipe.data}: no {split} split to judge the arms on", "Add one, or set study.split=val")
-    judges = index_dataset(data, [split])
+    try:
+        judges = index_dataset(data, [split])
+    except InputError as error:
+        raise InputError(error.message, f"{error.hint or 'Correct the split'}, or set study.split") from None
     judges.save(split_index(out, split))
     return judges
 

@@ -6,23 +6,28 @@ and the descriptor of a pipe that the study keeps open as long as it wants the r
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from compress.config import Recipe
 from compress.data import Dataset
+from compress.data.unlabelled import UNLABELLED
 from compress.pipeline import stage
 from compress.store import Outcome, alone_in, execute
 from compress.study import GRACE_S, JOB, RESULT, STOPPED
 from compress.study.figures import Run
-from compress.study.judge import accuracy_of, judges_of, measured_once
+from compress.study.judge import accuracy_of, judges_of, measured_by, measured_once
 from compress.training.resume import LAST
 from runtime.child_process import end_when_closed
 from runtime.errors import EdgestillError
-from runtime.files import read_json
+from runtime.files import read_json, sha256
+
+FRAMES = "frames"
 
 
 def main(folder: Path, study: Path) -> None:
@@ -30,9 +35,32 @@ def main(folder: Path, study: Path) -> None:
     recipe = Recipe.model_validate(job["recipe"])
     with alone_in(folder, wait=True):  # one may work there still, because it outlived the study that started it
         trained = execute(stage("distill").task(recipe, study), folder, log=lambda line: print(line, flush=True))
+        share_frames(trained.folder, study / FRAMES)
         judges = judges_of(recipe, study)
-        of = {"training": trained.fingerprint, "judges": judges.sha256}
+        of = measured_by(trained.fingerprint, judges)
         measured_once(folder / RESULT, of, lambda: measured(job, recipe, trained, judges)._asdict())
+
+
+def share_frames(training: Path, store: Path) -> None:
+    """Make the frames of an unlabelled video, which every run of a study extracts, hard links to one file each in
+    `store`. Where the file system has none they stay as they are.
+    """
+    with suppress(OSError):
+        for file in training.glob(f"{UNLABELLED}/*/*.jpg"):
+            if file.stat().st_nlink == 1:
+                store.mkdir(exist_ok=True)
+                _share(file, store / f"{sha256(file)}.jpg")
+
+
+def _share(file: Path, kept: Path) -> None:
+    """Make both paths one file, `kept` if it is there already."""
+    try:
+        os.link(file, kept)
+    except FileExistsError:
+        link = file.with_suffix(".link")
+        link.unlink(missing_ok=True)
+        os.link(kept, link)
+        link.replace(file)
 
 
 def measured(job: Mapping[str, Any], recipe: Recipe, trained: Outcome, judges: Dataset) -> Run:

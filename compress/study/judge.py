@@ -49,6 +49,11 @@ def teacher_accuracy_of(weights: Path, recipe: Recipe, judges: Dataset) -> dict[
     return {"map50_95": found.map50_95, "map50": found.map50}
 
 
+def measured_by(training: str, judges: Dataset) -> dict[str, str]:
+    """That which a run's result depends on: the fingerprint of its training, and the images that judge."""
+    return {"training": training, "judges": judges.sha256}
+
+
 def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """The figures in `file` if they are `of` the same, else those that `measure` finds, which are kept there."""
     kept = read_json(file) if file.is_file() else {}

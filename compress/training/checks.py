@@ -279,4 +279,6 @@ def compared(student_map: float, teacher_map: float) -> str:
         f"the student reaches {student_map / teacher_map:.0%} of its teacher: "
         f"mAP50-95 {student_map:.4f} against {teacher_map:.4f} on val"
     )
-    return line if student_map < teacher_map else f"{line}; a better teacher would teach it more"
+    if student_map < teacher_map:
+        return line
+    return f"{line}; a better teacher would teach it more, and `edgestill study` tells whether this one helps"

@@ -16,11 +16,12 @@ from compress.compute.resize import reduced
 from compress.config import STUDENT_ACTIVATIONS, StudentConfig, TrainConfig
 from compress.data.train_dataset import TrainItems
 from compress.log import Log
+from compress.losses.maps import for_anchors
 from compress.models import Architecture, YOLOv5, load, load_model
 from compress.models.architecture import Anchors
 from compress.models.inherit import classes_by_name, fit_head, inherit, recalibrate, why_not
 from compress.processes import is_first_process
-from compress.training.class_map import class_map_of
+from compress.training.class_map import ClassMap, class_map_of
 from compress.training.objective import DETECTION_TERMS, Objective
 from compress.training.prepare import first_batches, new_model
 from compress.training.teacher import AnyTeacher, Teacher
@@ -111,7 +112,8 @@ def inherit_from(
 ) -> None:
     """Copy slices of `source` into the objective's model, measure its BatchNorm statistics and fit its head. In place.
 
-    The head is fitted to the outputs of `by`, else of the source, whose classes are then matched by name.
+    The head is fitted to the outputs of `by`; without it to those of the source, for the student's anchors and, by
+    name, its classes.
     Writes `inheritance.json` into `out`: how many parameters were copied, which classes, which blocks start afresh, and
     the parts of the label loss (box, obj, cls) from scratch and before the first step, 0 where no label is known.
     Raises UsageError when the model is not a slice of the source.
@@ -126,7 +128,9 @@ def inherit_from(
     found = inherit(student, source, classes)
     recalibrate(student, images)
     named = class_map_of(classes)
-    wanted = (larger(x).raw for x in loaded) if by else ([named(level) for level in larger(x).raw] for x in images)
+    wanted = (
+        (larger(x).raw for x in loaded) if by else (_in_terms_of(student, source, larger(x).raw, named) for x in images)
+    )
     fit_head(student, zip(images, wanted, strict=True), named.unknown)
     start = _label_loss(objective, images, targets, labelled)
     told = f"{sum(start.values()):.3f}, from scratch {sum(scratch.values()):.3f}" if train.labelled else "not known"
@@ -137,6 +141,15 @@ def inherit_from(
     if is_first_process():
         losses = {"loss_from_scratch": scratch, "loss_before_first_step": start}
         write_json(out / INHERITANCE, found._asdict() | losses)
+
+
+def _in_terms_of(student: YOLOv5, source: YOLOv5, raw: Sequence[torch.Tensor], named: ClassMap) -> list[torch.Tensor]:
+    """The source's raw maps for the student's classes and anchors."""
+    maps = [named(level) for level in raw]
+    if student.arch.anchors == source.arch.anchors:
+        return maps
+    own, wanted = (network.detect.anchors.to(maps[0].device) for network in (source, student))
+    return list(map(for_anchors, maps, own, wanted))
 
 
 @torch.no_grad()

@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from compress.compute.device import convolutions_measured, pick_device, to_device
-from compress.compute.precision import pick_precision
 from compress.compute.resize import reduced
 from compress.compute.threads import ThreadChoice, fixed_threads, threads_restored
-from compress.config import PrecisionName, TrainConfig
+from compress.config import TrainConfig
 from compress.data.dataset import Sample
 from compress.data.loader import Batch, batch_count
 from compress.data.train_dataset import TrainItems
@@ -54,8 +51,8 @@ from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
-from compress.training.together import close_group_at_exit, decided_by_first, lost_processes_named
-from runtime.errors import EdgestillError, UsageError
+from compress.training.together import decided_by_first, lost_processes_named, new_accelerator, require_share
+from runtime.errors import EdgestillError
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Trainer:
 
     def __init__(self, job: Job, device: str, log: Log) -> None:
         self.job, self.config, self.state = job, job.config, TrainState()
-        self.accelerator = _accelerator(pick_device(device), self.config.precision)
+        self.accelerator = new_accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         require_share(self.config.batch, self.processes)
@@ -467,27 +464,6 @@ class Trainer:
         self.state = TrainState(**state["train_state"])
 
 
-def require_share(batch: int, processes: int) -> None:
-    """Raises UsageError when a batch is too small for each process to have an image of it."""
-    if batch < processes:
-        raise UsageError(f"a batch of {batch} for {processes} processes", f"Set batch to {processes} or more")
-
-
 def of_teacher(name: str) -> str:
     """The file of a teacher that trains too, beside the student's of this name."""
     return f"teacher_{name}"
-
-
-MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""Type of the networks' arithmetic -> accelerate's word for it."""
-
-
-def _accelerator(device: torch.device, precision: PrecisionName) -> Accelerator:
-    """The accelerator of one training. Raises UnavailableError when the device does not compute in the precision."""
-    mixed = MIXED[pick_precision(precision, device)]
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current GPU
-    # a second training in this process may differ in device or arithmetic, which accelerate's shared state forbids
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    close_group_at_exit()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)

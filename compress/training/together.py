@@ -9,13 +9,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
-from runtime.errors import EdgestillError, one_line
+from compress.compute.precision import pick_precision
+from compress.config import PrecisionName
+from runtime.errors import EdgestillError, UsageError, one_line
 
 T = TypeVar("T")
+MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""Type of the networks' arithmetic -> accelerate's word for it."""
+
+
+def new_accelerator(device: torch.device, precision: PrecisionName) -> Accelerator:
+    """The accelerator of one training. Raises UnavailableError when the device does not compute in the precision."""
+    mixed = MIXED[pick_precision(precision, device)]
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current GPU
+    # a second training in this process may differ in device or arithmetic, which accelerate's shared state forbids
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    close_group_at_exit()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+
+
+def require_share(batch: int, processes: int) -> None:
+    """Raises UsageError when a batch is too small for each process to have an image of it."""
+    if batch < processes:
+        raise UsageError(f"a batch of {batch} for {processes} processes", f"Set batch to {processes} or more")
 
 
 def close_group_at_exit() -> None:

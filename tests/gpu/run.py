@@ -43,6 +43,8 @@ GRACE_S = 5
 """Seconds that a part has to end when it is asked to."""
 TIMED_OUT, NOT_FOUND, FOUND_SOMETHING = 124, 127, 9
 KERNELS = "tests/gpu/test_on_gpu.py"
+COMPILED = "graphs_and_compiled"
+"""A test that takes as long as all those of a loss."""
 REST = "rest"
 """Tests of no single loss."""
 PYTHON = sys.executable
@@ -152,9 +154,10 @@ def correctness(losses: Sequence[str], kernels: Sequence[str]) -> list[Part]:
 
     Only launches whose kernel has one of the names `kernels` in its own are sanitized: those of torch take minutes.
     """
-    names = [*losses, REST]
+    apart = [*losses, COMPILED]
     return [
-        *(tests(name, KERNELS, name if name != REST else f"not ({' or '.join(losses)})") for name in names),
+        *(tests(name, KERNELS, name) for name in apart),
+        tests(REST, KERNELS, f"not ({' or '.join(apart)})"),
         tests("loading", "tests/gpu/test_loading.py", ""),
         Part("rivals", (PYTHON, "tests/gpu/rivals.py"), 150),
         sanitizer("memcheck", kernels, "--report-api-errors", "no"),  # asking for a newer driver's function is no fault

@@ -1,18 +1,26 @@
-"""Every kernel on the GPU itself. `run.sh` runs this first; without a GPU all of it is skipped."""
+"""Every kernel on the GPU itself. `run.sh` runs this first; without a GPU all of it is skipped.
+
+What these tests expect can be tried without one: with EDGESTILL_TESTED_ON=shim those that need no GPU run on the host
+shim (`tests/compress/kernels/test_gpu_tests.py`).
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from shapes import DETECTOR, EXTREME, LEVELS, MEDIUM, OPCHECK, SELECTIONS, SHAPES, UNLIKE, even
 from shim.cases import HEAD, with_learners
+from shim.device import ShimDevice
 from shim.oracle import (
     DTYPES,
     GRADIENT_TOLERANCE,
@@ -35,24 +43,40 @@ from shim.oracle import (
 from torch import Tensor
 
 from compress.kernels import fused
-from compress.kernels.device import Launch
+from compress.kernels.device import Device, Launch
+from compress.kernels.fused import FusedLoss
 from compress.kernels.gpu import gpu
 from compress.kernels.losses import FUSED
 from compress.kernels.rescale import SOURCE as RESCALE
 
-if not torch.cuda.is_available():
+ON_SHIM = os.environ.get("EDGESTILL_TESTED_ON") == "shim"
+if not (ON_SHIM or torch.cuda.is_available()):
     pytest.skip("torch sees no NVIDIA GPU", allow_module_level=True)
 
 WORKSPACE_BYTES = {"fgd": 8 << 20, "adapter_mse": 16 << 20, "soft_head": 5 << 20}
 """Beside the gradients: FGD's float32 maps over pixels, a few of 0.8 MB per level; a copy of dW for each block; the
 head's gates."""
 MEBIBYTE = 1 << 20
-TORCH = torch.device("cuda:0")
+TORCH = torch.device("cpu" if ON_SHIM else "cuda:0")
 HALF = torch.float16
 
 every_loss = pytest.mark.parametrize("name", FUSED)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+needs_gpu = pytest.mark.skipif(ON_SHIM, reason="what it looks at a GPU alone has, or its maps are too large for a CPU")
+
+
+@functools.cache
+def device() -> Device:
+    """Where the kernels run."""
+    return ShimDevice() if ON_SHIM else gpu(0)
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_shim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses' own functions take the shim too, where it stands for a GPU."""
+    if ON_SHIM:
+        monkeypatch.setattr(FusedLoss, "device", lambda self, arguments: device())
 
 
 # ---- inputs -------------------------------------------------------------------------------------------------------
@@ -68,7 +92,6 @@ def arguments(
     seed: int = 0,
     weighted: bool = False,
     scale: float | None = None,
-    device: torch.device = TORCH,
 ) -> list[Any]:
     """The arguments of `name`; without `scale` the upstream gradient is one that gives gradients normal sizes."""
     generator = torch.Generator().manual_seed(9 + seed)
@@ -79,13 +102,13 @@ def arguments(
     large = sum(map(torch.Size.numel, map(torch.Size, shapes))) > 1 << 22
     make = pair_on_gpu if large else pair
     pairs = [make(shape, dtype, seed=seed + i, layout=layout, skip=skip) for i, shape in enumerate(shapes)]
-    students, teachers = ([laid(x.to(device), layout, skip) for x in maps] for maps in zip(*pairs, strict=True))
+    students, teachers = ([laid(x.to(TORCH), layout, skip) for x in maps] for maps in zip(*pairs, strict=True))
     if name == "soft_head":
         teachers = [with_clear_limit(teacher) for teacher in teachers]
-    weights = [torch.rand(n, h, w, generator=generator).to(device) for n, _, h, w, *_ in shapes]
+    weights = [torch.rand(n, h, w, generator=generator).to(TORCH) for n, _, h, w, *_ in shapes]
     channels = [shape[1] for shape in shapes]
-    matrices = [(torch.randn(c, c, generator=generator) / c**0.5).to(dtype).float().to(device) for c in channels]
-    biases = [torch.randn(c, generator=generator).to(dtype).float().to(device) for c in channels]
+    matrices = [(torch.randn(c, c, generator=generator) / c**0.5).to(dtype).float().to(TORCH) for c in channels]
+    biases = [torch.randn(c, generator=generator).to(dtype).float().to(TORCH) for c in channels]
     values = {
         "students": students,
         "teachers": teachers,
@@ -98,12 +121,12 @@ def arguments(
         "temperature": 0.5,
         "seen": teachers,
         "tells_all": True,
-        "anchors": [a.to(device) for a in head_anchors(len(shapes))],
+        "anchors": [a.to(TORCH) for a in head_anchors(len(shapes))],
         **HEAD,
         "balance": HEAD["balance"][: len(shapes)],
     }
     if scale is not None:
-        expected = torch.tensor(float(scale), device=device)
+        expected = torch.tensor(float(scale), device=TORCH)
     elif name == "adapter_mse":  # the gradient of a matrix adds up all pixels, which eager code does in float16
         expected = upstream(students) / 32
     else:
@@ -146,17 +169,18 @@ def true_gradients(name: str, given: list[Any], wanted: float) -> list[Tensor]:
 
 
 def run_kernels(name: str, given: list[Any]) -> Any:
-    return kernels_of(FUSED[name])(gpu(0), *given)
+    return kernels_of(FUSED[name])(device(), *given)
 
 
 def checked(name: str, given: list[Any]) -> tuple[float, float]:
     """See `oracle.check`."""
-    return check(kernels_of(FUSED[name]), FUSED[name].reference, gpu(0), given, FUSED[name].learns)
+    return check(kernels_of(FUSED[name]), FUSED[name].reference, device(), given, FUSED[name].learns)
 
 
 # ---- loss and gradient --------------------------------------------------------------------------------------------
 
 
+@needs_gpu
 def test_the_kernels_are_what_is_tested() -> None:
     assert fused.runs_fused([torch.ones(1, 1, 1, 1, device=TORCH)])
     assert torch.empty(5, device=TORCH).isnan().all(), "nothing is poisoned"
@@ -190,6 +214,7 @@ def test_pixels_may_have_weights(name, dtype, layout):
     checked(name, arguments(name, LEVELS, dtype, layout=layout, weighted=True))
 
 
+@needs_gpu
 @every_loss
 @every_layout
 def test_a_detectors_maps_are_compared_right(name, layout, note):
@@ -229,6 +254,7 @@ def test_what_is_not_finite_reaches_the_loss(name, bad):
 # ---- the same bits ------------------------------------------------------------------------------------------------
 
 
+@needs_gpu
 @every_loss
 @every_dtype
 @every_layout
@@ -237,6 +263,7 @@ def test_every_run_gives_the_same_bits(name, dtype, layout):
     assert same_bits(*(run_kernels(name, given) for _ in range(5)))
 
 
+@needs_gpu
 @every_loss
 def test_two_streams_at_once_give_what_one_gives(name):
     """As they would not with a ticket or a partial sum that both use."""
@@ -253,6 +280,7 @@ def test_two_streams_at_once_give_what_one_gives(name):
     assert all(same_bits(expected, *results) for results, expected in zip(found, alone, strict=True))
 
 
+@needs_gpu
 @every_loss
 @pytest.mark.parametrize("scale", [2.0, 65536.0])
 def test_a_captured_graph_gives_what_eager_code_gives(name, scale):
@@ -275,6 +303,7 @@ def test_a_captured_graph_gives_what_eager_code_gives(name, scale):
         assert all(map(torch.equal, gradients.tensors, expected[turn]))
 
 
+@needs_gpu
 @every_loss
 def test_two_captured_graphs_at_once_give_what_each_gives_alone(name):
     """As they would not with a ticket that both use."""
@@ -318,12 +347,13 @@ def tensors_of(given: list[Any]) -> list[Tensor]:
     return [tensor for value in given[:-1] if fused.are_tensors(value) for tensor in value]
 
 
+@needs_gpu
 def test_a_call_after_a_refused_launch_is_right() -> None:
     """A failed launch must leave no error behind that a later one reports."""
     given = arguments("cwd", LEVELS)
     expected = run_kernels("cwd", given)
     with pytest.raises(Exception, match="cuLaunchKernel"):
-        gpu(0).launch(Launch(RESCALE, "rescale_f16", _no_arguments(), grid=1, block=4096))
+        device().launch(Launch(RESCALE, "rescale_f16", _no_arguments(), grid=1, block=4096))
     assert same_bits(run_kernels("cwd", given), expected)
 
 
@@ -362,6 +392,7 @@ def test_a_second_backward_through_a_freed_graph_is_refused(name):
         differentiated(name, arguments(name, LEVELS[2:]), 1.0, 1.0)
 
 
+@needs_gpu
 @every_loss
 def test_float16_gradients_do_not_vanish(name):
     """At the size at which most would: the scale of a new gradient scaler, folded in."""
@@ -376,13 +407,13 @@ def test_float16_gradients_do_not_vanish(name):
 @every_loss
 def test_a_gradient_scaler_gets_the_gradient_of_float32(name):
     """A step of mixed precision: maps in float16, the loss scaled by a real gradient scaler, unscaled again."""
-    scaler = torch.amp.GradScaler("cuda")
+    scaler = torch.amp.GradScaler(TORCH.type)
     given = arguments(name, MEDIUM[1:])
     given[-1] = scaler.scale(torch.ones((), device=TORCH))
     given[0] = [s.float() for s in given[0]]
     learners = learners_of(name, given)
     optimizer = torch.optim.SGD(learners, lr=1.0)
-    with torch.autocast("cuda", dtype=HALF):
+    with torch.autocast(TORCH.type, dtype=HALF):
         inside = with_learners(name, given, learners)
         inside[0] = [s.half() for s in inside[0]]
         loss = loss_of(name, inside)
@@ -396,6 +427,7 @@ def test_a_gradient_scaler_gets_the_gradient_of_float32(name):
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 
+@needs_gpu
 @every_loss
 def test_a_call_takes_one_gradient_and_little_more(name):
     shapes = DETECTOR[:1] if name == "adapter_mse" else DETECTOR  # wider adapters are matrix products with copies
@@ -442,12 +474,14 @@ assert found == [9.0, 9.0], found
 """
 
 
+@needs_gpu
 def test_the_first_launch_may_come_from_the_backward_thread() -> None:
     """In a process where nothing was launched before; then from a thread that torch does not know."""
     done = subprocess.run([sys.executable, "-c", BACKWARD_FIRST], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
+@needs_gpu
 @every_loss
 def test_compiled_code_gives_what_eager_code_gives(name):
     given = arguments(name, LEVELS, scale=2.0)
@@ -460,6 +494,7 @@ def test_compiled_code_gives_what_eager_code_gives(name):
         assert gradient_error(f, e.double()) < 1e-3
 
 
+@needs_gpu
 @every_loss
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_the_registered_op_is_sound(name, scale):
@@ -469,6 +504,7 @@ def test_the_registered_op_is_sound(name, scale):
     torch.library.opcheck(getattr(torch.ops.edgestill, name).default, tuple(inputs))
 
 
+@needs_gpu
 @every_loss
 def test_the_registered_op_and_the_eager_path_give_the_same_bits(name):
     given = arguments(name, MEDIUM)
@@ -478,6 +514,7 @@ def test_the_registered_op_and_the_eager_path_give_the_same_bits(name):
     assert all(map(torch.equal, gradients, others))
 
 
+@needs_gpu
 @every_loss
 def test_mixed_precision_changes_nothing(name):
     given = arguments(name, LEVELS)
@@ -486,6 +523,7 @@ def test_mixed_precision_changes_nothing(name):
     assert torch.equal(inside, loss_of(name, given))
 
 
+@needs_gpu
 def test_the_definition_can_be_forced(monkeypatch) -> None:
     maps = [torch.ones(1, 1, 1, 1, device=TORCH)]
     monkeypatch.setenv(fused.SWITCH, "off")
@@ -548,6 +586,7 @@ def test_adapter_mse_brings_other_numbers_of_channels_into_the_teachers(channels
     note("adapter_mse", dtype, checked("adapter_mse", given))
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     ("shape", "scale"), [((32, 128, 80, 80), 65536.0), ((3, 257, 7, 9), 512.0), ((8, 200, 20, 20), 512.0)], ids=str
 )
@@ -565,10 +604,16 @@ def test_adapter_mse_is_no_worse_than_eager_code(shape, scale):
 # ---- the training step --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def toys() -> Any:
-    """Trainings of tiny networks, where the packages that a training needs are installed."""
-    return pytest.importorskip("tests.compress.training.toys")
+@pytest.fixture(scope="module")
+def toys() -> ModuleType:
+    """Trainings of tiny networks. Loaded by its path: there may be another package `tests` on the machine."""
+    path = Path(__file__).parents[1] / "compress/training/toys.py"
+    spec = importlib.util.spec_from_file_location("toys_of_trainings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def training(toys: Any, out: Path, **settings: Any) -> Any:
@@ -589,6 +634,7 @@ def terms_of(made: Any, batches: Sequence[Any], first: int = 0) -> Tensor:
     return torch.stack([made.train_batch(one, number) for number, one in enumerate(batches, first)])
 
 
+@needs_gpu
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_a_teacher_in_half_precision_gives_what_autocast_gives(toys, precision):
     from compress.training.teacher import Teacher
@@ -600,6 +646,7 @@ def test_a_teacher_in_half_precision_gives_what_autocast_gives(toys, precision):
         assert all(map(torch.equal, found, wanted))
 
 
+@needs_gpu
 @pytest.mark.parametrize(
     ("precision", "settings"),
     [
@@ -620,6 +667,7 @@ def test_graphs_and_compiled_networks_learn_as_plain_steps_do(toys, tmp_path, pr
     assert len(made.graphs._graphs) == 2
 
 
+@needs_gpu
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_path, graph):
     made, batches = training(toys, tmp_path, precision="float16", cuda_graph=graph), batches_on_gpu(toys, 10)
@@ -634,6 +682,7 @@ def test_a_batch_that_overflows_float16_moves_nothing_but_the_scale(toys, tmp_pa
     assert terms_of(made, batches[:3], 12).isfinite().all()
 
 
+@needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_step_never_waits_for_the_gpu(toys, tmp_path, precision):
     made, batches = training(toys, tmp_path, precision=precision), batches_on_gpu(toys, 4)

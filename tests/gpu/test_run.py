@@ -136,9 +136,10 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, tmp_path, capsys) -> None:
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_loss_is_tested_by_itself_and_the_rest_once() -> None:
+def test_every_loss_and_what_takes_long_is_tested_by_itself_and_the_rest_once() -> None:
     chosen = [part.command[-1] for part in run.correctness(["cwd", "pkd"], []) if run.KERNELS in part.command]
-    assert chosen == ["cwd", "pkd", "not (cwd or pkd)"]
+    assert chosen == ["cwd", "pkd", run.COMPILED, f"not (cwd or pkd or {run.COMPILED})"]
+    assert f"def test_{run.COMPILED}_" in (run.REPOSITORY / run.KERNELS).read_text()
 
 
 def test_the_sanitizers_look_at_our_kernels_alone_and_forgive_questions_to_the_driver() -> None:

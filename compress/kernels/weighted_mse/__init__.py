@@ -36,9 +36,11 @@ WEIGHT_BLOCKS = 64
 WEIGHT_CONSTANTS = {"WEIGHT_EPS": WEIGHT_EPS, "WEIGHT_BLOCKS": WEIGHT_BLOCKS}
 """The constants that weights.cuh needs from a source that includes it."""
 THREADS = 256
-BLOCKS = 512
-"""Most blocks of one launch, over all levels: 4 per multiprocessor on 128 of them, as 64 registers per thread allow."""
-SOURCE = with_constants("weighted_mse", THREADS=THREADS, **WEIGHT_CONSTANTS)
+BLOCKS_PER_SM = 4
+"""Blocks of a multiprocessor, as 64 registers per thread allow."""
+BLOCKS = 128 * BLOCKS_PER_SM
+"""Most blocks of one launch, over all levels: all that 128 multiprocessors run at once."""
+SOURCE = with_constants("weighted_mse", THREADS=THREADS, BLOCKS_PER_SM=BLOCKS_PER_SM, **WEIGHT_CONSTANTS)
 
 
 def weighted_mse(students: Maps, teachers: Maps, weights: Maps = (), *, scale: Tensor | None = None) -> Tensor:

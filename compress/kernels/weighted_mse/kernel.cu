@@ -10,7 +10,7 @@
 #include "weights.cuh"
 
 constexpr int kThreads = THREADS;
-constexpr int kBlocks = 4;        // least per multiprocessor; without it the compiler spills to have more
+constexpr int kBlocks = BLOCKS_PER_SM;  // at least; without it the compiler spills to have more
 constexpr uint32 kChannels = 32;   // that share one read of the weights
 constexpr uint32 kAtOnce = 8;      // weights whose loads are under way together, in `weight_sums`
 

@@ -88,8 +88,8 @@ FAULTS: dict[str, Fault] = {
     "total: barrier before the flag dropped": Fault(
         "common.cuh",
         "weighted_mse",
-        "        *last = atomicInc(ticket, blocks - 1) == blocks - 1;\n    }\n    __syncthreads();\n",
-        "        *last = atomicInc(ticket, blocks - 1) == blocks - 1;\n    }\n",
+        "    }\n    __syncthreads();\n    return *last;\n",
+        "    }\n    return *last;\n",
     ),
     "total: in the order of arrival": Fault(
         "common.cuh",

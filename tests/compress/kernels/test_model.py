@@ -1,22 +1,21 @@
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 from compress.kernels import model
-from compress.kernels.bench_case import LAYOUTS, LEVELS
+from compress.kernels.bench_case import HEAD_LOSS, Case
 from compress.kernels.device import Launch
 from compress.kernels.losses import FUSED
-from compress.kernels.model import CARDS, KERNELS, LATENCY_US, LAUNCH_US, MODELLED, TRIP_US, Kernel
+from compress.kernels.model import CARDS, KERNELS, LATENCY_US, LAUNCH_US, SECTOR_BYTES, TRIP_US, Kernel
 from compress.kernels.toolchain import FOLDER
 from compress.kernels.weighted_mse import SOURCE, Args
 
 H100 = CARDS["H100"]
 STREAMING = Kernel(2, 1, registers=32, loads=4)
 """Eight blocks of 256 threads have 128 KB under way on each multiprocessor."""
-CASES = [(loss, size, layout) for loss, sizes in MODELLED.items() for size in sizes for layout in LAYOUTS]
+CASES = model.cases()
 
 
 def launch(grid=8 * H100.multiprocessors, block=256, **more):
@@ -102,31 +101,46 @@ def test_arithmetic_bounds_a_kernel_that_moves_little():
     assert model.estimate(H100, kernel, launch(), 2 * elements).us == pytest.approx(LAUNCH_US + 100 * elements / clock)
 
 
-@pytest.mark.parametrize(("loss", "size", "layout"), CASES, ids=map(str, CASES))
-def test_every_launch_has_a_row_and_no_loss_is_faster_than_the_stream(loss, size, layout):
-    assert {model.kernel_of(one) for one in model.launches_of(loss, size, layout)} <= set(KERNELS)
-    h100, h200 = (model.loss_us(CARDS[card], loss, size, layout) for card in ("H100", "H200"))
-    assert model.stream_us(H100, size) < h100
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_launch_has_a_row_and_no_loss_that_reads_whole_maps_is_faster_than_the_stream(case):
+    assert {model.kernel_of(one) for one in model.launches_of(case)} <= set(KERNELS)
+    h100, h200 = (model.loss_us(CARDS[card], case) for card in ("H100", "H200"))
+    assert model.stream_us(H100, case) < h100 or case.loss == HEAD_LOSS
     assert h200 < h100
 
 
 def test_every_row_is_a_kernel_that_is_launched():
-    launched = {model.kernel_of(one) for case in CASES for one in model.launches_of(*case)}
-    assert launched == set(KERNELS)
-    assert set(MODELLED) <= set(FUSED)
+    assert {model.kernel_of(one) for case in CASES for one in model.launches_of(case)} == set(KERNELS)
+    assert {case.loss for case in CASES} == set(FUSED)
 
 
 def test_launches_of_one_kernel_move_all_maps_once():
-    found = model.estimates(H100, "pkd", "all", "nchw")
+    case = Case("pkd", "all", "fp16", "nchw")
+    found = model.estimates(H100, case)
     assert len(found) == 3
-    elements = sum(n * c * h * w for n, c, h, w in LEVELS.values())
-    assert sum(one.moved_bytes for one in found) == pytest.approx(3 * 2 * elements)
+    assert sum(one.moved_bytes for one in found) == pytest.approx(3 * case.map_bytes)
+
+
+def test_of_a_head_only_the_top_rows_are_read_whole():
+    case = Case(HEAD_LOSS, "s8", "fp16")
+    (images, anchors, height, width, logits), select, compare = *case.shapes, *model.estimates(H100, case)
+    rows, top = images * anchors * height * width, 1000 * images
+    assert select.moved_bytes == rows * SECTOR_BYTES
+    assert compare.moved_bytes == case.map_bytes + 2 * ((rows - top) * SECTOR_BYTES + top * 2 * logits)
+
+
+def test_a_pass_over_the_gates_takes_as_many_turns_as_the_largest_image_needs():
+    small, large = (model.estimates(H100, Case(HEAD_LOSS, size, "fp16"))[0] for size in ("s32", "s8"))
+    turns = KERNELS["soft_head_select"].passes * (5 - 1)  # 19 200 rows and 1200, 4096 at once
+    memory_us = (large.moved_bytes - small.moved_bytes) / H100.stream_tb_s / 1e6
+    assert large.us - small.us == pytest.approx(turns * TRIP_US + memory_us)
 
 
 def test_channels_last_all_blocks_run_at_once_and_have_enough_under_way():
     needed = 1e6 * H100.stream_tb_s * LATENCY_US / H100.multiprocessors
-    for loss, size in product(("weighted_mse", "cwd", "pkd", "fgd"), ("s8", "all")):
-        for one in model.estimates(H100, loss, size, "channels_last"):
+    feature_maps = (case for case in CASES if case.loss in ("weighted_mse", "cwd", "pkd", "fgd"))
+    for case in (case for case in feature_maps if case.size in ("s8", "all") and case.layout == "channels_last"):
+        for one in model.estimates(H100, case):
             assert 0.9 < one.waves <= 1.0, one.launch.kernel
             assert one.under_way_bytes >= needed, one.launch.kernel
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.losses.maps import BACKGROUND, coarser, maps_from_boxes, maps_from_rows, mean_maps, mirrored
+from compress.losses.maps import (
+    BACKGROUND,
+    SIDE_LIMIT,
+    coarser,
+    for_anchors,
+    maps_from_boxes,
+    maps_from_rows,
+    mean_maps,
+    mirrored,
+)
 from compress.models import Architecture, YOLOv5
 from compress.models.network import decode_level
 
@@ -51,6 +60,20 @@ def test_a_network_that_is_symmetric_gives_mirrored_maps_for_mirrored_images(net
         here, there = both(images), mirrored(both(images.flip(3)))
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_maps_for_other_anchors_make_the_same_boxes(network: YOLOv5) -> None:
+    own = network.detect.anchors
+    for factor in (0.6, 1.0, 2.5):
+        maps = [for_anchors(level, anchors, factor * anchors) for level, anchors in zip(noise(), own, strict=True)]
+        levels = zip(noise(), maps, own, network.strides, strict=True)
+        for level, made, anchors, stride in levels:
+            rows = decode_level(level, stride * anchors, stride)
+            again = decode_level(made, factor * stride * anchors, stride)
+            fits = (made[..., 2:4].abs() < SIDE_LIMIT).flatten(1, 3)
+            assert fits.float().mean() > 0.7
+            torch.testing.assert_close(again[..., 2:4][fits], rows[..., 2:4][fits], rtol=1e-3, atol=1e-4)
+            assert torch.equal(again[..., [0, 1, 4, 5, 6]], rows[..., [0, 1, 4, 5, 6]])
 
 
 def test_the_mean_is_over_those_that_tell() -> None:

@@ -7,7 +7,14 @@ import pytest
 
 from compress.config import DistillConfig
 from compress.data import Dataset
-from compress.stages.report import not_made, reference_of_run, require_one_model, shared_images, trained_for_int8
+from compress.stages.report import (
+    not_made,
+    reference_of_run,
+    require_one_model,
+    shared_images,
+    teacher_left_out,
+    trained_for_int8,
+)
 from runtime.errors import InputError
 from runtime.files import write_json
 from tests.runtime.toys import card
@@ -50,6 +57,12 @@ def test_a_flavour_that_was_trained_for_int8_has_a_sentence(tmp_path: Path) -> N
         "int8-trt was trained for INT8: by calibration alone it lost 0.0310 mAP50-95 with 2 layers in float, "
         "now 0.0042, so it replaces the calibrated file."
     ]
+
+
+def test_a_teacher_whose_file_is_not_measured_has_a_sentence() -> None:
+    assert list(teacher_left_out([{"role": "student"}, {"role": "teacher"}])) == []
+    (sentence,) = teacher_left_out([{"role": "student"}])
+    assert sentence.endswith("its classes are not the data's.")
 
 
 def test_training_images_among_those_that_are_measured_are_told(tiny_data: Dataset) -> None:

@@ -16,7 +16,9 @@ from compress import study
 from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
+from compress.pipeline import stage
 from compress.recipe import load_recipe, recipe_text
+from compress.store import fingerprint
 from compress.study import (
     _in_processes,
     _run_apart,
@@ -25,10 +27,15 @@ from compress.study import (
     check_arm,
     chosen_arms,
     count_in_folder,
+    kept_runs,
     run_study,
     shared_by,
 )
-from runtime.errors import EdgestillError, UsageError
+from compress.study.__main__ import share_frames
+from compress.study.figures import Run
+from compress.study.judge import measured_by
+from runtime.errors import EdgestillError, InputError, UsageError
+from runtime.files import write_json
 
 ARMS = {
     "scratch": {"student": {"init": "scratch"}, "distill": {"losses": {}}},
@@ -139,6 +146,33 @@ def test_judging_images_among_the_unlabelled_ones_are_counted(tiny_data: Dataset
     assert count_in_folder(val, tiny_data.path) == 0
 
 
+def test_without_a_label_in_the_split_that_judges_nothing_is_trained(three_splits: Path, tmp_path: Path) -> None:
+    shutil.rmtree(three_splits.parent / "labels/val")
+    with pytest.raises(InputError, match=r"test: no image has a label.*, or set study\.split"):
+        run_study(recipe(three_splits), tmp_path / "out")
+    assert not (tmp_path / "out/teacher").exists()
+
+
+def test_an_arm_that_is_not_named_keeps_what_it_reached_if_it_would_be_trained_alike(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    made, run = recipe(tiny_data.path), Run("soft", 1, 0.5, 0.7, 0.1)
+    for stage_name in ("data", "teacher"):
+        (tmp_path / stage_name).mkdir()
+        (tmp_path / stage_name / "file").write_text(stage_name)
+    training = fingerprint(stage("distill").task(arm_recipe(made, "soft", 1), tmp_path))
+    file = tmp_path / "runs/soft-1/result.json"
+    write_json(file, {"of": measured_by(training, tiny_data), "found": run._asdict()})
+    assert kept_runs(made, ["scratch", "soft"], tmp_path, tiny_data) == [run]
+    assert kept_runs(made, ["scratch"], tmp_path, tiny_data) == []
+    longer = {**made.distill.model_dump(exclude_unset=True), "epochs": 2}
+    assert kept_runs(recipe(tiny_data.path, distill=longer), ["soft"], tmp_path, tiny_data) == []
+    other = recipe(tiny_data.path, study={"arms": {"soft": {"distill": {"epoch": 1}}}, "seeds": 2})
+    assert kept_runs(other, ["soft"], tmp_path, tiny_data) == []
+    (tmp_path / "teacher/file").write_text("another")
+    assert kept_runs(made, ["soft"], tmp_path, tiny_data) == []
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_arms_of_the_template_suit_every_strategy(strategy: str, three_splits: Path, tmp_path: Path) -> None:
     text = recipe_text(file="r.yaml", name="r", data=str(three_splits), weights=None, student="p", imgsz=64)
@@ -188,6 +222,25 @@ def test_a_study_trains_each_arm_once_and_measures_it_on_the_test_split(three_sp
         assert one["of"]["judges"] != other["of"]["judges"]
 
 
+def test_runs_share_the_frames_of_a_video(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        for number, content in enumerate((b"first", b"second", b"first")):
+            file = run / f"unlabelled/digest/{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        (run / "unlabelled/digest/index.json").write_text("{}")
+    for run in (*runs, *runs):
+        share_frames(run, tmp_path / "frames")
+    frames = {file.read_bytes(): file.stat() for file in (tmp_path / "frames").iterdir()}
+    assert {content: found.st_nlink for content, found in frames.items()} == {b"first": 5, b"second": 3}
+    for run in runs:
+        files = sorted((run / "unlabelled/digest").iterdir())
+        assert [file.name for file in files] == ["0.jpg", "1.jpg", "2.jpg", "index.json"]
+        assert [file.read_bytes() for file in files[:3]] == [b"first", b"second", b"first"]
+        assert all(file.stat().st_ino == frames[file.read_bytes()].st_ino for file in files[:3])
+
+
 def test_a_process_is_stopped_when_its_time_is_up_even_if_it_does_not_listen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -235,9 +288,9 @@ _in_processes([("arm", 0, Recipe(data=out / "data.yaml"))], 1, out, None, print)
 @pytest.mark.slow
 def test_no_run_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
     """The run waits for a lock that the test holds, so it never ends by itself."""
-    run = tmp_path / "runs/arm-0"
-    run.mkdir(parents=True)
-    with (run / ".lock").open("w") as lock:
+    work = tmp_path / "runs/arm-0/.work"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
         try:

@@ -93,7 +93,7 @@ def test_a_teacher_no_better_than_the_student_is_told(start: float) -> None:
 
 def test_the_line_at_the_end_compares_both() -> None:
     assert compared(0.48, 0.5) == "the student reaches 96% of its teacher: mAP50-95 0.4800 against 0.5000 on val"
-    assert compared(0.5, 0.5).endswith("a better teacher would teach it more")
+    assert "a better teacher would teach it more" in compared(0.5, 0.5)
     assert compared(0.1, 0.0).endswith("its teacher 0")
 
 

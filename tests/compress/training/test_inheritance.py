@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from compress.config import StudentConfig, TrainConfig
 from compress.data import Dataset
 from compress.models import Architecture, YOLOv5, load_model, save_model
 from compress.stages.teacher import train
-from compress.training.inheritance import INHERITANCE, check_start, inherits, new_student, source_of
+from compress.training.inheritance import INHERITANCE, check_start, inherit_from, inherits, new_student, source_of
+from compress.training.objective import Objective, detection_loss
 from runtime.errors import UsageError
 
-from .toys import NAMES, network, quiet
+from .toys import NAMES, Noise, batch, config, network, quiet
 
 TEACHER = Architecture.of_scale("n", NAMES, layout="v4", activation="LeakyReLU")
 
@@ -104,3 +107,17 @@ def test_a_training_starts_from_slices_of_larger_weights_of_other_classes(tiny_d
     assert (own.arch.names, own.arch.activation, own.arch.scale) == (tiny_data.names, "ReLU", "p")
     theirs = larger.model[0].conv.weight
     assert all(bool((theirs == kernel).all((1, 2, 3)).any()) for kernel in own.model[0].conv.weight)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_head_for_other_anchors_is_fitted_to_the_boxes_of_the_larger_network(tmp_path: Path) -> None:
+    source, settings = network("n", seed=1), config(losses={}, batch=4)
+    wider = tuple(tuple((2.5 * w, 2.5 * h) for w, h in level) for level in source.arch.anchors)
+    rows = []
+    for anchors in (source.arch.anchors, wider):
+        model = new_student(student("auto", "p"), NAMES, source=source, anchors=anchors, log=quiet)
+        objective = Objective(model, detection_loss(model, settings))
+        inherit_from(source, objective, cast(Any, Noise(8)), settings, "cpu", tmp_path, quiet)
+        with torch.no_grad():
+            rows.append(model.eval().decode(model(batch(0).images / 255)))
+    torch.testing.assert_close(rows[1][..., 2:4], rows[0][..., 2:4], rtol=0.15, atol=0)

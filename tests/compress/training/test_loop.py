@@ -22,6 +22,7 @@ from compress.training.loop import Job, Trainer, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.progress import Progress
 from compress.training.state import STATE, load_state
+from compress.training.together import require_share
 from runtime.errors import EdgestillError, UnavailableError, UsageError
 
 from .toys import batch, config, quiet, trainer
@@ -193,7 +194,7 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
         made_accelerators.append(made)
         return made
 
-    monkeypatch.setattr(loop, "Accelerator", accelerator)
+    monkeypatch.setattr("compress.training.together.Accelerator", accelerator)
     made = trainer(config(optimizer={"name": "adamw"}), tmp_path)
     assert isinstance(made.optimizer, AcceleratedOptimizer)
     assert made.optimizer.scaler is scaler
@@ -311,9 +312,9 @@ def test_the_state_is_written_at_its_interval_and_at_the_end(tmp_path: Path, jud
 
 
 def test_a_batch_without_an_image_for_each_process_is_refused() -> None:
-    loop.require_share(batch=2, processes=2)
+    require_share(batch=2, processes=2)
     with pytest.raises(UsageError, match="a batch of 2 for 3 processes"):
-        loop.require_share(batch=2, processes=3)
+        require_share(batch=2, processes=3)
 
 
 def test_mosaic_closes_before_the_end(tmp_path: Path) -> None:
