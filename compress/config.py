@@ -509,7 +509,7 @@ class QuantizeConfig(Settings):
     """Files, alike but for the rounding, over which the loss of an INT8 flavour is averaged."""
     float_layers: FloatLayers = "auto"
     """Layers of an INT8 flavour that stay in float: auto takes the worst 2, then 4, 8 and 16 until `max_map_drop`
-    holds; a number takes that many of the worst, names take those, as `2.cv1`."""
+    holds, and for int8-ort none before these; a number takes that many of the worst, names take those, as `2.cv1`."""
     max_map_drop: NonNegative = 0.02
     """mAP50-95 that a flavour may lose against FP32, the mean of its draws; from 1 on it keeps any accuracy."""
     max_latency_ratio: Positive = 1.0

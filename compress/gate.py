@@ -325,7 +325,7 @@ def choices(origin: Origin, flavour: Flavour) -> Iterator[Choice]:
         yield NO_CHOICE
         return
     seen = set()
-    for wanted in _float_layers_tried(origin.config):
+    for wanted in _float_layers_tried(origin.config, flavour.scheme):
         for method in methods_of(origin.config):
             choice = Choice(method, _in_float(wanted, origin.ranking(flavour, method)))
             if choice not in seen:
@@ -338,9 +338,15 @@ def methods_of(config: QuantizeConfig) -> tuple[str, ...]:
     return METHODS if config.method == "auto" else (config.method,)
 
 
-def _float_layers_tried(config: QuantizeConfig) -> Sequence[int | tuple[str, ...]]:
-    """Numbers of the worst layers, or the names that the recipe has."""
-    return FLOAT_STEPS if isinstance(config.float_layers, str) else (config.float_layers,)
+def _float_layers_tried(config: QuantizeConfig, scheme: Scheme) -> Sequence[int | tuple[str, ...]]:
+    """Numbers of the worst layers, or the names that the recipe has.
+
+    Where every operator is an integer one, a layer in float costs its neighbours their kernels too: ONNX Runtime then
+    dequantises, multiplies or concatenates in float, and transposes two to six times. So none is tried first.
+    """
+    if not isinstance(config.float_layers, str):
+        return (config.float_layers,)
+    return (0, *FLOAT_STEPS) if scheme.outputs else FLOAT_STEPS
 
 
 def _in_float(wanted: int | tuple[str, ...], ranking: Sequence[LayerError]) -> tuple[str, ...]:
@@ -380,7 +386,9 @@ def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, fol
         return replace(step, latency=known[count])
 
     none = Choice(choice.method)
-    first = [Step(none, _predicted(judged.ranking, none))] if judged.float_layers else []
+    first = (
+        [Step(none, _predicted(judged.ranking, none))] if all(step.choice.float_layers for step in judged.steps) else []
+    )
     steps = tuple(map(timed, (*first, *judged.steps)))
     return replace(judged, kept=verdict != "slower", reason=reason, latency=latency, steps=steps)
 

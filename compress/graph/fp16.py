@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.graph.metadata import opset_of
 from compress.graph.parts import GraphParts, sort_topologically
-from compress.graph.ranges import calibrate
+from compress.graph.ranges import body_model, measured
 from runtime.errors import EdgestillError
 
 FP16_MAX = float(np.finfo(np.float16).max)
@@ -71,8 +71,7 @@ def overflow(model: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> str:
     Measured in FP32: ONNX Runtime computes FP16 graphs on a CPU in FP32, where nothing overflows. `canvases` are what
     the graph's input takes.
     """
-    ranges = calibrate(model, canvases, "minmax")
-    peaks = {name: observed.peak for name, observed in ranges.items()}
+    peaks = {name: observed.peak for name, observed in measured(body_model(model), canvases).items()}
     worst = max(peaks, key=lambda name: peaks[name])
     if peaks[worst] <= FP16_MAX:
         return ""

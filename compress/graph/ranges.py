@@ -20,6 +20,10 @@ METHODS = ("minmax", "mse")
 BINS = 2048
 CLIPS = np.linspace(0.2, 1.0, 81)
 """Shares of a measured range that `mse` tries."""
+SILU_FLOOR = -6.0
+"""SiLU makes -0.015 of it, and less of all below, while the values before it go down to -127 in yolov5n. Without them
+the steps of the integers are finer at no cost: int8-ort loses 0.48 ± 0.09 mAP instead of 0.90 ± 0.08 on BCCD, and its
+logits err by 0.21 instead of 0.32 on COCO128, where the difference in mAP is not resolved."""
 BYTES_AT_ONCE = 256 << 20
 """Activations that one pass returns; a large network's do not fit in memory together."""
 
@@ -41,17 +45,30 @@ Ranges = Mapping[str, Observed]
 
 
 def calibrate(model: onnx.ModelProto, canvases: Iterable[np.ndarray], method: str) -> Ranges:
-    """The values of every float tensor that a body's node reads or makes; pixels are 0..255 whatever the images hold.
+    """The values of every float tensor that a body's node reads or makes, as far as they matter to INT8.
 
+    Pixels are 0..255 whatever the images hold, and what nothing but a SiLU reads has no range below `SILU_FLOOR`.
     `canvases` are uint8 (B,H,W,3), what the graph's input takes. They are read one at a time, once for "minmax" and
     twice for "mse", so memory does not grow with their number. Raises `EdgestillError` when there are none.
     """
     body = body_model(model)
-    names = _activations(body)
-    ranges = {name: Observed(*ends) for name, ends in _ends(body, names, canvases).items()}
+    floored = _read_by_silu(GraphParts(body.graph))
+    ranges = {
+        name: _above_floor(observed) if name in floored else observed
+        for name, observed in measured(body, canvases).items()
+    }
     if method == "mse":
         ranges = _with_counts(body, ranges, canvases)
     return {name: PIXEL_RANGE if name in PIXELS else observed for name, observed in ranges.items()}
+
+
+def measured(body: onnx.ModelProto, canvases: Iterable[np.ndarray]) -> dict[str, Observed]:
+    """Smallest and largest value of every float tensor that a node of the `body_model` reads or makes."""
+    return {name: Observed(*ends) for name, ends in _ends(body, _activations(body), canvases).items()}
+
+
+def _above_floor(observed: Observed) -> Observed:
+    return Observed(max(observed.low, SILU_FLOOR), max(observed.high, SILU_FLOOR))
 
 
 PIXEL_RANGE = Observed(0.0, 255.0)
@@ -72,6 +89,18 @@ def _activations(body: onnx.ModelProto) -> list[str]:
     inner = [node for i, node in enumerate(parts.nodes) if i not in parts.preprocessing and i not in parts.detect_convs]
     names = dict.fromkeys(name for node in inner for name in (*node.input, *node.output))
     return [name for name in names if name in known and known[name].elem_type == TensorProto.FLOAT]
+
+
+def _read_by_silu(parts: GraphParts) -> set[str]:
+    """The tensors that nothing reads but the two nodes of a SiLU, x · sigmoid(x)."""
+    found = set()
+    for name, readers in parts.consumers.items():
+        nodes = [parts.nodes[i] for i in readers]
+        gates = [node.output[0] for node in nodes if node.op_type == "Sigmoid"]
+        products = [node for node in nodes if node.op_type == "Mul" and gates and {*node.input} == {name, gates[0]}]
+        if len(gates) == len(products) == 1 and len(nodes) == 2:
+            found.add(name)
+    return found
 
 
 def _ends(

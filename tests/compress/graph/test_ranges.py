@@ -1,10 +1,22 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
-from compress.graph.ranges import BINS, METHODS, PIXEL_RANGE, Observed, calibrate, scale_of
+from compress.graph.parts import GraphParts, sort_topologically
+from compress.graph.ranges import (
+    BINS,
+    METHODS,
+    PIXEL_RANGE,
+    SILU_FLOOR,
+    Observed,
+    body_model,
+    calibrate,
+    measured,
+    scale_of,
+)
 from runtime.errors import EdgestillError
 
 
@@ -53,6 +65,25 @@ def test_groups_of_tensors_give_the_same_histograms(case, canvases, monkeypatch)
     for name, observed in whole.items():
         if observed.counts is not None:
             np.testing.assert_array_equal(observed.counts, parts[name].counts)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_only_a_silu_reads_has_no_range_where_silu_is_nothing(case, canvases, method):
+    """The stem's outputs go through a SiLU alone; what another node reads too, or behind it, keeps its range."""
+    model = case.boxes()
+    parts = GraphParts(model.graph)
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == parts.nodes[parts.convs[0]].input[2])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) - 50, bias.name))
+    found = calibrate(model, canvases, method)
+    shared = onnx.ModelProto.FromString(model.SerializeToString())
+    gate = next(node for node in shared.graph.node if node.op_type == "Sigmoid" and node.input[0] == "stem")
+    later = shared.graph.node.add()
+    later.CopyFrom(helper.make_node("Identity", ["stem"], ["stem.again"]))
+    next(node for node in shared.graph.node if list(node.input) == ["stem", gate.output[0]]).input[0] = "stem.again"
+    sort_topologically(shared.graph)
+    assert (found["stem"].low, found["stem"].high) == (SILU_FLOOR, SILU_FLOOR)
+    assert calibrate(shared, canvases, method)["stem"].low < -40
+    assert measured(body_model(model), canvases)["stem"].low < -40, "FP16 overflows there"
 
 
 @pytest.mark.parametrize("method", METHODS)

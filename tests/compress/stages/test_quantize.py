@@ -439,11 +439,22 @@ def test_each_number_of_layers_is_timed_once_whatever_the_method(model, images, 
 
 
 def test_each_step_of_a_flavour_for_this_cpu_is_timed_beside_none_in_float(model, images, tmp_path):
-    config = replace_config(flavours=("int8-ort",), float_layers="auto")
+    config = replace_config(flavours=("int8-ort",), float_layers=2)
     found, _ = run(config, model, images, tmp_path, {}, FASTER)
     steps = found["int8-ort"].to_json()["steps"]
     assert [(step["float_layers"], step["latency_ratio"]) for step in steps] == [(0, 0.8), (2, 0.8)]
     assert steps[0]["drop"] is None
+
+
+def test_a_file_of_integer_operators_alone_is_tried_first_where_layers_in_float_cost_their_neighbours_too(
+    model, images, tmp_path
+):
+    config = replace_config(flavours=("int8-ort",), float_layers="auto", draws=1)
+    whole, _ = run(config, model, images, tmp_path / "whole", {}, FASTER)
+    assert [step.choice.float_layers for step in whole["int8-ort"].steps] == [()]
+    found, _ = run(config, model, images, tmp_path / "more", {"int8-ort": [0.4, 0.4, 0.5]}, FASTER)
+    assert [len(step.choice.float_layers) for step in found["int8-ort"].steps] == [0, 2, 4]
+    assert [step.latency is not None for step in found["int8-ort"].steps] == [True] * 3
 
 
 def test_named_layers_stay_in_float_and_an_unknown_name_is_one_line(model, images, tmp_path):

@@ -300,7 +300,7 @@ def test_no_run_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
         finally:
             killed.kill()
         killed.wait()
-        _, still = psutil.wait_procs(children, timeout=100)
+        _, still = psutil.wait_procs(children, timeout=300)
     assert not still
 
 
