@@ -166,19 +166,17 @@ def _timestamps(
     return (begun if due is None else due), begun, ready, inferred, clock()
 
 
-def warm_up(
-    call: Callable[[], object], least_ms: float, clock: Clock = time.perf_counter_ns, most_ms: float = MAX_WARMUP_MS
-) -> Warmup:
+def warm_up(call: Callable[[], object], least_ms: float, clock: Clock = time.perf_counter_ns) -> Warmup:
     """Call for at least `least_ms`, then until the medians of two successive windows agree within 10 %.
 
-    Stops at `most_ms`: a machine whose times stay unsteady is measured too, and the result says so.
+    Stops at `MAX_WARMUP_MS`: a machine whose times stay unsteady is measured too, and the result says so.
     """
     start, calls, before, settled = clock(), 0, float("inf"), False
     while not settled or _since(start, clock) < least_ms:
         now = float(np.median([_timed_ms(call, clock) for _ in range(WINDOW)]))
         calls += WINDOW
         settled, before = abs(now - before) <= WINDOW_TOLERANCE * now, now
-        if _since(start, clock) >= max(least_ms, most_ms):
+        if _since(start, clock) >= max(least_ms, MAX_WARMUP_MS):
             break
     return Warmup(calls, _since(start, clock), settled)
 

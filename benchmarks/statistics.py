@@ -18,10 +18,10 @@ Statistic = Callable[[NDArray[np.float64]], Any]
 
 
 @lru_cache(maxsize=256)
-def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -> int:
+def percentile_rank(n: int, percentile: float) -> int:
     """The rank of the sample that is MLPerf's early-stopping estimate: 1 is the highest of n, 0 is "n too small".
 
-    The largest t with P(Binomial(n, 1 - percentile) <= t) <= 1 - confidence: with that confidence, more than t samples
+    The largest t with P(Binomial(n, 1 - percentile) <= t) <= 1 - CONFIDENCE: with that confidence, more than t samples
     in n lie above the true percentile, so the t-th highest is not below it. `percentile` is a fraction.
     """
     if n < 1:
@@ -31,7 +31,7 @@ def percentile_rank(n: int, percentile: float, confidence: float = CONFIDENCE) -
     hits = np.arange(n + 1)
     log_mass = log_ways + hits * math.log1p(-percentile) + (n - hits) * math.log(percentile)
     below = np.cumsum(np.exp(log_mass))
-    return max(int(np.searchsorted(below, 1 - confidence, side="right")) - 1, 0)
+    return max(int(np.searchsorted(below, 1 - CONFIDENCE, side="right")) - 1, 0)
 
 
 def percentile_estimate(samples: ArrayLike, percentile: float) -> float | None:
@@ -50,20 +50,13 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(
-    samples: ArrayLike,
-    statistic: Statistic,
-    *,
-    rng: np.random.Generator,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Percentile-bootstrap interval of `statistic`, which gets (n, ...) drawn with replacement along the first axis.
+def bootstrap(samples: ArrayLike, statistic: Statistic, *, rng: np.random.Generator) -> Interval:
+    """95 % percentile-bootstrap interval of `statistic`, which gets (n, ...) drawn with replacement along axis 0.
 
     For a difference, let a sample be the pair: rows of (n, 2) are drawn together.
     """
-    drawn = bootstrap_distribution(samples, statistic, rng=rng, resamples=resamples)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    drawn = bootstrap_distribution(samples, statistic, rng=rng)
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(float(low), float(high))
 
 

@@ -125,6 +125,16 @@ FlavourName = Annotated[str, _one_of(FLAVOURS)]
 PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
 
 
+def _folder_name(name: str) -> str:
+    """Accepts what names a folder within another. The runs of a recipe lie in `runs/<name>`."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise PydanticCustomError("no_folder_name", "expected a name for a folder, without /")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
 class Settings(BaseModel):
     """A frozen, closed group of settings."""
 
@@ -628,7 +638,7 @@ class ReportConfig(Settings):
 class Recipe(Settings):
     """The whole pipeline in one file. `imgsz`, `seed` and `device` hold for every stage."""
 
-    name: str = "run"
+    name: FolderName = "run"
     data: Path
     imgsz: Side = IMGSZ
     seed: Seed = 0

@@ -30,13 +30,13 @@ class Finding:
 
 PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "compress": (
-        ("torch", "onnx", "accelerate", "safetensors", "pydantic", "PyYAML", "scipy"),
+        ("torch", "onnx", "accelerate", "safetensors", "pydantic", "pyyaml", "scipy", "rich", "tensorboard"),
         "train, distil, export",
     ),
     "bench": (("faster-coco-eval", "jinja2", "jsonschema", "matplotlib"), "measure and report"),
     "cpu": (("onnxruntime",), "run .onnx on this CPU"),
 }
-"""Extra -> (its packages, their use)."""
+"""Extra of pyproject.toml -> (its packages, their use)."""
 
 
 def examine() -> list[Finding]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from runtime import Detector, EdgestillError
 from runtime.frames import FrameReader
+from runtime.numbers import whole
 from runtime.sources import find_sources
 
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="bundle folder, .onnx file or engine")
     parser.add_argument("--latest", action="store_true", help="skip the frames that came while the detector was busy")
     parser.add_argument("--reconnect", type=int, default=0, metavar="N", help="attempts to reach a lost camera")
-    parser.add_argument("--every", type=int, default=30, metavar="N", help="print each Nth frame (default: 30)")
+    parser.add_argument("--every", type=whole(1), default=30, metavar="N", help="print each Nth frame (default: 30)")
     options = parser.parse_args(arguments)
     try:
         sources = find_sources([options.source])

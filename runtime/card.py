@@ -47,7 +47,7 @@ class FileDigest:
     bytes: int
 
     def __post_init__(self) -> None:
-        named = self.file != "" and Path(self.file).name == self.file
+        named = self.file not in ("", "..") and Path(self.file).name == self.file
         _require(named, "artifacts.file", self.file, "a file name, no folder")
         _require(_is_digest(self.sha256), "artifacts.sha256", self.sha256, "64 lower-case hex digits")
         _require(self.bytes >= 0, "artifacts.bytes", self.bytes, "0 or more")

@@ -477,7 +477,7 @@ def parser_errors(parser: Any, logger: Any) -> str:
     return brief(texts or errors_of(logger)) or "no reason was given"
 
 
-def brief(lines: Sequence[str], limit: int = 3) -> str:
-    """The last distinct lines as one."""
+def brief(lines: Sequence[str]) -> str:
+    """The last three distinct lines as one."""
     distinct = list(dict.fromkeys(" ".join(line.split())[:400] for line in lines))
-    return "; ".join(distinct[-limit:])
+    return "; ".join(distinct[-3:])

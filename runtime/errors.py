@@ -39,7 +39,11 @@ class EngineError(EdgestillError):
     """An engine could not be built, does not match this machine, or failed its integrity check."""
 
 
-def one_line(error: Exception, most: int = 300) -> str:
+MOST_SHOWN = 300
+"""Characters of another library's error."""
+
+
+def one_line(error: Exception) -> str:
     """The text of another library's error on one line; the name of its class if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,6 +14,7 @@ import click
 
 from compress.processes import is_first_process
 from runtime.errors import InputError
+from runtime.files import unwritable
 from runtime.terminal import print_json
 
 
@@ -217,6 +220,8 @@ def given_changes() -> tuple[str, ...]:
 def run_alone(stage: Any, inputs: Callable[[], Any], out: Path, more: Mapping[str, Any] | None = None) -> None:
     """Run one stage as a run does, into the folder `out`; `inputs` is called once the settings are accepted."""
     config = settings(stage.settings, stage.name, more)
+    if out.exists() and not out.is_dir():  # found out after the work otherwise
+        raise unwritable(out, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     stage.run(config, inputs(), out, say)
 
 

@@ -163,7 +163,6 @@ def describe(plan: EnginePlan) -> str:
 
 def _plan(config: BuildConfig, model: Path, out: Path, name: str) -> EnginePlan:
     """The plan of one file; `name` is that of the model in the card of `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     card = card_of(model)
     precision, target = card.precision, out / plan_name(name, card.precision)
     try:

@@ -37,3 +37,9 @@ def test_a_gpu_number_may_be_written_as_yaml_reads_it() -> None:
 @pytest.mark.parametrize("targets", ["sm86,sm89", "sm86, sm89,", ["sm86", "sm89"]])
 def test_targets_are_a_list_or_a_text_with_commas(targets: object) -> None:
     assert BuildConfig.model_validate({"targets": targets}).targets == ("sm86", "sm89")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\0b"])
+def test_the_name_of_a_run_is_that_of_a_folder(name: str) -> None:
+    with pytest.raises(ValidationError, match="expected a name for a folder"):
+        Recipe(data="data.yaml", name=name)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from compress import doctor
@@ -55,3 +58,11 @@ def test_it_is_told_whether_the_fused_kernels_can_run_and_why_not(monkeypatch, g
     assert finding.ok is ok
     assert says in finding.detail
     assert ("edgestill[kernels]" in doctor.as_text([finding])) is missing
+
+
+@pytest.mark.parametrize("extra", doctor.PACKAGES)
+def test_the_packages_of_an_extra_are_those_that_it_installs(extra: str) -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"][extra]]
+    assert {name for name in names if name != "edgestill"} == set(doctor.PACKAGES[extra][0])

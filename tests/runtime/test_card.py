@@ -55,6 +55,7 @@ def changed(**changes: object) -> dict:
         (changed(artifacts={}), "artifacts"),
         (changed(artifacts=[{"file": "x"}]), "missing"),
         (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "file": "../../etc/passwd"}]), "no folder"),
+        (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "file": ".."}]), "no folder"),
         (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "sha256": "zz"}]), "hex"),
         (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "backend": "caffe"}]), "backend"),
         (changed(artifacts=[{**CARD.to_dict()["artifacts"][0], "bytes": -1}]), "bytes"),

@@ -100,3 +100,15 @@ def test_a_rule_that_cannot_be_read_is_told_before_anything_is_written(
     found = capsys.readouterr()
     assert json.loads(found.out)["rows"]
     assert found.err.splitlines()[-1] == "edgestill: map50_95<0.55: model.int8-ort.onnx has map50_95 0.5448"
+
+
+@pytest.mark.parametrize(
+    "command", ["bench --model a.onnx --data d.yaml", "export --weights a.pt", "quantize --model a.onnx --data d.yaml"]
+)
+def test_a_file_in_the_place_of_the_folder_is_found_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    assert ended([*command.split(), "--out", "taken"]) == 1
+    assert "taken: cannot be written: Not a directory. A part of the path is a file" in capsys.readouterr().err

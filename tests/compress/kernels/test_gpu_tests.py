@@ -1,4 +1,4 @@
-"""What the tests for a GPU expect holds on the host shim, so that their first run on a GPU tells of the GPU alone."""
+"""The tests for a GPU expect what the host shim gives, so that their first run on a GPU tells of the GPU alone."""
 
 from __future__ import annotations
 
