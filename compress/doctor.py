@@ -30,7 +30,7 @@ class Finding:
 
 PACKAGES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "compress": (
-        ("torch", "onnx", "accelerate", "safetensors", "pydantic", "pyyaml", "scipy", "rich", "tensorboard"),
+        ("torch", "onnx", "accelerate", "safetensors", "pydantic", "pyyaml", "scipy", "rich", "tensorboard", "psutil"),
         "train, distil, export",
     ),
     "bench": (("faster-coco-eval", "jinja2", "jsonschema", "matplotlib"), "measure and report"),
