@@ -191,9 +191,9 @@ def slower_plans(folder: Path, card: ModelCard) -> dict[str, str]:
     plans = [artifact for artifact in card.artifacts if artifact.backend in BUILDERS]
     layers = {plan.file: read_layers(folder / plan.file, plan.sha256) for plan in plans}
     fp16 = {
-        (plan.backend, plan.targets): layers[plan.file]
-        for plan in reversed(plans)  # of several the first one stays
-        if plan.precision == FP16 and layers[plan.file]
+        (artifact.backend, artifact.targets): layers[artifact.file]
+        for artifact in reversed(plans)  # of several the first one stays
+        if artifact.precision == FP16 and layers[artifact.file]
     }
     reasons = {plan.file: moves_more(layers[plan.file], fp16.get((plan.backend, plan.targets), ())) for plan in plans}
     return {file: reason for file, reason in reasons.items() if reason}

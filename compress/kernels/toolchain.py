@@ -194,9 +194,10 @@ def _checked(nvrtc: Any, name: str, *arguments: Any) -> Any:
 
 def _output(nvrtc: Any, program: Any, what: str) -> bytes:
     """The program's CUBIN, PTX or ProgramLog."""
-    text = b" " * _checked(nvrtc, f"nvrtcGet{what}Size", program)
-    _checked(nvrtc, f"nvrtcGet{what}", program, text)
-    return text
+    # NVRTC writes into what it is given: b" " of one byte is an object of the interpreter, which all of Python shares
+    buffer = bytearray(_checked(nvrtc, f"nvrtcGet{what}Size", program))
+    _checked(nvrtc, f"nvrtcGet{what}", program, buffer)
+    return bytes(buffer)
 
 
 def _log(nvrtc: Any, program: Any) -> str:

@@ -504,8 +504,9 @@ def test_a_model_that_fails_on_its_input_is_one_line(toys, tmp_path, white_frame
     """The card allows more images than the graph does: its weights are reshaped to one."""
     pytest.importorskip({"onnx": "onnxruntime"}.get(backend, backend))
     path = toys.one_image_model(tmp_path / "toy.onnx")
+    told = r"cannot run it on uint8 \[2, 64, 64, 3\]|1 outputs for 2 frames"  # OpenVINO may reshape without an error
     with Detector.load(path, backend=backend) as detector:
         assert len(detector([white_frame])) == 1
-        with pytest.raises(EngineError, match=r"cannot run it on uint8 \[2, 64, 64, 3\]") as caught:
+        with pytest.raises(EngineError, match=told) as caught:
             detector([white_frame, white_frame])
     assert "\n" not in str(caught.value)

@@ -38,13 +38,14 @@ def test_weights_and_every_setting_change_the_identity():
 
 def test_every_field_of_the_card_is_decided_on():
     """A new setting that changes what a model finds belongs to its identity."""
-    outside = {"name", "conf", "precision", "batches", "provenance", "artifacts"}
+    outside = {"name", "conf", "precision", "backend", "devices", "batches", "provenance", "artifacts"}
     assert {field.name for field in fields(ModelCard)} == {"weights", *SETTINGS} | outside
 
 
 def test_precision_and_what_may_be_chosen_later_do_not():
     file = Artifact("a.plan", "0" * 64, 1, "fp16", "tensorrt")
     more = {"name": "x", "precision": "int8-ort", "conf": 0.5, "provenance": {"a": 1}, "artifacts": (file,)}
+    more |= {"backend": "openvino", "devices": ("cpu",)}
     assert {replace(CARD, **{key: value}).identity for key, value in more.items()} == {CARD.identity}
 
 

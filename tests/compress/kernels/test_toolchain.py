@@ -97,6 +97,11 @@ def test_what_a_driver_compiles_has_the_same_kernels(nvrtc, cache):
     assert kernel_names(code) == sorted(compiled(RESCALE, "sm_90").resources)
 
 
+def test_an_empty_log_is_not_written_over_what_python_shares(nvrtc):
+    assert compile_for(RESCALE, "compute_90").log == ""
+    assert bytes([32]).hex() == "20"
+
+
 @every_source
 def test_nvcc_compiles_the_same_source(source, tmp_path):
     """A whole-program compiler refuses what NVRTC lets through."""

@@ -164,6 +164,7 @@ def test_an_int8_plan_that_moves_more_than_fp16_is_left_out_with_the_reason(tmp_
 
 def fake_build(model: Path, target: Path, **_: Any) -> BuildReport:
     """A plan whose bytes are those of its ONNX file."""
+    target.parent.mkdir(exist_ok=True)
     target.write_bytes(model.read_bytes())
     return BuildReport("tensorrt_rtx", {}, 0.1, target.stat().st_size, sha256(target), ("sm86",), ())
 

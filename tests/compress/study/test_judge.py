@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from compress.config import Recipe
 from compress.data import Dataset
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_teacher_of_other_classes_is_judged_by_those_that_they_are_for_the_data(
     tiny_data: Dataset, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)
     network = YOLOv5(Architecture.of_scale("p", tiny_data.names))
     state = network.state_dict()
     files = {}
