@@ -31,7 +31,7 @@ from compress.pipeline import run_recipe, stage
 from compress.recipe import parse
 from compress.store import Outcome, fingerprint
 from compress.study.figures import Run, summary
-from compress.study.judge import measured_by, measured_once, split_index, teacher_accuracy_of
+from compress.study.judge import kept_figures, measured_by, measured_once, split_index, teacher_accuracy_of
 from compress.study.render import draw, to_markdown
 from compress.training.prepare import check_class_map, check_image_sizes
 from runtime.child_process import how_it_ended
@@ -117,8 +117,8 @@ def _kept_run(recipe: Recipe, arm: str, seed: int, out: Path, judges: Dataset) -
         training = fingerprint(stage("distill").task(arm_recipe(recipe, arm, seed), out))
     except EdgestillError:  # the arm cannot be trained as it is set now
         return None
-    kept = read_json(file)
-    return Run(**kept["found"]) if kept["of"] == measured_by(training, judges) else None
+    found = kept_figures(file, measured_by(training, judges))
+    return Run(**found) if found else None
 
 
 def _about(

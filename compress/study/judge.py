@@ -56,8 +56,14 @@ def measured_by(training: str, judges: Dataset) -> dict[str, str]:
 
 def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """The figures in `file` if they are `of` the same, else those that `measure` finds, which are kept there."""
+    known = kept_figures(file, of)
+    if known is None:
+        known = dict(measure())
+        write_json(file, {"of": dict(of), "found": known})
+    return known
+
+
+def kept_figures(file: Path, of: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """The figures in `file` if it is there and they are `of` the same."""
     kept = read_json(file) if file.is_file() else {}
-    if kept.get("of") != of:
-        kept = {"of": dict(of), "found": dict(measure())}
-        write_json(file, kept)
-    return kept["found"]
+    return kept["found"] if kept.get("of") == of else None

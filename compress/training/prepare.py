@@ -190,17 +190,18 @@ def check_class_map(recipe: Recipe) -> None:
     teacher, own, changes = recipe.teacher, load_data(recipe.data).names, recipe.distill.class_map
     names = load(teacher.weights).architecture.names if teacher.weights and teacher.finetune == "never" else own
     who = f"teacher {teacher.weights and teacher.weights.name}"
-    if names == own and changes and not recipe.distill.teachers:
-        raise UsageError(
-            "distill.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
-            "Set teacher.finetune: never to use it as it is, or leave the map out",
-        )
-    if names != own and changes is None:
+    if names == own:
+        if changes and not recipe.distill.teachers:
+            raise UsageError(
+                "distill.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
+                "Set teacher.finetune: never to use it as it is, or leave the map out",
+            )
+        return
+    if changes is None:
         raise UsageError(class_conflict(who, names, "the data", own), map_to_write(names, own))
-    if names != own and changes is not None:
-        map_classes(who, names, own, changes)
-        if not recipe.distill.teachers:
-            require_known(changes, [names])
+    map_classes(who, names, own, changes)
+    if not recipe.distill.teachers:
+        require_known(changes, [names])
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:
