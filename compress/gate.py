@@ -91,8 +91,8 @@ class FileGate:
 class Loss:
     """mAP50-95 lost against FP32: the mean over `draws` files that differ in nothing but the rounding.
 
-    `standard_error` is that of the mean over the draws, `image_error` that of having measured these images and no
-    others (a jackknife over groups of them); None where there are too few.
+    `standard_error` is that of the mean over the draws, 0 where all draws are alike; `image_error` is that of having
+    measured these images and no others (a jackknife over groups of them). None where there are too few.
     """
 
     drop: float
@@ -101,17 +101,19 @@ class Loss:
     draws: int
 
     @classmethod
-    def of(cls, reference: Floats, maps: Sequence[Floats]) -> Loss:
-        """From the `Gate.maps` of FP32 and of each draw."""
+    def of(cls, reference: Floats, maps: Sequence[Floats], *, is_drawn: bool = True) -> Loss:
+        """From the `Gate.maps` of FP32 and of each draw; of a flavour that is not drawn there is one."""
         drops = reference - np.array(maps)
         mean = drops.mean(0)
-        return cls(float(mean[0]), standard_error(drops[:, 0]), jackknife_error(mean[1:]), len(maps))
+        over_draws = standard_error(drops[:, 0]) if is_drawn else 0.0
+        return cls(float(mean[0]), over_draws, jackknife_error(mean[1:]), len(maps))
 
     @property
     def error(self) -> float | None:
-        """Both errors together; None where neither is known."""
-        known = [error for error in (self.standard_error, self.image_error) if error is not None]
-        return math.hypot(*known) if known else None
+        """Both errors together; None where one of them is not known."""
+        if self.standard_error is None or self.image_error is None:
+            return None
+        return math.hypot(self.standard_error, self.image_error)
 
     def is_resolved(self, limit: float) -> bool:
         """Whether the 95 % interval is known and lies on one side of the limit."""
@@ -119,8 +121,11 @@ class Loss:
 
     @property
     def remedy(self) -> str:
-        """The larger part of the error, "images" or "draws": more of them make it smaller."""
-        return "draws" if (self.standard_error or 0.0) > (self.image_error or 0.0) else "images"
+        """The larger part of the error, "images" or "draws": more of them make it smaller. One that is not known is the
+        larger one.
+        """
+        over_draws, over_images = (math.inf if e is None else e for e in (self.standard_error, self.image_error))
+        return "draws" if over_draws > over_images else "images"
 
     def __str__(self) -> str:
         draws = f"{self.draws} draws" if self.draws > 1 else "1 draw"
@@ -299,7 +304,7 @@ def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedF
             path.unlink(missing_ok=True)  # of an earlier calibration
             return JudgedFile(flavour.name, None, False, f"it cannot be made: {error.message}")
         maps = [_draw_maps(origin, flavour, path, choice, draw, folder) for draw in _draws(origin.config, flavour)]
-        loss = Loss.of(origin.reference, maps)
+        loss = Loss.of(origin.reference, maps, is_drawn=flavour.scheme is not None)
         ranking = origin.ranking(flavour, choice.method)
         steps.append(Step(choice, _predicted(ranking, choice), loss))
         if loss.drop <= origin.config.max_map_drop:

@@ -380,7 +380,16 @@ def test_a_loss_near_the_limit_is_not_resolved_by_images_that_scatter(model, ima
 
 def test_fp16_is_one_draw(model, images, tmp_path):
     found, _ = run(replace_config(flavours=("fp16",)), model, images, tmp_path, {"fp16": 0.49})
-    assert (found["fp16"].loss.draws, found["fp16"].loss.standard_error) == (1, None)
+    assert (found["fp16"].loss.draws, found["fp16"].loss.standard_error) == (1, 0)
+    assert found["fp16"].reason.endswith("within 0.02")
+
+
+def test_one_draw_of_a_flavour_that_has_more_is_too_few(model, images, tmp_path):
+    found, _ = run(replace_config(**INT8_ALONE, draws=1), model, images, tmp_path, {"int8-trt": 0.499})
+    assert found["int8-trt"].loss.standard_error is None
+    assert found["int8-trt"].reason.endswith(
+        "(1 draw) computed as it is written, within 0.02, not resolved: too few draws for this limit"
+    )
 
 
 def test_layers_return_to_float_until_the_loss_is_within_its_limit(model, images, tmp_path):
@@ -494,16 +503,17 @@ def test_rectangular_batches_are_calibrated_and_checked(images, tmp_path, batch)
             assert [one.to_list() for one in detector(frames)] == [detector(frame).to_list() for frame in frames]
 
 
-def test_a_loss_of_unknown_error_is_not_resolved_and_shows_none() -> None:
-    loss = Loss(0.0, None, None, draws=1)
+@pytest.mark.parametrize(("draws", "images"), [(None, None), (None, 0.0), (0.0, None)])
+def test_a_loss_of_unknown_error_is_not_resolved_and_shows_none(draws: float | None, images: float | None) -> None:
+    """A single labelled image, or a single draw, says nothing about how far the next one would be."""
+    loss = Loss(0.0, draws, images, draws=1)
     assert not loss.is_resolved(0.02)
     assert str(loss) == "+0.0000 mAP50-95 (1 draw)"
-    assert str(Loss(0.01, 0.003, None, draws=3)) == "+0.0100 ± 0.0030 mAP50-95 (3 draws)"
 
 
 @pytest.mark.parametrize(
     ("draws", "images", "remedy"),
-    [(None, None, "images"), (None, 0.1, "images"), (0.1, 0.2, "images"), (0.2, 0.1, "draws"), (0.1, None, "draws")],
+    [(None, None, "images"), (None, 0.1, "draws"), (0.1, 0.2, "images"), (0.2, 0.1, "draws"), (0.1, None, "images")],
 )
 def test_the_larger_part_of_the_error_says_what_there_are_too_few_of(
     draws: float | None, images: float | None, remedy: str
