@@ -467,11 +467,10 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
 def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: float, judge: str) -> tuple[bool, str]:
     """Whether a file with mAP50-95 `found` passes against FP32's, and why. `judge` says what computed it.
 
-    A file that finds nothing passes no limit below 1: otherwise every flavour of a network that learnt nothing would
-    pass, with a loss of 0 out of 0.
+    No limit below 1 passes every file: not one that finds nothing, and none where FP32 has no more than may be lost.
     """
-    if max_drop < 1 and not reference > 0:
-        return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss can be measured"
+    if max_drop < 1 and not reference > max_drop:
+        return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss of more than {max_drop:g} can be measured"
     if max_drop < 1 and found == 0:
         return False, "its mAP50-95 is 0"
     within = loss.drop <= max_drop  # False for NaN

@@ -247,12 +247,16 @@ def test_an_unmeasurable_or_worthless_flavour_is_left_out(model, images, tmp_pat
 @pytest.mark.parametrize(
     ("maps", "reason"),
     [
-        ({"fp32": 0.0, "fp16": 0.0}, "FP32 itself has mAP50-95 0.0000, so no loss can be measured"),
+        ({"fp32": 0.0, "fp16": 0.0}, "FP32 itself has mAP50-95 0.0000, so no loss of more than 0.02 can be measured"),
         ({"fp32": 0.0, "fp16": 0.01}, "FP32 itself has mAP50-95 0.0000"),
         ({"fp32": float("nan"), "fp16": 0.5}, "FP32 itself has mAP50-95 nan"),
-        ({"fp32": 0.015, "fp16": 0.0}, "its mAP50-95 is 0"),
+        (
+            {"fp32": 0.02, "fp16": 0.019},
+            "FP32 itself has mAP50-95 0.0200, so no loss of more than 0.02 can be measured",
+        ),
+        ({"fp32": 0.021, "fp16": 0.0}, "its mAP50-95 is 0"),
     ],
-    ids=["both nothing", "FP32 nothing", "FP32 not measurable", "less than may be lost"],
+    ids=["both nothing", "FP32 nothing", "FP32 not measurable", "no more than may be lost", "nothing found"],
 )
 def test_no_flavour_passes_where_a_loss_cannot_be_seen(model, images, tmp_path, maps, reason):
     found, lines = run(QuantizeConfig(flavours=("fp16",)), model, images, tmp_path, maps)
