@@ -111,6 +111,18 @@ class BuildReport:
         )
 
 
+USUAL_BATCHES = (1, 4, 8)
+"""Smallest, usual and largest batch of the plan of a file with an open batch."""
+
+
+def require_open_batch(model: Path, card: ModelCard) -> None:
+    """Raises UsageError when the file `model` has a fixed batch: a profile that is asked for says nothing to it."""
+    if card.batches.least == card.batches.most:
+        raise UsageError(
+            f"--batches: {model} takes {card.batches} in one call, always", "Leave it out, or export with --dynamic"
+        )
+
+
 def profile_of(card: ModelCard, batches: Sequence[int]) -> dict[str, ShapeRange]:
     """The shapes of a file with an open batch, for (smallest, usual, largest) `batches`; empty where it is fixed."""
     if card.batches.least == card.batches.most:
