@@ -193,7 +193,7 @@ def distill(
     **folder: Any,
 ) -> None:
     """Train a student with a teacher."""
-    if quantize:
+    if quantize is not None:
         if scale or check:
             raise UsageError(f"--{'scale' if scale else 'check'} has no effect with --quantize", "Leave it out")
         given: dict[str, Any] = {"device": device, "qad.unlabelled": unlabelled}
