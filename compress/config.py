@@ -121,8 +121,8 @@ def _one_of(known: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-FlavourName = Annotated[str, _one_of(FLAVOURS)]
-PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
+Flavours = Annotated[tuple[Annotated[str, _one_of(FLAVOURS)], ...], BeforeValidator(_listed)]
+PlanPrecisions = Annotated[tuple[Annotated[str, _one_of(PLAN_PRECISIONS)], ...], BeforeValidator(_listed)]
 
 
 def _folder_name(name: str) -> str:
@@ -497,7 +497,7 @@ FloatLayers = Annotated[Literal["auto"] | int | tuple[str, ...], BeforeValidator
 class QuantizeConfig(Settings):
     """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
 
-    flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
+    flavours: Flavours = tuple(FLAVOURS)
     calibration_images: Count = 128
     method: Literal["auto", "minmax", "mse"] = "auto"
     """Ranges of activations: all values, or those of the smallest mean squared error; auto tries the second where the
@@ -546,7 +546,7 @@ class BuildConfig(Settings):
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = "auto"
     targets: Targets = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
-    precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
+    precisions: PlanPrecisions = PLAN_PRECISIONS
     batches: Profile = (1, 4, 8)
     """Smallest, usual and largest batch of plans of dynamic files."""
     workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
