@@ -125,7 +125,7 @@ def _against(row: Row, best: Row) -> str:
     if not is_kept(row):
         return "was refused by its gate"
     if not is_timed_here(row) or not p50(row):
-        return "is made for another library or device, so it was not timed"
+        return "is made for another library or device, so its time here says nothing"
     is_slower = (p50(row) or 0.0) > (p50(best) or 0.0)
     return f"{'is slower' if is_slower else 'is not clearly faster'}, with {_figures(row)}"
 

@@ -30,7 +30,7 @@ def test_the_file_to_take_is_named_with_the_reasons_against_the_others(sample: R
     )
     assert second == (
         f"Not the others: model.onnx is slower, with p50 {fp32} ms; model.fp16.onnx is made for another library or "
-        "device, so it was not timed; model.int8-trt.onnx was refused by its gate."
+        "device, so its time here says nothing; model.int8-trt.onnx was refused by its gate."
     )
     assert wording.findings(data)[:2] == list(wording.choice(data["models"]))
 
