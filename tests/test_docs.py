@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from compress.cli import cli
-from compress.config import LossChoice, Recipe, Settings
+from compress.config import STRATEGIES, LossChoice, Recipe, Settings
+from compress.flavours import FLAVOURS
 from compress.losses.distill import LOSSES, check_losses
 from runtime.__main__ import parser
 
@@ -171,6 +172,11 @@ def test_every_setting_that_is_shown_with_a_value_exists() -> None:
     shown = {(name, key) for name in USERS_TEXTS for key in re.findall(r"`([a-z_]+): [^`]+`", TEXTS[name])}
     assert shown
     assert not {(name, key) for name, key in shown if key not in known}
+
+
+def test_the_pages_name_every_loss_strategy_and_flavour() -> None:
+    tables = {"docs/distillation.md": (*LOSSES, *STRATEGIES), "docs/int8.md": tuple(FLAVOURS)}
+    assert not [(page, name) for page, names in tables.items() for name in names if f"`{name}`" not in TEXTS[page]]
 
 
 # ---- links ----------------------------------------------------------------------------------------------------------
