@@ -470,7 +470,7 @@ class ExportConfig(Settings):
     frame: FrameShape | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
     opset: Annotated[Int, Field(ge=12, le=21)] = 19
-    """ONNX operator set of the conventional file; the shipped one has 17 or more."""
+    """ONNX operator set of the conventional file; the shipped one has 17 to 20."""
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
     max_score_error: Positive = 1e-3
