@@ -42,7 +42,7 @@ from compress.training.curves import METRICS
 from compress.training.inheritance import HeadTeacher, check_start, inherit_from, new_student, source_of
 from compress.training.joint import join
 from compress.training.loop import Job, TrainResult, of_teacher, run_job
-from compress.training.prepare import adapt_anchors, model_from_state, open_distillation, require_statistics
+from compress.training.prepare import adapt_anchors, model_from_state, open_distillation
 from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from compress.training.teacher import (
@@ -127,20 +127,19 @@ def _prepare(config: Config, inputs: Inputs, out: Path, log: Log, *, resume: boo
     own = next((source for source in sources if source.model), None)
     larger = None if state else source_of(start, own.model if own else None, log)
     model = model_from_state(state, data.names) if state else _new_model(config, data, sources, larger, log)
-    require_statistics(model.arch, settings, len(splits.train))
     teacher = make_teacher(sources, model, settings, config.device, log)
     joint = trainable(sources, teacher) if settings.rules.trains_teacher else None
     objective = distillation(model, teacher, settings, has_labels=splits.train.labelled > 0)
-    if larger:
-        by = HeadTeacher(teacher, own.classes.first) if own and larger is own.model else None
-        inherit_from(larger, objective, splits.train, settings, config.device, out, log, by)
-    if joint:
-        join(objective, joint, settings)
     learns = len(objective.losses) > 0
     job = Job(
         settings, objective, splits.train, splits.val, out, teacher=teacher if learns and not joint else None,
         teacher_rate=settings.teacher_rate, origin=origin,
     )  # fmt: skip
+    if larger:
+        by = HeadTeacher(teacher, own.classes.first) if own and larger is own.model else None
+        inherit_from(larger, objective, splits.train, settings, config.device, out, log, by)
+    if joint:
+        join(objective, joint, settings)
     starts_trained = larger is not None or start.weights is not None
     labelled = data.splits["train"].samples if settings.label_weight else ()
     checks = (

@@ -37,6 +37,7 @@ from compress.losses.detection import targets_on
 from compress.losses.distill import Outputs
 from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
+from compress.processes import process_count
 from compress.training.compiled import compile_failures_named, compiled
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
@@ -51,13 +52,16 @@ from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
-from compress.training.together import decided_by_first, lost_processes_named, new_accelerator, require_share
+from compress.training.together import decided_by_first, lost_processes_named, new_accelerator, require_shares
 from runtime.errors import EdgestillError
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its settings, what it trains on what, and where its files go."""
+    """One training: its settings, what it trains on what, and where its files go.
+
+    Make it before the network takes its first batch: raises UsageError as `require_shares` does.
+    """
 
     config: TrainConfig
     objective: Objective
@@ -70,6 +74,9 @@ class Job:
     """Learning rate of a teacher that trains too, as a share of the student's."""
     origin: Origin | None = None
     """Kept in the state, so that it is resumed from the same; a training that nobody resumes needs none."""
+
+    def __post_init__(self) -> None:
+        require_shares(self.objective.model, self.config, len(self.train), process_count())
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,6 @@ class Trainer:
         self.accelerator = new_accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        require_share(self.config.batch, self.processes)
         self.log: Log = log if self.is_main else lambda _: None
         self.batches = batch_count(len(job.train), self.config.batch)
         self.schedule = Schedule(self.config.optimizer, self.config.epochs, self.batches, self.config.batch)

@@ -84,18 +84,6 @@ def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     return index.samples
 
 
-def require_statistics(arch: Architecture, config: TrainConfig, images: int) -> None:
-    """Raises UsageError when the smallest batch of a training has one image, and this one cell at the coarsest level:
-    BatchNorm has no statistics of a single value.
-    """
-    smallest = min(images % config.batch or config.batch, images)
-    if smallest == 1 and config.imgsz <= max(arch.strides):
-        raise UsageError(
-            f"a batch of 1 image has a single cell of {max(arch.strides)} pixels, too few for BatchNorm",
-            f"Set imgsz to {2 * max(arch.strides)} or more",
-        )
-
-
 def first_batches(train: TrainItems, config: TrainConfig, device: torch.device) -> list[Batch]:
     """The first batches of a training, at most FITTED_BATCHES, on the device; their images are float 0..1."""
     tasks = epoch_tasks(train, 0, batch=config.batch)[:FITTED_BATCHES]

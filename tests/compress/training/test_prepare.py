@@ -18,7 +18,6 @@ from compress.training.prepare import (
     new_model,
     open_distillation,
     open_splits,
-    require_statistics,
     with_anchors,
 )
 from runtime.errors import UsageError
@@ -150,11 +149,3 @@ def test_a_recipe_maps_the_classes_of_a_teacher_that_is_not_fine_tuned(
     with pytest.raises(UsageError, match=says) as caught:
         check_class_map(recipe)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("images", "batch"), [(1, 4), (9, 4), (5, 1)])
-def test_a_batch_of_one_image_of_one_cell_is_refused(images: int, batch: int) -> None:
-    with pytest.raises(UsageError, match=r"too few for BatchNorm\. Set imgsz to 64 or more"):
-        require_statistics(network().arch, TrainConfig(batch=batch, imgsz=32), images)
-    require_statistics(network().arch, TrainConfig(batch=batch, imgsz=64), images)
-    require_statistics(network().arch, TrainConfig(batch=4, imgsz=32), 10)
