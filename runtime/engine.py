@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 from runtime import machine
 from runtime.backends import BACKENDS
 from runtime.backends.tensorrt import INSTALL, collecting_logger, deserialize, errors_of, import_tensorrt
-from runtime.bundle import card_with
-from runtime.card import CARD_FILE, METADATA_KEY, Artifact, Batches, ModelCard
+from runtime.bundle import card_inside, card_with
+from runtime.card import CARD_FILE, Artifact, Batches, ModelCard
 from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
@@ -40,7 +40,6 @@ from runtime.layers import (
     read_layers,
     save_layers,
 )
-from runtime.onnx_file import read_metadata
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
 DEVICE = "tensorrt"
@@ -224,10 +223,11 @@ def refuse_unsuited(onnx_path: Path) -> None:
     """Raises InputError when it is no ONNX file, as TensorRT's parser takes some as an empty network, and UsageError
     when its card says that it is made for other devices.
     """
-    text = read_metadata(onnx_path).get(METADATA_KEY)
-    devices = ModelCard.from_json(text, str(onnx_path)).devices if text else ()
-    if devices and DEVICE not in devices:
-        raise UsageError(f"{onnx_path.name} is made for {' or '.join(devices)}", "Build model.fp16.onnx")
+    if onnx_path.suffix.lower() not in BACKENDS["onnx"].suffixes:
+        raise InputError(f"{onnx_path}: not an ONNX file", "Give an .onnx file")
+    card = card_inside(onnx_path)
+    if card and card.devices and DEVICE not in card.devices:
+        raise UsageError(f"{onnx_path.name} is made for {' or '.join(card.devices)}", "Build model.fp16.onnx")
 
 
 def refuse_ignored(request: BuildRequest) -> None:

@@ -244,9 +244,18 @@ def test_a_missing_tensorrt_says_how_to_get_it(monkeypatch):
         engine.resolve_backend("tensorrt")
 
 
-@pytest.mark.parametrize(("data", "word"), [(None, "no such file"), (b"hello", "not an ONNX file")])
-def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, data, word):
-    path = tmp_path / "a.onnx"
+@pytest.mark.parametrize(
+    ("name", "data", "word"),
+    [
+        ("a.onnx", None, "no such file"),
+        ("a.onnx", b"hello", "not an ONNX file"),
+        ("a.xml", b"<net/>", "not an ONNX file"),  # a backend reads the card of such a file
+        ("a.engine", b"", "not an ONNX file"),  # none does here
+        ("a.bin", b"", "not an ONNX file"),
+    ],
+)
+def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, name, data, word):
+    path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(InputError, match=word):
