@@ -181,7 +181,7 @@ def load_sources(paths: Sequence[Path], names: Sequence[str], config: DistillCon
     where = pick_device(device)
     opened = [(path, open_onnx(path, where, names) if path.suffix.lower() == SUFFIX else load(path)) for path in paths]
     require_known(config.class_map or {}, [_names(file) for _, file in opened])
-    sources = [_source(path, file, names, config) for path, file in opened]
+    sources = [source_from(path, file, names, config) for path, file in opened]
     for source in sources:
         _require_usable(source, sources, config)
     return sources
@@ -191,7 +191,11 @@ def _names(file: OnnxTeacher | Checkpoint) -> tuple[str, ...]:
     return file.file.names if isinstance(file, OnnxTeacher) else file.architecture.names
 
 
-def _source(path: Path, file: OnnxTeacher | Checkpoint, data_names: Sequence[str], config: DistillConfig) -> Source:
+def source_from(path: Path, file: OnnxTeacher | Checkpoint, data_names: Sequence[str], config: DistillConfig) -> Source:
+    """A teacher whose file is read already.
+
+    Raises InputError when it has other classes than the data and no map is given, UsageError when the map is wrong.
+    """
     names = _names(file)
     if config.class_map is None and names != tuple(data_names):
         raise InputError(
