@@ -274,7 +274,7 @@ class TrainConfig(Settings):
     val_interval: Count = 5
     """Validate every this many epochs and always after the last."""
     checkpoint_interval: Annotated[Count, NO_RESULT] = 1
-    """Save the state to resume from every this many epochs and always after the last."""
+    """Save the state to resume from every this many epochs, and always after the last and a new best one."""
     precision: PrecisionName = "auto"
     """Arithmetic of the networks; auto is float16 on a GPU and float32 on a CPU. Weights and losses are float32."""
     compile: bool = False

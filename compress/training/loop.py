@@ -47,7 +47,7 @@ from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
 from compress.training.ratio import is_due
-from compress.training.resume import LAST, Origin
+from compress.training.resume import BEST, LAST, Origin
 from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.statistics import SoundStatistics
@@ -111,7 +111,8 @@ class TrainState:
     last_step: int = -1
     """Iteration of the newest optimiser step."""
     best_fitness: float = -1.0
-    best_epoch: int = 0
+    best_epoch: int = -1
+    """-1 until one is validated."""
     stopped: bool = False
     history: list[Record] = field(default_factory=list)
     threads: int = 0
@@ -211,6 +212,7 @@ class Trainer:
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
         self._counted_until = time.perf_counter()
+        decided_by_first(self.accelerator, self._save_best)
         with scalars, progress, threads_restored(), closing(self.loader):
             self.choose_threads()
             while not self.finished:
@@ -396,14 +398,13 @@ class Trainer:
         return done % self.config.val_interval == 0 or done == self.config.epochs
 
     def _validate(self, record: Record) -> None:
-        """Add the averaged weights' accuracy to `record`; save them if they are the best, stop if none get better."""
+        """Add the averaged weights' accuracy to `record`; note if it is the best, stop if none get better."""
         found, state = self._accuracy(), self.state
         metrics = (found.yolo.precision, found.yolo.recall, found.yolo.map50, found.yolo.map50_95)
         record.update(zip(METRICS, metrics, strict=True))
         record.update(zip(VAL, found.loss or (), strict=False))
         if found.fitness >= state.best_fitness:
             state.best_fitness, state.best_epoch = found.fitness, state.epoch
-            self._save_weights("best.safetensors", record)
         state.stopped = 0 < self.config.patience <= state.epoch - state.best_epoch
 
     def _accuracy(self) -> ValResult:
@@ -414,14 +415,29 @@ class Trainer:
         )  # fmt: skip
 
     def _write_files(self) -> None:
-        """Write everything; `state.pt` comes last, so all that it tells of is already there."""
+        """Write everything; `state.pt` comes behind all that it tells of, but for the best weights."""
         state, terms, out = self.state, self.objective.terms, self.job.out
         write_csv(state.history, terms, out / "results.csv")
-        if self.finished or state.epoch % self.config.checkpoint_interval == 0:
-            self._save_weights(LAST, state.history[-1])
-            save_state(self.state_dict(), out / STATE)
         if self.finished:
             draw_curves(state.history, terms, out / "curves.png", self.objective.reference)
+        if self.finished or self._is_best or state.epoch % self.config.checkpoint_interval == 0:
+            self._save_weights(LAST, state.history[-1])
+            save_state(self.state_dict(), out / STATE)
+        self._save_best()
+
+    @property
+    def _is_best(self) -> bool:
+        """Whether the newest epoch is the best of all that were validated."""
+        return 0 <= self.state.best_epoch == self.state.epoch - 1
+
+    def _save_best(self) -> None:
+        """Save the averaged weights as the best, if they are.
+
+        The state has them too, so a training that was killed behind it saves them when it goes on. The other way round
+        a best epoch could be lost to the state and, on a GPU, not come again with the same bits.
+        """
+        if self._is_best:
+            self._save_weights(BEST, self.state.history[-1])
 
     def _save_weights(self, name: str, record: Record) -> None:
         student, *teacher = self.averages
@@ -430,7 +446,7 @@ class Trainer:
             save_model(average.module, self.job.out / of_teacher(name), {"imgsz": self.config.imgsz})
 
     def _result(self) -> TrainResult:
-        best, last = (self.job.out / name for name in ("best.safetensors", LAST))
+        best, last = (self.job.out / name for name in (BEST, LAST))
         self.log(f"best epoch {self.state.best_epoch + 1}, fitness {self.state.best_fitness:.4f}: {best}")
         done, record = self.state.epoch, self.state.history[self.state.best_epoch]
         return TrainResult(best, last, record, done, done * self.batches, self.state.seconds)

@@ -16,11 +16,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from compress.config import PRESETS, LossConfig, OptimizerConfig, TrainConfig
 from compress.data.loader import Batch
-from compress.models.checkpoint import load_model
+from compress.models.checkpoint import load, load_model
 from compress.training import loop
 from compress.training.loop import Job, Trainer, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.progress import Progress
+from compress.training.resume import BEST
 from compress.training.state import STATE, load_state
 from compress.training.together import require_shares
 from runtime.errors import EdgestillError, UnavailableError, UsageError
@@ -309,6 +310,41 @@ def test_the_state_is_written_at_its_interval_and_at_the_end(tmp_path: Path, jud
     )
     made.run()
     assert epochs == [0, 2, 2, 4, 5, 5]  # after each epoch, and with the result
+
+
+class Stop(BaseException):
+    """Raised in place of a kill: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("killed_at", [STATE, BEST])
+def test_the_best_weights_are_of_an_epoch_that_the_state_knows_wherever_it_was_killed(
+    tmp_path: Path, judged: list[float], monkeypatch: pytest.MonkeyPatch, killed_at: str, interval: int
+) -> None:
+    """As on a GPU, where an epoch that is repeated does not come out the same."""
+    settings = config(epochs=4, val_interval=1, checkpoint_interval=interval)
+    made = trainer(settings, tmp_path, images=4)
+
+    def killed_in_epoch_2(write: Any) -> Any:
+        def write_or_stop(content: Any, path: Path, *more: Any) -> None:
+            if path.name == killed_at and made.state.epoch == 2:
+                raise Stop
+            write(content, path, *more)
+
+        return write_or_stop
+
+    judged += [0.1, 0.9]
+    with monkeypatch.context() as killing:
+        for name in ("save_state", "save_model"):
+            killing.setattr(loop, name, killed_in_epoch_2(getattr(loop, name)))
+        with pytest.raises(Stop):
+            made.run()
+    judged[:] = [0.05] * 4
+    resumed = run_job(
+        trainer(settings, tmp_path, images=4).job, device="cpu", resume=load_state(tmp_path / STATE), log=quiet
+    )
+    assert resumed.metrics["epoch"] == (0 if killed_at == STATE else 1)
+    assert load(resumed.best).meta["record"] == resumed.metrics
 
 
 def test_a_batch_without_an_image_for_each_process_is_refused() -> None:
