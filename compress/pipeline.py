@@ -44,7 +44,7 @@ def run_recipe(
     if "distill" in (task.name for task in tasks):
         prepare = import_module("compress.training.prepare")
         prepare.check_image_sizes(recipe)
-        prepare.check_class_map(recipe)
+        prepare.check_class_maps(recipe)
     outcomes = []
     with alone_in(out):
         for task in tasks:

@@ -33,7 +33,7 @@ from compress.store import Outcome, fingerprint
 from compress.study.figures import Run, summary
 from compress.study.judge import kept_figures, measured_by, measured_once, split_index, teacher_accuracy_of
 from compress.study.render import draw, to_markdown
-from compress.training.prepare import check_class_map, check_image_sizes
+from compress.training.prepare import check_class_maps, check_image_sizes
 from runtime.child_process import how_it_ended
 from runtime.errors import EdgestillError, InputError, UsageError
 from runtime.files import atomic_write, read_json, sha256, write_json
@@ -210,7 +210,7 @@ def check_arm(recipe: Recipe, arm: str, out: Path) -> None:
     try:
         stage("distill").task(made, out)
         check_image_sizes(made)
-        check_class_map(made)
+        check_class_maps(made)
     except EdgestillError as error:
         raise type(error)(f"study.arms.{arm}: {error.message}", error.hint) from None
 

@@ -105,8 +105,8 @@ def require_known(changes: Mapping[str, str | None], several_names: Sequence[Seq
             raise UsageError(f"class_map: no teacher has a class {name!r}", suggestion(name, known))
 
 
-def map_to_write(names: Sequence[str], data_names: Sequence[str]) -> str:
-    """The hint that shows the map of these classes: those of equal names need no entry."""
+def map_to_write(names: Sequence[str], data_names: Sequence[str], key: str = "distill.class_map") -> str:
+    """The hint that shows the map of these classes, the setting `key`: those of equal names need no entry."""
     others = [name for name in names if name not in data_names]
     entries = ", ".join(f"{name}: null" for name in others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
-    return f"Fine-tune the teacher on this data, or map its classes to the data's: distill.class_map: {{{entries}}}"
+    return f"Fine-tune the teacher on this data, or map its classes to the data's: {key}: {{{entries}}}"

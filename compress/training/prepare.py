@@ -25,6 +25,7 @@ from compress.models import Architecture, YOLOv5
 from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
 from compress.training.class_map import map_classes, map_to_write, require_known
+from compress.training.onnx_teacher import SUFFIX as ONNX
 from runtime.errors import UsageError
 
 FITTED_BATCHES = 4
@@ -171,25 +172,45 @@ def check_image_sizes(recipe: Recipe) -> None:
         network.require_image_size(*(recipe.export.imgsz or ()))
 
 
-def check_class_map(recipe: Recipe) -> None:
-    """Raises UsageError when a recipe's first teacher has other classes than the data, may not be fine-tuned, and they
-    are not mapped; or when classes are mapped and no teacher has others.
+def check_class_maps(recipe: Recipe) -> None:
+    """Raises UsageError when a teacher of a recipe's distillations has other classes than the data and they are not
+    mapped, or when classes are mapped and no teacher has others; InputError when a teacher's file cannot be read.
+
+    A first teacher that may be fine-tuned gets the data's classes. ONNX files are judged when they are opened.
     """
-    teacher, own, changes = recipe.teacher, load_data(recipe.data).names, recipe.distill.class_map
-    names = load(teacher.weights).architecture.names if teacher.weights and teacher.finetune == "never" else own
-    who = f"teacher {teacher.weights and teacher.weights.name}"
-    if names == own:
-        if changes and not recipe.distill.teachers:
+    own, first = load_data(recipe.data).names, recipe.teacher
+    as_it_is = first.weights if first.finetune == "never" else None
+    teacher = _with_names(as_it_is) if as_it_is else ("the teacher", own)
+    _check_class_map("distill", recipe.distill, [teacher], own)
+    if recipe.qad.when != "never":
+        _check_class_map(
+            "qad", recipe.qad, [("the student", own), *([teacher] if recipe.qad.with_teacher else [])], own
+        )
+
+
+def _with_names(file: Path) -> tuple[str, Sequence[str]]:
+    return f"teacher {file.name}", load(file).architecture.names
+
+
+def _check_class_map(
+    stage: str, config: DistillConfig, teachers: Sequence[tuple[str, Sequence[str]]], own: Sequence[str]
+) -> None:
+    """For `teachers`, each with its classes, and the further ones of the settings."""
+    checkpoints = [file for file in config.teachers if file.suffix.lower() != ONNX]
+    known = [*teachers, *map(_with_names, checkpoints)]
+    others = [(who, names) for who, names in known if names != own]
+    for who, names in others:
+        if config.class_map is None:
+            hint = map_to_write(names, own, f"{stage}.class_map")
+            raise UsageError(class_conflict(who, names, "the data", own), hint)
+        map_classes(who, names, own, config.class_map)
+    if config.class_map and len(checkpoints) == len(config.teachers):
+        if not others:
             raise UsageError(
-                "distill.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
+                f"{stage}.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
                 "Set teacher.finetune: never to use it as it is, or leave the map out",
             )
-        return
-    if changes is None:
-        raise UsageError(class_conflict(who, names, "the data", own), map_to_write(names, own))
-    map_classes(who, names, own, changes)
-    if not recipe.distill.teachers:
-        require_known(changes, [names])
+        require_known(config.class_map, [names for _, names in known])
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from compress.models import Architecture, YOLOv5, save_model
 from compress.models.checkpoint import load
 from compress.training.prepare import (
     adapt_anchors,
-    check_class_map,
+    check_class_maps,
     model_from_state,
     new_model,
     open_distillation,
@@ -144,8 +145,38 @@ def test_a_recipe_maps_the_classes_of_a_teacher_that_is_not_fine_tuned(
     teacher = {"weights": checkpoint, "finetune": finetune}
     recipe = Recipe.model_validate({"data": tiny_data.path, "teacher": teacher, "distill": {"class_map": class_map}})
     if says is None:
-        check_class_map(recipe)
+        check_class_maps(recipe)
         return
     with pytest.raises(UsageError, match=says) as caught:
-        check_class_map(recipe)
+        check_class_maps(recipe)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("qad", "says"),
+    [
+        ({"with_teacher": True}, r"cat\.safetensors has 1 classes .*: qad\.class_map: \{cat: null\}"),
+        ({"with_teacher": True, "class_map": {"cat": "red"}}, None),
+        ({"with_teacher": True, "when": "never"}, None),
+        ({"class_map": {"cat": "red"}}, r"qad\.class_map has nothing to map"),
+        ({"class_map": {"cat": "red"}, "teachers": ["that one"]}, None),
+        ({"teachers": ["that one"]}, r"qad\.class_map: \{cat: null\}"),
+    ],
+)
+def test_classes_that_nothing_maps_in_a_training_for_int8_are_refused_with_the_recipe(
+    qad: dict[str, object], says: str | None, checkpoint: Path, tiny_data: Dataset
+) -> None:
+    raw = {"data": tiny_data.path, "teacher": {"weights": checkpoint, "finetune": "never"},
+           "distill": {"class_map": {"cat": "red"}}}  # fmt: skip
+    qad = qad | ({"teachers": [checkpoint]} if "teachers" in qad else {})
+    with nullcontext() if says is None else pytest.raises(UsageError, match=says):
+        check_class_maps(Recipe.model_validate(raw | {"qad": qad}))
+
+
+@pytest.mark.parametrize("class_map", [None, {"cat": "red"}])
+def test_a_further_teacher_of_other_classes_is_refused_with_the_recipe_unless_they_are_mapped(
+    class_map: dict[str, str] | None, checkpoint: Path, tiny_data: Dataset
+) -> None:
+    settings = {"teachers": [checkpoint], "class_map": class_map}
+    with nullcontext() if class_map else pytest.raises(UsageError, match=r"distill\.class_map: \{cat: null\}"):
+        check_class_maps(Recipe.model_validate({"data": tiny_data.path, "distill": settings}))
