@@ -163,7 +163,7 @@ def nothing() -> None: ...
 
 
 def compare_in_turns(*given: Any, **options: Any) -> LatencyRatio:
-    """Of sides without threads of their own."""
+    """A comparison of sides that have no threads of their own."""
     return latency.compare_in_turns(*given, **{"pause": nothing, **options})
 
 
