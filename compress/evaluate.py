@@ -78,7 +78,7 @@ class ImageResult(NamedTuple):
     """(m, 5): class x1 y1 x2 y2, in pixels of the original image."""
 
     def boxes(self, *, exact: bool = False) -> Detected:
-        """What was found, in pixels of the original image.
+        """The detections in pixels of the original image.
 
         COCO's figures compare the `exact` boxes with labels that were never resized.
         """
