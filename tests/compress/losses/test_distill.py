@@ -671,9 +671,26 @@ def test_a_loss_or_setting_that_is_not_known_is_one_line(losses, says):
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_lines_losses_are_those_of_a_recipe():
-    given = loss_choices(("soft", "kd=0.2", "cwd=0.3", "cwd.tau=2", "pkd.share=0.1"))
-    assert given == {"soft": {}, "kd": {"weight": 0.2}, "cwd": {"weight": 0.3, "tau": 2}, "pkd": {"share": 0.1}}
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (("soft", "kd=0.2", "pkd.share=0.1"), {"soft": "auto", "kd": 0.2, "pkd": {"share": 0.1}}),
+        (("soft=auto",), {"soft": "auto"}),
+        (("cwd=0.3", "cwd.tau=2"), {"cwd": {"weight": 0.3, "tau": 2}}),
+        (("cwd.tau=2", "cwd=0.3"), {"cwd": {"weight": 0.3, "tau": 2}}),
+        (("cwd.tau=2", "cwd"), {"cwd": {"tau": 2}}),
+        (("cwd=0.3", "cwd.tau=2", "cwd=auto"), {"cwd": {"tau": 2}}),
+        (("cwd=auto", "cwd=0.3"), {"cwd": 0.3}),
+    ],
+)
+def test_the_command_lines_losses_are_those_of_a_recipe(given, wanted):
+    told, written = (DistillConfig.model_validate({"losses": losses}) for losses in (loss_choices(given), wanted))
+    assert told == written
+
+
+def test_a_loss_on_the_command_line_in_another_form_is_one_line():
+    with pytest.raises(UsageError, match=r"--loss 'cwd.tau': expected NAME, .* Write cwd.tau=VALUE"):
+        loss_choices(("cwd.tau",))
 
 
 def _another(value):
