@@ -28,6 +28,7 @@ from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.pipeline import run_recipe, stage
+from compress.processes import JOBS
 from compress.recipe import parse
 from compress.store import Outcome, fingerprint
 from compress.study.figures import Run, summary
@@ -280,7 +281,7 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float |
     job = {"arm": arm, "seed": seed, "recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     write_json(folder / JOB, job)
     command = [sys.executable, "-m", "compress.study", str(folder), str(out), str(wanted_fd)]
-    status = _status_of(command, folder / PROTOCOL, left, [wanted_fd])
+    status = _status_of(command, folder / PROTOCOL, left, [wanted_fd], jobs=recipe.study.jobs)
     if status in (None, STOPPED, -signal.SIGTERM):
         return None
     if status:
@@ -293,12 +294,12 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float |
 
 
 def _status_of(
-    command: Sequence[str], protocol: Path, seconds: float | None, pass_fds: Collection[int] = ()
+    command: Sequence[str], protocol: Path, seconds: float | None, pass_fds: Collection[int] = (), *, jobs: int = 1
 ) -> int | None:
-    """Run a command, what it prints added to `protocol`. Returns its exit status; None when it was stopped after
-    `seconds`. A Ctrl-C at the terminal does not reach it.
+    """Run a command, one of `jobs` that share the machine, what it prints added to `protocol`. Returns its exit status;
+    None when it was stopped after `seconds`. A Ctrl-C at the terminal does not reach it.
     """
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, JOBS: str(jobs)}
     with (
         protocol.open("a", encoding="utf-8") as lines,
         subprocess.Popen(  # noqa: S603

@@ -17,6 +17,7 @@ from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
 from compress.pipeline import stage
+from compress.processes import JOBS
 from compress.recipe import load_recipe, recipe_text
 from compress.store import fingerprint
 from compress.study import (
@@ -249,7 +250,8 @@ def test_a_process_is_stopped_when_its_time_is_up_even_if_it_does_not_listen(
     assert _status_of(["sh", "-c", "echo a; exit 3"], log, None) == 3
     assert _status_of(["sh", "-c", "echo b"], log, 50) == 0
     assert _status_of(["sh", "-c", "trap '' TERM; echo c; exec sleep 600"], log, 2) is None
-    assert log.read_text().split() == ["a", "b", "c"]
+    assert _status_of(["sh", "-c", f"echo ${JOBS}"], log, None, jobs=3) == 0
+    assert log.read_text().split() == ["a", "b", "c", "3"]
 
 
 def test_no_run_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
