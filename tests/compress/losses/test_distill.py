@@ -766,6 +766,11 @@ def test_every_strategy_works_as_it_is(name):
     check_losses(_strategy(name, unlabelled="images" if STRATEGIES[name].needs_unlabelled else None))
 
 
+def test_without_labels_one_loss_of_the_head_lasts_to_the_end():
+    check_losses(_strategy("soft_labels", losses={"kd": {"until": 0.2}, "soft": "auto"}))
+    check_losses(_strategy("soft_labels", losses={"soft": {"until": 0.5}}, label_weight=0.2))
+
+
 @pytest.mark.parametrize(
     ("name", "more", "expected"),
     [
@@ -774,6 +779,12 @@ def test_every_strategy_works_as_it_is(name):
         ("soft_labels", {"losses": {"pkd": "auto"}}, "strategy soft_labels takes no loss such as pkd. It takes soft"),
         ("features", {"losses": {"soft": "auto"}}, "strategy features takes no loss such as soft. It takes feat_mse"),
         ("features", {"label_weight": 0}, "label_weight is 0 and no loss compares heads"),
+        *(
+            ("joint", more, "strategy joint trains one checkpoint, on the student's images. Leave out teachers")
+            for more in ({"teachers": ["b.pt"]}, {"teacher_flip": True}, {"teacher_imgsz": 1280})
+        ),
+        ("soft_labels", {"losses": {"soft": {"until": 0.5}}}, "loss soft fades out at 0.5 of the epochs, so nothing"),
+        ("soft_labels", {"losses": {"kd": {"until": 0.2}, "mse": {"until": 0.7}}}, "loss mse fades out at 0.7 of"),
         ("offline", {"losses": {}, "unlabelled": "x"}, "unlabelled images teach nothing without a distillation loss"),
         ("offline", {"losses": {"fgd": "auto"}, "unlabelled": "x"}, "loss fgd needs the labels"),
         ("label_free", {"losses": {"soft": "auto", "fgd": 1}, "unlabelled": "x"}, "loss fgd needs the labels"),

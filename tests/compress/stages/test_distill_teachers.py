@@ -167,8 +167,10 @@ def test_other_classes_are_refused_with_the_map_to_write(tiny_data: Dataset, tmp
         all_checks(config(), Inputs(tiny_data, file), quiet)
 
 
-@pytest.mark.parametrize("change", [{"teacher_flip": True}, {"teacher_imgsz": 128}])
-def test_a_teacher_that_trains_too_is_one_network(change: dict[str, Any], tiny_data: Dataset, tmp_path: Path) -> None:
-    asked = config(strategy="joint", losses={"soft": "auto"}, **change)
-    with pytest.raises(UsageError, match=r"strategy joint trains one checkpoint .*\. Leave out teachers, teacher_flip"):
-        all_checks(asked, Inputs(tiny_data, saved(tmp_path, 1)), quiet)
+def test_a_teacher_that_trains_too_is_a_checkpoint_of_the_datas_classes(tiny_data: Dataset, tmp_path: Path) -> None:
+    other = saved(tmp_path, 1, ("green", "blue"))
+    asked = config(strategy="joint", losses={"soft": "auto"}, class_map={"green": "red"})
+    for teacher in (other, onnx_of_one_box(tmp_path)):
+        settings = asked if teacher == other else config(strategy="joint", losses={"soft": "auto"})
+        with pytest.raises(UsageError, match=r"strategy joint trains the teacher .* is no checkpoint of its classes"):
+            all_checks(settings, Inputs(tiny_data, teacher), quiet)

@@ -19,7 +19,7 @@ from compress.gain import training_of
 from compress.pipeline import stage
 from compress.processes import JOBS
 from compress.recipe import load_recipe, recipe_text
-from compress.store import fingerprint
+from compress.store import Outcome, fingerprint
 from compress.study import (
     _in_processes,
     _run_apart,
@@ -124,6 +124,7 @@ def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tm
         ({"distill": {"imgsz": 65}}, "65"),
         ({"distill": {"class_map": {"car": "red"}}}, "class_map has nothing to map"),
         ({"student": {"weights": "none.pt"}}, "none.pt cannot be read"),
+        ({"distill": {"patience": 5}}, "patience 5 may end its trainings before the last epoch"),
     ],
 )
 def test_before_the_teacher_every_arm_is_judged(
@@ -152,6 +153,21 @@ def test_without_a_label_in_the_split_that_judges_nothing_is_trained(three_split
     with pytest.raises(InputError, match=r"test: no image has a label.*, or set study\.split"):
         run_study(recipe(three_splits), tmp_path / "out")
     assert not (tmp_path / "out/teacher").exists()
+
+
+def test_the_teacher_is_measured_again_where_its_classes_mean_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(({"map50_95": 0.1, "map50": 0.2}, {"map50_95": 0.3, "map50": 0.4}))
+    monkeypatch.setattr(study, "teacher_accuracy_of", lambda *_: next(found))
+    teacher = Outcome("teacher", tmp_path, True, 0.0, {}, "f" * 64)
+    judges = Dataset(tmp_path / "data.yaml", tmp_path, ("red",), (), {})
+    maps = ({"car": "red"}, {"car": "red"}, {"bus": "red"})
+    reached = [
+        study._teacher_accuracy(recipe(Path("d.yaml"), distill={"class_map": one}), teacher, judges, tmp_path)["map50"]
+        for one in maps
+    ]
+    assert reached == [0.2, 0.2, 0.4]
 
 
 def test_an_arm_that_is_not_named_keeps_what_it_reached_if_it_would_be_trained_alike(
