@@ -16,6 +16,7 @@ from compress import study
 from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
+from compress.models import Architecture, YOLOv5, save_model
 from compress.pipeline import stage
 from compress.processes import JOBS
 from compress.recipe import load_recipe, recipe_text
@@ -202,6 +203,17 @@ def test_the_arms_of_the_template_suit_every_strategy(strategy: str, three_split
         check_arm(made, arm, tmp_path / "out")
     baselines = [arm_recipe(made, arm, 0).distill for arm in ("scratch", "inherit")]
     assert all(one.uses_train_split and one.label_weight and not one.losses for one in baselines)
+
+
+def test_the_arms_of_the_template_suit_a_student_with_weights_of_its_own(three_splits: Path, tmp_path: Path) -> None:
+    weights, file = tmp_path / "n.safetensors", tmp_path / "r.yaml"
+    save_model(YOLOv5(Architecture.of_scale("n", ("cat",))), weights)
+    file.write_text(recipe_text(file="r.yaml", name="r", data=str(three_splits), weights=None, student="p", imgsz=64))
+    made = load_recipe(file, [f"student.weights={weights}"])
+    for arm in made.study.arms:
+        check_arm(made, arm, tmp_path / "out")
+    kept = {arm: arm_recipe(made, arm, 0).student.weights for arm in made.study.arms}
+    assert kept == {"scratch": None, "inherit": weights, "scratch_soft": None, "soft": weights}
 
 
 @pytest.mark.slow
