@@ -18,7 +18,7 @@ from compress.stages import distill as stage
 from compress.stages.distill import ACCURACY, Config, Inputs, all_checks, run
 from compress.training.state import load_state
 from runtime.errors import EdgestillError, InputError, UsageError
-from runtime.files import read_json
+from runtime.files import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAP = {"crimson": "red", "scarlet": "red", "blue": None}
@@ -140,6 +140,17 @@ def test_boxes_of_another_detector_teach_a_student_from_scratch(tiny_data: Datas
     assert [line for line in lines if line.startswith("anchors: ")]
     assert load_model(tmp_path / "out" / "student.safetensors").arch.names == tiny_data.names
     assert not (tmp_path / "out" / "inheritance.json").exists()
+
+
+def test_a_training_on_labels_alone_is_not_compared_with_an_earlier_ones_teacher(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    write_json(tmp_path / ACCURACY, {"map50_95": 0.5, "map50": 0.8, "images": 9, "rect": True})
+    lines: list[str] = []
+    alone = config("scratch", losses={}, epochs=1)
+    run(alone, Inputs(tiny_data, saved(tmp_path, 1), resume=False), tmp_path, lines.append)
+    assert not [line for line in lines if "of its teacher" in line]
+    assert not (tmp_path / ACCURACY).exists()
 
 
 @pytest.mark.parametrize(

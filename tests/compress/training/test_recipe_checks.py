@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is found before its teacher trains."""
+"""A recipe whose networks do not suit each other is refused before its teacher trains."""
 
 from __future__ import annotations
 
