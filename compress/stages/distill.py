@@ -193,9 +193,8 @@ def _checked(
         require_passed(more[:-1], log)
         checks = [*checks, *more]
         write_json(job.out / ACCURACY, asdict(found))
-        write_json(
-            job.out / "checks.json", [{"name": one.name, "passed": one.ok, "detail": one.detail} for one in checks]
-        )
+        listed = [{"name": one.name, "passed": one.ok, "detail": one.detail, "warns": one.warns} for one in checks]
+        write_json(job.out / "checks.json", listed)
     return checks
 
 
