@@ -164,7 +164,7 @@ distill:
   epochs: {epochs}            # {reason}
   batch: 16
   # preset: student     # its learning rate is for small networks; finetune halves it
-  # strategy: offline   # or joint, soft_labels, features, label_free: see the README
+  # strategy: offline   # or joint, soft_labels, features, label_free: see docs/distillation.md
   # unlabelled: images  # a folder of images or a video of the camera, to learn from without labels
   losses:               # name: auto (the weight follows the gradients) or a fixed weight
     soft: auto          # classes, boxes and objectness as the teacher sees them

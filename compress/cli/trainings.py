@@ -165,7 +165,7 @@ def _refuse_without_effect(changes: Sequence[str]) -> None:
 )
 @setting("--teacher-imgsz", key="distill.teacher_imgsz", help="Pixels of the teachers' images.")
 @click.option("--check", is_flag=True, help="Make all checks, print them, and stop before the first epoch.")
-@setting("--strategy", key="distill.strategy", help="Who learns from what; the README has a line for each.")
+@setting("--strategy", key="distill.strategy", help="Who learns from what; docs/distillation.md has a line for each.")
 @click.option("--unlabelled", type=FILE, help="Folder of images or video to learn from without labels.")
 @click.option(
     "--quantize",

@@ -3,9 +3,10 @@
 All blocks map float (B, C, H, W) to float (B, C', H', W'). Convolutions are made in the order of the state dict and
 nothing else draws random numbers, so a seeded build is reproducible.
 
-To add a block, write a subclass of `Block`, here or in a new file, and enter its name in `BLOCKS` of `network.py`. Its
-cost is counted, and it is exported and trained for INT8 without more work, if the tables of `compress.graph.network`
-and `compress.graph.fake` have its operators.
+To add a block, write a subclass of `Block`, here or in a new file, and enter it in `BLOCKS` of `network.py` and, with
+the way in which a student takes a slice of it, in `_LAYERS` of `inherit.py`. Its cost is counted, and it is exported
+and trained for INT8 without more work, if the tables of `compress.graph.network` and `compress.graph.fake` have its
+operators.
 """
 
 from __future__ import annotations
