@@ -143,9 +143,7 @@ def _figures(row: Row) -> str:
 
 
 def inherited(found: Row | None) -> str:
-    """What a student took over from a larger network, and its label loss before the first step; empty where it started
-    from scratch or from weights of its own size.
-    """
+    """The sentence on a student that started from slices, with its label loss at the start; empty for others."""
     if not found:
         return ""
     parts = [f"{percent(found['parameters'] / found['total'])} of its parameters"]
