@@ -100,6 +100,8 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         shutil.copyfile(result.best, out / STUDENT)
         if job.objective.teacher:
             shutil.copyfile(result.best.with_name(of_teacher(result.best.name)), out / TEACHER)
+        if not job.objective.losses:
+            (out / ACCURACY).unlink(missing_ok=True)  # an earlier training's in this folder
         if (out / ACCURACY).is_file():
             _compare_with_teacher(config, job, result, log)
     return dict(result.figures) | dict(figures)
@@ -190,9 +192,8 @@ def _checked(
         require_passed(more[:-1], log)
         checks = [*checks, *more]
         write_json(job.out / ACCURACY, asdict(found))
-        write_json(
-            job.out / "checks.json", [{"name": one.name, "passed": one.ok, "detail": one.detail} for one in checks]
-        )
+        listed = [{"name": one.name, "passed": one.ok, "detail": one.detail, "warns": one.warns} for one in checks]
+        write_json(job.out / "checks.json", listed)
     return checks
 
 

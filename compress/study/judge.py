@@ -58,7 +58,7 @@ def measured_by(training: str, judges: Dataset) -> dict[str, str]:
     return {"training": training, "judges": judges.sha256}
 
 
-def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+def measured_once(file: Path, of: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """The figures in `file` if they are `of` the same, else those that `measure` finds, which are kept there."""
     known = kept_figures(file, of)
     if known is None:
@@ -67,7 +67,7 @@ def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mappi
     return known
 
 
-def kept_figures(file: Path, of: Mapping[str, str]) -> Mapping[str, Any] | None:
+def kept_figures(file: Path, of: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The figures in `file` if it is there and they are `of` the same."""
     kept = read_json(file) if file.is_file() else {}
     return kept["found"] if kept.get("of") == of else None

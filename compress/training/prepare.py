@@ -13,7 +13,6 @@ import torch
 from compress.config import DistillConfig, Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
-from compress.data.dataset_yaml import load_data
 from compress.data.image_store import fits_in_memory
 from compress.data.index import require_labels
 from compress.data.loader import Batch, epoch_tasks, train_batches
@@ -24,8 +23,6 @@ from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
 from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
-from compress.training.class_map import map_classes, map_to_write, require_known
-from compress.training.onnx_teacher import SUFFIX as ONNX
 from runtime.errors import UsageError
 
 FITTED_BATCHES = 4
@@ -164,7 +161,7 @@ def _architecture(
 
 def check_image_sizes(recipe: Recipe) -> None:
     """Raises UsageError when teacher and student do not take images of the recipe's sizes."""
-    teacher = _planned(None if recipe.teacher.weights else recipe.teacher.scale, recipe.teacher.weights)
+    teacher = planned_teacher(recipe)
     student = _planned(recipe.student.scale, recipe.student.weights, teacher.anchors)
     for network, training in ((teacher, recipe.teacher), (student, recipe.distill)):
         network.require_image_size(recipe.imgsz)
@@ -172,45 +169,9 @@ def check_image_sizes(recipe: Recipe) -> None:
         network.require_image_size(*(recipe.export.imgsz or ()))
 
 
-def check_class_maps(recipe: Recipe) -> None:
-    """Raises UsageError when a teacher of a recipe's distillations has other classes than the data and they are not
-    mapped, or when classes are mapped and no teacher has others; InputError when a teacher's file cannot be read.
-
-    A first teacher that may be fine-tuned gets the data's classes. ONNX files are judged when they are opened.
-    """
-    own, first = load_data(recipe.data).names, recipe.teacher
-    as_it_is = first.weights if first.finetune == "never" else None
-    teacher = _with_names(as_it_is) if as_it_is else ("the teacher", own)
-    _check_class_map("distill", recipe.distill, [teacher], own)
-    if recipe.qad.when != "never":
-        _check_class_map(
-            "qad", recipe.qad, [("the student", own), *([teacher] if recipe.qad.with_teacher else [])], own
-        )
-
-
-def _with_names(file: Path) -> tuple[str, Sequence[str]]:
-    return f"teacher {file.name}", load(file).architecture.names
-
-
-def _check_class_map(
-    stage: str, config: DistillConfig, teachers: Sequence[tuple[str, Sequence[str]]], own: Sequence[str]
-) -> None:
-    """For `teachers`, each with its classes, and the further ones of the settings."""
-    checkpoints = [file for file in config.teachers if file.suffix.lower() != ONNX]
-    known = [*teachers, *map(_with_names, checkpoints)]
-    others = [(who, names) for who, names in known if names != own]
-    for who, names in others:
-        if config.class_map is None:
-            hint = map_to_write(names, own, f"{stage}.class_map")
-            raise UsageError(class_conflict(who, names, "the data", own), hint)
-        map_classes(who, names, own, config.class_map)
-    if config.class_map and len(checkpoints) == len(config.teachers):
-        if not others:
-            raise UsageError(
-                f"{stage}.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
-                "Set teacher.finetune: never to use it as it is, or leave the map out",
-            )
-        require_known(config.class_map, [names for _, names in known])
+def planned_teacher(recipe: Recipe) -> Architecture:
+    """The network that the teacher of a recipe will have, of one class."""
+    return _planned(None if recipe.teacher.weights else recipe.teacher.scale, recipe.teacher.weights)
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

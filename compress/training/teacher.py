@@ -278,12 +278,15 @@ def make_teacher(
 
 
 def trainable(sources: Sequence[Source], teacher: AnyTeacher) -> YOLOv5:
-    """The network of a teacher that trains along. Raises UsageError when the teacher is more than one network."""
+    """The network of a teacher that trains along. Raises UsageError when the teacher is no network of the data's
+    classes.
+    """
     model = sources[0].model
     if model is None or not isinstance(teacher, Teacher):
         raise UsageError(
-            "strategy joint trains one checkpoint of the data's classes, on the student's images",
-            "Leave out teachers, teacher_flip, teacher_imgsz and class_map, or take strategy offline",
+            f"strategy joint trains the teacher on the data's labels, and {sources[0].path} is no checkpoint of its "
+            "classes",
+            "Fine-tune a checkpoint on this data, or take strategy offline",
         )
     return model
 

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from compress.config import BuildConfig, DistillConfig, Recipe, TeacherConfig, TrainConfig, result_settings
+from compress.config import (
+    BuildConfig,
+    DistillConfig,
+    Recipe,
+    StudyConfig,
+    TeacherConfig,
+    TrainConfig,
+    result_settings,
+)
 
 
 @pytest.mark.parametrize("change", [{"workers": 7}, {"tensorboard": False}, {"checkpoint_interval": 9}])
@@ -40,6 +48,8 @@ def test_targets_are_a_list_or_a_text_with_commas(targets: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\0b"])
-def test_the_name_of_a_run_is_that_of_a_folder(name: str) -> None:
+def test_the_name_of_a_run_or_an_arm_is_that_of_a_folder(name: str) -> None:
     with pytest.raises(ValidationError, match="expected a name for a folder"):
         Recipe(data="data.yaml", name=name)
+    with pytest.raises(ValidationError, match="expected a name for a folder"):
+        StudyConfig(arms={name: {}})

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from compress.config import AugmentConfig, DistillConfig, Recipe, TrainConfig
+from compress.config import AugmentConfig, DistillConfig, TrainConfig
 from compress.data import Dataset, SplitIndex
 from compress.data.unlabelled import NO_LABELS
 from compress.models import Architecture, YOLOv5, save_model
 from compress.models.checkpoint import load
 from compress.training.prepare import (
     adapt_anchors,
-    check_class_maps,
     model_from_state,
     new_model,
     open_distillation,
@@ -125,58 +123,3 @@ def test_beside_unlabelled_images_a_train_split_without_labels_counts_as_unlabel
     settings = DistillConfig.model_validate({"imgsz": 64, "unlabelled": "images", "strategy": "soft_labels"})
     found = open_distillation(data, tiny_data.splits["val"], settings, quiet).train
     assert (len(found), found.labelled) == (20, 0)
-
-
-@pytest.mark.parametrize(
-    ("finetune", "class_map", "says"),
-    [
-        ("never", None, r"cat\.safetensors has 1 classes .*the data has 2.*class_map: \{cat: null\}"),
-        ("never", {"cat": "blue"}, "the data has no class 'blue'"),
-        ("never", {"cat": None}, "leaves no class of teacher cat.safetensors"),
-        ("never", {"cat": "red", "dog": "red"}, "no teacher has a class 'dog'"),
-        ("auto", {"cat": "red"}, "nothing to map.*teacher.finetune: never"),
-        ("never", {"cat": "red"}, None),
-        ("auto", None, None),
-    ],
-)
-def test_a_recipe_maps_the_classes_of_a_teacher_that_is_not_fine_tuned(
-    finetune: str, class_map: dict[str, str | None] | None, says: str | None, checkpoint: Path, tiny_data: Dataset
-) -> None:
-    teacher = {"weights": checkpoint, "finetune": finetune}
-    recipe = Recipe.model_validate({"data": tiny_data.path, "teacher": teacher, "distill": {"class_map": class_map}})
-    if says is None:
-        check_class_maps(recipe)
-        return
-    with pytest.raises(UsageError, match=says) as caught:
-        check_class_maps(recipe)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("qad", "says"),
-    [
-        ({"with_teacher": True}, r"cat\.safetensors has 1 classes .*: qad\.class_map: \{cat: null\}"),
-        ({"with_teacher": True, "class_map": {"cat": "red"}}, None),
-        ({"with_teacher": True, "when": "never"}, None),
-        ({"class_map": {"cat": "red"}}, r"qad\.class_map has nothing to map"),
-        ({"class_map": {"cat": "red"}, "teachers": ["that one"]}, None),
-        ({"teachers": ["that one"]}, r"qad\.class_map: \{cat: null\}"),
-    ],
-)
-def test_classes_that_nothing_maps_in_a_training_for_int8_are_refused_with_the_recipe(
-    qad: dict[str, object], says: str | None, checkpoint: Path, tiny_data: Dataset
-) -> None:
-    raw = {"data": tiny_data.path, "teacher": {"weights": checkpoint, "finetune": "never"},
-           "distill": {"class_map": {"cat": "red"}}}  # fmt: skip
-    qad = qad | ({"teachers": [checkpoint]} if "teachers" in qad else {})
-    with nullcontext() if says is None else pytest.raises(UsageError, match=says):
-        check_class_maps(Recipe.model_validate(raw | {"qad": qad}))
-
-
-@pytest.mark.parametrize("class_map", [None, {"cat": "red"}])
-def test_a_further_teacher_of_other_classes_is_refused_with_the_recipe_unless_they_are_mapped(
-    class_map: dict[str, str] | None, checkpoint: Path, tiny_data: Dataset
-) -> None:
-    settings = {"teachers": [checkpoint], "class_map": class_map}
-    with nullcontext() if class_map else pytest.raises(UsageError, match=r"distill\.class_map: \{cat: null\}"):
-        check_class_maps(Recipe.model_validate({"data": tiny_data.path, "distill": settings}))
