@@ -274,7 +274,7 @@ class TrainConfig(Settings):
     val_interval: Count = 5
     """Validate every this many epochs and always after the last."""
     checkpoint_interval: Annotated[Count, NO_RESULT] = 1
-    """Save the state to resume from every this many epochs and always after the last."""
+    """Save the state to resume from every this many epochs, and always after the last and a new best one."""
     precision: PrecisionName = "auto"
     """Arithmetic of the networks; auto is float16 on a GPU and float32 on a CPU. Weights and losses are float32."""
     compile: bool = False
@@ -330,7 +330,7 @@ class LossChoice(BaseModel):
     weight: NonNegative | None = None
     share: Positive | None = None
     """None, without a weight, takes the loss's own."""
-    until: Annotated[float, Field(gt=0, le=1)] | None = None
+    until: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Part of the epochs after which the loss has faded out; 1 keeps it to the end, None takes the loss's own."""
 
     @model_validator(mode="before")
@@ -616,7 +616,7 @@ NO_START = StudentConfig(scale=None)
 class StudyConfig(Settings):
     """Ways to train the student that `edgestill study` compares."""
 
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[FolderName, dict[str, Any]] = {}
     """Name -> settings of `student` and `distill` that are laid over the recipe's."""
     split: Literal["val", "test"] = "test"
     """Images that judge; `val` also chose the best epoch of the teacher."""

@@ -48,6 +48,7 @@ FLOAT_STEPS = (2, 4, 8, 16)
 """Layers in float that are tried one after the other. The worst two halve the loss: in ONNX Runtime yolov5n loses 1.3,
 0.6 and 0.1 mAP on COCO128 with none, two and four. In OpenVINO two cost 2 % of FP32's time, in ONNX Runtime more."""
 TWO_SIDED_95 = 1.96
+GIVE_EXPORTED = "Give the model.onnx that `edgestill export` wrote"
 SEVEN_BITS = 7
 GATE_SAMPLES = 200
 """Timed calls of each file, ten in each of twenty rounds."""
@@ -422,13 +423,15 @@ def _require_layers(config: QuantizeConfig, source: onnx.ModelProto, name: str) 
 
 
 def boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
-    """The card of a graph that `export` wrote. Raises InputError for any other."""
+    """The card of a graph that `export` wrote. Raises InputError for any other, and where no network is in it."""
     card = read_card(model, name)
+    if not GraphParts(model.graph).convs:
+        raise InputError(f"{name} has no convolution, expected a network", GIVE_EXPORTED)
     if card.input == "tensor" or card.output != "boxes" or card.precision != REFERENCE:
         raise InputError(
             f"{name} is {card.precision} with input {card.input!r} and output {card.output!r}; "
             "quantising starts from FP32 frames or canvases to boxes",
-            "Give the model.onnx that `edgestill export` wrote",
+            GIVE_EXPORTED,
         )
     return card
 

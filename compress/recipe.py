@@ -204,11 +204,12 @@ study:                  # `edgestill study {file}` compares these ways, seed by 
   seeds: 5              # trainings of each arm; more make the intervals narrower
   arms:                 # name: what it changes of `student` and `distill` above
     scratch:            # the baseline: labels alone, whatever the strategy above
-      student: {{init: scratch}}
+      student: {{init: scratch, weights: null}}
       distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
     inherit:            # labels alone, from slices of the teacher
       distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
-    scratch_soft: {{student: {{init: scratch}}}} # the losses above, from scratch
+    scratch_soft:       # the losses above, from scratch
+      student: {{init: scratch, weights: null}}
     soft: {{}}            # as above: slices and losses
 """
 

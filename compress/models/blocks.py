@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from compress.models.activations import ACTIVATIONS, Activation
 from compress.models.architecture import Architecture
-from runtime.errors import UsageError
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
 PROBED_VARIANCE = 0.9
@@ -65,12 +64,6 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises UsageError when a training has one value a channel, which has no variance."""
-        if self.training and x.numel() == x.shape[1]:
-            raise UsageError(
-                "one image whose coarsest map is one pixel cannot be trained on alone",
-                "Raise imgsz, or take a batch that leaves no single image over",
-            )
         assert self.momentum is not None
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps

@@ -8,6 +8,7 @@ from compress.config import (
     DistillConfig,
     QuantizeConfig,
     Recipe,
+    StudyConfig,
     TeacherConfig,
     TrainConfig,
     result_settings,
@@ -57,6 +58,8 @@ def test_flavours_and_precisions_are_a_list_or_a_text_with_commas(names: object)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\0b"])
-def test_the_name_of_a_run_is_that_of_a_folder(name: str) -> None:
+def test_the_name_of_a_run_or_an_arm_is_that_of_a_folder(name: str) -> None:
     with pytest.raises(ValidationError, match="expected a name for a folder"):
         Recipe(data="data.yaml", name=name)
+    with pytest.raises(ValidationError, match="expected a name for a folder"):
+        StudyConfig(arms={name: {}})

@@ -302,13 +302,32 @@ def test_no_images_is_one_line(model, tmp_path):
         run(QuantizeConfig(), model, [], tmp_path, {})
 
 
+def without_network(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Input, output and card of `model`, and nothing but zeros between."""
+    nodes = [
+        onnx.helper.make_node("Cast", ["canvas"], ["pixels"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMean", ["pixels"], ["mean"], axes=[1, 2, 3], keepdims=0),
+        onnx.helper.make_node("Mul", ["boxes", "mean"], [model.graph.output[0].name]),
+    ]
+    zeros = onnx.numpy_helper.from_array(np.zeros((1, 300, 6), np.float32), "boxes")
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "empty", model.graph.input, model.graph.output[:1], [zeros]),
+        opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    made.graph.input[0].name = "canvas"
+    made.metadata_props.extend(model.metadata_props)
+    return made
+
+
 def test_onnx_of_another_kind_is_one_line(graphs, model, flavours, images, tmp_path):
     onnx.save(graphs[1], tmp_path / "rows.onnx")
     foreign = onnx.ModelProto.FromString(graphs[0].SerializeToString())
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
     (tmp_path / "page.onnx").write_text("<html>not found</html>")
+    onnx.save(without_network(graphs[0]), tmp_path / "empty.onnx")
     cases = {
+        "empty.onnx": "has no convolution, expected a network",
         "rows.onnx": "output 'rows'",
         "foreign.onnx": "no edgestill card",
         "page.onnx": "not an ONNX model",
