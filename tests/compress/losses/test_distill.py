@@ -698,7 +698,7 @@ def _another(value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
-        return value[::-1]
+        return tuple(map(_another, value))
     return value / 2 if value < 1 else 2 * value
 
 
@@ -718,6 +718,17 @@ def test_every_setting_of_a_loss_changes_its_value_or_gradient(shape, teacher_sh
         gradients = [t.grad.norm() for t in (*student.raw, *student.features) if t.grad is not None]
         found.append(torch.stack([loss.detach(), *gradients]))
     assert not torch.equal(*found)
+
+
+def test_soft_adds_up_objectness_classes_and_boxes_by_their_weights(shape):
+    student, teacher = _outputs(shape), _outputs(shape, seed=1)
+
+    def loss(*weights):
+        return LOSSES["soft"](shape, shape, weights=weights)(student, teacher)
+
+    parts = loss(1, 0, 0), loss(0, 1, 0), loss(0, 0, 1)
+    assert all(part > 0 for part in parts)
+    torch.testing.assert_close(loss(2, 3, 5), 2 * parts[0] + 3 * parts[1] + 5 * parts[2])
 
 
 def test_the_gains_of_a_head_loss_are_those_of_the_detection_loss(shape):
