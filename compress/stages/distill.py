@@ -235,4 +235,5 @@ STAGE = Stage(
         "teachers": _further_teachers,
         "unlabelled": lambda recipe: unlabelled_digest(recipe.distill.unlabelled),
     },
+    version=2,
 )
