@@ -204,10 +204,10 @@ def compare_files(
     """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     `backend` runs the other, by default that of the plan. Both see the same frames in the same order. `plan.samples`
-    calls of each are spread over the rounds, at least four per round. `LatencyRatio.verdict(limit)` judges. Raises the
+    calls of each are spread over the rounds, at least four in each. `LatencyRatio.verdict(limit)` judges. Raises the
     errors of `Detector.load`, and UsageError when a call of the one takes more frames than a call of the other.
     """
-    frames, calls = plan.read_frames(), max(2, plan.samples // (2 * rounds))
+    frames, calls = plan.read_frames(), max(4, plan.samples // rounds)
     with (
         plan.detector(reference) as first,
         replace(plan, backend=backend or plan.backend).detector(other) as second,

@@ -198,6 +198,10 @@ LEAST_ROUNDS = 10
 ROUNDS_AGREE = 0.8
 """Share of the rounds that must be on the verdict's side. Of 20 rounds without a difference, 16 or more are on one
 side in 1.2 % of all comparisons."""
+SETTLE_MS = 20.0
+PAUSE_MS, LONGEST_PAUSE_MS = 20.0, 2000.0
+IDLE_SHARE = 0.1
+"""A process is idle if its threads together compute for less than this share of a pause."""
 
 
 @dataclass(frozen=True)
@@ -235,38 +239,66 @@ class LatencyRatio:
         return f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.rounds} rounds)"
 
 
+def until_idle(
+    clock: Clock = time.perf_counter_ns,
+    cpu_clock: Clock = time.process_time_ns,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until no thread of this process computes, `LONGEST_PAUSE_MS` at most.
+
+    Behind a call, ONNX Runtime's threads spin for the next one, 20 ms on one processor and 1.4 s on another, and keep
+    their cores from another library's. `cpu_clock` is the time of all threads together.
+    """
+    start = clock()
+    while _since(start, clock) < LONGEST_PAUSE_MS:
+        at, computed = clock(), cpu_clock()
+        sleep(PAUSE_MS / 1e3)
+        if cpu_clock() - computed < IDLE_SHARE * (clock() - at):
+            return
+
+
 def compare_in_turns(
     reference: Callable[[], object],
     other: Callable[[], object],
     rounds: int = 20,
     *,
-    calls: int = 5,
+    calls: int = 10,
     warmup_ms: float = 200.0,
+    settle_ms: float = SETTLE_MS,
+    pause: Callable[[], object] = until_idle,
     clock: Clock = time.perf_counter_ns,
     rng: np.random.Generator | None = None,
 ) -> LatencyRatio:
-    """Time two callables in the order ABBA BAAB ..., so that drift of clocks and caches falls on both.
+    """Time two callables in the order AB BA AB ..., so that drift of clocks and caches falls on both.
 
-    Each letter is `calls` calls in a row: a session's idle threads still spin for a moment when the other side begins,
-    and the median of several calls passes over the one that they slow down. Raises UsageError below ten rounds.
+    Each letter is `calls` calls in a row, timed as if the side ran alone: before the sides change, `pause` waits until
+    no thread computes, and the next side is called untimed for `settle_ms`. Raises UsageError below ten rounds.
     """
     if rounds < LEAST_ROUNDS or calls < 1:
         raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
     sides = (reference, other)
-    for side in sides:
+
+    def timed(side: int) -> list[float]:
+        return [_timed_ms(sides[side], clock) for _ in range(calls)]
+
+    def both(first: int, second: int) -> dict[int, list[float]]:
+        """Milliseconds of the calls of each side; the first was called last."""
+        times = {first: timed(first)}
+        pause()
+        _call_for(sides[second], settle_ms, clock)
+        return times | {second: timed(second)}
+
+    for side in reversed(sides):
+        pause()
         warm_up(side, warmup_ms, clock)
-    times = [_round(sides, calls, number % 2 == 1, clock) for number in range(rounds)]
-    ratios = [float(np.median(other) / np.median(reference)) for reference, other in times]
+    times = [both(number % 2, 1 - number % 2) for number in range(rounds)]
+    ratios = [float(np.median(of[1]) / np.median(of[0])) for of in times]
     interval = bootstrap(ratios, np.median, rng=rng or np.random.default_rng(0))
-    durations = (Durations.of(np.concatenate(side)) for side in zip(*times, strict=True))
+    durations = (Durations.of(np.concatenate([of[side] for of in times])) for side in (0, 1))
     return LatencyRatio(float(np.median(ratios)), *interval, tuple(ratios), *durations)
 
 
-def _round(
-    sides: Sequence[Callable[[], object]], calls: int, reverse: bool, clock: Clock
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of the calls of each side."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for side in (1, 0, 0, 1) if reverse else (0, 1, 1, 0):
-        times[side].extend(_timed_ms(sides[side], clock) for _ in range(calls))
-    return times
+def _call_for(call: Callable[[], object], least_ms: float, clock: Clock) -> None:
+    start = clock()
+    while _since(start, clock) < least_ms:
+        call()

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "--rounds",
         type=whole(LEAST_ROUNDS),
         default=20,
-        help="each is ABBA or BAAB with five calls per letter (default: 20)",
+        help="ten calls of each side in each (default: 20)",
     )
     made.add_argument("--threads", type=whole(1), default=1, help="CPU threads of one inference (default: 1)")
     return made

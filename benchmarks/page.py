@@ -81,6 +81,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "findings": wording.findings(data),
         "best": best,
         "gain": wording.first_gain(data["gain"]),
+        "inherited": wording.inherited((data["distillation"] or {}).get("inheritance")),
         "best_latency": latency_of(data, "file"),
         "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
         "teacher_latency": latency_of(data, "teacher_file"),

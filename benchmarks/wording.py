@@ -13,6 +13,7 @@ from benchmarks.formats import (
     milliseconds,
     moment,
     number,
+    percent,
     short_accuracy,
     times,
 )
@@ -125,7 +126,7 @@ def _against(row: Row, best: Row) -> str:
     if not is_kept(row):
         return "was refused by its gate"
     if not is_timed_here(row) or not p50(row):
-        return "is made for another library or device, so it was not timed"
+        return "is made for another library or device, so its time here says nothing"
     is_slower = (p50(row) or 0.0) > (p50(best) or 0.0)
     return f"{'is slower' if is_slower else 'is not clearly faster'}, with {_figures(row)}"
 
@@ -139,6 +140,20 @@ def _figures(row: Row) -> str:
     if found.get("drop") is not None:
         parts.append(f"a loss of {accuracy(found['drop'])} mAP50-95 {spread(row)}".rstrip())
     return ", ".join(parts)
+
+
+def inherited(found: Row | None) -> str:
+    """The sentence on a student that started from slices, with its label loss at the start; empty for others."""
+    if not found:
+        return ""
+    parts = [f"{percent(found['parameters'] / found['total'])} of its parameters"]
+    start, scratch = (found.get(key) for key in ("loss_before_first_step", "loss_from_scratch"))
+    if start and scratch:
+        each = (f"{name} {short_accuracy(loss)} ({short_accuracy(scratch[name])})" for name, loss in start.items())
+        parts.append(f"label loss before the first step (from scratch) {', '.join(each)}")
+    if found.get("fresh"):
+        parts.append(f"new blocks {', '.join(found['fresh'])}")
+    return f"The student started from slices of a larger network: {'; '.join(parts)}."
 
 
 def first_gain(gain: Row | None) -> str:

@@ -121,8 +121,8 @@ def _one_of(known: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-FlavourName = Annotated[str, _one_of(FLAVOURS)]
-PlanPrecision = Annotated[str, _one_of(PLAN_PRECISIONS)]
+Flavours = Annotated[tuple[Annotated[str, _one_of(FLAVOURS)], ...], BeforeValidator(_listed)]
+PlanPrecisions = Annotated[tuple[Annotated[str, _one_of(PLAN_PRECISIONS)], ...], BeforeValidator(_listed)]
 
 
 def _folder_name(name: str) -> str:
@@ -274,7 +274,7 @@ class TrainConfig(Settings):
     val_interval: Count = 5
     """Validate every this many epochs and always after the last."""
     checkpoint_interval: Annotated[Count, NO_RESULT] = 1
-    """Save the state to resume from every this many epochs and always after the last."""
+    """Save the state to resume from every this many epochs, and always after the last and a new best one."""
     precision: PrecisionName = "auto"
     """Arithmetic of the networks; auto is float16 on a GPU and float32 on a CPU. Weights and losses are float32."""
     compile: bool = False
@@ -330,7 +330,7 @@ class LossChoice(BaseModel):
     weight: NonNegative | None = None
     share: Positive | None = None
     """None, without a weight, takes the loss's own."""
-    until: Annotated[float, Field(gt=0, le=1)] | None = None
+    until: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Part of the epochs after which the loss has faded out; 1 keeps it to the end, None takes the loss's own."""
 
     @model_validator(mode="before")
@@ -470,7 +470,7 @@ class ExportConfig(Settings):
     frame: FrameShape | None = None
     """(height, width) of camera frames: puts the letterbox inside the graph."""
     opset: Annotated[Int, Field(ge=12, le=21)] = 19
-    """ONNX operator set of the conventional file; the shipped one has 17 or more."""
+    """ONNX operator set of the conventional file; the shipped one has 17 to 20."""
     max_box_error: Positive = 0.05
     """Pixels; the export fails above it."""
     max_score_error: Positive = 1e-3
@@ -497,7 +497,7 @@ FloatLayers = Annotated[Literal["auto"] | int | tuple[str, ...], BeforeValidator
 class QuantizeConfig(Settings):
     """Calibration, and the gate that keeps a lossy flavour out of the bundle."""
 
-    flavours: tuple[FlavourName, ...] = tuple(FLAVOURS)
+    flavours: Flavours = tuple(FLAVOURS)
     calibration_images: Count = 128
     method: Literal["auto", "minmax", "mse"] = "auto"
     """Ranges of activations: all values, or those of the smallest mean squared error; auto tries the second where the
@@ -546,7 +546,7 @@ class BuildConfig(Settings):
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = "auto"
     targets: Targets = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
-    precisions: tuple[PlanPrecision, ...] = PLAN_PRECISIONS
+    precisions: PlanPrecisions = PLAN_PRECISIONS
     batches: Profile = (1, 4, 8)
     """Smallest, usual and largest batch of plans of dynamic files."""
     workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
@@ -616,7 +616,7 @@ NO_START = StudentConfig(scale=None)
 class StudyConfig(Settings):
     """Ways to train the student that `edgestill study` compares."""
 
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[FolderName, dict[str, Any]] = {}
     """Name -> settings of `student` and `distill` that are laid over the recipe's."""
     split: Literal["val", "test"] = "test"
     """Images that judge; `val` also chose the best epoch of the teacher."""

@@ -34,7 +34,7 @@ from runtime.detections import Detections
 Loss = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 """(raw maps, targets (n, 6)) -> (total, the three parts)."""
 Detected = NDArray[np.float32]
-"""(n, 6): x1 y1 x2 y2 score class, in pixels of the original image, best first."""
+"""(n, 6): x1 y1 x2 y2 score class, best first."""
 
 
 class NmsSettings(NamedTuple):
@@ -46,15 +46,43 @@ class NmsSettings(NamedTuple):
     multi_label: bool = True
 
 
+class Place(NamedTuple):
+    """Where an image lies in its batch: resized / original width and height, the pad in pixels, and its own size."""
+
+    gain_wh: tuple[float, float]
+    pad_wh: tuple[float, float]
+    size_hw: tuple[int, int]
+
+    def to_original(self, boxes_xyxy: NDArray[np.float32], *, exact: bool = False) -> NDArray[np.float32]:
+        """Boxes (n, 4) from pixels of the batch to those of the original image.
+
+        YOLOv5 takes the height's gain for both axes, of labels as of detections. The width's may differ by the rounding
+        to whole pixels: boxes at the right of an image of 1000x561, seen at 320 pixels, are then 3 pixels off. `exact`
+        takes the gain of each axis.
+        """
+        (gain_w, gain_h), pad_w = self.gain_wh, self.pad_wh[0]
+        if exact:
+            boxes_xyxy = boxes_xyxy.copy()
+            boxes_xyxy[:, 0::2] = (boxes_xyxy[:, 0::2] - pad_w) * np.float32(gain_h / gain_w) + pad_w
+        return unletterbox(boxes_xyxy, gain_h, self.pad_wh, self.size_hw)
+
+
 class ImageResult(NamedTuple):
-    """One image's outcome, all in pixels of the original image."""
+    """One image's outcome."""
 
     sample: Sample
-    boxes: Detected
+    place: Place
+    found: Detected
+    """In pixels of the batch."""
     labels: NDArray[np.float32]
-    """(m, 5): class x1 y1 x2 y2."""
-    exact: Detected
-    """The boxes, each axis by its own gain: COCO's figures compare them with labels that were never resized."""
+    """(m, 5): class x1 y1 x2 y2, in pixels of the original image."""
+
+    def boxes(self, *, exact: bool = False) -> Detected:
+        """The detections in pixels of the original image.
+
+        COCO's figures compare the `exact` boxes with labels that were never resized.
+        """
+        return np.concatenate([self.place.to_original(self.found[:, :4], exact=exact), self.found[:, 4:]], axis=1)
 
 
 def fitness(map50: float, map50_95: float) -> float:
@@ -200,53 +228,32 @@ def as_network_input(images: Tensor, device: torch.device) -> Tensor:
 
 
 def image_result(found: Detected, batch: ValBatch, index: int) -> ImageResult:
-    """The outcome for image `index` of the batch, in which `found` was detected, (n, 6) in pixels of the batch."""
-    boxes, exact = found.copy(), found.copy()
-    boxes[:, :4] = to_original(found[:, :4], batch, index)
-    exact[:, :4] = to_original(found[:, :4], batch, index, exact=True)
-    return ImageResult(batch.samples[index], boxes, batch_labels(batch, index), exact)
+    """The outcome for image `index` of the batch, in which `found` was detected, (n, 6) in pixels of the batch.
 
-
-def to_original(
-    boxes_xyxy: NDArray[np.float32], batch: ValBatch, index: int, *, exact: bool = False
-) -> NDArray[np.float32]:
-    """Boxes (n, 4) of one image, from pixels of the batch to those of the original image.
-
-    YOLOv5 takes the height's gain for both axes, of labels as of detections. The width's may differ by the rounding to
-    whole pixels: boxes at the right of an image of 1000x561, seen at 320 pixels, are then 3 pixels off. `exact` takes
-    the gain of each axis.
+    Labels are recomputed from the batch's targets, as in YOLOv5: the clipping and rounding there decide matches at IoU
+    0.95.
     """
-    (gain_w, gain_h), (pad_w, pad_h) = batch.gains_wh[index], batch.pads_wh[index]
-    if exact:
-        boxes_xyxy = boxes_xyxy.copy()
-        boxes_xyxy[:, 0::2] = (boxes_xyxy[:, 0::2] - pad_w) * np.float32(gain_h / gain_w) + pad_w
-    return unletterbox(boxes_xyxy, gain_h, (pad_w, pad_h), batch.samples[index].size_hw)
-
-
-def batch_labels(batch: ValBatch, index: int) -> NDArray[np.float32]:
-    """(m, 5) class x1 y1 x2 y2 of one image, in its original pixels.
-
-    Recomputed from the batch's targets, as in YOLOv5: the clipping and rounding there decide matches at IoU 0.95.
-    """
+    sample = batch.samples[index]
+    place = Place(batch.gains_wh[index], batch.pads_wh[index], sample.size_hw)
     height, width = batch.images.shape[2:]
     rows = batch.targets[batch.targets[:, 0] == index].numpy()
-    boxes = xywh_to_xyxy(rows[:, 2:6] * np.array([width, height, width, height], np.float32))
-    return np.concatenate([rows[:, 1:2], to_original(boxes, batch, index)], axis=1)
+    labels_xyxy = xywh_to_xyxy(rows[:, 2:6] * np.array([width, height, width, height], np.float32))
+    labels = np.concatenate([rows[:, 1:2], place.to_original(labels_xyxy)], axis=1)
+    return ImageResult(sample, place, found, labels)
 
 
 def yolo_metrics(found: Sequence[ImageResult]) -> YoloMetrics:
     """Precision, recall and AP by YOLOv5's matching and integration."""
-    hits = [match(one.boxes, one.labels) for one in found]
-    boxes = np.concatenate([one.boxes for one in found])
-    return average_precision(
-        np.concatenate(hits), boxes[:, 4], boxes[:, 5], np.concatenate([one.labels[:, 0] for one in found])
-    )
+    each = [one.boxes() for one in found]
+    hits = [match(boxes, one.labels) for boxes, one in zip(each, found, strict=True)]
+    boxes, labels = np.concatenate(each), np.concatenate([one.labels for one in found])
+    return average_precision(np.concatenate(hits), boxes[:, 4], boxes[:, 5], labels[:, 0])
 
 
 def coco_metrics(found: Sequence[ImageResult], names: Sequence[str], annotations: Path | None = None) -> Accuracy:
     """AP by COCO's protocol, against the text labels or the given COCO JSON."""
     samples = [one.sample for one in found]
     truth = read_annotations(annotations, samples, names) if annotations else to_coco(samples, names)
-    boxes = ((image_id, Detections.from_rows(one.exact)) for image_id, one in enumerate(found, 1))
+    boxes = ((image_id, Detections.from_rows(one.boxes(exact=True))) for image_id, one in enumerate(found, 1))
     rows = [row for image_id, own in boxes for row in coco_rows(image_id, own, range(len(names)))]
     return coco_accuracy(truth, rows, names=names)

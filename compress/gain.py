@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from compress.config import DistillConfig, Recipe, StudentConfig, TrainConfig, result_settings
 from compress.data.unlabelled import unlabelled_digest
+from compress.recipe import not_accepted
 from runtime.errors import InputError
-from runtime.files import sha256
+from runtime.files import read_json, sha256
 
 STUDY = "study.json"
 Document = Mapping[str, Any]
@@ -24,6 +27,64 @@ OWN = (
 """Settings in which a student that is trained on labels alone may differ from the distilled one."""
 SHOWN = 3
 """Differences that a reason names."""
+
+
+class _Choice(BaseModel):
+    weight: float | None
+
+
+class _Student(BaseModel):
+    init: str
+
+
+class _Distill(BaseModel):
+    losses: dict[str, _Choice]
+    label_weight: float
+
+
+class _Training(BaseModel):
+    student: _Student
+    distill: _Distill
+
+
+class _Difference(BaseModel):
+    arm: str
+    against: str
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+class _Teacher(BaseModel):
+    fingerprint: str
+
+
+class _Study(BaseModel):
+    """The part of a study's document that a gain is found by."""
+
+    arms: list[str]
+    split: str
+    data: str
+    teacher: _Teacher
+    trainings: dict[str, _Training]
+    differences: list[_Difference]
+
+
+def read_study(file: Path) -> Document:
+    """The document in study.json. Raises InputError when it is not there, or lacks what a gain is found by."""
+    hint = "Run `edgestill study` again, or name another by report.study"
+    document: Document = read_json(file, hint)
+    try:
+        known = _Study.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        told = "is missing" if first["type"] == "missing" else not_accepted(first)
+        raise InputError(f"{file} is no study that edgestill wrote: {where} {told}", hint) from None
+    if unknown := [arm for arm in known.arms if arm not in known.trainings]:
+        raise InputError(f"{file} is no study that edgestill wrote: trainings.{unknown[0]} is missing", hint)
+    return document
 
 
 def training_of(student: StudentConfig, distill: DistillConfig) -> dict[str, Any]:
@@ -111,13 +172,16 @@ def _difference(study: Document, arm: str, against: str) -> dict[str, Any] | Non
 
 
 def study_of(recipe: Recipe, run_folder: Path) -> Path | None:
-    """The study's document that `report.study` names, else that of `<name>-study` beside the run; None without one.
+    """The file of the study that `report.study` names, else that of `<name>-study` beside the run; None without one.
 
-    Raises InputError when the named one is missing.
+    Raises InputError when the named one is missing, or the file is no study.
     """
     named = recipe.report.study
     folder = named or run_folder.with_name(f"{recipe.name}-study")
     file = folder if folder.suffix == ".json" else folder / STUDY
     if named and not file.is_file():
         raise InputError(f"{file}: no such study", "Correct report.study, or run `edgestill study`")
-    return file if file.is_file() else None
+    if not file.is_file():
+        return None
+    read_study(file)
+    return file

@@ -48,6 +48,7 @@ FLOAT_STEPS = (2, 4, 8, 16)
 """Layers in float that are tried one after the other. The worst two halve the loss: in ONNX Runtime yolov5n loses 1.3,
 0.6 and 0.1 mAP on COCO128 with none, two and four. In OpenVINO two cost 2 % of FP32's time, in ONNX Runtime more."""
 TWO_SIDED_95 = 1.96
+GIVE_EXPORTED = "Give the model.onnx that `edgestill export` wrote"
 SEVEN_BITS = 7
 GATE_SAMPLES = 200
 """Timed calls of each file, ten in each of twenty rounds."""
@@ -91,8 +92,8 @@ class FileGate:
 class Loss:
     """mAP50-95 lost against FP32: the mean over `draws` files that differ in nothing but the rounding.
 
-    `standard_error` is that of the mean over the draws, `image_error` that of having measured these images and no
-    others (a jackknife over groups of them); None where there are too few.
+    `standard_error` is that of the mean over the draws, 0 where all draws are alike; `image_error` is that of having
+    measured these images and no others (a jackknife over groups of them). None where there are too few.
     """
 
     drop: float
@@ -101,17 +102,19 @@ class Loss:
     draws: int
 
     @classmethod
-    def of(cls, reference: Floats, maps: Sequence[Floats]) -> Loss:
-        """From the `Gate.maps` of FP32 and of each draw."""
+    def of(cls, reference: Floats, maps: Sequence[Floats], *, is_drawn: bool = True) -> Loss:
+        """From the `Gate.maps` of FP32 and of each draw; of a flavour that is not drawn there is one."""
         drops = reference - np.array(maps)
         mean = drops.mean(0)
-        return cls(float(mean[0]), standard_error(drops[:, 0]), jackknife_error(mean[1:]), len(maps))
+        over_draws = standard_error(drops[:, 0]) if is_drawn else 0.0
+        return cls(float(mean[0]), over_draws, jackknife_error(mean[1:]), len(maps))
 
     @property
     def error(self) -> float | None:
-        """Both errors together; None where neither is known."""
-        known = [error for error in (self.standard_error, self.image_error) if error is not None]
-        return math.hypot(*known) if known else None
+        """Both errors together; None where one of them is not known."""
+        if self.standard_error is None or self.image_error is None:
+            return None
+        return math.hypot(self.standard_error, self.image_error)
 
     def is_resolved(self, limit: float) -> bool:
         """Whether the 95 % interval is known and lies on one side of the limit."""
@@ -119,8 +122,11 @@ class Loss:
 
     @property
     def remedy(self) -> str:
-        """The larger part of the error, "images" or "draws": more of them make it smaller."""
-        return "draws" if (self.standard_error or 0.0) > (self.image_error or 0.0) else "images"
+        """The larger part of the error, "images" or "draws": more of them make it smaller. One that is not known is the
+        larger one.
+        """
+        over_draws, over_images = (math.inf if e is None else e for e in (self.standard_error, self.image_error))
+        return "draws" if over_draws > over_images else "images"
 
     def __str__(self) -> str:
         draws = f"{self.draws} draws" if self.draws > 1 else "1 draw"
@@ -299,7 +305,7 @@ def judge(origin: Origin, flavour: Flavour, path: Path, folder: Path) -> JudgedF
             path.unlink(missing_ok=True)  # of an earlier calibration
             return JudgedFile(flavour.name, None, False, f"it cannot be made: {error.message}")
         maps = [_draw_maps(origin, flavour, path, choice, draw, folder) for draw in _draws(origin.config, flavour)]
-        loss = Loss.of(origin.reference, maps)
+        loss = Loss.of(origin.reference, maps, is_drawn=flavour.scheme is not None)
         ranking = origin.ranking(flavour, choice.method)
         steps.append(Step(choice, _predicted(ranking, choice), loss))
         if loss.drop <= origin.config.max_map_drop:
@@ -417,13 +423,15 @@ def _require_layers(config: QuantizeConfig, source: onnx.ModelProto, name: str) 
 
 
 def boxes_card(model: onnx.ModelProto, name: str) -> ModelCard:
-    """The card of a graph that `export` wrote. Raises InputError for any other."""
+    """The card of a graph that `export` wrote. Raises InputError for any other, and where no network is in it."""
     card = read_card(model, name)
+    if not GraphParts(model.graph).convs:
+        raise InputError(f"{name} has no convolution, expected a network", GIVE_EXPORTED)
     if card.input == "tensor" or card.output != "boxes" or card.precision != REFERENCE:
         raise InputError(
             f"{name} is {card.precision} with input {card.input!r} and output {card.output!r}; "
             "quantising starts from FP32 frames or canvases to boxes",
-            "Give the model.onnx that `edgestill export` wrote",
+            GIVE_EXPORTED,
         )
     return card
 
@@ -462,11 +470,10 @@ def _outputs(model: onnx.ModelProto, canvases: Sequence[np.ndarray]) -> np.ndarr
 def _accuracy_verdict(loss: Loss, found: float, reference: float, max_drop: float, judge: str) -> tuple[bool, str]:
     """Whether a file with mAP50-95 `found` passes against FP32's, and why. `judge` says what computed it.
 
-    A file that finds nothing passes no limit below 1: otherwise every flavour of a network that learnt nothing would
-    pass, with a loss of 0 out of 0.
+    No limit below 1 passes every file: not one that finds nothing, and none where FP32 has no more than may be lost.
     """
-    if max_drop < 1 and not reference > 0:
-        return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss can be measured"
+    if max_drop < 1 and not reference > max_drop:
+        return False, f"FP32 itself has mAP50-95 {reference:.4f}, so no loss of more than {max_drop:g} can be measured"
     if max_drop < 1 and found == 0:
         return False, "its mAP50-95 is 0"
     within = loss.drop <= max_drop  # False for NaN

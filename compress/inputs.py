@@ -16,6 +16,7 @@ from compress.flavours import FILES, FLAVOURS, REFERENCE, Flavour
 from compress.graph.candidates import Validation
 from compress.models.checkpoint import load
 from compress.store import Folders
+from runtime.backends import BACKENDS
 from runtime.bundle import card_inside, card_of
 from runtime.card import CARD_FILE, ModelCard
 from runtime.errors import InputError, UnavailableError
@@ -67,13 +68,15 @@ def own_plan(plan: Plan, flavour: Flavour) -> Plan:
 def suited(plan: Plan, path: Path) -> tuple[Plan, str]:
     """The plan that suits a file or bundle, and the note that belongs beside its figures.
 
-    On a CPU a flavour is measured by its `own_plan`, unless the plan names a backend. Raises the errors of
-    `Detector.load`.
+    On a CPU a flavour is measured by its `own_plan`, unless the plan names a backend, or the file was converted for
+    another one. Raises the errors of `Detector.load`.
     """
     flavour = _flavour_on_cpu(plan, path)
     if flavour is None:
         return replace(plan, as_written=False), ""
-    chosen = own_plan(plan, flavour) if plan.backend == "auto" else replace(plan, as_written=False)
+    own = own_plan(plan, flavour)
+    is_own = plan.backend == "auto" and (path.is_dir() or path.suffix.lower() in BACKENDS[own.backend].suffixes)
+    chosen = own if is_own else replace(plan, as_written=False)
     return chosen, "" if chosen.backend == flavour.backend and not chosen.as_written else flavour.note
 
 

@@ -30,8 +30,8 @@ def run_recipe(
     """Run every stage up to `until`; those named in `force` even when they are done.
 
     The user's settings and files are checked for all stages before the first one runs. Raises UsageError when a
-    stage or a setting is unknown, a network does not take images of the recipe's size, a class map has no teacher to
-    map, several processes were started or another run works in `out`, InputError when a checkpoint is missing.
+    stage or a setting is unknown, the networks do not suit the recipe or each other (see `check_recipe`), several
+    processes were started or another run works in `out`, InputError when a checkpoint is missing.
     """
     if (processes := process_count()) > 1:
         raise UsageError(
@@ -42,9 +42,7 @@ def run_recipe(
         require_stage(name)
     tasks = [stage(name).task(recipe, out) for name in ORDER[: ORDER.index(until) + 1]]
     if "distill" in (task.name for task in tasks):
-        prepare = import_module("compress.training.prepare")
-        prepare.check_image_sizes(recipe)
-        prepare.check_class_map(recipe)
+        import_module("compress.training.recipe_checks").check_recipe(recipe)
     outcomes = []
     with alone_in(out):
         for task in tasks:

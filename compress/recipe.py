@@ -164,7 +164,7 @@ distill:
   epochs: {epochs}            # {reason}
   batch: 16
   # preset: student     # its learning rate is for small networks; finetune halves it
-  # strategy: offline   # or joint, soft_labels, features, label_free: see the README
+  # strategy: offline   # or joint, soft_labels, features, label_free: see docs/distillation.md
   # unlabelled: images  # a folder of images or a video of the camera, to learn from without labels
   losses:               # name: auto (the weight follows the gradients) or a fixed weight
     soft: auto          # classes, boxes and objectness as the teacher sees them
@@ -204,11 +204,12 @@ study:                  # `edgestill study {file}` compares these ways, seed by 
   seeds: 5              # trainings of each arm; more make the intervals narrower
   arms:                 # name: what it changes of `student` and `distill` above
     scratch:            # the baseline: labels alone, whatever the strategy above
-      student: {{init: scratch}}
+      student: {{init: scratch, weights: null}}
       distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
     inherit:            # labels alone, from slices of the teacher
       distill: {{strategy: offline, losses: {{}}, label_weight: 1, unlabelled: null}}
-    scratch_soft: {{student: {{init: scratch}}}} # the losses above, from scratch
+    scratch_soft:       # the losses above, from scratch
+      student: {{init: scratch, weights: null}}
     soft: {{}}            # as above: slices and losses
 """
 

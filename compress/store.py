@@ -25,6 +25,16 @@ from runtime.files import sha256, write_json
 MANIFEST = "stage.json"
 SECONDS = "seconds"
 """Figure of a stage that goes on after a kill: the time that its parts took together."""
+PARTS = {
+    "version": "the stage itself",
+    "config": "settings",
+    "inputs": "stages before it:",
+    "digests": "files:",
+    "facts": "the machine's",
+}
+"""Part of a stage's identity -> its name in a message, before the keys in it."""
+SHOWN = 8
+ABSENT = object()
 Folders = Mapping[str, Path]
 """Name of a stage -> the folder of its result."""
 
@@ -64,15 +74,24 @@ class Outcome:
 
 def fingerprint(task: Task) -> str:
     """sha256 over the stage's name, version, settings, input contents and the facts it names."""
+    return _fingerprint(task.name, _identity(task))
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """Everything that the stage's result depends on, as JSON gives it back."""
     identity = {
-        "name": task.name,
         "version": task.version,
         "config": task.config,
         "inputs": {name: content_digest(path) for name, path in task.inputs.items()},
         "digests": dict(task.digests),
         "facts": dict(task.facts),
     }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    found: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return found
+
+
+def _fingerprint(name: str, identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps({"name": name, **identity}, sort_keys=True).encode()).hexdigest()
 
 
 def content_digest(path: Path) -> str:
@@ -92,7 +111,8 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
     or the work folder cannot be made.
     """
     target = run_folder / task.name
-    mark = fingerprint(task)
+    identity = _identity(task)
+    mark = _fingerprint(task.name, identity)
     if target.exists():
         _refuse_foreign_folder(target)
     if not force and (done := _finished(target, mark)):
@@ -100,7 +120,9 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
     work = run_folder / ".work" / f"{task.name}-{mark[:16]}"
     if force:
         shutil.rmtree(work, ignore_errors=True)
-    manifest = _finished(work, mark) or _run_task(task, work, mark, log)
+    elif changed := _changed(target, identity):
+        log(f"{task.name:<9} is done again, as this has changed: {changed}")
+    manifest = _finished(work, mark) or _run_task(task, work, identity, mark, log)
     _publish(work, target)
     _drop_stale_work(run_folder / ".work", task.name)
     return _outcome(task.name, target, manifest, skipped=False)
@@ -129,7 +151,7 @@ def alone_in(run_folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def _run_task(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
+def _run_task(task: Task, work: Path, identity: Mapping[str, Any], mark: str, log: Log) -> dict[str, Any]:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,14 +164,37 @@ def _run_task(task: Task, work: Path, mark: str, log: Log) -> dict[str, Any]:
     manifest = {
         "stage": task.name,
         "fingerprint": mark,
-        "version": task.version,
-        "config": dict(task.config),
+        **identity,
         SECONDS: round(max(time.monotonic() - start, figures.get(SECONDS, 0.0)), 3),
         "figures": figures,
         "files": {str(file.relative_to(work)): file.stat().st_size for file in _files(work)},
     }
     write_json(work / MANIFEST, manifest)
     return manifest
+
+
+def _changed(folder: Path, identity: Mapping[str, Any]) -> str:
+    """The parts of the identity that differ from that of the finished stage in `folder`; empty without one."""
+    try:
+        before = dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return ""
+    keys = {part: list(_differing(before[part], identity[part])) for part in PARTS if part in before}
+    told = [f"{PARTS[part]} {_few(names)}".strip() for part, names in keys.items() if names]
+    return "; ".join(told) or "its files, or those that it was made of"
+
+
+def _differing(was: Any, now: Any, key: str = "") -> Iterator[str]:
+    """The keys, apart by points, at which two JSON values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in dict.fromkeys((*was, *now)):
+            yield from _differing(was.get(name, ABSENT), now.get(name, ABSENT), f"{key}.{name}" if key else name)
+    elif was != now:
+        yield key
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _finished(folder: Path, mark: str) -> dict[str, Any] | None:

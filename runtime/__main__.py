@@ -46,7 +46,6 @@ def parser() -> argparse.ArgumentParser:
     build_.add_argument(
         "--batches",
         type=batches,
-        default=(1, 4, 8),
         metavar="MIN,OPT,MAX",
         help="images of one call, where the ONNX file leaves their number open (default: 1,4,8)",
     )
@@ -69,10 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
 def build(options: argparse.Namespace) -> None:
     from runtime.bundle import card_of, folder_card
-    from runtime.engine import build_engine, list_plans, profile_of
+    from runtime.engine import USUAL_BATCHES, build_engine, list_plans, profile_of, require_open_batch
     from runtime.layers import moved_bytes
 
     card = card_of(options.onnx)
+    if options.batches:
+        require_open_batch(options.onnx, card)
     out = options.out or options.onnx.with_suffix(".plan")
     folder_card(out.parent, options.onnx)  # another model there is refused before the minutes of building
     report = build_engine(
@@ -81,7 +82,7 @@ def build(options: argparse.Namespace) -> None:
         backend=options.backend,
         targets=tuple(filter(None, options.targets.split(","))),
         workspace_mib=options.workspace,
-        shapes=profile_of(card, options.batches),
+        shapes=profile_of(card, options.batches or USUAL_BATCHES),
         timing_cache=options.timing_cache,
         dla_core=options.dla_core,
     )

@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from runtime import machine
 from runtime.backends import BACKENDS
 from runtime.backends.tensorrt import INSTALL, collecting_logger, deserialize, errors_of, import_tensorrt
-from runtime.bundle import card_with
-from runtime.card import CARD_FILE, METADATA_KEY, Artifact, Batches, ModelCard
+from runtime.bundle import card_inside, card_with
+from runtime.card import CARD_FILE, Artifact, Batches, ModelCard
 from runtime.child_process import last_line, run_child
 from runtime.errors import EdgestillError, EngineError, InputError, UnavailableError, UsageError
 from runtime.files import atomic_write
@@ -40,13 +40,10 @@ from runtime.layers import (
     read_layers,
     save_layers,
 )
-from runtime.onnx_file import read_metadata
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
 DEVICE = "tensorrt"
 """The device of the runtime for which plans are built."""
-Hardware = Literal["this", "ampere_plus", "same_compute_capability"]
-HARDWARE = {"ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 NO_INT8: Mapping[str, str] = {
     "tensorrt_rtx": "TensorRT-RTX fuses no INT8 convolution with its activation and writes FP32 behind each: "
     "167 MB a frame where FP16 moves 111 (YOLOv5n, 640 pixels), so FP16 is the faster plan"
@@ -74,7 +71,6 @@ class BuildRequest:
     workspace_mib: int = 2048
     shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
     dla_core: int | None = None
-    hardware: Hardware = "this"
     timing_cache: str | None = None
 
 
@@ -111,6 +107,18 @@ class BuildReport:
         )
 
 
+USUAL_BATCHES = (1, 4, 8)
+"""Smallest, usual and largest batch of the plan of a file with an open batch."""
+
+
+def require_open_batch(model: Path, card: ModelCard) -> None:
+    """Raises UsageError when the file `model` has a fixed batch: a profile that is asked for says nothing to it."""
+    if card.batches.least == card.batches.most:
+        raise UsageError(
+            f"--batches: {model} takes {card.batches} in one call, always", "Leave it out, or export with --dynamic"
+        )
+
+
 def profile_of(card: ModelCard, batches: Sequence[int]) -> dict[str, ShapeRange]:
     """The shapes of a file with an open batch, for (smallest, usual, largest) `batches`; empty where it is fixed."""
     if card.batches.least == card.batches.most:
@@ -127,7 +135,6 @@ def build_engine(
     workspace_mib: int = 2048,
     shapes: Mapping[str, Sequence[Sequence[int]]] | None = None,
     dla_core: int | None = None,
-    hardware: Hardware = "this",
     timing_cache: str | Path | None = None,
 ) -> BuildReport:
     """Build the plan of an ONNX file and publish it at `out_path`; nothing is left there when it fails.
@@ -136,9 +143,9 @@ def build_engine(
 
     `targets` ("sm86", ...) are for tensorrt_rtx, which builds ahead of time; plain TensorRT builds for the GPU that is
     there and says so in the log. `shapes` maps an input with open dimensions to (smallest, usual, largest).
-    `dla_core` and `hardware` are refused if the backend would silently ignore them. `timing_cache` is a file that
-    makes later builds with plain TensorRT faster. Raises InputError, UsageError, UnavailableError, or EngineError with
-    TensorRT's own error lines.
+    `dla_core` is refused if the backend would silently ignore it. `timing_cache` is a file that makes later builds with
+    plain TensorRT faster. Raises InputError, UsageError, UnavailableError, or EngineError with TensorRT's own error
+    lines.
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     if not onnx_path.is_file():
@@ -154,7 +161,6 @@ def build_engine(
         workspace_mib=workspace_mib,
         shapes={name: checked_shapes(name, triple) for name, triple in (shapes or {}).items()},
         dla_core=dla_core,
-        hardware=hardware,
         timing_cache=str(Path(timing_cache).resolve()) if timing_cache else None,
     )
     refuse_ignored(request)
@@ -224,22 +230,19 @@ def refuse_unsuited(onnx_path: Path) -> None:
     """Raises InputError when it is no ONNX file, as TensorRT's parser takes some as an empty network, and UsageError
     when its card says that it is made for other devices.
     """
-    text = read_metadata(onnx_path).get(METADATA_KEY)
-    devices = ModelCard.from_json(text, str(onnx_path)).devices if text else ()
-    if devices and DEVICE not in devices:
-        raise UsageError(f"{onnx_path.name} is made for {' or '.join(devices)}", "Build model.fp16.onnx")
+    if onnx_path.suffix.lower() not in BACKENDS["onnx"].suffixes:
+        raise InputError(f"{onnx_path}: not an ONNX file", "Give an .onnx file")
+    card = card_inside(onnx_path)
+    if card and card.devices and DEVICE not in card.devices:
+        raise UsageError(f"{onnx_path.name} is made for {' or '.join(card.devices)}", "Build model.fp16.onnx")
 
 
 def refuse_ignored(request: BuildRequest) -> None:
     """Raises UsageError for requests that TensorRT-RTX ignores, at most with a warning."""
     if request.workspace_mib < 1:
         raise UsageError(f"workspace is {request.workspace_mib} MiB, expected 1 or more")
-    if request.hardware != "this" and request.hardware not in HARDWARE:
-        raise UsageError(f"hardware is {request.hardware!r}, expected this, {', '.join(HARDWARE)}")
     if request.backend == "tensorrt_rtx" and request.dla_core is not None:
         raise UsageError("tensorrt_rtx has no DLA", "Build with plain TensorRT on the Jetson")
-    if request.backend == "tensorrt_rtx" and request.hardware != "this":
-        raise UsageError(f"tensorrt_rtx ignores hardware {request.hardware!r}", "Name the GPUs as targets instead")
 
 
 def _build_in_child(request: BuildRequest, plan: Path) -> BuildReport:
@@ -340,7 +343,7 @@ def build_plan(trt: Any, request: BuildRequest) -> BuiltPlan:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib * MIB)
     set_precision_flags(trt, config, network)
     set_profile(builder, config, network, request)
-    set_hardware(trt, builder, config, request)
+    set_dla(trt, builder, config, request)
     targets, notes = set_targets(trt, config, request)
     set_timing_cache(trt, config, request)
     plan = builder.build_serialized_network(network, config)
@@ -415,19 +418,15 @@ def set_profile(builder: Any, config: Any, network: Any, request: BuildRequest) 
         raise EngineError(f"TensorRT refused the shapes {dict(request.shapes)} for inputs {dynamic}")
 
 
-def set_hardware(trt: Any, builder: Any, config: Any, request: BuildRequest) -> None:
-    """Set DLA and portability between GPUs. Raises UnavailableError when the module does not offer them."""
-    if request.dla_core is not None:
-        if not 0 <= request.dla_core < builder.num_DLA_cores:
-            raise UnavailableError(f"dla_core is {request.dla_core}, {trt.__name__} sees {builder.num_DLA_cores} cores")
-        config.default_device_type = trt.DeviceType.DLA
-        config.DLA_core = request.dla_core
-        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
-    if request.hardware != "this":
-        level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[request.hardware], None)
-        if level is None:
-            raise UnavailableError(f"{trt.__name__} {trt.__version__} has no hardware level {request.hardware}")
-        config.hardware_compatibility_level = level
+def set_dla(trt: Any, builder: Any, config: Any, request: BuildRequest) -> None:
+    """Build for a DLA core, and for the GPU what it cannot do. Raises UnavailableError when there is no such core."""
+    if request.dla_core is None:
+        return
+    if not 0 <= request.dla_core < builder.num_DLA_cores:
+        raise UnavailableError(f"dla_core is {request.dla_core}, {trt.__name__} sees {builder.num_DLA_cores} cores")
+    config.default_device_type = trt.DeviceType.DLA
+    config.DLA_core = request.dla_core
+    config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
 
 
 def set_targets(trt: Any, config: Any, request: BuildRequest) -> tuple[list[str], list[str]]:

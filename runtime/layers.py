@@ -44,7 +44,10 @@ ROW = re.compile(
 TENSOR = re.compile(r"\{ Name: .*?Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<type>[^,}]*)")
 OPERATOR = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 CONVOLUTION_KIND, CONVOLUTION_NAME = re.compile("conv|correlation", re.IGNORECASE), re.compile(r"__myl_\w*?(Corr|Fc)")
-"""TensorRT-RTX names a kernel by its operations: "Corr" and "Fc", a matrix product, are convolutions."""
+"""TensorRT-RTX names a kernel by its operations: "Corr" is a convolution, and so is "Fc", a matrix product, but for
+those of NMS, which have kernels of their own where a call takes several images."""
+NMS_OPERATOR = "nms."
+"""Begins the names of the operators of NMS in the files that edgestill exports."""
 SYNCHRONISATION = ("signal", "wait")
 """Kinds of rows that compute nothing: one stream waits for another."""
 
@@ -82,6 +85,8 @@ class EngineLayer:
 
     @property
     def is_convolution(self) -> bool:
+        if any(operator.startswith(NMS_OPERATOR) for operator in self.operators):
+            return False
         return bool(CONVOLUTION_KIND.search(self.kind) or CONVOLUTION_NAME.match(self.name))
 
     @property

@@ -38,7 +38,7 @@ from runtime.identity import OccupiedError
 @setting("--batch-size", "--batch", key="export.batch", help="Images of one call.")
 @flag("--dynamic", key="export.dynamic", help="Any number of images a call; model.yolov5.onnx takes any size, too.")
 @flag("--half", key="export.half", help="model.yolov5.onnx in float16; `quantize` makes model.fp16.onnx.")
-@setting("--opset", key="export.opset", help="ONNX operator set of model.yolov5.onnx; model.onnx has 17 or more.")
+@setting("--opset", key="export.opset", help="ONNX operator set of model.yolov5.onnx; model.onnx has 17 to 20.")
 @click.option(
     "--simplify",
     is_flag=True,

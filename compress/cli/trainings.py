@@ -165,7 +165,7 @@ def _refuse_without_effect(changes: Sequence[str]) -> None:
 )
 @setting("--teacher-imgsz", key="distill.teacher_imgsz", help="Pixels of the teachers' images.")
 @click.option("--check", is_flag=True, help="Make all checks, print them, and stop before the first epoch.")
-@setting("--strategy", key="distill.strategy", help="Who learns from what; the README has a line for each.")
+@setting("--strategy", key="distill.strategy", help="Who learns from what; docs/distillation.md has a line for each.")
 @click.option("--unlabelled", type=FILE, help="Folder of images or video to learn from without labels.")
 @click.option(
     "--quantize",
@@ -193,7 +193,7 @@ def distill(
     **folder: Any,
 ) -> None:
     """Train a student with a teacher."""
-    if quantize:
+    if quantize is not None:
         if scale or check:
             raise UsageError(f"--{'scale' if scale else 'check'} has no effect with --quantize", "Leave it out")
         given: dict[str, Any] = {"device": device, "qad.unlabelled": unlabelled}
@@ -277,16 +277,24 @@ def _print_checks(more: Mapping[str, Any], inputs: Callable[[], Any]) -> None:
 
 
 def loss_choices(given: Sequence[str]) -> dict[str, Any]:
-    """("soft", "cwd=0.2", "cwd.tau=2") as the `losses` of a recipe. Raises UsageError for another form."""
+    """("soft", "kd=auto", "cwd=0.2", "cwd.tau=2") as the `losses` of a recipe.
+
+    A loss that is named again keeps its settings; the last of its weights counts. Raises UsageError for another form.
+    """
+    from compress.config import AUTO
     from compress.recipe import with_change, with_value
 
     raw: dict[str, Any] = {}
     for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raw = with_value(raw, name, {})
+        key, equals, value = text.partition("=")
+        if "." in key and not equals:
+            raise UsageError(f"--loss {text!r}: expected NAME, NAME=WEIGHT or NAME.SETTING=VALUE", f"Write {key}=VALUE")
+        if "." in key:
+            raw = with_change(raw, text)
+        elif value in ("", AUTO):
+            raw = with_value(raw, f"{key}.weight", None)
         else:
-            raw = with_change(raw, f"{name if '.' in name else f'{name}.weight'}={value}")
+            raw = with_change(raw, f"{key}.weight={value}")
     return raw
 
 

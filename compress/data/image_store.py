@@ -12,6 +12,7 @@ import psutil
 
 from compress.data.dataset import Problem, Sample
 from compress.data.shared_array import SharedArray
+from compress.processes import sharing_count
 from runtime.errors import InputError
 from runtime.image import LETTERBOX_FILL, Image, read_image
 
@@ -156,8 +157,8 @@ def resized_hw(size_hw: tuple[int, int], imgsz: int) -> tuple[int, int]:
 
 
 def fits_in_memory(samples: Sequence[Sample], imgsz: int) -> bool:
-    """Whether all images, decoded and resized, may stay in memory."""
-    return cached_bytes(samples, imgsz) < CACHE_SHARE * free_bytes()
+    """Whether all images, decoded and resized, may stay in memory, in each process that shares it."""
+    return cached_bytes(samples, imgsz) * sharing_count() < CACHE_SHARE * free_bytes()
 
 
 def cached_bytes(samples: Sequence[Sample], imgsz: int) -> int:

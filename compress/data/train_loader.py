@@ -9,7 +9,6 @@ the kind of the workers ever changes a batch.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -22,6 +21,7 @@ from compress.data import shared_array
 from compress.data.loader import Batch, as_tensor, epoch_tasks, train_batches
 from compress.data.train_dataset import Task, TrainItems
 from compress.data.worker_pool import WorkerPool
+from compress.processes import sharing_count
 from runtime.machine import usable_cores
 
 MOST_PROCESSES = 16
@@ -48,11 +48,11 @@ class TrainLoader(Protocol):
 def worker_count(wanted: int | None, device: torch.device) -> int:
     """The number of workers: the one that is `wanted`; if None, one thread beside a CPU, else a process for each core.
 
-    One core is left to the process that trains. Those that torchrun started on this machine share the cores.
+    One core is left to the process that trains. Processes of torchrun, or jobs of a study, share the machine's cores.
     """
     if wanted is not None:
         return wanted
-    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = usable_cores() // sharing_count()
     return min(max(1, cores - 1), MOST_PROCESSES) if device.type == "cuda" else 1
 
 

@@ -3,9 +3,10 @@
 All blocks map float (B, C, H, W) to float (B, C', H', W'). Convolutions are made in the order of the state dict and
 nothing else draws random numbers, so a seeded build is reproducible.
 
-To add a block, write a subclass of `Block`, here or in a new file, and enter its name in `BLOCKS` of `network.py`. Its
-cost is counted, and it is exported and trained for INT8 without more work, if the tables of `compress.graph.network`
-and `compress.graph.fake` have its operators.
+To add a block, write a subclass of `Block`, here or in a new file, and enter it in `BLOCKS` of `network.py` and, with
+the way in which a student takes a slice of it, in `_LAYERS` of `inherit.py`. Its cost is counted, and it is exported
+and trained for INT8 without more work, if the tables of `compress.graph.network` and `compress.graph.fake` have its
+operators.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from compress.models.activations import ACTIVATIONS, Activation
 from compress.models.architecture import Architecture
-from runtime.errors import UsageError
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03
 PROBED_VARIANCE = 0.9
@@ -64,12 +64,6 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises UsageError when a training has one value a channel, which has no variance."""
-        if self.training and x.numel() == x.shape[1]:
-            raise UsageError(
-                "one image whose coarsest map is one pixel cannot be trained on alone",
-                "Raise imgsz, or take a batch that leaves no single image over",
-            )
         assert self.momentum is not None
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps

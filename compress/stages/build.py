@@ -21,7 +21,7 @@ from compress.stages import Figures, Stage, packages
 from runtime.backends import BACKENDS
 from runtime.bundle import card_of, folder_card
 from runtime.card import ONE_IMAGE, Artifact
-from runtime.engine import NO_INT8, build_engine, list_plans, profile_of, resolve_backend
+from runtime.engine import NO_INT8, build_engine, list_plans, profile_of, require_open_batch, resolve_backend
 from runtime.errors import InputError, UnavailableError, UsageError
 from runtime.files import sha256, write_json
 from runtime.identity import require_same
@@ -68,13 +68,9 @@ def by_precision(models: Sequence[Path]) -> Inputs:
 
 
 def require_open_batches(inputs: Inputs) -> None:
-    """Raises UsageError when a file has a fixed batch: a profile says nothing to it."""
+    """Raises UsageError when one of the files has a fixed batch."""
     for model in inputs.models.values():
-        batches = card_of(model).batches
-        if batches.least == batches.most:
-            raise UsageError(
-                f"--batches: {model} takes {batches} in one call, always", "Leave it out, or export with --dynamic"
-            )
+        require_open_batch(model, card_of(model))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from compress.training.curves import METRICS
 from compress.training.inheritance import HeadTeacher, check_start, inherit_from, new_student, source_of
 from compress.training.joint import join
 from compress.training.loop import Job, TrainResult, of_teacher, run_job
-from compress.training.prepare import adapt_anchors, model_from_state, open_distillation, require_statistics
+from compress.training.prepare import adapt_anchors, model_from_state, open_distillation
 from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 from compress.training.teacher import (
@@ -100,6 +100,8 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
         shutil.copyfile(result.best, out / STUDENT)
         if job.objective.teacher:
             shutil.copyfile(result.best.with_name(of_teacher(result.best.name)), out / TEACHER)
+        if not job.objective.losses:
+            (out / ACCURACY).unlink(missing_ok=True)  # an earlier training's in this folder
         if (out / ACCURACY).is_file():
             _compare_with_teacher(config, job, result, log)
     return dict(result.figures) | dict(figures)
@@ -127,20 +129,19 @@ def _prepare(config: Config, inputs: Inputs, out: Path, log: Log, *, resume: boo
     own = next((source for source in sources if source.model), None)
     larger = None if state else source_of(start, own.model if own else None, log)
     model = model_from_state(state, data.names) if state else _new_model(config, data, sources, larger, log)
-    require_statistics(model.arch, settings, len(splits.train))
     teacher = make_teacher(sources, model, settings, config.device, log)
     joint = trainable(sources, teacher) if settings.rules.trains_teacher else None
     objective = distillation(model, teacher, settings, has_labels=splits.train.labelled > 0)
-    if larger:
-        by = HeadTeacher(teacher, own.classes.first) if own and larger is own.model else None
-        inherit_from(larger, objective, splits.train, settings, config.device, out, log, by)
-    if joint:
-        join(objective, joint, settings)
     learns = len(objective.losses) > 0
     job = Job(
         settings, objective, splits.train, splits.val, out, teacher=teacher if learns and not joint else None,
         teacher_rate=settings.teacher_rate, origin=origin,
     )  # fmt: skip
+    if larger:
+        by = HeadTeacher(teacher, own.classes.first) if own and larger is own.model else None
+        inherit_from(larger, objective, splits.train, settings, config.device, out, log, by)
+    if joint:
+        join(objective, joint, settings)
     starts_trained = larger is not None or start.weights is not None
     labelled = data.splits["train"].samples if settings.label_weight else ()
     checks = (
@@ -191,9 +192,8 @@ def _checked(
         require_passed(more[:-1], log)
         checks = [*checks, *more]
         write_json(job.out / ACCURACY, asdict(found))
-        write_json(
-            job.out / "checks.json", [{"name": one.name, "passed": one.ok, "detail": one.detail} for one in checks]
-        )
+        listed = [{"name": one.name, "passed": one.ok, "detail": one.detail, "warns": one.warns} for one in checks]
+        write_json(job.out / "checks.json", listed)
     return checks
 
 

@@ -57,8 +57,9 @@ from runtime.image import read_image
 CHECKED_IMAGES = 4
 OPEN_BATCH = 3
 """Images at least on which a file with an open batch is checked."""
-SHIPPED_OPSET = 17
-"""The least one of `model.onnx`: its flavours are made for runtimes that know it."""
+SHIPPED_OPSETS = 17, 20
+"""The least and the highest one of `model.onnx`: its flavours are made for runtimes that know them. ONNX Runtime 1.32
+loads no int8-trt of opset 21: where it moves a pair past a MaxPool, it takes the signed integers for unsigned ones."""
 
 
 class Config(Settings):
@@ -215,10 +216,16 @@ def _card(config: ExportConfig, model: Path, network: YOLOv5, head: HeadShape) -
         provenance={
             "checkpoint": model.name,
             "checkpoint_sha256": sha256(model),
-            "opset": max(config.opset, SHIPPED_OPSET),
+            "opset": shipped_opset(config.opset),
         },
         artifacts=(),
     )
+
+
+def shipped_opset(conventional: int) -> int:
+    """That of `model.onnx`, the nearest one to that of the conventional file."""
+    least, most = SHIPPED_OPSETS
+    return min(max(conventional, least), most)
 
 
 def _images_of_a_check(card: ModelCard) -> int:
@@ -305,7 +312,7 @@ def _shipped(
     nms = NmsShape(config.iou, card.candidates, config.max_det, config.nms_iterations)
     graph = boxes_graph(
         traced, head, nms,
-        opset=max(config.opset, SHIPPED_OPSET), metadata=metadata_of(card),
+        opset=shipped_opset(config.opset), metadata=metadata_of(card),
         frame_hw=config.frame, batch=card.input_shape[0],
     )  # fmt: skip
     letterbox = FrameLetterbox(config.frame, head.size_hw) if config.frame else None

@@ -18,7 +18,7 @@ from benchmarks.rows import Row, ratio
 from compress.config import DistillConfig, ExportConfig, LossChoice, Recipe, Settings, StudentConfig
 from compress.data import Dataset
 from compress.evaluate import fitness
-from compress.gain import gain_of, study_of, training_of
+from compress.gain import gain_of, read_study, study_of, training_of
 from compress.inputs import SHIPPED, calibrated_entries, dataset_of, flavour_entries, trained_entries, tried_steps
 from compress.log import Log
 from compress.losses.distill import LOSSES, reference_of
@@ -101,7 +101,7 @@ def _gain(config: Config, inputs: Inputs) -> dict[str, Any]:
     if inputs.study is None:
         missing = "`edgestill study` with this recipe measures it"
         return {"study": None, "split": None, "arm": None, "over": [], "missing": missing}
-    study = read_json(inputs.study)
+    study = read_study(inputs.study)
     training = training_of(config.student, config.distill)
     teacher = read_json(inputs.folders["teacher"] / MANIFEST)["fingerprint"]
     found = gain_of(study, training, teacher=teacher, data=inputs.data.sha256)

@@ -22,7 +22,7 @@ from compress.stages import Figures, Stage, weights_digest
 from compress.training.inheritance import inherit_from, new_student, source_of
 from compress.training.loop import Job, TrainResult, run_job
 from compress.training.objective import Objective, detection_loss
-from compress.training.prepare import adapt_anchors, model_from_state, open_splits, require_statistics
+from compress.training.prepare import adapt_anchors, model_from_state, open_splits
 from compress.training.resume import origin_of, read_resume
 from compress.training.state import STATE
 
@@ -103,11 +103,10 @@ def train(
         model = new_student(start, data.names, source=source, seed=config.seed, log=log)
         if config.autoanchor:
             model = adapt_anchors(model, data.splits["train"].samples, config, log)
-    require_statistics(model.arch, config, len(splits.train))
     objective = Objective(model, detection_loss(model, config))
+    job = Job(config, objective, splits.train, splits.val, out, origin=origin)
     if source:
         inherit_from(source, objective, splits.train, config, device, out, log)
-    job = Job(config, objective, splits.train, splits.val, out, origin=origin)
     return run_job(job, device=device, resume=state, log=log)
 
 

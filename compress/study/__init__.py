@@ -28,12 +28,13 @@ from compress.gain import STUDY, training_of
 from compress.inputs import TEACHER, dataset_of
 from compress.log import Log
 from compress.pipeline import run_recipe, stage
+from compress.processes import JOBS
 from compress.recipe import parse
 from compress.store import Outcome, fingerprint
 from compress.study.figures import Run, summary
 from compress.study.judge import kept_figures, measured_by, measured_once, split_index, teacher_accuracy_of
 from compress.study.render import draw, to_markdown
-from compress.training.prepare import check_class_map, check_image_sizes
+from compress.training.recipe_checks import check_recipe
 from runtime.child_process import how_it_ended
 from runtime.errors import EdgestillError, InputError, UsageError
 from runtime.files import atomic_write, read_json, sha256, write_json
@@ -160,8 +161,11 @@ def count_in_folder(judging: SplitIndex, folder: Path) -> int:
 
 
 def _teacher_accuracy(recipe: Recipe, teacher: Outcome, judges: Dataset, out: Path) -> Mapping[str, float]:
-    """`map50_95` and `map50` of the teacher at the students' image size."""
-    of = {"teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": str(recipe.distill.imgsz)}
+    """`map50_95` and `map50` of the teacher at the students' image size, in the data's classes."""
+    of = {
+        "teacher": teacher.fingerprint, "judges": judges.sha256, "imgsz": recipe.distill.imgsz,
+        "class_map": recipe.distill.class_map,
+    }  # fmt: skip
     weights = teacher.folder / TEACHER
     return measured_once(out / "teacher.json", of, lambda: teacher_accuracy_of(weights, recipe, judges))
 
@@ -209,10 +213,19 @@ def check_arm(recipe: Recipe, arm: str, out: Path) -> None:
     made = arm_recipe(recipe, arm, 0)
     try:
         stage("distill").task(made, out)
-        check_image_sizes(made)
-        check_class_map(made)
+        check_recipe(made)
+        _require_equal_epochs(made.distill)
     except EdgestillError as error:
         raise type(error)(f"study.arms.{arm}: {error.message}", error.hint) from None
+
+
+def _require_equal_epochs(training: DistillConfig) -> None:
+    """Raises UsageError when a training may stop early: arms are compared over the epochs that they are given."""
+    if training.patience:
+        raise UsageError(
+            f"patience {training.patience} may end its trainings before the last epoch, one sooner than another",
+            "Set distill.patience=0 for the study",
+        )
 
 
 def _without_preset(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +293,7 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float |
     job = {"arm": arm, "seed": seed, "recipe": recipe.model_dump(mode="json", exclude_unset=True)}
     write_json(folder / JOB, job)
     command = [sys.executable, "-m", "compress.study", str(folder), str(out), str(wanted_fd)]
-    status = _status_of(command, folder / PROTOCOL, left, [wanted_fd])
+    status = _status_of(command, folder / PROTOCOL, left, [wanted_fd], jobs=recipe.study.jobs)
     if status in (None, STOPPED, -signal.SIGTERM):
         return None
     if status:
@@ -293,12 +306,12 @@ def _run_apart(arm: str, seed: int, recipe: Recipe, *, out: Path, until: float |
 
 
 def _status_of(
-    command: Sequence[str], protocol: Path, seconds: float | None, pass_fds: Collection[int] = ()
+    command: Sequence[str], protocol: Path, seconds: float | None, pass_fds: Collection[int] = (), *, jobs: int = 1
 ) -> int | None:
-    """Run a command, what it prints added to `protocol`. Returns its exit status; None when it was stopped after
-    `seconds`. A Ctrl-C at the terminal does not reach it.
+    """Run a command, one of `jobs` that share the machine, what it prints added to `protocol`. Returns its exit status;
+    None when it was stopped after `seconds`. A Ctrl-C at the terminal does not reach it.
     """
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, JOBS: str(jobs)}
     with (
         protocol.open("a", encoding="utf-8") as lines,
         subprocess.Popen(  # noqa: S603

@@ -10,9 +10,10 @@ from typing import Any
 from compress.config import Recipe
 from compress.data import Dataset, load_data
 from compress.evaluate import evaluate
-from compress.models import YOLOv5, load_model
+from compress.models import YOLOv5, load, load_model
+from compress.models.checkpoint import network_of
 from compress.training.checks import teacher_accuracy
-from compress.training.teacher import load_sources, make_teacher
+from compress.training.teacher import make_teacher, source_from
 from runtime.files import read_json, write_json
 
 
@@ -28,23 +29,26 @@ def judges_of(recipe: Recipe, study: Path) -> Dataset:
 
 def accuracy_of(weights: Path, recipe: Recipe, judges: Dataset) -> dict[str, float]:
     """`map50_95` and `map50`, fractions of 1, of a network at the recipe's image size."""
+    return network_accuracy(load_model(weights), recipe, judges)
+
+
+def network_accuracy(model: YOLOv5, recipe: Recipe, judges: Dataset) -> dict[str, float]:
+    """`accuracy_of` a network in memory."""
     samples = judges.splits[recipe.study.split].samples
-    model = load_model(weights)
     found = evaluate(model, samples, imgsz=recipe.distill.imgsz, device=recipe.device, coco=False).yolo
     return {"map50_95": found.map50_95, "map50": found.map50}
 
 
 def teacher_accuracy_of(weights: Path, recipe: Recipe, judges: Dataset) -> dict[str, float]:
     """`accuracy_of` the teacher, its classes mapped as the recipe says where they are not the data's."""
-    model = load_model(weights)
-    if model.arch.names == judges.names:
-        return accuracy_of(weights, recipe, judges)
-    changes = {name: own for name, own in (recipe.distill.class_map or {}).items() if name in model.arch.names}
+    given = load(weights)
+    arch = given.architecture
+    if arch.names == judges.names:
+        return network_accuracy(network_of(given), recipe, judges)
+    changes = recipe.distill.class_map or {}
     config = recipe.distill.model_copy(update={"class_map": changes, "teacher_flip": False, "teacher_imgsz": None})
-    mapped = make_teacher(
-        load_sources([weights], judges.names, config, recipe.device),
-        YOLOv5(replace(model.arch, names=judges.names)), config, recipe.device, print,
-    )  # fmt: skip
+    source = source_from(weights, given, judges.names, config)
+    mapped = make_teacher([source], YOLOv5(replace(arch, names=judges.names)), config, recipe.device, print)
     found = teacher_accuracy(mapped, judges.splits[recipe.study.split].samples, config)
     return {"map50_95": found.map50_95, "map50": found.map50}
 
@@ -54,7 +58,7 @@ def measured_by(training: str, judges: Dataset) -> dict[str, str]:
     return {"training": training, "judges": judges.sha256}
 
 
-def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+def measured_once(file: Path, of: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """The figures in `file` if they are `of` the same, else those that `measure` finds, which are kept there."""
     known = kept_figures(file, of)
     if known is None:
@@ -63,7 +67,7 @@ def measured_once(file: Path, of: Mapping[str, str], measure: Callable[[], Mappi
     return known
 
 
-def kept_figures(file: Path, of: Mapping[str, str]) -> Mapping[str, Any] | None:
+def kept_figures(file: Path, of: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The figures in `file` if it is there and they are `of` the same."""
     kept = read_json(file) if file.is_file() else {}
     return kept["found"] if kept.get("of") == of else None

@@ -107,11 +107,12 @@ def draw(study: Document, file: Path) -> None:
     for entry in study["differences"]:
         if entry["against"] == arms[0]:
             _draw_difference(gaps, arms.index(entry["arm"]), entry)
-    runs.set_yticks(range(len(arms)), arms)
+    runs.set_yticks(range(len(arms)), arms, parse_math=False)  # a name may hold dollars
     runs.set_ylim(len(arms) - 0.4, -0.75)
     runs.set_xlabel(f"mAP50-95 in points of 100 on {study['split']}: seeds, and their mean")
     gaps.axvline(0, color=GREY, linewidth=0.8)
-    gaps.set_xlabel(f"points against {arms[0]}" + (", 95 % interval" if study["seeds"] > 1 else ", one pair"))
+    unit = ", 95 % interval" if study["seeds"] > 1 else ", one pair"
+    gaps.set_xlabel(f"points against {arms[0]}{unit}", parse_math=False)
     for axes in (runs, gaps):
         axes.margins(x=0.12)
         axes.grid(axis="x", alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +106,13 @@ def require_known(changes: Mapping[str, str | None], several_names: Sequence[Seq
             raise UsageError(f"class_map: no teacher has a class {name!r}", suggestion(name, known))
 
 
-def map_to_write(names: Sequence[str], data_names: Sequence[str]) -> str:
-    """The hint that shows the map of these classes: those of equal names need no entry."""
-    others = [name for name in names if name not in data_names]
-    entries = ", ".join(f"{name}: null" for name in others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
-    return f"Fine-tune the teacher on this data, or map its classes to the data's: distill.class_map: {{{entries}}}"
+def map_to_write(names: Sequence[str], data_names: Sequence[str], key: str = "distill.class_map") -> str:
+    """The hint that shows the map of these classes, the setting `key`: those of equal names need no entry, others
+    become the data's class of the nearest spelling, or are left out.
+    """
+    free = {name.casefold(): name for name in data_names if name not in names}
+    near = {name: get_close_matches(name.casefold(), free, n=1) for name in names if name not in data_names}
+    found = sorted(near.items(), key=lambda one: not one[1])  # those that may be the data's first
+    entries = [f"{name}: {free[spelt[0]] if spelt else 'null'}" for name, spelt in found]
+    shown = ", ".join(entries[:SHOWN]) + (", ..." if len(entries) > SHOWN else "")
+    return f"Fine-tune the teacher on this data, or map its classes to the data's: {key}: {{{shown}}}"

@@ -115,7 +115,7 @@ def inherit_from(
     The head is fitted to the outputs of `by`; without it to those of the source, for the student's anchors and, by
     name, its classes.
     Writes `inheritance.json` into `out`: how many parameters were copied, which classes, which blocks start afresh, and
-    the parts of the label loss (box, obj, cls) from scratch and before the first step, 0 where no label is known.
+    the parts of the label loss (box, obj, cls) from scratch and before the first step, null where no label is known.
     Raises UsageError when the model is not a slice of the source.
     """
     student = objective.model
@@ -140,7 +140,8 @@ def inherit_from(
     )
     if is_first_process():
         losses = {"loss_from_scratch": scratch, "loss_before_first_step": start}
-        write_json(out / INHERITANCE, found._asdict() | losses)
+        known = losses if train.labelled else dict.fromkeys(losses)
+        write_json(out / INHERITANCE, found._asdict() | known)
 
 
 def _in_terms_of(student: YOLOv5, source: YOLOv5, raw: Sequence[torch.Tensor], named: ClassMap) -> list[torch.Tensor]:

@@ -37,6 +37,7 @@ from compress.losses.detection import targets_on
 from compress.losses.distill import Outputs
 from compress.models import YOLOv5
 from compress.models.checkpoint import save_model
+from compress.processes import process_count
 from compress.training.compiled import compile_failures_named, compiled
 from compress.training.curves import METRICS, RATES, VAL, Record, Scalars, draw_curves, share_column, write_csv
 from compress.training.ema import Ema
@@ -46,18 +47,21 @@ from compress.training.objective import Objective
 from compress.training.optimizer import build_optimizer, freeze, set_rates
 from compress.training.progress import Progress, epoch_line, open_progress
 from compress.training.ratio import is_due
-from compress.training.resume import LAST, Origin
+from compress.training.resume import BEST, LAST, Origin
 from compress.training.schedule import Schedule, fading_factor, mosaic_epochs
 from compress.training.state import STATE, random_state, restore_random_state, save_state
 from compress.training.statistics import SoundStatistics
 from compress.training.teacher import AnyTeacher
-from compress.training.together import decided_by_first, lost_processes_named, new_accelerator, require_share
+from compress.training.together import decided_by_first, lost_processes_named, new_accelerator, require_shares
 from runtime.errors import EdgestillError
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its settings, what it trains on what, and where its files go."""
+    """One training: its settings, what it trains on what, and where its files go.
+
+    Make it before the network takes its first batch: raises UsageError as `require_shares` does.
+    """
 
     config: TrainConfig
     objective: Objective
@@ -70,6 +74,9 @@ class Job:
     """Learning rate of a teacher that trains too, as a share of the student's."""
     origin: Origin | None = None
     """Kept in the state, so that it is resumed from the same; a training that nobody resumes needs none."""
+
+    def __post_init__(self) -> None:
+        require_shares(self.objective.model, self.config, len(self.train), process_count())
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class TrainState:
     last_step: int = -1
     """Iteration of the newest optimiser step."""
     best_fitness: float = -1.0
-    best_epoch: int = 0
+    best_epoch: int = -1
+    """-1 until one is validated."""
     stopped: bool = False
     history: list[Record] = field(default_factory=list)
     threads: int = 0
@@ -138,7 +146,6 @@ class Trainer:
         self.accelerator = new_accelerator(pick_device(device), self.config.precision)
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        require_share(self.config.batch, self.processes)
         self.log: Log = log if self.is_main else lambda _: None
         self.batches = batch_count(len(job.train), self.config.batch)
         self.schedule = Schedule(self.config.optimizer, self.config.epochs, self.batches, self.config.batch)
@@ -205,6 +212,7 @@ class Trainer:
         )
         progress = open_progress(self.config.epochs, shown=self.is_main)
         self._counted_until = time.perf_counter()
+        decided_by_first(self.accelerator, self._save_best)
         with scalars, progress, threads_restored(), closing(self.loader):
             self.choose_threads()
             while not self.finished:
@@ -390,14 +398,13 @@ class Trainer:
         return done % self.config.val_interval == 0 or done == self.config.epochs
 
     def _validate(self, record: Record) -> None:
-        """Add the averaged weights' accuracy to `record`; save them if they are the best, stop if none get better."""
+        """Add the averaged weights' accuracy to `record`; note if it is the best, stop if none get better."""
         found, state = self._accuracy(), self.state
         metrics = (found.yolo.precision, found.yolo.recall, found.yolo.map50, found.yolo.map50_95)
         record.update(zip(METRICS, metrics, strict=True))
         record.update(zip(VAL, found.loss or (), strict=False))
         if found.fitness >= state.best_fitness:
             state.best_fitness, state.best_epoch = found.fitness, state.epoch
-            self._save_weights("best.safetensors", record)
         state.stopped = 0 < self.config.patience <= state.epoch - state.best_epoch
 
     def _accuracy(self) -> ValResult:
@@ -408,14 +415,29 @@ class Trainer:
         )  # fmt: skip
 
     def _write_files(self) -> None:
-        """Write everything; `state.pt` comes last, so all that it tells of is already there."""
+        """Write everything; `state.pt` comes behind all that it tells of, but for the best weights."""
         state, terms, out = self.state, self.objective.terms, self.job.out
         write_csv(state.history, terms, out / "results.csv")
-        if self.finished or state.epoch % self.config.checkpoint_interval == 0:
-            self._save_weights(LAST, state.history[-1])
-            save_state(self.state_dict(), out / STATE)
         if self.finished:
             draw_curves(state.history, terms, out / "curves.png", self.objective.reference)
+        if self.finished or self._is_best or state.epoch % self.config.checkpoint_interval == 0:
+            self._save_weights(LAST, state.history[-1])
+            save_state(self.state_dict(), out / STATE)
+        self._save_best()
+
+    @property
+    def _is_best(self) -> bool:
+        """Whether the newest epoch is the best of all that were validated."""
+        return 0 <= self.state.best_epoch == self.state.epoch - 1
+
+    def _save_best(self) -> None:
+        """Save the averaged weights as the best, if they are.
+
+        The state has them too, so a training that was killed behind it saves them when it goes on. The other way round
+        a best epoch could be lost to the state and, on a GPU, not come again with the same bits.
+        """
+        if self._is_best:
+            self._save_weights(BEST, self.state.history[-1])
 
     def _save_weights(self, name: str, record: Record) -> None:
         student, *teacher = self.averages
@@ -424,7 +446,7 @@ class Trainer:
             save_model(average.module, self.job.out / of_teacher(name), {"imgsz": self.config.imgsz})
 
     def _result(self) -> TrainResult:
-        best, last = (self.job.out / name for name in ("best.safetensors", LAST))
+        best, last = (self.job.out / name for name in (BEST, LAST))
         self.log(f"best epoch {self.state.best_epoch + 1}, fitness {self.state.best_fitness:.4f}: {best}")
         done, record = self.state.epoch, self.state.history[self.state.best_epoch]
         return TrainResult(best, last, record, done, done * self.batches, self.state.seconds)

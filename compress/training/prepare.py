@@ -13,7 +13,6 @@ import torch
 from compress.config import DistillConfig, Recipe, TrainConfig
 from compress.data.class_names import class_conflict
 from compress.data.dataset import Dataset, Sample, SplitIndex
-from compress.data.dataset_yaml import load_data
 from compress.data.image_store import fits_in_memory
 from compress.data.index import require_labels
 from compress.data.loader import Batch, epoch_tasks, train_batches
@@ -24,7 +23,6 @@ from compress.losses.autoanchor import choose_anchors, scaled_sizes
 from compress.models import Architecture, YOLOv5
 from compress.models.architecture import Anchors
 from compress.models.checkpoint import load, transfer
-from compress.training.class_map import map_classes, map_to_write, require_known
 from runtime.errors import UsageError
 
 FITTED_BATCHES = 4
@@ -82,18 +80,6 @@ def _samples(split: str, index: SplitIndex, log: Log) -> Sequence[Sample]:
     for line in index.problem_lines(split):
         log(line)
     return index.samples
-
-
-def require_statistics(arch: Architecture, config: TrainConfig, images: int) -> None:
-    """Raises UsageError when the smallest batch of a training has one image, and this one cell at the coarsest level:
-    BatchNorm has no statistics of a single value.
-    """
-    smallest = min(images % config.batch or config.batch, images)
-    if smallest == 1 and config.imgsz <= max(arch.strides):
-        raise UsageError(
-            f"a batch of 1 image has a single cell of {max(arch.strides)} pixels, too few for BatchNorm",
-            f"Set imgsz to {2 * max(arch.strides)} or more",
-        )
 
 
 def first_batches(train: TrainItems, config: TrainConfig, device: torch.device) -> list[Batch]:
@@ -175,7 +161,7 @@ def _architecture(
 
 def check_image_sizes(recipe: Recipe) -> None:
     """Raises UsageError when teacher and student do not take images of the recipe's sizes."""
-    teacher = _planned(None if recipe.teacher.weights else recipe.teacher.scale, recipe.teacher.weights)
+    teacher = planned_teacher(recipe)
     student = _planned(recipe.student.scale, recipe.student.weights, teacher.anchors)
     for network, training in ((teacher, recipe.teacher), (student, recipe.distill)):
         network.require_image_size(recipe.imgsz)
@@ -183,25 +169,9 @@ def check_image_sizes(recipe: Recipe) -> None:
         network.require_image_size(*(recipe.export.imgsz or ()))
 
 
-def check_class_map(recipe: Recipe) -> None:
-    """Raises UsageError when a recipe's first teacher has other classes than the data, may not be fine-tuned, and they
-    are not mapped; or when classes are mapped and no teacher has others.
-    """
-    teacher, own, changes = recipe.teacher, load_data(recipe.data).names, recipe.distill.class_map
-    names = load(teacher.weights).architecture.names if teacher.weights and teacher.finetune == "never" else own
-    who = f"teacher {teacher.weights and teacher.weights.name}"
-    if names == own:
-        if changes and not recipe.distill.teachers:
-            raise UsageError(
-                "distill.class_map has nothing to map: the teacher has the data's classes, or is fine-tuned to them",
-                "Set teacher.finetune: never to use it as it is, or leave the map out",
-            )
-        return
-    if changes is None:
-        raise UsageError(class_conflict(who, names, "the data", own), map_to_write(names, own))
-    map_classes(who, names, own, changes)
-    if not recipe.distill.teachers:
-        require_known(changes, [names])
+def planned_teacher(recipe: Recipe) -> Architecture:
+    """The network that the teacher of a recipe will have, of one class."""
+    return _planned(None if recipe.teacher.weights else recipe.teacher.scale, recipe.teacher.weights)
 
 
 def _planned(scale: str | None, weights: Path | None, anchors: Anchors | None = None) -> Architecture:

@@ -12,11 +12,12 @@ from compress.data import Dataset, SplitIndex
 from compress.data.loader import batch_count
 from compress.models import Architecture
 from compress.processes import process_count
+from compress.recipe import parse
 from compress.training.state import STATE, load_state
 from runtime.errors import UsageError
 from runtime.files import sha256
 
-LAST = "last.safetensors"
+BEST, LAST = "best.safetensors", "last.safetensors"
 SHOWN_DIGITS = 12
 
 
@@ -95,17 +96,20 @@ def _shown(digest: str) -> str:
 def read_resume(out: Path, config: TrainConfig, origin: Origin) -> dict[str, Any]:
     """The state in `out`.
 
-    Raises InputError when there is none, UsageError when it was trained with other settings or from another origin.
+    Raises InputError when there is none, UsageError when it was trained with other settings, or with some that are not
+    known any more, or from another origin.
     """
-    state = load_state(out / STATE)
-    then = result_settings(type(config).model_validate(state["config"]))
+    state, anew = load_state(out / STATE), f"start a new training from its weights: --weights {out / LAST}"
+    try:
+        then = result_settings(parse(type(config), state["config"], origin=str(out / STATE)))
+    except UsageError as error:
+        raise UsageError(error.message, f"Resume with the version that it began with, or {anew}") from None
     network = Architecture.from_json(state["architecture"])
     facts = state["origin"]["facts"] | {"scale": network.scale, "activation": network.activation}
     said = {name: fact for name, fact in origin.facts.items() if fact is not None}
     for name, was, now in (*_differences(then, result_settings(config)), *_differences(facts, said)):
         raise UsageError(
-            f"{out} was trained with {name} = {was}, not {now}",
-            f"Resume with what it began with, or start a new training from its weights: --weights {out / LAST}",
+            f"{out} was trained with {name} = {was}, not {now}", f"Resume with what it began with, or {anew}"
         )
     return state
 

@@ -181,7 +181,7 @@ def load_sources(paths: Sequence[Path], names: Sequence[str], config: DistillCon
     where = pick_device(device)
     opened = [(path, open_onnx(path, where, names) if path.suffix.lower() == SUFFIX else load(path)) for path in paths]
     require_known(config.class_map or {}, [_names(file) for _, file in opened])
-    sources = [_source(path, file, names, config) for path, file in opened]
+    sources = [source_from(path, file, names, config) for path, file in opened]
     for source in sources:
         _require_usable(source, sources, config)
     return sources
@@ -191,7 +191,11 @@ def _names(file: OnnxTeacher | Checkpoint) -> tuple[str, ...]:
     return file.file.names if isinstance(file, OnnxTeacher) else file.architecture.names
 
 
-def _source(path: Path, file: OnnxTeacher | Checkpoint, data_names: Sequence[str], config: DistillConfig) -> Source:
+def source_from(path: Path, file: OnnxTeacher | Checkpoint, data_names: Sequence[str], config: DistillConfig) -> Source:
+    """A teacher whose file is read already.
+
+    Raises InputError when it has other classes than the data and no map is given, UsageError when the map is wrong.
+    """
     names = _names(file)
     if config.class_map is None and names != tuple(data_names):
         raise InputError(
@@ -274,12 +278,15 @@ def make_teacher(
 
 
 def trainable(sources: Sequence[Source], teacher: AnyTeacher) -> YOLOv5:
-    """The network of a teacher that trains along. Raises UsageError when the teacher is more than one network."""
+    """The network of a teacher that trains along. Raises UsageError when the teacher is no network of the data's
+    classes.
+    """
     model = sources[0].model
     if model is None or not isinstance(teacher, Teacher):
         raise UsageError(
-            "strategy joint trains one checkpoint of the data's classes, on the student's images",
-            "Leave out teachers, teacher_flip, teacher_imgsz and class_map, or take strategy offline",
+            f"strategy joint trains the teacher on the data's labels, and {sources[0].path} is no checkpoint of its "
+            "classes",
+            "Fine-tune a checkpoint on this data, or take strategy offline",
         )
     return model
 

@@ -14,9 +14,11 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from compress.compute.precision import pick_precision
-from compress.config import PrecisionName
+from compress.config import PrecisionName, TrainConfig
+from compress.models import YOLOv5
 from runtime.errors import EdgestillError, UsageError, one_line
 
 T = TypeVar("T")
@@ -35,10 +37,21 @@ def new_accelerator(device: torch.device, precision: PrecisionName) -> Accelerat
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
 
 
-def require_share(batch: int, processes: int) -> None:
-    """Raises UsageError when a batch is too small for each process to have an image of it."""
-    if batch < processes:
-        raise UsageError(f"a batch of {batch} for {processes} processes", f"Set batch to {processes} or more")
+def require_shares(network: YOLOv5, config: TrainConfig, images: int, processes: int) -> None:
+    """Raises UsageError when a training's batches are too small for the processes that share them.
+
+    Each needs an image of every batch. Where the network has BatchNorm, one image must not be a single cell at the
+    coarsest level: a single value has no variance.
+    """
+    if config.batch < processes:
+        raise UsageError(f"a batch of {config.batch} for {processes} processes", f"Set batch to {processes} or more")
+    smallest, stride = images % config.batch or config.batch, max(network.strides)
+    is_one_value = smallest < 2 * processes and config.imgsz <= stride
+    if is_one_value and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        raise UsageError(
+            f"a batch, or a process's share of it, is 1 image of one cell of {stride} pixels, too few for BatchNorm",
+            f"Set imgsz to {2 * stride} or more",
+        )
 
 
 def close_group_at_exit() -> None:

@@ -146,7 +146,11 @@ def build_sample() -> Report:
         distillation={
             "losses": [{"name": "soft", "weight": None, "share": 0.97, "checks": checks}],
             "shares_of": "the gradient of soft",
-            "inheritance": {"parameters": 452_000, "total": 466_000},
+            "inheritance": {
+                **{"parameters": 452_000, "total": 466_000, "classes": ["bolt"], "fresh": []},
+                "loss_from_scratch": {"box": 0.11, "obj": 0.04, "cls": 0.02},
+                "loss_before_first_step": {"box": 0.07, "obj": 0.02, "cls": 0.01},
+            },
             "teacher": {"map50_95": 0.62, "student_map50_95": 0.5503, "retained": 0.8876},
             "strategy": {"name": "label_free", "label_weight": 0.0, "unlabelled_images": 205},
         },

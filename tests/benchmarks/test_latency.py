@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.latency import MAX_WARMUP_MS, Durations, LatencyRatio, compare_in_turns, measure, warm_up
+from benchmarks import latency
+from benchmarks.latency import (
+    LONGEST_PAUSE_MS,
+    MAX_WARMUP_MS,
+    PAUSE_MS,
+    Durations,
+    LatencyRatio,
+    measure,
+    until_idle,
+    warm_up,
+)
 from benchmarks.statistics import bootstrap
 from runtime.errors import UsageError
 
@@ -149,16 +159,66 @@ def ratio_of(*ratios: float) -> LatencyRatio:
     return LatencyRatio(float(np.median(ratios)), low, high, ratios, durations, durations)
 
 
-def test_turns_are_taken_in_the_order_abba_baab() -> None:
+def nothing() -> None: ...
+
+
+def compare_in_turns(*given: Any, **options: Any) -> LatencyRatio:
+    """A comparison of sides that have no threads of their own."""
+    return latency.compare_in_turns(*given, **{"pause": nothing, **options})
+
+
+def test_turns_are_taken_in_the_order_abba() -> None:
     time, order = FakeTime(), []
 
     def run(name: str) -> Any:
         return lambda: (order.append(name), time.spend(1))
 
-    compare_in_turns(run("a"), run("b"), 10, calls=1, warmup_ms=0, clock=time.clock)
-    assert "".join(order[-8:]) == "abbabaab"
-    compare_in_turns(run("a"), run("b"), 10, calls=2, warmup_ms=0, clock=time.clock)
-    assert "".join(order[-16:]) == "aabbbbaabbaaaabb"
+    compare_in_turns(run("a"), run("b"), 10, calls=1, warmup_ms=0, settle_ms=0, clock=time.clock)
+    assert "".join(order[-8:]) == "abbaabba"
+    compare_in_turns(run("a"), run("b"), 10, calls=2, warmup_ms=0, settle_ms=3, clock=time.clock)
+    assert "".join(order[-14:]) == "aabbb" + "bb" + "bb" + "aaa" + "aa"
+
+
+class SpinningPools:
+    """A library whose idle threads spin for `spin_ms` behind a call, and one whose call they slow down by a third."""
+
+    def __init__(self, spin_ms: float) -> None:
+        self.time, self.spin_ms, self.until_ns, self.cpu_ns = FakeTime(), spin_ms, 0, 0
+
+    def spinning(self) -> None:
+        self.spend(3)
+        self.until_ns = self.time.now_ns + round(self.spin_ms * 1e6)
+
+    def sleeping(self) -> None:
+        self.spend(4 if self.time.now_ns < self.until_ns else 3)
+
+    def spend(self, ms: float) -> None:
+        self.cpu_ns += round(ms * 1e6)
+        self.time.spend(ms)
+
+    def sleep(self, seconds: float) -> None:
+        self.cpu_ns += max(0, min(round(seconds * 1e9), self.until_ns - self.time.now_ns))
+        self.time.sleep(seconds)
+
+    def pause(self) -> None:
+        until_idle(self.time.clock, lambda: self.cpu_ns, self.sleep)
+
+
+@pytest.mark.parametrize("spin_ms", [0, 50, 1400])
+def test_threads_of_one_side_that_spin_do_not_slow_the_other(spin_ms: float) -> None:
+    pools = SpinningPools(spin_ms)
+    sides = pools.spinning, pools.sleeping
+    assert compare_in_turns(*sides, clock=pools.time.clock, pause=pools.pause).ratio == 1
+    beside_them = compare_in_turns(*sides, clock=pools.time.clock, settle_ms=0)
+    assert (beside_them.ratio > 1.1) is (spin_ms > 0)
+
+
+def test_a_pause_ends_where_threads_never_rest() -> None:
+    pools = SpinningPools(10 * LONGEST_PAUSE_MS)
+    pools.spinning()
+    before = pools.time.now_ns
+    pools.pause()
+    assert LONGEST_PAUSE_MS <= (pools.time.now_ns - before) / 1e6 <= LONGEST_PAUSE_MS + PAUSE_MS
 
 
 @pytest.mark.parametrize(
@@ -239,4 +299,4 @@ def test_halves_that_contradict_each_other_are_inconclusive() -> None:
 @pytest.mark.parametrize(("rounds", "calls"), [(9, 5), (10, 0)])
 def test_a_comparison_takes_ten_rounds(rounds: int, calls: int) -> None:
     with pytest.raises(UsageError, match=f"{rounds} rounds of {calls} calls"):
-        compare_in_turns(lambda: None, lambda: None, rounds, calls=calls)
+        compare_in_turns(nothing, nothing, rounds, calls=calls)

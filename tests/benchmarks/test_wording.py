@@ -30,7 +30,7 @@ def test_the_file_to_take_is_named_with_the_reasons_against_the_others(sample: R
     )
     assert second == (
         f"Not the others: model.onnx is slower, with p50 {fp32} ms; model.fp16.onnx is made for another library or "
-        "device, so it was not timed; model.int8-trt.onnx was refused by its gate."
+        "device, so its time here says nothing; model.int8-trt.onnx was refused by its gate."
     )
     assert wording.findings(data)[:2] == list(wording.choice(data["models"]))
 
@@ -179,3 +179,26 @@ def test_rows_are_named_as_shortly_as_they_can_be_told_apart() -> None:
         "d",
         "e",
     ]
+
+
+def test_a_slice_of_a_larger_network_is_told_with_its_loss_before_the_first_step(sample: Report) -> None:
+    found = sample.data["distillation"]["inheritance"]
+    told = "The student started from slices of a larger network: 97.0 % of its parameters"
+    losses = "box 0.070 (0.110), obj 0.020 (0.040), cls 0.010 (0.020)"
+    assert wording.inherited(found) == f"{told}; label loss before the first step (from scratch) {losses}."
+    unknown = {**found, "loss_from_scratch": None, "loss_before_first_step": None, "fresh": ["model.4.m.1"]}
+    assert wording.inherited(unknown) == f"{told}; new blocks model.4.m.1."
+    assert wording.inherited({key: found[key] for key in ("parameters", "total")}) == f"{told}."
+    assert wording.inherited(None) == ""
+    assert losses in to_html(sample)
+
+
+def test_a_check_that_warns_is_no_pass_in_the_report(sample: Report) -> None:
+    loss = {**sample.data["distillation"]["losses"][0]}
+    states = {"passed": (True, False), "warning": (True, True), "failed": (False, False)}
+    loss["checks"] = [
+        {"name": f"check {state}", "passed": passed, "detail": "", "warns": warns}
+        for state, (passed, warns) in states.items()
+    ]
+    page = to_html(Report({**sample.data, "distillation": {**sample.data["distillation"], "losses": [loss]}}))
+    assert re.findall(r"check (\w+)<.*?>(passed|warning|failed)<", page) == [(state, state) for state in states]

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from compress.config import BuildConfig, DistillConfig, Recipe, TeacherConfig, TrainConfig, result_settings
+from compress.config import (
+    BuildConfig,
+    DistillConfig,
+    QuantizeConfig,
+    Recipe,
+    StudyConfig,
+    TeacherConfig,
+    TrainConfig,
+    result_settings,
+)
 
 
 @pytest.mark.parametrize("change", [{"workers": 7}, {"tensorboard": False}, {"checkpoint_interval": 9}])
@@ -39,7 +48,18 @@ def test_targets_are_a_list_or_a_text_with_commas(targets: object) -> None:
     assert BuildConfig.model_validate({"targets": targets}).targets == ("sm86", "sm89")
 
 
+@pytest.mark.parametrize("names", ["fp16,int8-trt", "fp16, int8-trt,", ["fp16", "int8-trt"]])
+def test_flavours_and_precisions_are_a_list_or_a_text_with_commas(names: object) -> None:
+    assert QuantizeConfig.model_validate({"flavours": names}).flavours == ("fp16", "int8-trt")
+    assert BuildConfig.model_validate({"precisions": names}).precisions == ("fp16", "int8-trt")
+    for group, key in ((QuantizeConfig, "flavours"), (BuildConfig, "precisions")):
+        with pytest.raises(ValidationError, match="expected one of fp16, "):
+            group.model_validate({key: "fp16,int9"})
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\0b"])
-def test_the_name_of_a_run_is_that_of_a_folder(name: str) -> None:
+def test_the_name_of_a_run_or_an_arm_is_that_of_a_folder(name: str) -> None:
     with pytest.raises(ValidationError, match="expected a name for a folder"):
         Recipe(data="data.yaml", name=name)
+    with pytest.raises(ValidationError, match="expected a name for a folder"):
+        StudyConfig(arms={name: {}})

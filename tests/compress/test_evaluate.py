@@ -45,7 +45,7 @@ def perfect(samples: tuple[Sample, ...], imgsz: int = 64) -> list[ImageResult]:
 def blind(samples: tuple[Sample, ...]) -> list[ImageResult]:
     """Labels, and nothing detected."""
     nothing = np.zeros((0, 6), np.float32)
-    return [one._replace(boxes=nothing, exact=nothing) for one in perfect(samples)]
+    return [one._replace(found=nothing) for one in perfect(samples)]
 
 
 def test_labels_return_from_the_batch_to_original_pixels(samples: tuple[Sample, ...]) -> None:
@@ -67,7 +67,7 @@ def test_the_rounding_of_a_resized_image_costs_no_accuracy_by_cocos_protocol(tmp
     labels = np.column_stack([np.zeros(3), corners, np.full((3, 2), 0.02)]).astype(np.float32)
     wide = Sample(tmp_path / "wide.png", "wide.png", labels, (561, 1000), "")
     found = perfect((wide,), imgsz=320)  # 320 x 179: the axes' gains are 0.32 and 0.3191
-    assert np.abs(found[0].boxes - found[0].exact).max() > 2
+    assert np.abs(found[0].boxes() - found[0].boxes(exact=True)).max() > 2
     assert coco_metrics(found, ("part",)).map50_95 == pytest.approx(1.0)
     assert yolo_metrics(found).map50_95 == pytest.approx(0.995, abs=0.01)
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from compress.config import DistillConfig, Recipe, StudentConfig
-from compress.gain import gain_of, study_of, training_of
+from compress.gain import gain_of, read_study, study_of, training_of
 from compress.study.figures import Run, summary
 from runtime.errors import InputError
+from runtime.files import write_json
 
 SAME = {"teacher": "t" * 64, "data": "d" * 64}
 
@@ -124,9 +125,34 @@ def test_a_study_is_looked_for_beside_the_run_unless_the_recipe_names_one(tmp_pa
     assert study_of(recipe(), run) is None
     for folder in (tmp_path / "runs" / "belt-study", tmp_path / "elsewhere"):
         folder.mkdir(parents=True)
-        (folder / "study.json").write_text("{}")
+        write_json(folder / "study.json", study())
     assert study_of(recipe(), run) == tmp_path / "runs" / "belt-study" / "study.json"
     for named in (tmp_path / "elsewhere", tmp_path / "elsewhere" / "study.json"):
         assert study_of(recipe(study=named), run) == tmp_path / "elsewhere" / "study.json"
     with pytest.raises(InputError, match="no such study"):
         study_of(recipe(study=tmp_path / "none"), run)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trainings": None}, "trainings None is not accepted"),
+        ({"trainings": {}}, r"trainings\.scratch is missing"),
+        ({"trainings": {**TRAININGS, "soft": {"student": {}}}}, r"trainings\.soft\.student\.init is missing"),
+        ({"teacher": {}}, r"teacher\.fingerprint is missing"),
+        ({"differences": [{"arm": "a", "against": "b", "mean": "much"}]}, r"differences\.0\.mean 'much' is not"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused_before_the_run(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    file = tmp_path / "belt-study" / "study.json"
+    write_json(file, study() | change)
+    recipe = Recipe.model_validate({"name": "belt", "data": "data.yaml"})
+    with pytest.raises(InputError, match=rf"study\.json is no study that edgestill wrote: {says}"):
+        study_of(recipe, tmp_path / "belt")
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", "3", '{"arms": ["soft"], "seeds": 5, "differences": []}', "no JSON"])
+def test_any_other_json_is_no_study(tmp_path: Path, text: str) -> None:
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(InputError, match=r"study\.json is no.* Run `edgestill study` again"):
+        read_study(tmp_path / "study.json")

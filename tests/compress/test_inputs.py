@@ -151,6 +151,25 @@ def test_a_backend_that_is_named_runs_any_file_and_a_note_says_if_it_is_made_for
     assert (plan, note != "") == (asked, has_note)
 
 
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [("fp32", "auto"), ("fp16", "auto"), ("int8-trt", "auto"), ("int8-ort", "auto"), ("int8-openvino", "openvino")],
+)
+def test_a_file_that_was_converted_is_measured_in_what_reads_its_new_kind(
+    tmp_path: Path, precision: str, backend: str
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    row = FLAVOURS.get(precision)
+    made_for = {"backend": row.backend, "devices": row.devices} if row else {}
+    model = canvas_model(tmp_path / "model.onnx", card(precision=precision, **made_for))
+    openvino.save_model(openvino.Core().read_model(str(model)), str(tmp_path / "model.xml"))
+    plan, note = suited(Plan([]), tmp_path / "model.xml")
+    assert (plan.backend, plan.as_written) == (backend, False)
+    assert note == ("" if precision in ("fp32", "int8-openvino") else FLAVOURS[precision].note)
+    with plan.detector(tmp_path / "model.xml") as detector:
+        assert detector.providers == ("OpenVINO on the CPU",)
+
+
 def test_files_of_other_batches_are_not_written_beside_each_other(tmp_path: Path) -> None:
     """They would have the same names, or one call of a bundle would take other images than the next."""
     own, other = card(), card(batches=Batches(4, 4))

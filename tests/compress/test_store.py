@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,41 @@ def test_a_changed_setting_input_or_fact_runs_it_again(tmp_path: Path) -> None:
     marks.add(fingerprint(counting_task(calls, inputs={"given": given}, config={"epochs": 2})))
     marks.add(fingerprint(counting_task(calls, inputs={"given": given}, facts={"tensorrt": "11.4"})))
     assert len(marks) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"config": {"distill": {"precision": "auto", "batch": 4}}}, "settings distill.amp, distill.precision"),
+        ({"config": {"distill": {"amp": None, "batch": 4}}}, "settings distill.amp"),
+        ({"facts": {"tensorrt": "11.4"}, "version": 2}, "the stage itself; the machine's tensorrt"),
+        ({"digests": {"teachers": "b"}}, "files: teachers"),
+        ({"inputs": {}}, "stages before it: given"),
+        ({"config": {"distill": {str(key): 0 for key in range(9)}}}, "settings distill.amp, .* and 3 more"),
+    ],
+)
+def test_a_stage_that_is_done_again_says_what_changed(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    given = tmp_path / "given.txt"
+    given.write_text("one")
+    first: dict[str, Any] = {
+        "config": {"distill": {"amp": True, "batch": 4}}, "inputs": {"given": given}, "digests": {"teachers": "a"},
+        "facts": {"tensorrt": "10.1"},
+    }  # fmt: skip
+    lines: list[str] = []
+    execute(counting_task([], **first), tmp_path, log=lines.append)
+    execute(counting_task([], **first), tmp_path, log=lines.append)
+    assert lines == []
+    execute(counting_task([], **first | changes), tmp_path, log=lines.append)
+    assert re.fullmatch(f"count     is done again, as this has changed: {told}", lines[0])
+    execute(counting_task([], **first | changes), tmp_path, log=lines.append, force=True)
+    assert len(lines) == 1
+
+
+def test_a_stage_whose_files_were_damaged_says_so(tmp_path: Path) -> None:
+    lines: list[str] = []
+    (execute(counting_task([]), tmp_path, log=silent).folder / "result.txt").unlink()
+    execute(counting_task([]), tmp_path, log=lines.append)
+    assert "its files" in lines[0]
 
 
 def test_the_time_of_a_stage_counts_the_parts_before_a_kill_where_the_stage_knows_them(tmp_path: Path) -> None:

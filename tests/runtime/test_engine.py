@@ -220,8 +220,6 @@ def test_a_model_without_a_card_cannot_become_an_engine_that_could_not_be_loaded
     [
         ({"backend": "openvino"}, UsageError, "openvino"),
         ({"backend": "tensorrt_rtx", "dla_core": 0}, UsageError, "DLA"),
-        ({"backend": "tensorrt_rtx", "hardware": "ampere_plus"}, UsageError, "ampere_plus"),
-        ({"backend": "tensorrt_rtx", "hardware": "hopper"}, UsageError, "hopper"),
         ({"workspace_mib": 0}, UsageError, "workspace"),
         ({"shapes": {"images": ((4, 3), (1, 3), (8, 3))}}, UsageError, "smallest"),
         ({"shapes": {"images": ((4, 3), (4, 3))}}, UsageError, "smallest"),
@@ -244,9 +242,18 @@ def test_a_missing_tensorrt_says_how_to_get_it(monkeypatch):
         engine.resolve_backend("tensorrt")
 
 
-@pytest.mark.parametrize(("data", "word"), [(None, "no such file"), (b"hello", "not an ONNX file")])
-def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, data, word):
-    path = tmp_path / "a.onnx"
+@pytest.mark.parametrize(
+    ("name", "data", "word"),
+    [
+        ("a.onnx", None, "no such file"),
+        ("a.onnx", b"hello", "not an ONNX file"),
+        ("a.xml", b"<net/>", "not an ONNX file"),  # a backend reads the card of such a file
+        ("a.engine", b"", "not an ONNX file"),  # none does here
+        ("a.bin", b"", "not an ONNX file"),
+    ],
+)
+def test_a_file_that_is_no_model_is_refused_before_the_build(tmp_path, name, data, word):
+    path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(InputError, match=word):
@@ -299,7 +306,6 @@ def fake_tensorrt(**creation_flags):
         DataType=SimpleNamespace(HALF="HALF", FLOAT="FLOAT"),
         LayerType=SimpleNamespace(QUANTIZE="QUANTIZE", CONVOLUTION="CONVOLUTION"),
         DeviceType=SimpleNamespace(DLA="DLA"),
-        HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="AMPERE_PLUS"),
     )
 
 
@@ -350,16 +356,10 @@ def test_a_profile_that_tensorrt_refuses_silently_is_an_error():
 def test_dla_is_set_where_it_exists_and_refused_where_not():
     trt, config = fake_tensorrt(EXPLICIT_BATCH=0), FakeConfig()
     request = BuildRequest("a.onnx", "tensorrt", dla_core=1)
-    engine.set_hardware(trt, SimpleNamespace(num_DLA_cores=2), config, request)
+    engine.set_dla(trt, SimpleNamespace(num_DLA_cores=2), config, request)
     assert (config.default_device_type, config.DLA_core, config.flags) == ("DLA", 1, ["GPU_FALLBACK"])
     with pytest.raises(UnavailableError, match="0 cores"):
-        engine.set_hardware(trt, SimpleNamespace(num_DLA_cores=0), FakeConfig(), request)
-
-
-def test_a_hardware_level_that_the_version_lacks_is_refused():
-    request = BuildRequest("a.onnx", "tensorrt", hardware="same_compute_capability")
-    with pytest.raises(UnavailableError, match="same_compute_capability"):
-        engine.set_hardware(fake_tensorrt(), None, FakeConfig(), request)
+        engine.set_dla(trt, SimpleNamespace(num_DLA_cores=0), FakeConfig(), request)
 
 
 def test_plain_tensorrt_builds_for_the_gpu_that_is_there_and_says_so(monkeypatch):

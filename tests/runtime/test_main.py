@@ -271,6 +271,13 @@ def test_build_gives_a_plan_of_an_open_batch_its_profile(toys, tmp_path, capsys)
     assert "such as 1,4,8" in capsys.readouterr().err
 
 
+def test_a_profile_given_for_a_file_of_fixed_batch_is_refused_before_it_is_built(toys, tmp_path, capsys):
+    model = toys.canvas_model(tmp_path / "toy.onnx", toys.card(batches=Batches(1, 1)))
+    assert main(["build", str(model), "--targets", "sm86", "--batches", "1,4,8"]) == 2
+    assert f"--batches: {model} takes 1 in one call, always" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["toy.onnx"]
+
+
 def test_info_tells_of_the_machine_and_of_foreign_models(toys, tmp_path, capsys):
     assert main(["info"]) == 0
     assert json.loads(capsys.readouterr().out)["packages"]["numpy"] == np.__version__

@@ -104,6 +104,11 @@ def _check_strategy(config: DistillConfig) -> None:
         raise UsageError(f"{name} learns from unlabelled images, none are given", "Add --unlabelled FOLDER or VIDEO")
     if config.strategy != DistillConfig().strategy and not used:
         raise UsageError(f"{name} has no loss by which the student learns from the teacher", other_than_labels)
+    if rules.trains_teacher and (config.teachers or config.teacher_flip or config.image_side != config.imgsz):
+        raise UsageError(
+            f"{name} trains one checkpoint, on the student's images",
+            "Leave out teachers, teacher_flip and teacher_imgsz, or take strategy offline",
+        )
     for loss, kind in used.items():
         if not issubclass(kind, KINDS[rules.takes]):
             known = [other for other, of in LOSSES.items() if issubclass(of, KINDS[rules.takes])]
@@ -112,6 +117,23 @@ def _check_strategy(config: DistillConfig) -> None:
             require_labels_for(loss)
     if config.unlabelled and not used:
         raise UsageError("unlabelled images teach nothing without a distillation loss", other_than_labels)
-    if not config.label_weight and not any(kind.compares_heads for kind in used.values()):
-        hint = "Raise label_weight" if rules.takes == "features" else other_than_labels
+    if not config.label_weight:
+        _require_head_loss_to_the_end(config, used, other_than_labels)
+
+
+def _require_head_loss_to_the_end(
+    config: DistillConfig, used: Mapping[str, type[DistillLoss]], other_than_labels: str
+) -> None:
+    """Raises UsageError where no label is trained on and nothing else trains the head, or only until it has faded out:
+    weight decay alone would move the weights from then on.
+    """
+    ends = {name: config.losses[name].until or kind.until for name, kind in used.items() if kind.compares_heads}
+    if not ends:
+        hint = "Raise label_weight" if config.rules.takes == "features" else other_than_labels
         raise UsageError("label_weight is 0 and no loss compares heads, so nothing trains the head", hint)
+    name, end = max(ends.items(), key=lambda one: one[1])
+    if end < 1:
+        raise UsageError(
+            f"label_weight is 0 and loss {name} fades out at {end:g} of the epochs, so nothing trains the head then",
+            "Leave out its until, or raise label_weight",
+        )

@@ -60,6 +60,7 @@ def test_a_student_becomes_an_int8_file_of_its_own_model_and_a_run_goes_on(
     [
         (["--quantize", "int9"], "--quantize 'int9': no INT8 flavour. Known: int8 for all, int8-trt, int8-openvino"),
         (["--quantize", "fp16"], "--quantize 'fp16': no INT8 flavour"),
+        (["--quantize", ""], "--quantize '': no INT8 flavour"),
         (["--quantize", "int8", "--scale", "p"], "--scale has no effect with --quantize"),
         (["--quantize", "int8", "--check"], "--check has no effect with --quantize"),
         (["--quantize", "int8", "--init", "scratch"], "--init has no effect with --quantize"),

@@ -127,6 +127,8 @@ def test_decoded_images_are_kept_only_when_they_fit(
     assert not ImageStore(samples, 64).cached
     monkeypatch.setattr("compress.data.image_store.free_bytes", lambda: 3 * need)
     assert ImageStore(samples, 64).cached
+    monkeypatch.setattr("compress.data.image_store.sharing_count", lambda: 2)
+    assert not ImageStore(samples, 64).cached
 
 
 def test_a_cached_image_cannot_be_written(samples: tuple[Sample, ...]) -> None:

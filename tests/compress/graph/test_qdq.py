@@ -20,7 +20,7 @@ from compress.graph.session import open_session
 from compress.graph.untrusted_onnx import problems
 from compress.models import Architecture, YOLOv5
 from compress.schemes import SCHEMES, seven_bit_weights
-from compress.stages.export import RawMaps, head_shape
+from compress.stages.export import SHIPPED_OPSETS, RawMaps, head_shape
 
 INT8 = [name for name, flavour in FLAVOURS.items() if flavour.scheme]
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -64,6 +64,14 @@ def test_scores_survive_quantisation(case, canvases, flavours, name):
     full, integers = (open_session(m).run(None, {"canvas": canvases[0]})[0] for m in (case.boxes(), flavours[name]))
     assert integers[0, 0, 4] > 0.5
     assert abs(full[0, 0, 4] - integers[0, 0, 4]) < 0.1
+
+
+@pytest.mark.parametrize("opset", SHIPPED_OPSETS)
+@pytest.mark.parametrize("name", INT8)
+def test_onnx_runtime_loads_every_form_in_the_opsets_that_are_shipped(case, ranges, canvases, name, opset):
+    model = FLAVOURS[name].make(case.boxes(opset=opset), ranges)
+    for as_written in (True, False):
+        assert open_session(model, as_written=as_written).run(None, {"canvas": canvases[0]})[0][0, 0, 4] > 0.5
 
 
 @pytest.mark.parametrize("name", INT8)

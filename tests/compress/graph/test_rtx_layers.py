@@ -4,6 +4,7 @@ placement costs a fusion. It builds on a CPU; the counts are those of version 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,17 @@ FUSED = ("__myl_CorrSilu", "__myl_FcAddSilu")
 
 
 @pytest.fixture(scope="module")
-def graph() -> onnx.ModelProto:
+def make() -> Callable[[int], onnx.ModelProto]:
+    """Makes the graph for a batch."""
     torch.manual_seed(0)
     network = YOLOv5(Architecture.of_scale("n", NAMES)).eval()
     traced, head = trace(RawMaps(network.fuse()), (SIZE, SIZE)), head_shape(network, (SIZE, SIZE))
-    return boxes_graph(traced, head, NmsShape(0.6, 300, 300, 8), opset=19, metadata={})
+    return lambda batch: boxes_graph(traced, head, NmsShape(0.6, 300, 300, 8), opset=19, metadata={}, batch=batch)
+
+
+@pytest.fixture(scope="module")
+def graph(make: Callable[[int], onnx.ModelProto]) -> onnx.ModelProto:
+    return make(1)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,12 @@ def test_fp16_fuses_every_convolution_with_its_activation(built):
     assert len(fused(layers)) == 57
     assert sum("SiluAdd" in layer.name for layer in layers) == 7
     assert moved_bytes(layers) == pytest.approx(6.05e6, rel=0.01)
+
+
+def test_products_of_nms_in_batches_are_no_convolutions(make, tmp_path):
+    layers = layers_of(FLAVOURS["fp16"].make(make(2)), tmp_path / "two.onnx", "tensorrt_rtx")
+    assert any("__myl_Fc" in layer.name and "nms.0.0.hits" in layer.operators for layer in layers)
+    assert convolution_types(layers) == {"Half -> Half": 57 + 6}
 
 
 def test_int8_writes_fp32_behind_each_convolution_and_so_moves_more(built):

@@ -671,9 +671,26 @@ def test_a_loss_or_setting_that_is_not_known_is_one_line(losses, says):
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_lines_losses_are_those_of_a_recipe():
-    given = loss_choices(("soft", "kd=0.2", "cwd=0.3", "cwd.tau=2", "pkd.share=0.1"))
-    assert given == {"soft": {}, "kd": {"weight": 0.2}, "cwd": {"weight": 0.3, "tau": 2}, "pkd": {"share": 0.1}}
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (("soft", "kd=0.2", "pkd.share=0.1"), {"soft": "auto", "kd": 0.2, "pkd": {"share": 0.1}}),
+        (("soft=auto",), {"soft": "auto"}),
+        (("cwd=0.3", "cwd.tau=2"), {"cwd": {"weight": 0.3, "tau": 2}}),
+        (("cwd.tau=2", "cwd=0.3"), {"cwd": {"weight": 0.3, "tau": 2}}),
+        (("cwd.tau=2", "cwd"), {"cwd": {"tau": 2}}),
+        (("cwd=0.3", "cwd.tau=2", "cwd=auto"), {"cwd": {"tau": 2}}),
+        (("cwd=auto", "cwd=0.3"), {"cwd": 0.3}),
+    ],
+)
+def test_the_command_lines_losses_are_those_of_a_recipe(given, wanted):
+    told, written = (DistillConfig.model_validate({"losses": losses}) for losses in (loss_choices(given), wanted))
+    assert told == written
+
+
+def test_a_loss_on_the_command_line_in_another_form_is_one_line():
+    with pytest.raises(UsageError, match=r"--loss 'cwd.tau': expected NAME, .* Write cwd.tau=VALUE"):
+        loss_choices(("cwd.tau",))
 
 
 def _another(value):
@@ -749,6 +766,11 @@ def test_every_strategy_works_as_it_is(name):
     check_losses(_strategy(name, unlabelled="images" if STRATEGIES[name].needs_unlabelled else None))
 
 
+def test_without_labels_one_loss_of_the_head_lasts_to_the_end():
+    check_losses(_strategy("soft_labels", losses={"kd": {"until": 0.2}, "soft": "auto"}))
+    check_losses(_strategy("soft_labels", losses={"soft": {"until": 0.5}}, label_weight=0.2))
+
+
 @pytest.mark.parametrize(
     ("name", "more", "expected"),
     [
@@ -757,6 +779,12 @@ def test_every_strategy_works_as_it_is(name):
         ("soft_labels", {"losses": {"pkd": "auto"}}, "strategy soft_labels takes no loss such as pkd. It takes soft"),
         ("features", {"losses": {"soft": "auto"}}, "strategy features takes no loss such as soft. It takes feat_mse"),
         ("features", {"label_weight": 0}, "label_weight is 0 and no loss compares heads"),
+        *(
+            ("joint", more, "strategy joint trains one checkpoint, on the student's images. Leave out teachers")
+            for more in ({"teachers": ["b.pt"]}, {"teacher_flip": True}, {"teacher_imgsz": 1280})
+        ),
+        ("soft_labels", {"losses": {"soft": {"until": 0.5}}}, "loss soft fades out at 0.5 of the epochs, so nothing"),
+        ("soft_labels", {"losses": {"kd": {"until": 0.2}, "mse": {"until": 0.7}}}, "loss mse fades out at 0.7 of"),
         ("offline", {"losses": {}, "unlabelled": "x"}, "unlabelled images teach nothing without a distillation loss"),
         ("offline", {"losses": {"fgd": "auto"}, "unlabelled": "x"}, "loss fgd needs the labels"),
         ("label_free", {"losses": {"soft": "auto", "fgd": 1}, "unlabelled": "x"}, "loss fgd needs the labels"),

@@ -11,7 +11,6 @@ from compress.models.activations import Activation
 from compress.models.architecture import Layer
 from compress.models.blocks import Block, Conv, batch_norm, fused, scale_and_shift
 from compress.models.network import BLOCKS, network_on_meta_device
-from runtime.errors import UsageError
 
 
 class Ghost(Block):
@@ -66,14 +65,6 @@ def test_a_batch_norm_moves_its_statistics_as_torchs_does_and_counts_no_batch() 
     found, expected = ours.state_dict(), theirs.state_dict()
     assert (found.pop("num_batches_tracked"), expected.pop("num_batches_tracked")) == (1, 2)
     assert all(map(torch.equal, found.values(), expected.values()))
-
-
-def test_one_value_a_channel_is_no_batch_to_train_on() -> None:
-    norm, image = batch_norm(3), torch.randn(1, 3, 1, 1)
-    with pytest.raises(UsageError, match="one image whose coarsest map is one pixel"):
-        norm(image)
-    assert torch.equal(norm.running_mean, torch.zeros(3))
-    assert norm.eval()(image).isfinite().all()
 
 
 def test_a_new_blocks_cost_is_counted(ghost: Architecture) -> None:

@@ -156,6 +156,20 @@ def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teac
         distill(config(losses={"objkd": 1.0}), tiny_data, teacher_file, tmp_path)
 
 
+@pytest.mark.parametrize("stage", ["teacher", "distill"])
+def test_a_batch_that_leaves_one_image_of_one_cell_is_refused_before_the_network_sees_any(
+    stage: str, tiny_data: Dataset, teacher_file: Path, tmp_path: Path
+) -> None:
+    settings, start = config(imgsz=32, batch=9), StudentConfig(scale="p", weights=teacher_file)  # 10 images
+    stages = {
+        "teacher": lambda: train(settings, data=tiny_data, out=tmp_path, start=start, device="cpu", log=quiet),
+        "distill": lambda: distill(settings, tiny_data, teacher_file, tmp_path),
+    }
+    with pytest.raises(UsageError, match="1 image of one cell of 32 pixels"):
+        stages[stage]()
+    assert not list(tmp_path.iterdir())
+
+
 class Dead(losses.FeatureLoss):
     name = "dead"
 

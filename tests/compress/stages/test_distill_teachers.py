@@ -18,7 +18,7 @@ from compress.stages import distill as stage
 from compress.stages.distill import ACCURACY, Config, Inputs, all_checks, run
 from compress.training.state import load_state
 from runtime.errors import EdgestillError, InputError, UsageError
-from runtime.files import read_json
+from runtime.files import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MAP = {"crimson": "red", "scarlet": "red", "blue": None}
@@ -142,6 +142,17 @@ def test_boxes_of_another_detector_teach_a_student_from_scratch(tiny_data: Datas
     assert not (tmp_path / "out" / "inheritance.json").exists()
 
 
+def test_a_training_on_labels_alone_is_not_compared_with_an_earlier_ones_teacher(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    write_json(tmp_path / ACCURACY, {"map50_95": 0.5, "map50": 0.8, "images": 9, "rect": True})
+    lines: list[str] = []
+    alone = config("scratch", losses={}, epochs=1)
+    run(alone, Inputs(tiny_data, saved(tmp_path, 1), resume=False), tmp_path, lines.append)
+    assert not [line for line in lines if "of its teacher" in line]
+    assert not (tmp_path / ACCURACY).exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "complaint"),
     [
@@ -167,8 +178,10 @@ def test_other_classes_are_refused_with_the_map_to_write(tiny_data: Dataset, tmp
         all_checks(config(), Inputs(tiny_data, file), quiet)
 
 
-@pytest.mark.parametrize("change", [{"teacher_flip": True}, {"teacher_imgsz": 128}])
-def test_a_teacher_that_trains_too_is_one_network(change: dict[str, Any], tiny_data: Dataset, tmp_path: Path) -> None:
-    asked = config(strategy="joint", losses={"soft": "auto"}, **change)
-    with pytest.raises(UsageError, match=r"strategy joint trains one checkpoint .*\. Leave out teachers, teacher_flip"):
-        all_checks(asked, Inputs(tiny_data, saved(tmp_path, 1)), quiet)
+def test_a_teacher_that_trains_too_is_a_checkpoint_of_the_datas_classes(tiny_data: Dataset, tmp_path: Path) -> None:
+    other = saved(tmp_path, 1, ("green", "blue"))
+    asked = config(strategy="joint", losses={"soft": "auto"}, class_map={"green": "red"})
+    for teacher in (other, onnx_of_one_box(tmp_path)):
+        settings = asked if teacher == other else config(strategy="joint", losses={"soft": "auto"})
+        with pytest.raises(UsageError, match=r"strategy joint trains the teacher .* is no checkpoint of its classes"):
+            all_checks(settings, Inputs(tiny_data, teacher), quiet)

@@ -229,11 +229,12 @@ def test_a_network_that_overflows_float16_is_not_written_in_half(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_opset_is_that_of_the_conventional_file_and_the_shipped_one_has_17_or_more(student, tmp_path):
-    result = export(ExportConfig(opset=12), model=student.path, out=tmp_path, imgsz=64, log=lambda _: None)
+@pytest.mark.parametrize(("opset", "shipped"), [(12, 17), (21, 20)])
+def test_the_opset_is_that_of_the_conventional_file_and_the_shipped_one_has_17_to_20(student, tmp_path, opset, shipped):
+    result = export(ExportConfig(opset=opset), model=student.path, out=tmp_path, imgsz=64, log=lambda _: None)
     models = [onnx.load(path) for path in (result.yolov5_onnx, result.model_onnx)]
-    assert [model.opset_import[0].version for model in models] == [12, 17]
-    assert [read_card(model, "").provenance["opset"] for model in models] == [12, 17]
+    assert [model.opset_import[0].version for model in models] == [opset, shipped]
+    assert [read_card(model, "").provenance["opset"] for model in models] == [opset, shipped]
 
 
 def test_the_batch_is_no_part_of_the_identity_and_the_shape_is(student, exported, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -93,3 +94,10 @@ def test_one_seed_promises_no_interval() -> None:
 def test_the_picture_is_drawn_for_any_number_of_runs(tmp_path: Path, count: int) -> None:
     draw(document(RUNS[:count]), tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_name_is_drawn_as_it_is_written(tmp_path: Path) -> None:
+    named = json.loads(json.dumps(document(RUNS)).replace('"scratch"', '"$^$"').replace('"soft"', '"a|b_$x$"'))
+    assert named["arms"] == ["$^$", "a|b_$x$"]
+    draw(named, tmp_path / "study.png")
+    assert r"| a\|b_$x$ |" in to_markdown(named)

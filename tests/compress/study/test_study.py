@@ -16,9 +16,11 @@ from compress import study
 from compress.config import STRATEGIES, Recipe
 from compress.data import Dataset
 from compress.gain import training_of
+from compress.models import Architecture, YOLOv5, save_model
 from compress.pipeline import stage
+from compress.processes import JOBS
 from compress.recipe import load_recipe, recipe_text
-from compress.store import fingerprint
+from compress.store import Outcome, fingerprint
 from compress.study import (
     _in_processes,
     _run_apart,
@@ -123,6 +125,7 @@ def test_without_the_split_that_judges_nothing_is_trained(tiny_data: Dataset, tm
         ({"distill": {"imgsz": 65}}, "65"),
         ({"distill": {"class_map": {"car": "red"}}}, "class_map has nothing to map"),
         ({"student": {"weights": "none.pt"}}, "none.pt cannot be read"),
+        ({"distill": {"patience": 5}}, "patience 5 may end its trainings before the last epoch"),
     ],
 )
 def test_before_the_teacher_every_arm_is_judged(
@@ -151,6 +154,21 @@ def test_without_a_label_in_the_split_that_judges_nothing_is_trained(three_split
     with pytest.raises(InputError, match=r"test: no image has a label.*, or set study\.split"):
         run_study(recipe(three_splits), tmp_path / "out")
     assert not (tmp_path / "out/teacher").exists()
+
+
+def test_the_teacher_is_measured_again_where_its_classes_mean_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(({"map50_95": 0.1, "map50": 0.2}, {"map50_95": 0.3, "map50": 0.4}))
+    monkeypatch.setattr(study, "teacher_accuracy_of", lambda *_: next(found))
+    teacher = Outcome("teacher", tmp_path, True, 0.0, {}, "f" * 64)
+    judges = Dataset(tmp_path / "data.yaml", tmp_path, ("red",), (), {})
+    maps = ({"car": "red"}, {"car": "red"}, {"bus": "red"})
+    reached = [
+        study._teacher_accuracy(recipe(Path("d.yaml"), distill={"class_map": one}), teacher, judges, tmp_path)["map50"]
+        for one in maps
+    ]
+    assert reached == [0.2, 0.2, 0.4]
 
 
 def test_an_arm_that_is_not_named_keeps_what_it_reached_if_it_would_be_trained_alike(
@@ -185,6 +203,17 @@ def test_the_arms_of_the_template_suit_every_strategy(strategy: str, three_split
         check_arm(made, arm, tmp_path / "out")
     baselines = [arm_recipe(made, arm, 0).distill for arm in ("scratch", "inherit")]
     assert all(one.uses_train_split and one.label_weight and not one.losses for one in baselines)
+
+
+def test_the_arms_of_the_template_suit_a_student_with_weights_of_its_own(three_splits: Path, tmp_path: Path) -> None:
+    weights, file = tmp_path / "n.safetensors", tmp_path / "r.yaml"
+    save_model(YOLOv5(Architecture.of_scale("n", ("cat",))), weights)
+    file.write_text(recipe_text(file="r.yaml", name="r", data=str(three_splits), weights=None, student="p", imgsz=64))
+    made = load_recipe(file, [f"student.weights={weights}"])
+    for arm in made.study.arms:
+        check_arm(made, arm, tmp_path / "out")
+    kept = {arm: arm_recipe(made, arm, 0).student.weights for arm in made.study.arms}
+    assert kept == {"scratch": None, "inherit": weights, "scratch_soft": None, "soft": weights}
 
 
 @pytest.mark.slow
@@ -249,7 +278,8 @@ def test_a_process_is_stopped_when_its_time_is_up_even_if_it_does_not_listen(
     assert _status_of(["sh", "-c", "echo a; exit 3"], log, None) == 3
     assert _status_of(["sh", "-c", "echo b"], log, 50) == 0
     assert _status_of(["sh", "-c", "trap '' TERM; echo c; exec sleep 600"], log, 2) is None
-    assert log.read_text().split() == ["a", "b", "c"]
+    assert _status_of(["sh", "-c", f"echo ${JOBS}"], log, None, jobs=3) == 0
+    assert log.read_text().split() == ["a", "b", "c", "3"]
 
 
 def test_no_run_is_begun_when_the_time_is_up(tmp_path: Path) -> None:

@@ -78,3 +78,5 @@ def test_a_class_that_no_teacher_has_is_refused() -> None:
 def test_the_hint_shows_the_map_to_write() -> None:
     assert map_to_write(("bolt", "nut"), ("nut", "bolt")).endswith("distill.class_map: {}")
     assert map_to_write(("a", "nut", "b", "c", "d"), ("nut",)).endswith("{a: null, b: null, c: null, ...}")
+    renamed = map_to_write(("bird", "person", "airplane", "RBC"), ("rbc", "aeroplane", "bird", "blimp"))
+    assert renamed.endswith("{airplane: aeroplane, RBC: rbc, person: null}")

@@ -121,3 +121,18 @@ def test_a_head_for_other_anchors_is_fitted_to_the_boxes_of_the_larger_network(t
         with torch.no_grad():
             rows.append(model.eval().decode(model(batch(0).images / 255)))
     torch.testing.assert_close(rows[1][..., 2:4], rows[0][..., 2:4], rtol=0.15, atol=0)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("labelled", [0, 8])
+def test_the_label_loss_at_the_start_is_told_where_a_label_is_known(labelled: int, tmp_path: Path) -> None:
+    source, settings, images = network("n", seed=1), config(losses={}, batch=4), Noise(8)
+    images.labelled = labelled
+    model = new_student(student("auto", "p"), NAMES, source=source, log=quiet)
+    objective = Objective(model, detection_loss(model, settings))
+    lines: list[str] = []
+    inherit_from(source, objective, cast(Any, images), settings, "cpu", tmp_path, lines.append)
+    told = json.loads((tmp_path / INHERITANCE).read_text())
+    losses = [told[key] for key in ("loss_from_scratch", "loss_before_first_step")]
+    assert all(part > 0 for loss in losses for part in loss.values()) if labelled else losses == [None, None]
+    assert ("not known" in lines[0]) == (not labelled)

@@ -16,16 +16,17 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from compress.config import PRESETS, LossConfig, OptimizerConfig, TrainConfig
 from compress.data.loader import Batch
-from compress.models.checkpoint import load_model
+from compress.models.checkpoint import load, load_model
 from compress.training import loop
 from compress.training.loop import Job, Trainer, run_job
 from compress.training.objective import Objective, detection_loss
 from compress.training.progress import Progress
+from compress.training.resume import BEST
 from compress.training.state import STATE, load_state
-from compress.training.together import require_share
+from compress.training.together import require_shares
 from runtime.errors import EdgestillError, UnavailableError, UsageError
 
-from .toys import batch, config, quiet, trainer
+from .toys import batch, config, network, quiet, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,10 +312,69 @@ def test_the_state_is_written_at_its_interval_and_at_the_end(tmp_path: Path, jud
     assert epochs == [0, 2, 2, 4, 5, 5]  # after each epoch, and with the result
 
 
+class Stop(BaseException):
+    """Raised in place of a kill: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("killed_at", [STATE, BEST])
+def test_the_best_weights_are_of_an_epoch_that_the_state_knows_wherever_it_was_killed(
+    tmp_path: Path, judged: list[float], monkeypatch: pytest.MonkeyPatch, killed_at: str, interval: int
+) -> None:
+    """As on a GPU, where an epoch that is repeated does not come out the same."""
+    settings = config(epochs=4, val_interval=1, checkpoint_interval=interval)
+    made = trainer(settings, tmp_path, images=4)
+
+    def killed_in_epoch_2(write: Any) -> Any:
+        def write_or_stop(content: Any, path: Path, *more: Any) -> None:
+            if path.name == killed_at and made.state.epoch == 2:
+                raise Stop
+            write(content, path, *more)
+
+        return write_or_stop
+
+    judged += [0.1, 0.9]
+    with monkeypatch.context() as killing:
+        for name in ("save_state", "save_model"):
+            killing.setattr(loop, name, killed_in_epoch_2(getattr(loop, name)))
+        with pytest.raises(Stop):
+            made.run()
+    judged[:] = [0.05] * 4
+    resumed = run_job(
+        trainer(settings, tmp_path, images=4).job, device="cpu", resume=load_state(tmp_path / STATE), log=quiet
+    )
+    assert resumed.metrics["epoch"] == (0 if killed_at == STATE else 1)
+    assert load(resumed.best).meta["record"] == resumed.metrics
+
+
 def test_a_batch_without_an_image_for_each_process_is_refused() -> None:
-    require_share(batch=2, processes=2)
+    require_shares(network(), config(batch=2), 8, processes=2)
     with pytest.raises(UsageError, match="a batch of 2 for 3 processes"):
-        require_share(batch=2, processes=3)
+        require_shares(network(), config(batch=2), 8, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "processes"), [(1, 4, 1), (9, 4, 1), (5, 1, 1), (8, 4, 4), (10, 4, 2), (7, 4, 2)]
+)
+def test_a_share_of_one_image_of_one_cell_is_refused_where_there_is_batch_norm(
+    images: int, batch: int, processes: int
+) -> None:
+    small = config(batch=batch, imgsz=32)
+    with pytest.raises(UsageError, match=r"too few for BatchNorm\. Set imgsz to 64 or more"):
+        require_shares(network(), small, images, processes)
+    require_shares(network().fuse(), small, images, processes)
+    require_shares(network(), config(batch=batch, imgsz=64), images, processes)
+    require_shares(network(), config(batch=4 * processes, imgsz=32), 10 * processes, processes)
+
+
+def test_a_training_counts_the_processes_that_share_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = config(batch=4, imgsz=32)
+    trainer(small, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="1 image of one cell of 32 pixels"):
+        trainer(small, tmp_path)
 
 
 def test_mosaic_closes_before_the_end(tmp_path: Path) -> None:

@@ -6,19 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.config import AugmentConfig, DistillConfig, Recipe, TrainConfig
+from compress.config import AugmentConfig, DistillConfig, TrainConfig
 from compress.data import Dataset, SplitIndex
 from compress.data.unlabelled import NO_LABELS
 from compress.models import Architecture, YOLOv5, save_model
 from compress.models.checkpoint import load
 from compress.training.prepare import (
     adapt_anchors,
-    check_class_map,
     model_from_state,
     new_model,
     open_distillation,
     open_splits,
-    require_statistics,
     with_anchors,
 )
 from runtime.errors import UsageError
@@ -125,36 +123,3 @@ def test_beside_unlabelled_images_a_train_split_without_labels_counts_as_unlabel
     settings = DistillConfig.model_validate({"imgsz": 64, "unlabelled": "images", "strategy": "soft_labels"})
     found = open_distillation(data, tiny_data.splits["val"], settings, quiet).train
     assert (len(found), found.labelled) == (20, 0)
-
-
-@pytest.mark.parametrize(
-    ("finetune", "class_map", "says"),
-    [
-        ("never", None, r"cat\.safetensors has 1 classes .*the data has 2.*class_map: \{cat: null\}"),
-        ("never", {"cat": "blue"}, "the data has no class 'blue'"),
-        ("never", {"cat": None}, "leaves no class of teacher cat.safetensors"),
-        ("never", {"cat": "red", "dog": "red"}, "no teacher has a class 'dog'"),
-        ("auto", {"cat": "red"}, "nothing to map.*teacher.finetune: never"),
-        ("never", {"cat": "red"}, None),
-        ("auto", None, None),
-    ],
-)
-def test_a_recipe_maps_the_classes_of_a_teacher_that_is_not_fine_tuned(
-    finetune: str, class_map: dict[str, str | None] | None, says: str | None, checkpoint: Path, tiny_data: Dataset
-) -> None:
-    teacher = {"weights": checkpoint, "finetune": finetune}
-    recipe = Recipe.model_validate({"data": tiny_data.path, "teacher": teacher, "distill": {"class_map": class_map}})
-    if says is None:
-        check_class_map(recipe)
-        return
-    with pytest.raises(UsageError, match=says) as caught:
-        check_class_map(recipe)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("images", "batch"), [(1, 4), (9, 4), (5, 1)])
-def test_a_batch_of_one_image_of_one_cell_is_refused(images: int, batch: int) -> None:
-    with pytest.raises(UsageError, match=r"too few for BatchNorm\. Set imgsz to 64 or more"):
-        require_statistics(network().arch, TrainConfig(batch=batch, imgsz=32), images)
-    require_statistics(network().arch, TrainConfig(batch=batch, imgsz=64), images)
-    require_statistics(network().arch, TrainConfig(batch=4, imgsz=32), 10)

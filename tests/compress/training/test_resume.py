@@ -11,7 +11,7 @@ from compress.config import StudentConfig, TrainConfig
 from compress.data import Dataset
 from compress.data.dataset import SplitIndex
 from compress.training.resume import Origin, origin_of, read_resume
-from compress.training.state import STATE, save_state
+from compress.training.state import STATE, load_state, save_state
 from runtime.errors import InputError, UsageError
 
 from .toys import network
@@ -128,6 +128,13 @@ def test_another_number_of_processes_is_told(
 def test_another_batch_is_a_setting(tiny_data: Dataset, tmp_path: Path) -> None:
     out, other = begun(tmp_path / "run", origin_of(CONFIG, tiny_data)), CONFIG.model_copy(update={"batch": 5})
     assert "batch = 4, not 5" in refusal(out, origin_of(other, tiny_data), other)
+
+
+def test_a_setting_that_has_another_name_now_is_named(tiny_data: Dataset, tmp_path: Path) -> None:
+    out = begun(tmp_path / "run", origin_of(CONFIG, tiny_data))
+    state = load_state(out / STATE)
+    save_state(state | {"config": state["config"] | {"amp": True}}, out / STATE)
+    assert "state.pt: unknown key 'amp'" in refusal(out, origin_of(CONFIG, tiny_data))
 
 
 def test_a_folder_without_a_state_has_nothing_to_resume(tiny_data: Dataset, tmp_path: Path) -> None:
