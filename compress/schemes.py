@@ -24,7 +24,8 @@ class Scheme:
     unsigned: bool = False
     """Activations are 0..255 with a zero point, else -128..127 without."""
     outputs: bool = False
-    """The outputs of the operators are quantised too, and whatever reads such a tensor reads it dequantised."""
+    """The outputs of the operators are quantised too, but not what an activation makes for a detect convolution;
+    whatever reads a quantised tensor reads it dequantised."""
     weight_peak: int = 127
     """Largest magnitude of an integer weight; see `seven_bit_weights`."""
     integer_bias: bool = False

@@ -5,17 +5,22 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from compress.flavours import FLAVOURS
+from compress.graph.assemble import boxes_graph
+from compress.graph.network import trace
+from compress.graph.nms import NmsShape
 from compress.graph.parts import GraphParts, op_counts
 from compress.graph.placement import ACTIVATIONS, Placement, layers, place
 from compress.graph.qdq import nudged, quantised
 from compress.graph.ranges import calibrate
 from compress.graph.session import open_session
 from compress.graph.untrusted_onnx import problems
+from compress.models import Architecture, YOLOv5
 from compress.schemes import SCHEMES, seven_bit_weights
-from compress.stages.export import SHIPPED_OPSETS
+from compress.stages.export import SHIPPED_OPSETS, RawMaps, head_shape
 
 INT8 = [name for name, flavour in FLAVOURS.items() if flavour.scheme]
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -118,6 +123,25 @@ def test_a_pool_and_a_resize_give_their_input_s_scale_on(case, flavours, name):
     for node in (node for node in parts.nodes if node.op_type in ("MaxPool", "Resize")):
         if node.output[0] in placement.readers:
             assert placement.ranged_by[node.output[0]] == placement.ranged_by[node.input[0]]
+
+
+@pytest.mark.parametrize("float_layers", [(), ("17.cv3",)])
+@pytest.mark.parametrize("activation", ["SiLU", "LeakyReLU"])
+def test_detect_convolutions_read_floats_that_integer_convolutions_made(activation, float_layers):
+    torch.manual_seed(0)
+    network = YOLOv5(Architecture.of_scale("p", ("bolt", "nut"), activation=activation)).eval()
+    traced = trace(RawMaps(network.fuse()), (64, 64))
+    model = boxes_graph(traced, head_shape(network, (64, 64)), NmsShape(0.6, 50, 50, 4), opset=19, metadata={})
+    parts = GraphParts(model.graph)
+    placement = place(parts, SCHEMES["onnxruntime"], float_layers)
+    read = {reader for readers in placement.readers.values() for reader, _ in readers}
+    assert not read & set(parts.detect_convs)
+    ends = {parts.nodes[i].input[0] for i in parts.detect_convs}
+    assert len(ends & set(placement.readers)) == 2, "what goes down the neck is quantised for its convolutions"
+    chosen = [
+        node.output[0] for node in parts.nodes if node.name.endswith(("17.cv3.conv", "20.cv3.conv", "23.cv3.conv"))
+    ]
+    assert len(set(chosen) & set(placement.readers)) == 3 - len(float_layers)
 
 
 def test_the_tensorrt_flavour_is_symmetric_signed_per_channel_with_float_bias_and_a_half_body(flavours):
