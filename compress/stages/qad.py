@@ -204,5 +204,5 @@ STAGE = Stage(
         "unlabelled": lambda recipe: unlabelled_digest(recipe.qad.unlabelled),
     },
     facts={"machine": cpu_and_runtime},
-    version=3,
+    version=4,
 )

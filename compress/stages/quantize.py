@@ -83,5 +83,5 @@ STAGE = Stage(
     run=run,
     after=("data", "export"),
     facts={"machine": cpu_and_runtime},
-    version=4,
+    version=5,
 )
