@@ -1,4 +1,4 @@
-"""Time files of a CPU against an FP32 file, in turns: `taskset -c 0 python measure.py IMAGES FP32 FILE ...`.
+"""Time files of a CPU against an FP32 file, in turns: `taskset -c 0 python time_files.py IMAGES FP32 FILE ...`.
 
 Each file runs in the library that it is made for, on one thread, from decoded frame to final boxes. Prints for each the
 ratio of the medians of 20 rounds with its interval, and the least milliseconds of both.
