@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from compress.flavours import FLAVOURS, PLAN_PRECISIONS
+from runtime.card import USUAL_BATCHES
 
 MAX_COUNT = 1_000_000_000
 
@@ -547,7 +548,7 @@ class BuildConfig(Settings):
     targets: Targets = ("sm86", "sm89", "sm120")
     """Compute capabilities for ahead-of-time plans (tensorrt_rtx); plain TensorRT builds for the GPU that is there."""
     precisions: PlanPrecisions = PLAN_PRECISIONS
-    batches: Profile = (1, 4, 8)
+    batches: Profile = USUAL_BATCHES
     """Smallest, usual and largest batch of plans of dynamic files."""
     workspace_mib: Annotated[Int, Field(ge=1, le=1 << 20)] = 2048
 

@@ -68,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def build(options: argparse.Namespace) -> None:
     from runtime.bundle import card_of, folder_card
-    from runtime.engine import USUAL_BATCHES, build_engine, list_plans, profile_of, require_open_batch
+    from runtime.card import USUAL_BATCHES
+    from runtime.engine import build_engine, list_plans, profile_of, require_open_batch
     from runtime.layers import moved_bytes
 
     card = card_of(options.onnx)

@@ -36,6 +36,8 @@ class Batches(NamedTuple):
 
 
 ONE_IMAGE = Batches()
+USUAL_BATCHES = (1, 4, 8)
+"""Smallest, usual and largest batch of the plan of a file with an open batch."""
 
 
 @dataclass(frozen=True)

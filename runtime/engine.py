@@ -107,10 +107,6 @@ class BuildReport:
         )
 
 
-USUAL_BATCHES = (1, 4, 8)
-"""Smallest, usual and largest batch of the plan of a file with an open batch."""
-
-
 def require_open_batch(model: Path, card: ModelCard) -> None:
     """Raises UsageError when the file `model` has a fixed batch: a profile that is asked for says nothing to it."""
     if card.batches.least == card.batches.most:

@@ -15,8 +15,9 @@ def class_conflict(one: str, names: Sequence[str], other: str, other_names: Sequ
     if len(names) == len(other_names):
         index = next(i for i, (a, b) in enumerate(zip(names, other_names, strict=True)) if a != b)
         return f"class {index} is {names[index]!r} in {one} and {other_names[index]!r} in {other}"
-    return f"{one} has {len(names)} classes ({_few(names)}), {other} has {len(other_names)} ({_few(other_names)})"
+    return f"{one} has {len(names)} classes ({few(names)}), {other} has {len(other_names)} ({few(other_names)})"
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names, and a sign where there are more: "person, bicycle, car, ..."."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compress.data.class_names import few
 from compress.recipe import suggestion
 from runtime.errors import UsageError
 
@@ -17,7 +18,6 @@ BOX_AND_OBJECT = 5
 """tx, ty, tw, th, objectness: they come before the classes."""
 LEAST, LEAST_LOG = 1e-30, 1e-6
 """Least -log of a union's complement and of an objectness, so that their logits are finite."""
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,5 @@ def map_to_write(names: Sequence[str], data_names: Sequence[str], key: str = "di
     free = {name.casefold(): name for name in data_names if name not in names}
     near = {name: get_close_matches(name.casefold(), free, n=1) for name in names if name not in data_names}
     found = sorted(near.items(), key=lambda one: not one[1])  # those that may be the data's first
-    entries = [f"{name}: {free[spelt[0]] if spelt else 'null'}" for name, spelt in found]
-    shown = ", ".join(entries[:SHOWN]) + (", ..." if len(entries) > SHOWN else "")
-    return f"Fine-tune the teacher on this data, or map its classes to the data's: {key}: {{{shown}}}"
+    entries = few([f"{name}: {free[spelt[0]] if spelt else 'null'}" for name, spelt in found])
+    return f"Fine-tune the teacher on this data, or map its classes to the data's: {key}: {{{entries}}}"

@@ -43,6 +43,11 @@ PARTS = (("box",), ("score", "conf"), ("class", "label"))
 Arrays = Sequence[NDArray[Any]]
 
 
+def is_onnx(path: Path) -> bool:
+    """Whether a teacher's file is read as ONNX; others are checkpoints."""
+    return path.suffix.lower() == SUFFIX
+
+
 class _File(NamedTuple):
     """A loaded file."""
 

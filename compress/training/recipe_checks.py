@@ -11,7 +11,7 @@ from compress.data.dataset_yaml import load_data
 from compress.models.checkpoint import load
 from compress.training.class_map import map_classes, map_to_write, require_known
 from compress.training.inheritance import inherits
-from compress.training.onnx_teacher import SUFFIX
+from compress.training.onnx_teacher import is_onnx
 from compress.training.prepare import check_image_sizes, planned_teacher
 from runtime.errors import UsageError
 
@@ -42,7 +42,7 @@ def check_class_maps(recipe: Recipe) -> None:
 def _check_class_map(stage: str, config: DistillConfig, first: Sequence[Path | None], own: Sequence[str]) -> None:
     """For the teachers `first`, of which None has the data's classes, and the further ones of the settings."""
     files = [*first, *config.teachers]
-    known = [(file, load(file).architecture.names if file else own) for file in files if not _is_onnx(file)]
+    known = [(file, load(file).architecture.names if file else own) for file in files if not (file and is_onnx(file))]
     others = [(f"teacher {file.name}", names) for file, names in known if file and names != own]
     for who, names in others:
         if config.class_map is None:
@@ -57,7 +57,3 @@ def _check_class_map(stage: str, config: DistillConfig, first: Sequence[Path | N
             "Set teacher.finetune: never to use it as it is, or leave the map out",
         )
     require_known(config.class_map, [names for _, names in known])
-
-
-def _is_onnx(file: Path | None) -> bool:
-    return file is not None and file.suffix.lower() == SUFFIX

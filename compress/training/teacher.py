@@ -37,7 +37,7 @@ from compress.models.architecture import Anchors, Architecture
 from compress.models.checkpoint import Checkpoint, load, network_of
 from compress.training.class_map import ClassMap, map_classes, map_to_write, require_known
 from compress.training.objective import Objective, detection_loss
-from compress.training.onnx_teacher import SUFFIX, OnnxTeacher, open_onnx
+from compress.training.onnx_teacher import OnnxTeacher, is_onnx, open_onnx
 from runtime.errors import InputError, UsageError
 
 Infer = Callable[[Tensor], Outputs]
@@ -179,7 +179,7 @@ def load_sources(paths: Sequence[Path], names: Sequence[str], config: DistillCon
     the files do not suit each other or the settings.
     """
     where = pick_device(device)
-    opened = [(path, open_onnx(path, where, names) if path.suffix.lower() == SUFFIX else load(path)) for path in paths]
+    opened = [(path, open_onnx(path, where, names) if is_onnx(path) else load(path)) for path in paths]
     require_known(config.class_map or {}, [_names(file) for _, file in opened])
     sources = [source_from(path, file, names, config) for path, file in opened]
     for source in sources:
