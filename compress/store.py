@@ -122,6 +122,8 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
         shutil.rmtree(work, ignore_errors=True)
     elif changed := _changed(target, identity):
         log(f"{task.name:<9} is done again, as this has changed: {changed}")
+    if not work.exists() and (stopped := next(_works(work.parent, task.name), None)):
+        log(f"{task.name:<9} begins anew, as a stopped run had other settings or inputs; until it is done: {stopped}")
     manifest = _finished(work, mark) or _run_task(task, work, identity, mark, log)
     _publish(work, target)
     _drop_stale_work(run_folder / ".work", task.name)
@@ -234,8 +236,13 @@ def _delete_partial_files(work: Path) -> None:
 
 
 def _drop_stale_work(folder: Path, stage: str) -> None:
-    for stale in folder.glob(f"{stage}-*"):
+    for stale in _works(folder, stage):
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _works(folder: Path, stage: str) -> Iterator[Path]:
+    """The work folders of a stage that were not published."""
+    return folder.glob(f"{stage}-*")
 
 
 def _files(folder: Path) -> list[Path]:

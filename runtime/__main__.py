@@ -117,7 +117,10 @@ def describe(path: Path) -> dict[str, Any]:
         return {"file": str(path), "metadata": metadata_of(path), "note": "no edgestill card: a foreign file"}
     facts = machine.facts()
     runs = {
-        file.artifact.file: problems(file) or machine.mismatches(file.artifact, facts) or "yes"
+        file.artifact.file: problems(file)
+        or machine.mismatches(file.artifact, facts)
+        or machine.lacks(file.artifact, facts)
+        or "yes"
         for file in listed_files(path)
         if file.artifact
     }

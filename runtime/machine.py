@@ -31,6 +31,7 @@ PACKAGES = {
 UNKNOWN = "unknown"
 """The version of a backend's library that was installed without metadata, as TensorRT is by JetPack."""
 VERSION_PARTS = 3
+NO_GPU = "nvidia-smi shows none"
 GPU_FIELDS = {
     "name": "name",
     "compute_capability": "compute_cap",
@@ -225,6 +226,19 @@ def mismatches(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
     return [reason for check in checks if (reason := check(artifact, machine))]
 
 
+def lacks(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
+    """What a file of a portable backend needs to run as it is made to, and the machine has not.
+
+    It may run all the same where the backend is named.
+    """
+    library, devices, found = BACKENDS[artifact.backend].library, artifact.devices, []
+    if not machine["packages"].get(library):
+        found.append(f"it needs {library}, which is not installed")
+    if devices and "cpu" not in devices and not machine["gpus"]:
+        found.append(f"it is made for {' or '.join(devices)} on an NVIDIA GPU, and {NO_GPU}")
+    return found
+
+
 def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
     library = BACKENDS[artifact.backend].library
     built = artifact.versions.get(library, "")
@@ -248,7 +262,7 @@ def _platform_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
 
 def _target_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
     if not machine["gpus"]:
-        return "it needs an NVIDIA GPU, and nvidia-smi shows none"
+        return f"it needs an NVIDIA GPU, and {NO_GPU}"
     here = [sm_name(gpu["compute_capability"]) for gpu in machine["gpus"]]
     if not artifact.targets or here[0] in artifact.targets:
         return ""

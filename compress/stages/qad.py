@@ -49,6 +49,7 @@ from compress.models.checkpoint import load
 from compress.stages import Figures, Stage, cpu_and_runtime, weights_digest
 from compress.store import Folders
 from compress.training.qad import Learned, Start, train_for_int8
+from compress.training.teacher import load_sources
 from runtime.card import ModelCard
 from runtime.errors import InputError, UsageError
 from runtime.files import sha256, write_json
@@ -98,17 +99,19 @@ def qad(config: Config, inputs: Inputs, *, out: Path, gate: Gate, log: Log) -> l
     card = boxes_card(source, inputs.model.name)
     refuse_another_model(out, card, [FILES[name] for name in names])
     _require_same_network(inputs, card)
+    teachers = (*inputs.teachers, *config.qad.teachers)
+    load_sources((inputs.student, *teachers), inputs.data.names, config.qad, config.device)  # before the ranking's time
+    unlabelled = open_unlabelled(config.qad, out, log)
     images = [sample.image for sample in inputs.data.splits["train"].samples]
     settings = config.quantize.model_copy(update={"flavours": names, "method": "mse"})
     origin = origin_of(settings, source, model=inputs.model, images=images, gate=gate)
-    unlabelled = open_unlabelled(config.qad, out, log)
     entries = []
     for name in names:
         flavour = flavour_of(settings, name)
         start = _start(origin, inputs.student, flavour)
         log(f"qad: {name}, layers in float: {', '.join(start.float_layers) or 'none'}")
         learned = train_for_int8(
-            config.qad, start, data=inputs.data, teachers=(*inputs.teachers, *config.qad.teachers),
+            config.qad, start, data=inputs.data, teachers=teachers,
             unlabelled=unlabelled, out=out / name, device=config.device, log=log,
         )  # fmt: skip
         judged = _judged(origin, start, learned, flavour, out / FILES[name])

@@ -127,6 +127,28 @@ def test_a_killed_stage_finds_its_work_again(tmp_path: Path) -> None:
     assert execute(Task("train", resumed, {}), tmp_path, log=silent).figures == {"found": True}
 
 
+def test_the_work_of_a_killed_stage_with_other_settings_is_told_and_kept_until_the_stage_is_done(
+    tmp_path: Path,
+) -> None:
+    def killed(out: Path, _log: object) -> dict[str, object]:
+        (out / "epoch-3").touch()
+        raise KeyboardInterrupt
+
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        execute(Task("train", killed, {"lr": 1}), tmp_path, log=lines.append)
+    (left,) = (tmp_path / ".work").glob("train-*")
+    with pytest.raises(KeyboardInterrupt):
+        execute(Task("train", killed, {"lr": 2}), tmp_path, log=lines.append)
+    assert lines == [f"train     begins anew, as a stopped run had other settings or inputs; until it is done: {left}"]
+    assert left.is_dir()
+    with pytest.raises(KeyboardInterrupt):
+        execute(Task("train", killed, {"lr": 1}), tmp_path, log=lines.append)
+    assert len(lines) == 1
+    execute(Task("train", lambda _out, _log: {}, {"lr": 2}), tmp_path, log=lines.append)
+    assert not list((tmp_path / ".work").glob("train-*"))
+
+
 def test_work_finished_but_not_yet_published_is_published_without_running(tmp_path: Path) -> None:
     calls: list[str] = []
     outcome = execute(counting_task(calls), tmp_path, log=silent)

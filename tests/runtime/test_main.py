@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import runtime
-from runtime import engine
+from runtime import engine, machine
 from runtime.__main__ import main
 from runtime.card import Artifact, Batches, ModelCard
 from runtime.files import sha256
@@ -190,6 +190,26 @@ def test_info_and_verify_find_a_file_that_is_not_the_one_that_was_built(toys, tm
     assert main(["info", str(tmp_path)]) == 0
     runs = json.loads(capsys.readouterr().out)["runs_here"]
     assert runs == {"a.onnx": "yes", "b.onnx": [line]}
+
+
+def test_info_tells_what_a_file_needs_that_is_not_here(toys, tmp_path, capsys, monkeypatch):
+    facts = {**machine.facts(), "gpus": [], "packages": {"onnxruntime": "1.20.0"}}
+    monkeypatch.setattr(machine, "facts", lambda: facts)
+    made = {"a.onnx": ("onnx", ()), "b.onnx": ("onnx", ("cuda", "tensorrt")), "c.onnx": ("openvino", ("cpu",))}
+    for name in made:
+        toys.canvas_model(tmp_path / name)
+    files = {name: tmp_path / name for name in made}
+    artifacts = tuple(
+        Artifact(name, sha256(files[name]), files[name].stat().st_size, "fp32", backend, devices=devices)
+        for name, (backend, devices) in made.items()
+    )
+    toys.card(artifacts=artifacts).save(tmp_path / "model.json")
+    assert main(["info", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["runs_here"] == {
+        "a.onnx": "yes",
+        "b.onnx": ["it is made for cuda or tensorrt on an NVIDIA GPU, and nvidia-smi shows none"],
+        "c.onnx": ["it needs openvino, which is not installed"],
+    }
 
 
 def test_verify_wants_a_card_with_hashes(model, capsys):

@@ -207,6 +207,21 @@ def test_another_network_than_that_of_the_graph_is_one_line(
         run(tiny_data, (other, files[1]), tmp_path / "out", 0.5, {"int8-openvino": calibrated(0.1, kept=False)})
 
 
+@pytest.mark.parametrize("missing", ["teachers", "unlabelled"])
+def test_a_file_to_learn_from_is_opened_before_the_layers_are_ranked(
+    tiny_data: Dataset, files: tuple[Path, Path], tmp_path: Path, missing: str
+) -> None:
+    class NoGate(FixedGate):
+        def maps(self, path: Path, *_: Any) -> np.ndarray:
+            raise AssertionError(f"{path} is measured before the files were opened")
+
+    (student, model), absent = files, tmp_path / "absent.pt"
+    config = settings(qad={"when": "always"} | ({"unlabelled": absent} if missing == "unlabelled" else {}))
+    inputs = Inputs(model, student, tiny_data, (absent,) if missing == "teachers" else (), {})
+    with pytest.raises(InputError, match=r"absent\.pt(: no| cannot be read: No) such"):
+        qad(config, inputs, out=tmp_path, gate=NoGate(0.5), log=print)
+
+
 def test_a_strategy_that_trains_the_teacher_is_refused(tiny_data: Dataset, tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"data": tiny_data.path, "qad": {"strategy": "joint"}})
     with pytest.raises(UsageError, match=r"qad\.strategy joint trains the teacher"):
