@@ -1,6 +1,6 @@
 """The `edgestill` command with one distillation loss more, which recipes and `--set` weigh by its name.
 
-python examples/custom_loss.py run recipe.yaml --set 'distill.losses={obj_kd: 1, objectness_l1: 0.5}'
+python examples/custom_loss.py run recipe.yaml --set 'distill.losses={soft: 1, objectness_l1: 0.5}'
 python examples/custom_loss.py distill --data data.yaml --teacher teacher.safetensors --scale p --set ...
 """
 

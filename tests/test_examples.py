@@ -152,7 +152,7 @@ def test_a_student_is_distilled_with_the_custom_loss(tmp_path: Path) -> None:
     assert taught.returncode == 0, taught.stderr
     done = python(
         example, "distill", *short, "--scale", "p", "--teacher", tmp_path / "teacher/best.safetensors",
-        "--project", tmp_path, "--name", "student", "--set", "distill.losses={obj_kd: 1, objectness_l1: 0.5}",
+        "--project", tmp_path, "--name", "student", "--set", "distill.losses={soft: 1, objectness_l1: 0.5}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "objectness_l1" in (tmp_path / "student/results.csv").read_text().splitlines()[0]

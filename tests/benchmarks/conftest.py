@@ -70,7 +70,7 @@ def curves(last: float, distilled: bool) -> list[dict[str, float | int | None]]:
             "box": 0.03 + 0.07 * float(np.exp(-epoch / 18)),
             "obj": 0.02 + 0.04 * float(np.exp(-epoch / 25)),
             "cls": 0.005 + 0.03 * float(np.exp(-epoch / 9)),
-            **({"obj_kd": 0.4 + 1.6 * float(np.exp(-epoch / 12))} if distilled else {}),
+            **({"soft": 0.4 + 1.6 * float(np.exp(-epoch / 12))} if distilled else {}),
             "map50_95": float(rise[epoch]) if epoch % 5 == 4 else None,
             "map50": float(rise[epoch]) * 1.3 if epoch % 5 == 4 else None,
             "lr": 0.002,

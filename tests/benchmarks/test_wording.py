@@ -157,7 +157,7 @@ def test_curves_have_titles_that_a_reader_knows(sample: Report) -> None:
     page = to_html(sample)
     heads = re.findall(r'<div class="head"><span>(.*?)</span>', page)
     assert heads[:5] == ["mAP50-95", "mAP50", "box loss", "objectness loss", "class loss"]
-    assert heads[-1] == "obj_kd loss"
+    assert heads[-1] == "soft loss"
     assert "map50" not in page
 
 

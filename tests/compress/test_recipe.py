@@ -99,7 +99,7 @@ def test_a_missing_recipe_names_the_command_that_writes_one(tmp_path: Path) -> N
         load_recipe(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("change", ["epochs", "=3", "data.x=1", "distill.losses.obj_kd=[", "teacher.epochs=0"])
+@pytest.mark.parametrize("change", ["epochs", "=3", "data.x=1", "distill.losses.soft=[", "teacher.epochs=0"])
 def test_a_set_that_cannot_be_applied_is_one_line(tmp_path: Path, change: str) -> None:
     with pytest.raises(EdgestillError) as caught:
         load_recipe(written(tmp_path, "data: d\n"), [change])

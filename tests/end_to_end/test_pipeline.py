@@ -30,7 +30,7 @@ data: belt/data.yaml
 imgsz: 64
 teacher: {scale: n, epochs: 2, batch: 4, val_interval: 2, tensorboard: false}
 student: {scale: p}
-distill: {epochs: 2, batch: 4, val_interval: 2, tensorboard: false, losses: {obj_kd: 1.0, feat_mse: 0.1}}
+distill: {epochs: 2, batch: 4, val_interval: 2, tensorboard: false, losses: {soft: 1.0, feat_mse: 0.1}}
 quantize: {calibration_images: 4, draws: 2, max_map_drop: 1.0, max_latency_ratio: 1000}
 build: {targets: [sm86]}
 bench: {latency_samples: 11}
@@ -161,7 +161,7 @@ def test_the_report_holds_every_file_and_its_renderings(folder: Path, first: lis
     assert student == {REFERENCE, *FLAVOURS}
     assert {row["role"] for row in report["torch"]} == {"teacher", "student"}
     assert [[point["epoch"] for point in training["curves"]] for training in report["training"]] == [[1, 2], [1, 2]]
-    assert {loss["name"] for loss in report["distillation"]["losses"]} == {"obj_kd", "feat_mse"}
+    assert {loss["name"] for loss in report["distillation"]["losses"]} == {"soft", "feat_mse"}
     assert all(row["latency"]["end_to_end"]["n"] == 11 for row in report["models"])
     assert {path.suffix for path in (folder / "runs/tiny/report").glob("report.*")} == {".json", ".html", ".md", ".csv"}
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from compress.config import DistillConfig
 from compress.losses.distill.base import Context, DistillLoss, LossSettings, Outputs, Shape, detached
 from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, FeatureLoss
-from compress.losses.distill.head import KD, MSE, CrossEntropy, HeadLoss, ObjKD, Soft
+from compress.losses.distill.head import KD, MSE, CrossEntropy, HeadLoss, Soft
 from compress.recipe import suggestion
 from runtime.errors import UsageError
 
@@ -40,7 +40,6 @@ LOSSES: dict[str, type[DistillLoss]] = {
     loss.name: loss
     for loss in (
         Soft,
-        ObjKD,
         FeatMSE,
         FeatSL2,
         CWD,

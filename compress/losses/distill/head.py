@@ -7,22 +7,20 @@ see a shift common to all classes, which is exactly how a student loses its conf
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from compress.compute.boxes import touched_cells
-from compress.config import DistillConfig, Float, NonNegative, Positive
+from compress.config import DistillConfig, NonNegative, Positive
 from compress.kernels.soft_head import (
     Pair,
     as_they_are,
     binary_kl,
     completed,
     gated_level,
-    overlap,
     soft_head,
 )
 from compress.losses.detection import Gains, level_balance, scaled_gains
@@ -58,16 +56,6 @@ def check_same_head(student: Shape, teacher: Shape) -> None:
             "the student's anchors differ from the teacher's, so their boxes cannot be compared cell by cell",
             "Build the student with the teacher's anchors and set autoanchor: false",
         )
-
-
-def scaled_bce(student: Tensor, teacher: Tensor, beta: float, detach_scale: bool) -> Tensor:
-    """|p_T - p_S|^beta * BCE(z_S, p_T), element-wise, of float32 logits."""
-    target = teacher.sigmoid()
-    gap = (target - student.sigmoid()).abs()
-    scale = gap if beta == 1 else gap**beta
-    return (scale.detach() if detach_scale else scale) * F.binary_cross_entropy_with_logits(
-        student, target, reduction="none"
-    )
 
 
 class HeadLoss(DistillLoss):
@@ -219,46 +207,6 @@ class Soft(HeadLoss):
         balance, weights, gains = level_balance(len(told)), self.settings.weights, self.gains
         obj, cls, box = (w * gain for w, gain in zip(weights, (gains.obj, gains.cls, gains.box), strict=True))
         return soft_head(student, told, seen, [*self.anchors], balance, obj, cls, box, tells_all, scale=upstream)
-
-
-class ObjKD(HeadLoss):
-    """Objectness-gated soft labels.
-
-    With logits z = (b, o, c) of cell and anchor i, p = sigmoid, gate g_i = p(o_T):
-
-        L_obj = balance * mean_i |p(o_T) - p(o_S)|^beta * BCE(o_S, p(o_T))
-        L_cls = sum_i g_i mean_k |p(c_T) - p(c_S)|^beta * BCE(c_S, p(c_T)) / max(sum_i g_i, B)
-        L_box = sum_i g_i (1 - GIoU(box_S, box_T)) / max(sum_i g_i, B)
-        L = 1 * obj * L_obj + 1 * cls * L_cls + 4 * box * L_box, summed over levels
-
-    where obj, cls and box are the detection loss's scaled gains.
-
-    Sources: gating, Mehta & Ozturk 2018; the |.|^beta factor and the weights, BCKD (ICCV 2023); level balance as in
-    the detection loss. The weights 1, 1, 4 belong to these means and gains: another reduction needs others.
-    """
-
-    name = "obj_kd"
-
-    class Settings(LossSettings):
-        beta: Annotated[Float, Field(ge=1)] = 1.0
-        """Below 1 the gradient at p_S = p_T would be infinite."""
-        weights: tuple[NonNegative, NonNegative, NonNegative] = (1.0, 1.0, 4.0)
-        """Weights of objectness, classes and boxes."""
-        detach_scale: bool = False
-        """Keep the gradient out of the |.|^beta factor (BCKD lets it in)."""
-
-    settings: Settings
-
-    def objectness(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.settings.weights[0] * self.gains.obj * self._soft(student, teacher)
-
-    def cell(self, student: Tensor, teacher: Tensor, anchors_wh: Tensor) -> Tensor:
-        _, cls, box = self.settings.weights
-        classes = self._soft(student[..., 5:], teacher[..., 5:]).mean(-1)
-        return cls * self.gains.cls * classes + box * self.gains.box * (1 - overlap(student, teacher, anchors_wh))
-
-    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return scaled_bce(student, teacher, self.settings.beta, self.settings.detach_scale)
 
 
 class KD(HeadLoss):

@@ -26,7 +26,7 @@ from compress.losses.distill import (
 )
 from compress.losses.distill.base import NO_CONTEXT
 from compress.losses.distill.features import CWD, FGD, MGD, PKD, FeatMSE, FeatSL2, box_density, teacher_score
-from compress.losses.distill.head import KD, MSE, CrossEntropy, ObjKD
+from compress.losses.distill.head import KD, MSE, CrossEntropy
 from compress.losses.distill.standardise import by_channel, by_level
 from runtime.errors import UsageError
 
@@ -252,7 +252,7 @@ def test_other_anchors_are_refused_with_the_remedy(shape, name, change):
 
 
 def test_anchors_rounded_to_float16_are_the_same_anchors(shape):
-    ObjKD(shape, shape._replace(anchors=shape.anchors.half()))
+    KD(shape, shape._replace(anchors=shape.anchors.half()))
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -275,32 +275,6 @@ def _one_cell(shape: Shape, objectness: float, class_logit: float) -> Outputs:
     raw[1][0, 0, 1, 2, 4] = objectness
     raw[1][0, 0, 1, 2, 5] = class_logit
     return Outputs(raw, [])
-
-
-def test_obj_kd_has_the_value_of_its_formula(shape):
-    """One certain teacher cell; the student differs by one class logit, then by one objectness logit."""
-    teacher = _one_cell(shape, 1000.0, 0.0)
-    gap, bce = 0.5 - torch.tensor(-2.0).sigmoid(), torch.tensor(2.0).exp().log1p() - 2 * 0.5
-    assert ObjKD(shape, shape)(_one_cell(shape, 1000.0, -2.0), teacher) == pytest.approx(
-        CLS * (gap * bce).item(), rel=1e-5
-    )
-
-    objectness = (1 - torch.tensor(1.5).sigmoid()) * torch.tensor(-1.5).exp().log1p()
-    cells_of_p4 = 3 * 4 * 4
-    value = ObjKD(shape, shape)(_one_cell(shape, 1.5, 0.0), teacher)
-    assert value == pytest.approx((objectness / cells_of_p4).item(), rel=1e-5)
-
-
-def test_obj_kd_weighs_a_disjoint_box_by_four(shape):
-    """Half a cell of anchor size at most, pushed a cell apart: GIoU is computed by hand."""
-    student, teacher = _one_cell(shape, 1000.0, 0.0), _one_cell(shape, 1000.0, 0.0)
-    for outputs, side in ((student, -1000.0), (teacher, 1000.0)):
-        outputs.raw[1][0, 0, 1, 2, 0] = side
-    w, h = shape.anchors[1, 0].tolist()
-    inter = max(w - 2, 0) * h
-    union, hull = 2 * w * h - inter, (w + 2) * h
-    giou = inter / union - (hull - union) / hull
-    assert ObjKD(shape, shape)(student, teacher) == pytest.approx(4 * BOX * (1 - giou), rel=1e-4)
 
 
 def test_kd_is_the_divergence_of_student_from_teacher_at_its_temperature(shape):
@@ -339,16 +313,6 @@ def test_the_gradient_of_cross_entropy_is_that_without_the_teachers_entropy(shap
         F.binary_cross_entropy_with_logits(s[..., 4:], t[..., 4:].sigmoid()).backward()
     for s, other in zip(student.raw, plain, strict=True):
         torch.testing.assert_close(s.grad, other.grad)
-
-
-def test_the_scale_of_obj_kd_can_be_kept_out_of_the_gradient(shape):
-    teacher = _outputs(shape, seed=1)
-    gradients = []
-    for detach in (False, True):
-        student = _tracked(_outputs(shape))
-        ObjKD(shape, shape, detach_scale=detach)(student, teacher).backward()
-        gradients.append(student.raw[0].grad[..., 5:].norm())
-    assert gradients[0] > gradients[1] > 0
 
 
 def test_sl2_counts_only_where_the_teacher_scores(shape):
@@ -659,8 +623,8 @@ def test_a_weight_and_a_share_contradict_each_other():
         ),
         ({"pkd": {"weight": 1, "x": 2}}, r"loss pkd: unknown key 'x'\. Known: none"),
         ({"cwd": {"weight": 1, "tau": 0}}, r"loss cwd: tau: 0 is not accepted: .*greater than 0"),
-        ({"obj_kd": {"weight": 1, "beta": 0.5}}, r"loss obj_kd: beta: 0\.5 is not accepted"),
-        ({"obj_kd": {"weight": 1, "weights": [1, -1, 1]}}, r"loss obj_kd: weights\.1: -1 is not accepted"),
+        ({"kd": {"weight": 1, "temperature": 0}}, r"loss kd: temperature: 0 is not accepted"),
+        ({"soft": {"weight": 1, "weights": [1, -1, 1]}}, r"loss soft: weights\.1: -1 is not accepted"),
         ({"cwd": {"weight": 0, "taw": 2}, "kd": 1}, "unknown key"),
         ({"kd": 0}, "weight above 0"),
     ],

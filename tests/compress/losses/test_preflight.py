@@ -110,7 +110,7 @@ def test_a_teacher_that_gives_probabilities_is_found(batch):
 
 def test_another_order_of_classes_is_found_and_shown(batch):
     student, teacher = _pair(names=("bolt", "washer", "nut"))
-    checks = preflight(student, teacher, _losses(student, teacher, ("obj_kd",)), batch)
+    checks = preflight(student, teacher, _losses(student, teacher, ("soft",)), batch)
     assert _failed(checks) == ["classes agree"]
     assert "1: nut / washer" in checks[0].detail
 
@@ -124,7 +124,7 @@ def test_other_classes_do_not_matter_to_a_feature_loss(batch):
 
 def test_other_anchors_are_found(batch):
     student, teacher = _pair()
-    losses = _losses(student, teacher, ("obj_kd",))
+    losses = _losses(student, teacher, ("soft",))
     teacher.arch.anchors = tuple(tuple((w + 5, h) for w, h in level) for level in ANCHORS_PX)
     assert _failed(preflight(student, teacher, losses, batch)) == ["anchors agree"]
 
@@ -168,26 +168,26 @@ def test_a_loss_that_does_nothing_or_the_wrong_thing_is_found(batch, loss, findi
 
 def test_shares_of_the_gradient_follow_the_weights(batch):
     student, teacher = _pair()
-    losses, shares = _losses(student, teacher, ("obj_kd", "feat_mse")), []
+    losses, shares = _losses(student, teacher, ("soft", "feat_mse")), []
     losses["feat_mse"].weight = 1.0
     for weight in (0.0, 1.0, 1e6):
-        losses["obj_kd"].weight = weight
+        losses["soft"].weight = weight
         shares.append(preflight(student, teacher, losses, batch)[-1].detail)
-    assert "obj_kd 0.0%" in shares[0]
-    assert "obj_kd 100.0%" in shares[2]
+    assert "soft 0.0%" in shares[0]
+    assert "soft 100.0%" in shares[2]
     assert len(set(shares)) == 3
 
 
 def test_a_fixed_weight_that_drowns_the_labels_is_told_with_the_remedy(batch):
     student, teacher = _pair()
-    losses = _losses(student, teacher, ("obj_kd",))
+    losses = _losses(student, teacher, ("soft",))
     task = DetectionLoss(_shape(student).anchors, STRIDES, 3)
     told = {}
     for weight in (1e6, 1e-6, None):
-        losses["obj_kd"].weight = weight
+        losses["soft"].weight = weight
         checks = preflight(student, teacher, losses, batch, task=task)
-        told[weight] = [check.detail for check in checks if check.name == f"obj_kd {DROWNS}"]
-    assert "times their gradient; obj_kd: auto avoids it" in told[1e6][0]
+        told[weight] = [check.detail for check in checks if check.name == f"soft {DROWNS}"]
+    assert "times their gradient; soft: auto avoids it" in told[1e6][0]
     assert told[1e-6] == told[None] == []
 
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def config(**changes: object) -> DistillConfig:
     base = {
         "epochs": 2, "batch": 4, "imgsz": 64, "val_interval": 2, "workers": 0, "tensorboard": False,
-        "losses": {"obj_kd": 1.0, "feat_mse": "auto"},
+        "losses": {"soft": 1.0, "feat_mse": "auto"},
     }  # fmt: skip
     return DistillConfig.model_validate(base | changes)
 
@@ -99,7 +99,7 @@ def test_the_total_is_the_sum_of_its_terms_times_the_batch_size(trainer: tuple[T
     images = torch.rand(3, 3, 64, 64)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.3]])
     total, terms = loop.objective(images, targets, teacher(images), [0.25, 0.25])
-    assert loop.objective.terms == ("box", "obj", "cls", "obj_kd", "feat_mse")
+    assert loop.objective.terms == ("box", "obj", "cls", "soft", "feat_mse")
     assert total.item() == pytest.approx(3 * terms.sum().item(), rel=1e-5)
     whole = loop.objective(images, targets, teacher(images)).terms
     torch.testing.assert_close(terms[3:], 0.25 * whole[3:], rtol=1e-3, atol=0)
@@ -116,9 +116,9 @@ def test_files_hold_the_student_alone_and_the_table_its_terms(
     assert load(best).state_dict.keys() == plain.state_dict().keys()
     assert load_model(best).arch.anchors == load_model(teacher_file).arch.anchors
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
-    assert all(float(row[f"train/{name}_loss"]) > 0 for row in rows for name in ("obj_kd", "feat_mse"))
+    assert all(float(row[f"train/{name}_loss"]) > 0 for row in rows for name in ("soft", "feat_mse"))
     assert [line for line in lines if line.startswith("teacher: ") and "ms an image" in line]
-    assert [line for line in lines if "checks passed" in line and "obj_kd" in line]
+    assert [line for line in lines if "checks passed" in line and "soft" in line]
 
 
 def test_a_stopped_and_resumed_distillation_equals_a_straight_one(
@@ -152,8 +152,8 @@ def test_a_teacher_of_other_classes_is_refused(weights: Path, tiny_data: Dataset
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_data: Dataset, teacher_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'objkd' is not known.*obj_kd"):
-        distill(config(losses={"objkd": 1.0}), tiny_data, teacher_file, tmp_path)
+    with pytest.raises(UsageError, match=r"'sofd' is not known.*soft"):
+        distill(config(losses={"sofd": 1.0}), tiny_data, teacher_file, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "distill"])

@@ -26,8 +26,8 @@ def test_columns_are_those_of_yolov5() -> None:
 
 
 def test_distillation_terms_stand_behind_yolov5s_columns() -> None:
-    assert columns((*PLAIN, "obj_kd"))[:14] == columns(PLAIN)
-    assert columns((*PLAIN, "obj_kd"))[14:] == ("train/obj_kd_loss", "share/obj_kd")
+    assert columns((*PLAIN, "soft"))[:14] == columns(PLAIN)
+    assert columns((*PLAIN, "soft"))[14:] == ("train/soft_loss", "share/soft")
 
 
 def test_what_was_not_measured_is_empty_in_the_table(tmp_path: Path) -> None:
@@ -37,9 +37,9 @@ def test_what_was_not_measured_is_empty_in_the_table(tmp_path: Path) -> None:
     assert [row["metrics/mAP_0.5"] for row in rows] == ["", "0.5"]
 
 
-@pytest.mark.parametrize("terms", [PLAIN, (*PLAIN, "obj_kd", "feat_mse")])
+@pytest.mark.parametrize("terms", [PLAIN, (*PLAIN, "soft", "feat_mse")])
 def test_curves_are_a_picture_that_opens(terms: tuple[str, ...], tmp_path: Path) -> None:
-    draw_curves(HISTORY, terms, tmp_path / "curves.png", "obj_kd" if len(terms) > 3 else None)
+    draw_curves(HISTORY, terms, tmp_path / "curves.png", "soft" if len(terms) > 3 else None)
     picture = cv2.imread(str(tmp_path / "curves.png"))
     assert picture is not None
     assert picture.std() > 1

@@ -59,10 +59,10 @@ def test_a_teacher_of_other_classes_or_another_order_is_refused(
 
 
 def test_losses_without_a_weight_are_left_out() -> None:
-    settings = DistillConfig(losses={"feat_mse": 1.0, "obj_kd": 0.0})
+    settings = DistillConfig(losses={"feat_mse": 1.0, "soft": 0.0})
     assert set(build_losses(network(), Teacher(network("n"), "cpu"), settings)) == {"feat_mse"}
     with pytest.raises(UsageError, match=r"weight above 0\. For labels alone write losses: \{\}"):
-        build_losses(network(), Teacher(network("n"), "cpu"), DistillConfig(losses={"obj_kd": 0.0}))
+        build_losses(network(), Teacher(network("n"), "cpu"), DistillConfig(losses={"soft": 0.0}))
 
 
 @pytest.mark.parametrize("name", LOSSES)
