@@ -122,8 +122,8 @@ def execute(task: Task, run_folder: Path, *, log: Log, force: bool = False) -> O
         shutil.rmtree(work, ignore_errors=True)
     elif changed := _changed(target, identity):
         log(f"{task.name:<9} is done again, as this has changed: {changed}")
-    if not work.exists() and (stopped := next(_works(work.parent, task.name), None)):
-        log(f"{task.name:<9} begins anew, as a stopped run had other settings or inputs; until it is done: {stopped}")
+    if not work.exists() and (stopped := _stopped(work.parent, task.name)):
+        log(f"{task.name:<9} begins anew: a stopped run had other settings or inputs; {stopped} stays until it is done")
     manifest = _finished(work, mark) or _run_task(task, work, identity, mark, log)
     _publish(work, target)
     _drop_stale_work(run_folder / ".work", task.name)
@@ -240,8 +240,12 @@ def _drop_stale_work(folder: Path, stage: str) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def _stopped(folder: Path, stage: str) -> Path | None:
+    """A work folder of a run of the stage that left files and was not published."""
+    return next((work for work in _works(folder, stage) if any(work.iterdir())), None)
+
+
 def _works(folder: Path, stage: str) -> Iterator[Path]:
-    """The work folders of a stage that were not published."""
     return folder.glob(f"{stage}-*")
 
 

@@ -140,7 +140,9 @@ def test_the_work_of_a_killed_stage_with_other_settings_is_told_and_kept_until_t
     (left,) = (tmp_path / ".work").glob("train-*")
     with pytest.raises(KeyboardInterrupt):
         execute(Task("train", killed, {"lr": 2}), tmp_path, log=lines.append)
-    assert lines == [f"train     begins anew, as a stopped run had other settings or inputs; until it is done: {left}"]
+    assert lines == [
+        f"train     begins anew: a stopped run had other settings or inputs; {left} stays until it is done"
+    ]
     assert left.is_dir()
     with pytest.raises(KeyboardInterrupt):
         execute(Task("train", killed, {"lr": 1}), tmp_path, log=lines.append)
