@@ -100,7 +100,8 @@ def qad(config: Config, inputs: Inputs, *, out: Path, gate: Gate, log: Log) -> l
     refuse_another_model(out, card, [FILES[name] for name in names])
     _require_same_network(inputs, card)
     teachers = (*inputs.teachers, *config.qad.teachers)
-    load_sources((inputs.student, *teachers), inputs.data.names, config.qad, config.device)  # before the ranking's time
+    # before the layers are ranked, which takes minutes, so that a file that cannot be used is refused at once
+    load_sources((inputs.student, *teachers), inputs.data.names, config.qad, config.device)
     unlabelled = open_unlabelled(config.qad, out, log)
     images = [sample.image for sample in inputs.data.splits["train"].samples]
     settings = config.quantize.model_copy(update={"flavours": names, "method": "mse"})
