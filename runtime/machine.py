@@ -227,9 +227,9 @@ def mismatches(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
 
 
 def lacks(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
-    """What a file of a portable backend needs to run as it is made to, and the machine has not.
+    """The needs of a file of a portable backend that the machine does not meet.
 
-    It may run all the same where the backend is named.
+    It may run all the same, in another way than it is made for, where the backend is named.
     """
     library, devices, found = BACKENDS[artifact.backend].library, artifact.devices, []
     if not machine["packages"].get(library):
