@@ -231,20 +231,28 @@ def lacks(artifact: Artifact, machine: Mapping[str, Any]) -> list[str]:
 
     It may run all the same, in another way than it is made for, where the backend is named.
     """
-    library, devices, found = BACKENDS[artifact.backend].library, artifact.devices, []
-    if not machine["packages"].get(library):
-        found.append(f"it needs {library}, which is not installed")
-    if devices and "cpu" not in devices and not machine["gpus"]:
-        found.append(f"it is made for {' or '.join(devices)} on an NVIDIA GPU, and {NO_GPU}")
-    return found
+    return [reason for check in (_library_lack, _gpu_lack) if (reason := check(artifact, machine))]
+
+
+def _library_lack(artifact: Artifact, machine: Mapping[str, Any], version: str = "") -> str:
+    library = BACKENDS[artifact.backend].library
+    installed = machine["packages"].get(library)
+    return "" if installed else f"it needs {library} {version}".rstrip() + ", which is not installed"
+
+
+def _gpu_lack(artifact: Artifact, machine: Mapping[str, Any]) -> str:
+    devices = artifact.devices
+    if machine["gpus"] or not devices or "cpu" in devices:
+        return ""
+    return f"it is made for {' or '.join(devices)} on an NVIDIA GPU, and {NO_GPU}"
 
 
 def _version_mismatch(artifact: Artifact, machine: Mapping[str, Any]) -> str:
     library = BACKENDS[artifact.backend].library
     built = artifact.versions.get(library, "")
-    here = machine["packages"].get(library, "")
-    if not here:
-        return f"it needs {library} {built}".rstrip() + ", which is not installed"
+    if lack := _library_lack(artifact, machine, built):
+        return lack
+    here = machine["packages"][library]
     same = not built or here == UNKNOWN or same_version(built, here)
     return "" if same else f"it was built with {library} {built}, here is {here}"
 
