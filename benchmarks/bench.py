@@ -1,8 +1,8 @@
 """Measure model files: the latency and the accuracy of the same file, in the same run.
 
-In: an ONNX file, an engine or a bundle, and images, with or without COCO ground truth. Out: rows of a report, and for
-two files the ratio of their latencies. Every other way to measure a file (`edgestill bench`, the stages of a
-run, `python -m benchmarks`) calls this module.
+In: ONNX files, engines or bundles, and images, with or without COCO ground truth. Out: rows of a report, whose files
+were timed in turns, and for two files the ratio of their latencies. Every other way to measure a file (`edgestill
+bench`, the stages of a run, `python -m benchmarks`) calls this module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,18 @@ from benchmarks.accuracy import (
     restrict,
 )
 from benchmarks.environment import device_name
-from benchmarks.latency import Frame, LatencyRatio, compare_in_turns, in_turn, measure
-from benchmarks.rows import Row, model_row
+from benchmarks.latency import (
+    ROUNDS,
+    Comparison,
+    Frame,
+    Latency,
+    LatencyRatio,
+    Subject,
+    compare_in_turns,
+    in_turn,
+    measure,
+)
+from benchmarks.rows import FULL, Row, model_row, named_apart
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
@@ -75,44 +86,77 @@ class Plan:
         return [read_image(path) for _, path in self.images[:FRAMES]]
 
 
-def measure_file(
-    path: Path,
-    plan: Plan,
-    *,
-    role: str = "student",
-    precision: str | None = None,
-    variant: str | None = None,
-    **more: Any,
-) -> Row:
-    """The report's row of one file. Of a bundle it is the first file that runs here, or the `variant`.
+@dataclass(frozen=True)
+class Entry:
+    """A file or bundle to measure. Of a bundle it is the first file that runs here, or the `variant`."""
 
-    Settings, backend and device are those of the loaded detector; `precision` overrides the card's. `more` are other
-    keys of `model_row`: kept, reason, parameters, gflops, note. Raises the errors of `Detector.load`, and InputError
+    path: Path
+    plan: Plan
+    """That of the other entries, apart from what runs the file."""
+    variant: str | None = None
+    precision: str | None = None
+    """Instead of that of the card."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of `model_row`: role, kept, reason, loss, parameters, gflops, note."""
+
+
+def measure_files(entries: Sequence[Entry]) -> list[Row]:
+    """The report's rows of files that are loaded together and timed in turns.
+
+    Settings, backend and device are those of the loaded detector. Raises the errors of `Detector.load`, and InputError
     when no image or no object is labelled.
     """
-    with plan.detector(path, variant) as detector:
-        file = _loaded(path, plan, variant, detector)
-        latency = measure(
-            detector, plan.read_frames(), batch=batch_of(detector, plan), samples=plan.samples,
-            warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
-        )  # fmt: skip
-        return model_row(
-            file.path,
-            precision=precision or detector.card.precision,
-            backend=file.spec.name,
-            device=device_name(detector.providers),
-            role=role,
-            settings=_settings(detector, plan),
-            identity=detector.card.identity,
-            latency=latency,
-            accuracy=_accuracy(detector, plan),
-            **more,
+    with ExitStack() as stack:
+        return _rows(
+            [(entry, stack.enter_context(entry.plan.detector(entry.path, entry.variant))) for entry in entries]
         )
 
 
-def _loaded(path: Path, plan: Plan, variant: str | None, detector: Detector) -> ModelFile:
-    """The file that `detector` runs, of those that `path` offers."""
-    return next(file for file in model_files(path, variant, plan.backend) if file.artifact == detector.artifact)
+def _rows(loaded: Sequence[tuple[Entry, Detector]]) -> list[Row]:
+    plan = loaded[0][0].plan
+    frames = plan.read_frames()
+    accuracies = [_accuracy(detector, entry.plan) for entry, detector in loaded]
+    latencies = measure(
+        [Subject(detector, frames, batch_of(detector, entry.plan)) for entry, detector in loaded],
+        samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
+    )  # fmt: skip
+    rows = [_row(*one, *found) for one, *found in zip(loaded, latencies, accuracies, strict=True)]
+    return _with_ratios(named_apart(rows, [entry.path for entry, _ in loaded]), [of.rounds for of in latencies])
+
+
+def _row(entry: Entry, detector: Detector, latency: Latency, accuracy: Accuracy | None) -> Row:
+    file = _loaded(entry, detector)
+    return model_row(
+        file.path,
+        precision=entry.precision or detector.card.precision,
+        backend=file.spec.name,
+        device=device_name(detector.providers),
+        settings=_settings(detector, entry.plan),
+        identity=detector.card.identity,
+        latency=latency,
+        accuracy=accuracy,
+        **entry.more,
+    )
+
+
+def _with_ratios(rows: Sequence[Row], rounds: Sequence[Sequence[float]]) -> list[Row]:
+    """With the time of each over that of the student's FP32 file, or of the first one, where they took turns."""
+    is_full = [row["role"] == "student" and row["precision"] == FULL for row in rows]
+    reference = is_full.index(True) if any(is_full) else 0
+    if not rounds[reference]:
+        return list(rows)
+
+    def ratio(own: Sequence[float]) -> Row:
+        found = LatencyRatio.of(rounds[reference], own)
+        return {"of": rows[reference]["file"], "ratio": found.ratio, "low": found.low, "high": found.high}
+
+    return [row | {"latency": row["latency"] | {"ratio": ratio(own)}} for row, own in zip(rows, rounds, strict=True)]
+
+
+def _loaded(entry: Entry, detector: Detector) -> ModelFile:
+    """The file that `detector` runs, of those that the entry offers."""
+    offered = model_files(entry.path, entry.variant, entry.plan.backend)
+    return next(file for file in offered if file.artifact == detector.artifact)
 
 
 def batch_of(detector: Detector, plan: Plan) -> int:
@@ -171,16 +215,18 @@ def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[lis
     """
     offered = model_files(path, variant, plan.backend)
     if len(offered) == 1:
-        return [measure_file(path, plan, variant=variant)], []
-    rows, idle = [], []
-    for file in offered:
-        try:
-            rows.append(measure_file(path, plan, variant=file.path.name))
-        except UnavailableError as error:
-            idle.append(engine_row(file, str(error)))
-    if not rows:
-        raise UnavailableError(f"{path}: none of its files runs here: {idle[0]['note']}")
-    return rows, idle
+        return measure_files([Entry(path, plan, variant)]), []
+    with ExitStack() as stack:
+        loaded, idle = [], []
+        for file in offered:
+            entry = Entry(path, plan, file.path.name)
+            try:
+                loaded.append((entry, stack.enter_context(plan.detector(path, entry.variant))))
+            except UnavailableError as error:
+                idle.append(engine_row(file, str(error)))
+        if not loaded:
+            raise UnavailableError(f"{path}: none of its files runs here: {idle[0]['note']}")
+        return _rows(loaded), idle
 
 
 def engine_row(file: ModelFile, note: str) -> Row:
@@ -199,8 +245,8 @@ def engine_row(file: ModelFile, note: str) -> Row:
 
 
 def compare_files(
-    reference: Path, other: Path, plan: Plan, rounds: int = 20, *, backend: str | None = None
-) -> LatencyRatio:
+    reference: Path, other: Path, plan: Plan, rounds: int = ROUNDS, *, backend: str | None = None
+) -> Comparison:
     """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     `backend` runs the other, by default that of the plan. Both see the same frames in the same order. `plan.samples`

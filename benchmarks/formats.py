@@ -44,6 +44,10 @@ def times(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}×"
 
 
+def fraction(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
 def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.1f} %"
 

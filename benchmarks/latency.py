@@ -1,7 +1,8 @@
-"""How long a detector takes from a decoded frame to final boxes, and which of two callables takes less time.
+"""How long detectors take from a decoded frame to final boxes, and which of two callables takes less time.
 
 The timed span starts at a uint8 frame in host memory and ends with boxes in host memory: preprocessing, copies,
-the network, suppression and postprocessing are inside; decoding the image is not. Clocks are arguments.
+the network, suppression and postprocessing are inside; decoding the image is not. Whatever is to be compared takes
+turns, as a machine that others use is faster in one minute than in the next. Clocks are arguments.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, cycle, islice
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,21 +22,12 @@ from runtime.errors import UsageError
 Clock = Callable[[], int]
 """Nanoseconds that never go back."""
 Frame = NDArray[np.uint8]
+T = TypeVar("T")
 WINDOW = 5
 """Calls of one warm-up window."""
 WINDOW_TOLERANCE = 0.1
 MAX_WARMUP_MS = 10_000.0
 NS_PER_MS = 1e6
-
-
-class Timed(Protocol):
-    """The three spans of a detector."""
-
-    def preprocess(self, frames: Sequence[Frame]) -> Any: ...
-
-    def infer(self, prepared: Any) -> Any: ...
-
-    def postprocess(self, raw: Any, prepared: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -78,92 +70,85 @@ class Warmup(NamedTuple):
     settled: bool
 
 
+# -------------------------------------------------------------------------------------------------------------- turns
+
+ROUNDS = 20
+"""Rounds of those that take turns."""
+SETTLE_MS = 20.0
+PAUSE_MS, LONGEST_PAUSE_MS = 20.0, 2000.0
+IDLE_SHARE = 0.1
+"""A process is idle if its threads together compute for less than this share of a pause."""
+
+
 @dataclass(frozen=True)
-class Latency:
-    """The spans of the same calls; `end_to_end` contains the other three and, with an interval, the wait in the queue.
+class Side(Generic[T]):
+    """One of those that take turns: `call` makes an untimed call, `timed` gives the times of so many calls in a row."""
 
-    `steady` is true if the medians of the first and the second half of the samples agree within 5 %.
-    """
+    call: Callable[[], object]
+    timed: Callable[[int], list[T]]
 
-    preprocess: Durations
-    inference: Durations
-    postprocess: Durations
-    end_to_end: Durations
+
+@dataclass(frozen=True)
+class Turns(Generic[T]):
+    """A side's warm-up, and the times of its calls in each round."""
+
     warmup: Warmup
-    steady: bool
-    interval_ms: float | None = None
+    rounds: list[list[T]] = field(default_factory=list)
 
 
-def measure(
-    detector: Timed,
-    frames: Iterable[Frame],
+def take_turns(
+    sides: Sequence[Side[T]],
+    counts: Sequence[int],
     *,
-    batch: int = 1,
-    samples: int = 200,
-    warmup_ms: float = 200.0,
-    interval_ms: float | None = None,
-    clock: Clock = time.perf_counter_ns,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Latency:
-    """Time `samples` calls, each on `batch` of the `frames` (uint8 (H, W, 3) BGR, used in turn), after a warm-up.
-
-    Without `interval_ms` a frame comes when the last one is done. With it, frames come at that interval as from a
-    camera, and a latency counts from the moment its frame was due: a slow frame also delays those that wait behind it.
-    Raises UsageError when an interval is given and a call takes several frames, of which each is due at another time.
-    """
-    if interval_ms is not None and batch > 1:
-        raise UsageError(
-            f"An interval of {interval_ms:g} ms, and {batch} frames a call", "An interval is for files of one image"
-        )
-    queue = in_turn(frames, batch)
-    warm = warm_up(lambda: _timestamps(detector, next(queue), clock), warmup_ms, clock)
-    due = _due_times(clock(), interval_ms, samples)
-    stamps = np.array([_timestamps(detector, next(queue), clock, at, sleep) for at in due], np.int64)
-    preprocess_ms, inference_ms, postprocess_ms = np.diff(stamps[:, 1:], axis=1).T / NS_PER_MS
-    end_to_end_ms = (stamps[:, -1] - stamps[:, 0]) / NS_PER_MS
-    return Latency(
-        preprocess=Durations.of(preprocess_ms),
-        inference=Durations.of(inference_ms),
-        postprocess=Durations.of(postprocess_ms),
-        end_to_end=Durations.of(end_to_end_ms),
-        warmup=warm,
-        steady=halves_agree(end_to_end_ms),
-        interval_ms=interval_ms,
-    )
-
-
-def in_turn(frames: Iterable[Frame], batch: int) -> Iterator[list[Frame]]:
-    """`batch` frames after `batch` frames, for ever. Raises UsageError when there is none."""
-    held = list(frames)
-    if not held:
-        raise UsageError("There is no frame to measure on", "Give a folder with images")
-    queue = cycle(held)
-    return (list(islice(queue, batch)) for _ in count())
-
-
-def _due_times(start_ns: int, interval_ms: float | None, samples: int) -> list[int | None]:
-    if interval_ms is None:
-        return [None] * samples
-    return [start_ns + round(number * interval_ms * NS_PER_MS) for number in range(samples)]
-
-
-def _timestamps(
-    detector: Timed,
-    frames: Sequence[Frame],
+    warmup_ms: float,
+    settle_ms: float = SETTLE_MS,
+    pause: Callable[[], object],
     clock: Clock,
-    due: int | None = None,
+) -> list[Turns[T]]:
+    """Time every side in every round, in the order CBA ABC CBA ..., so that drift of clocks and caches falls on all.
+
+    `counts` has the calls of each round. They are in a row, timed as if the side ran alone: before the sides change,
+    `pause` waits until no thread computes, and the next side is called untimed for `settle_ms`.
+    """
+    found: list[Turns[T]] = []
+    for side in sides:
+        pause()
+        found.append(Turns(warm_up(side.call, warmup_ms, clock)))
+    pairs = list(zip(sides, found, strict=True))
+    last = sides[-1]
+    for calls in counts:
+        pairs.reverse()
+        for side, turns in pairs:
+            if side is not last:
+                pause()
+                _call_for(side.call, settle_ms, clock)
+            turns.rounds.append(side.timed(calls))
+            last = side
+    return found
+
+
+def _call_for(call: Callable[[], object], least_ms: float, clock: Clock) -> None:
+    start = clock()
+    while _since(start, clock) < least_ms:
+        call()
+
+
+def until_idle(
+    clock: Clock = time.perf_counter_ns,
+    cpu_clock: Clock = time.process_time_ns,
     sleep: Callable[[float], None] = time.sleep,
-) -> tuple[int, int, int, int, int]:
-    """Nanoseconds at which the frames were due, and at which they were started, prepared, inferred and done."""
-    if due is not None and clock() < due:
-        sleep((due - clock()) / 1e9)
-    begun = clock()
-    prepared = detector.preprocess(frames)
-    ready = clock()
-    raw = detector.infer(prepared)
-    inferred = clock()
-    detector.postprocess(raw, prepared)
-    return (begun if due is None else due), begun, ready, inferred, clock()
+) -> None:
+    """Wait until no thread of this process computes, `LONGEST_PAUSE_MS` at most.
+
+    Behind a call, ONNX Runtime's threads spin for the next one, 20 ms on one processor and 1.4 s on another, and keep
+    their cores from another library's. `cpu_clock` is the time of all threads together.
+    """
+    start = clock()
+    while _since(start, clock) < LONGEST_PAUSE_MS:
+        at, computed = clock(), cpu_clock()
+        sleep(PAUSE_MS / 1e3)
+        if cpu_clock() - computed < IDLE_SHARE * (clock() - at):
+            return
 
 
 def warm_up(call: Callable[[], object], least_ms: float, clock: Clock = time.perf_counter_ns) -> Warmup:
@@ -191,17 +176,153 @@ def _timed_ms(call: Callable[[], object], clock: Clock) -> float:
     return _since(start, clock)
 
 
-# ------------------------------------------------------------------------------------------------------- A against B
+# ----------------------------------------------------------------------------------------------------- frame to boxes
+
+Stamps = tuple[int, int, int, int, int]
+"""Nanoseconds at which the frames of a call were due, and at which they were started, prepared, inferred and done."""
+
+
+class Timed(Protocol):
+    """The three spans of a detector."""
+
+    def preprocess(self, frames: Sequence[Frame]) -> Any: ...
+
+    def infer(self, prepared: Any) -> Any: ...
+
+    def postprocess(self, raw: Any, prepared: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The spans of the same calls; `end_to_end` contains the other three and, with an interval, the wait in the queue.
+
+    `steady` is true if the medians of the first and the second half of the samples agree within 5 %. `rounds` has the
+    median milliseconds end to end of each round, if the detector took turns with others.
+    """
+
+    preprocess: Durations
+    inference: Durations
+    postprocess: Durations
+    end_to_end: Durations
+    warmup: Warmup
+    steady: bool
+    interval_ms: float | None = None
+    rounds: tuple[float, ...] = ()
+
+
+class Subject(NamedTuple):
+    """A detector to time, on `batch` of its `frames` (uint8 (H, W, 3) BGR, used in turn) in each call."""
+
+    detector: Timed
+    frames: Iterable[Frame]
+    batch: int = 1
+
+
+def measure(
+    subjects: Sequence[Subject],
+    *,
+    samples: int = 200,
+    warmup_ms: float = 200.0,
+    interval_ms: float | None = None,
+    settle_ms: float = SETTLE_MS,
+    pause: Callable[[], object] = until_idle,
+    clock: Clock = time.perf_counter_ns,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Latency]:
+    """Time `samples` calls of each detector after a warm-up; several detectors take turns, see `take_turns`.
+
+    Without `interval_ms` a frame comes when the last one is done. With it, frames come at that interval as from a
+    camera, and a latency counts from the moment its frame was due: a slow frame also delays those that wait behind it.
+    Raises UsageError when an interval is given and a call takes several frames, of which each is due at another time.
+    """
+    batch = max((subject.batch for subject in subjects), default=1)
+    if interval_ms is not None and batch > 1:
+        raise UsageError(
+            f"An interval of {interval_ms:g} ms, and {batch} frames a call", "An interval is for files of one image"
+        )
+    rounds = 1 if len(subjects) == 1 else min(ROUNDS, samples)
+    counts = [part.size for part in np.array_split(np.arange(samples), rounds)]
+    sides = [_side(subject, interval_ms, clock, sleep) for subject in subjects]
+    turns = take_turns(sides, counts, warmup_ms=warmup_ms, settle_ms=settle_ms, pause=pause, clock=clock)
+    return [_latency(taken.warmup, taken.rounds, interval_ms) for taken in turns]
+
+
+def _side(subject: Subject, interval_ms: float | None, clock: Clock, sleep: Callable[[float], None]) -> Side[Stamps]:
+    """Warm-up and timed calls take their frames from queues of their own: the sides are timed on the same frames."""
+    detector, frames, batch = subject
+    untimed, queue = in_turn(frames, batch), in_turn(frames, batch)
+
+    def timed(count: int) -> list[Stamps]:
+        due = _due_times(clock(), interval_ms, count)
+        return [_timestamps(detector, next(queue), clock, at, sleep) for at in due]
+
+    return Side(lambda: _timestamps(detector, next(untimed), clock), timed)
+
+
+def _latency(warm: Warmup, rounds: Sequence[Sequence[Stamps]], interval_ms: float | None) -> Latency:
+    """From the timestamps of each round."""
+    by_round = [np.array(stamps, np.int64) for stamps in rounds]
+    whole = np.concatenate(by_round)
+    preprocess_ms, inference_ms, postprocess_ms = np.diff(whole[:, 1:], axis=1).T / NS_PER_MS
+    end_to_end_ms = _end_to_end_ms(whole)
+    medians = tuple(float(np.median(_end_to_end_ms(stamps))) for stamps in by_round)
+    return Latency(
+        preprocess=Durations.of(preprocess_ms),
+        inference=Durations.of(inference_ms),
+        postprocess=Durations.of(postprocess_ms),
+        end_to_end=Durations.of(end_to_end_ms),
+        warmup=warm,
+        steady=halves_agree(end_to_end_ms),
+        interval_ms=interval_ms,
+        rounds=medians if len(medians) > 1 else (),
+    )
+
+
+def _end_to_end_ms(stamps: NDArray[np.int64]) -> NDArray[np.float64]:
+    return (stamps[:, -1] - stamps[:, 0]) / NS_PER_MS
+
+
+def in_turn(frames: Iterable[Frame], batch: int) -> Iterator[list[Frame]]:
+    """`batch` frames after `batch` frames, for ever. Raises UsageError when there is none."""
+    held = list(frames)
+    if not held:
+        raise UsageError("There is no frame to measure on", "Give a folder with images")
+    queue = cycle(held)
+    return (list(islice(queue, batch)) for _ in count())
+
+
+def _due_times(start_ns: int, interval_ms: float | None, samples: int) -> list[int | None]:
+    if interval_ms is None:
+        return [None] * samples
+    return [start_ns + round(number * interval_ms * NS_PER_MS) for number in range(samples)]
+
+
+def _timestamps(
+    detector: Timed,
+    frames: Sequence[Frame],
+    clock: Clock,
+    due: int | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Stamps:
+    """Nanoseconds at which the frames were due, and at which they were started, prepared, inferred and done."""
+    if due is not None and clock() < due:
+        sleep((due - clock()) / 1e9)
+    begun = clock()
+    prepared = detector.preprocess(frames)
+    ready = clock()
+    raw = detector.infer(prepared)
+    inferred = clock()
+    detector.postprocess(raw, prepared)
+    return (begun if due is None else due), begun, ready, inferred, clock()
+
+
+# -------------------------------------------------------------------------------------------------------- A against B
 
 Verdict = Literal["faster", "slower", "inconclusive"]
 LEAST_ROUNDS = 10
 ROUNDS_AGREE = 0.8
 """Share of the rounds that must be on the verdict's side. Of 20 rounds without a difference, 16 or more are on one
 side in 1.2 % of all comparisons."""
-SETTLE_MS = 20.0
-PAUSE_MS, LONGEST_PAUSE_MS = 20.0, 2000.0
-IDLE_SHARE = 0.1
-"""A process is idle if its threads together compute for less than this share of a pause."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +336,13 @@ class LatencyRatio:
     high: float
     ratios: tuple[float, ...] = field(repr=False)
     """One value per round: median of the other's calls / median of the reference's calls."""
-    reference: Durations = field(repr=False)
-    other: Durations = field(repr=False)
+
+    @classmethod
+    def of(cls, reference: ArrayLike, other: ArrayLike) -> LatencyRatio:
+        """From the medians of the rounds of both."""
+        ratios = np.asarray(other, np.float64) / np.asarray(reference, np.float64)
+        interval = bootstrap(ratios, np.median, rng=np.random.default_rng(0))
+        return cls(float(np.median(ratios)), *interval, tuple(ratios.tolist()))
 
     @property
     def rounds(self) -> int:
@@ -239,66 +365,35 @@ class LatencyRatio:
         return f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.rounds} rounds)"
 
 
-def until_idle(
-    clock: Clock = time.perf_counter_ns,
-    cpu_clock: Clock = time.process_time_ns,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Wait until no thread of this process computes, `LONGEST_PAUSE_MS` at most.
+class Comparison(NamedTuple):
+    """Two callables in turns: the ratio of their times, and the times of all calls of each."""
 
-    Behind a call, ONNX Runtime's threads spin for the next one, 20 ms on one processor and 1.4 s on another, and keep
-    their cores from another library's. `cpu_clock` is the time of all threads together.
-    """
-    start = clock()
-    while _since(start, clock) < LONGEST_PAUSE_MS:
-        at, computed = clock(), cpu_clock()
-        sleep(PAUSE_MS / 1e3)
-        if cpu_clock() - computed < IDLE_SHARE * (clock() - at):
-            return
+    ratio: LatencyRatio
+    reference: Durations
+    other: Durations
 
 
 def compare_in_turns(
     reference: Callable[[], object],
     other: Callable[[], object],
-    rounds: int = 20,
+    rounds: int = ROUNDS,
     *,
     calls: int = 10,
     warmup_ms: float = 200.0,
     settle_ms: float = SETTLE_MS,
     pause: Callable[[], object] = until_idle,
     clock: Clock = time.perf_counter_ns,
-    rng: np.random.Generator | None = None,
-) -> LatencyRatio:
-    """Time two callables in the order AB BA AB ..., so that drift of clocks and caches falls on both.
-
-    Each letter is `calls` calls in a row, timed as if the side ran alone: before the sides change, `pause` waits until
-    no thread computes, and the next side is called untimed for `settle_ms`. Raises UsageError below ten rounds.
-    """
+) -> Comparison:
+    """Time two callables, `calls` of each in a round; see `take_turns`. Raises UsageError below ten rounds."""
     if rounds < LEAST_ROUNDS or calls < 1:
         raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
-    sides = (reference, other)
 
-    def timed(side: int) -> list[float]:
-        return [_timed_ms(sides[side], clock) for _ in range(calls)]
+    def side(call: Callable[[], object]) -> Side[float]:
+        return Side(call, lambda count: [_timed_ms(call, clock) for _ in range(count)])
 
-    def both(first: int, second: int) -> dict[int, list[float]]:
-        """Milliseconds of the calls of each side; the first was called last."""
-        times = {first: timed(first)}
-        pause()
-        _call_for(sides[second], settle_ms, clock)
-        return times | {second: timed(second)}
-
-    for side in reversed(sides):
-        pause()
-        warm_up(side, warmup_ms, clock)
-    times = [both(number % 2, 1 - number % 2) for number in range(rounds)]
-    ratios = [float(np.median(of[1]) / np.median(of[0])) for of in times]
-    interval = bootstrap(ratios, np.median, rng=rng or np.random.default_rng(0))
-    durations = (Durations.of(np.concatenate([of[side] for of in times])) for side in (0, 1))
-    return LatencyRatio(float(np.median(ratios)), *interval, tuple(ratios), *durations)
-
-
-def _call_for(call: Callable[[], object], least_ms: float, clock: Clock) -> None:
-    start = clock()
-    while _since(start, clock) < least_ms:
-        call()
+    turns = take_turns(
+        [side(reference), side(other)], [calls] * rounds,
+        warmup_ms=warmup_ms, settle_ms=settle_ms, pause=pause, clock=clock,
+    )  # fmt: skip
+    ratio = LatencyRatio.of(*(np.median(taken.rounds, axis=1) for taken in turns))
+    return Comparison(ratio, *(Durations.of(np.concatenate(taken.rounds)) for taken in turns))

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
-from benchmarks.latency import LEAST_ROUNDS, Frame, LatencyRatio, compare_in_turns
+from benchmarks.latency import LEAST_ROUNDS, Comparison, Frame, compare_in_turns
 from runtime.arguments import Parser, path
 from runtime.backends import LoadOptions
 from runtime.errors import InputError
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> LatencyRatio:
+def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> Comparison:
     """`detector` on frames against `bare` on the inputs that the detector made of the same frames."""
     whole, inputs = cycle(frames), cycle([detector.preprocess([frame]).array for frame in frames])
     return compare_in_turns(lambda: bare(next(inputs)), lambda: detector(next(whole)), rounds)
@@ -70,11 +70,12 @@ def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
     return lambda array: session.run(None, {name: array})
 
 
-def describe(found: LatencyRatio, name: str) -> str:
+def describe(found: Comparison, name: str) -> str:
     """Ratio with its interval, n and spread."""
-    spread = f"rounds {min(found.ratios):.3f} to {max(found.ratios):.3f}"
+    ratio = found.ratio
+    spread = f"rounds {min(ratio.ratios):.3f} to {max(ratio.ratios):.3f}"
     lines = [
-        f"{name}: time end to end over time of the bare session.run: {found}, {spread}, verdict: {found.verdict()}"
+        f"{name}: time end to end over time of the bare session.run: {ratio}, {spread}, verdict: {ratio.verdict()}"
     ]
     for side, ms in (("detector", found.other), ("session", found.reference)):
         shown = {"median": ms.p50, "mean": ms.mean, "std": ms.std, "min": ms.min, "max": ms.max}

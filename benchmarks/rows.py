@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.accuracy import Accuracy
-from benchmarks.formats import NOTHING, accuracy, count, digest_start, milliseconds, number, percentile, size
+from benchmarks.formats import NOTHING, accuracy, count, digest_start, fraction, milliseconds, number, percentile, size
 from benchmarks.latency import Latency
 from runtime.files import sha256
 
@@ -33,7 +33,7 @@ def model_row(
     **more: Any,
 ) -> Row:
     """The row of one file, with its digest and size. `kept` is its gate's answer, None if there was no gate.
-    `loss` is what the gate measured against FP32: drop, standard_error, image_error, draws, latency_ratio.
+    `loss` is what the gate measured against FP32: drop, standard_error, image_error, draws.
 
     `settings` say how the file was measured. `identity` is that of its model, by default the file's digest, as a file
     that edgestill did not export is a model of its own. `more` are further values of one number or text: parameters,
@@ -93,6 +93,18 @@ p50 = nested_reader("latency", "end_to_end", "p50")
 """Median milliseconds end to end, if the row has it."""
 ap = nested_reader("accuracy", "map50_95")
 """mAP50-95, if the row has it."""
+time_ratio = nested_reader("latency", "ratio", "ratio")
+"""Time over that of the file that the others were timed against, in turns; None of a file that was timed alone."""
+
+
+def relative_time(row: Row) -> float | None:
+    """The time by which the files of one report are compared: the `time_ratio`, or where there is none the p50.
+
+    A ratio is the median over rounds that all files share. Where a machine is faster in one minute than in the next,
+    medians over all calls can contradict it.
+    """
+    ratio = time_ratio(row)
+    return p50(row) if ratio is None else ratio
 
 
 def is_timed_here(row: Row) -> bool:
@@ -103,7 +115,7 @@ def is_timed_here(row: Row) -> bool:
 FULL = "fp32"
 """The precision that loses nothing."""
 SAME_TOLERANCE = 0.05
-"""Medians that differ by less than this share are called equal."""
+"""Times that differ by less than this share are called equal."""
 
 
 def preference(row: Row) -> tuple[Any, ...]:
@@ -112,8 +124,8 @@ def preference(row: Row) -> tuple[Any, ...]:
     The fastest comes first, those that were not timed in what they are made for come last. FP32 gives way only to files
     that are clearly faster, as it loses nothing.
     """
-    latency, weight = p50(row), 1 - SAME_TOLERANCE if row["precision"] == FULL else 1.0
-    return not is_timed_here(row), latency is None, weight * (latency or 0.0), -(ap(row) or 0.0)
+    time, weight = relative_time(row), 1 - SAME_TOLERANCE if row["precision"] == FULL else 1.0
+    return not is_timed_here(row), time is None, weight * (time or 0.0), -(ap(row) or 0.0)
 
 
 def is_kept(row: Row) -> bool:
@@ -216,6 +228,20 @@ def spread(row: Row) -> str:
     return f"± {accuracy(found['standard_error'])} over {found['draws']} draws"
 
 
+def ratio_interval(row: Row) -> str:
+    """The interval of a time ratio and the file it is against; empty for that file and where there is none."""
+    found = (row["latency"] or {}).get("ratio")
+    if not found or found["of"] == row["file"]:
+        return ""
+    return f"[{fraction(found['low'])}, {fraction(found['high'])}] of {found['of']}"
+
+
+def time_text(row: Row) -> str:
+    """The p50 and, against another file, the time ratio: p50 3.42 ms, 0.918 [0.866, 0.999] of model.onnx in turns."""
+    found = f"p50 {milliseconds(p50(row))} ms"
+    return f"{found}, {fraction(time_ratio(row))} {ratio_interval(row)} in turns" if ratio_interval(row) else found
+
+
 SPANS = ("preprocess", "inference", "postprocess")
 COLUMNS: tuple[Column, ...] = (
     _text_column("file", "File", detail=_about),
@@ -236,6 +262,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("images", nested_reader("accuracy", "images"), section="accuracy"),
     Column("instances", nested_reader("accuracy", "instances"), section="accuracy"),
     _percentile("p50", "p50"),
+    Column("latency_ratio", time_ratio, "Time ratio", fraction, "latency", detail=ratio_interval),
     _percentile("p90", "p90"),
     _percentile("p95"),
     _percentile("p99", "p99"),
@@ -248,7 +275,6 @@ COLUMNS: tuple[Column, ...] = (
     _gate("standard_error", name="drop_standard_error"),
     _gate("image_error", name="drop_image_error"),
     _gate("draws"),
-    _gate("latency_ratio"),
     Column(
         "kept", nested_reader("gate", "kept"), "Gate", gate, is_number=False, detail=nested_reader("gate", "reason")
     ),

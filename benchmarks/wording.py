@@ -15,7 +15,6 @@ from benchmarks.formats import (
     number,
     percent,
     short_accuracy,
-    times,
 )
 from benchmarks.rows import (
     FULL,
@@ -27,8 +26,11 @@ from benchmarks.rows import (
     is_timed_here,
     p50,
     preference,
+    relative_time,
     shared_settings,
     spread,
+    time_ratio,
+    time_text,
 )
 
 FEW_IMAGES = 100
@@ -57,7 +59,8 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}"]
+    turns = ", the files in turns" if any(map(time_ratio, data["models"])) else ""
+    return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}{turns}"]
 
 
 def timed_span(rows: Sequence[Row]) -> str:
@@ -127,19 +130,15 @@ def _against(row: Row, best: Row) -> str:
         return "was refused by its gate"
     if not is_timed_here(row) or not p50(row):
         return "is made for another library or device, so its time here says nothing"
-    is_slower = (p50(row) or 0.0) > (p50(best) or 0.0)
+    is_slower = (relative_time(row) or 0.0) > (relative_time(best) or 0.0)
     return f"{'is slower' if is_slower else 'is not clearly faster'}, with {_figures(row)}"
 
 
 def _figures(row: Row) -> str:
-    """Latency, and what the gate measured against FP32: time in turns, and the loss."""
-    found = row["gate"] or {}
-    parts = [f"p50 {milliseconds(p50(row))} ms"]
-    if found.get("latency_ratio") is not None:
-        parts.append(f"{times(found['latency_ratio'])} FP32's time in turns")
-    if found.get("drop") is not None:
-        parts.append(f"a loss of {accuracy(found['drop'])} mAP50-95 {spread(row)}".rstrip())
-    return ", ".join(parts)
+    """Latency, and the loss against FP32 that the gate measured."""
+    drop = (row["gate"] or {}).get("drop")
+    loss = "" if drop is None else f", a loss of {accuracy(drop)} mAP50-95 {spread(row)}".rstrip()
+    return time_text(row) + loss
 
 
 def inherited(found: Row | None) -> str:
@@ -211,8 +210,8 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
         full = _full_precision(row, rows)
         if full is None or p50(row) is None or p50(full) is None:
             continue
-        own, other = p50(row) or 0.0, p50(full) or 0.0
-        figures = f"p50 {milliseconds(own)} ms against {milliseconds(other)} ms"
+        own, other = relative_time(row) or 0.0, relative_time(full) or 0.0
+        figures = f"p50 {milliseconds(p50(row))} ms against {milliseconds(p50(full))} ms"
         answer = "is faster than" if own < (1 - SAME_TOLERANCE) * other else "is not faster than"
         backends = " against ".join(dict.fromkeys((row["backend"], full["backend"])))
         yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {backends}): {figures}."
@@ -230,7 +229,7 @@ def _slower_students(rows: Sequence[Row]) -> Iterator[str]:
     for teacher in (row for row in timed if row["role"] == "teacher"):
         for row in timed:
             comparable = row["role"] == "student" and row["device"] == teacher["device"]
-            if comparable and (p50(row) or 0.0) >= (p50(teacher) or 0.0):
+            if comparable and (relative_time(row) or 0.0) >= (relative_time(teacher) or 0.0):
                 yield f"{row['file']} is not faster than the teacher's {teacher['file']}."
 
 

@@ -85,7 +85,7 @@ class FileGate:
 
     def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
         plan = replace(self.plan, samples=min(self.plan.samples, GATE_SAMPLES))
-        return compare_files(reference, other, plan, backend=flavour.backend)
+        return compare_files(reference, other, plan, backend=flavour.backend).ratio
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class MeasuredFile(NamedTuple):
     kept: bool | None = None
     reason: str = ""
     loss: Mapping[str, float | None] | None = None
-    """The gate's figures: drop, standard_error, image_error, draws, and latency_ratio where it was timed."""
+    """The gate's figures: drop, standard_error, image_error, draws."""
 
 
 def measured_files(folders: Folders) -> list[MeasuredFile]:
@@ -120,18 +120,13 @@ def measured_files(folders: Folders) -> list[MeasuredFile]:
     included.
     """
     flavours = [
-        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], _figures(entry))
+        MeasuredFile(file, "student", entry["name"], entry["kept"], entry["reason"], entry["loss"])
         for entry, file in _made_flavours(folders)
         if entry["name"] != REFERENCE
     ]
     student = MeasuredFile(folders["export"] / SHIPPED, "student", REFERENCE)
     teacher = MeasuredFile(folders["export"] / TEACHER_ONNX, "teacher", REFERENCE)
     return [*([teacher] if teacher.path.is_file() else []), student, *flavours]
-
-
-def _figures(entry: Mapping[str, Any]) -> dict[str, Any]:
-    latency = entry["latency"]
-    return {**(entry["loss"] or {}), **({"latency_ratio": latency["ratio"]} if latency else {})}
 
 
 def refuse_another_model(out: Path, card: ModelCard, writes: Collection[str]) -> None:

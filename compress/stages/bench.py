@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.bench import Plan, measure_file
+from benchmarks.bench import Entry, Plan, measure_files
 from benchmarks.render import write
 from benchmarks.report import Report, make_report
-from benchmarks.rows import Row, named_apart, plain
+from benchmarks.rows import Row, plain, time_text
 from compress.config import IMGSZ, BenchConfig, ExportConfig, Recipe, Settings, Side
 from compress.data import Dataset, Sample, SplitIndex
 from compress.evaluate import evaluate
@@ -48,11 +48,13 @@ class Inputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
-    """Measure every file and write `bench.json` into `out`. Raises the errors of `measure_file`."""
+    """Measure all files in turns and write `bench.json` into `out`. Raises the errors of `measure_files`."""
     data = inputs.data
     plan = replace(plan_of(config.bench, data, inputs.device), backend=inputs.backend)
     measured = measured_images(config.bench, data)
-    rows = named_apart([_row(file, plan, log) for file in inputs.files], [file.path for file in inputs.files])
+    rows = measure_files([_entry(file, plan) for file in inputs.files])
+    for row in rows:
+        log(_told(row))
     size_hw = config.export.imgsz or (config.imgsz, config.imgsz)
     torch = [
         torch_row(role, file, measured.samples, config.imgsz, size_hw, log) for role, file in inputs.networks.items()
@@ -80,24 +82,16 @@ def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
     }
 
 
-def _row(file: MeasuredFile, plan: Plan, log: Log) -> Row:
+def _entry(file: MeasuredFile, plan: Plan) -> Entry:
     own_plan, note = suited(plan, file.path)
-    row = measure_file(
-        file.path,
-        own_plan,
-        role=file.role,
-        precision=file.precision,
-        kept=file.kept,
-        reason=file.reason,
-        loss=file.loss,
-        note=note,
-    )
-    latency = row["latency"]["end_to_end"]
-    log(
-        f"{row['role']} {row['precision']}: mAP50-95 {row['accuracy']['map50_95']:.4f}, "
-        f"p50 {latency['p50']:.2f} ms end to end (n {latency['n']})"
-    )
-    return row
+    more = {"role": file.role, "kept": file.kept, "reason": file.reason, "loss": file.loss, "note": note}
+    return Entry(file.path, own_plan, precision=file.precision, more=more)
+
+
+def _told(row: Row) -> str:
+    """One line on a measured file."""
+    accuracy, n = row["accuracy"]["map50_95"], row["latency"]["end_to_end"]["n"]
+    return f"{row['role']} {row['precision']}: mAP50-95 {accuracy:.4f}, {time_text(row)} (end to end, n {n})"
 
 
 def torch_row(role: str, file: Path, samples: Sequence[Sample], imgsz: int, size_hw: tuple[int, int], log: Log) -> Row:
@@ -143,5 +137,5 @@ STAGE = Stage(
     run=run,
     after=("data", "teacher", "distill", "export", "quantize", "qad"),
     facts={"machine": cpu_and_runtime},
-    version=2,
+    version=3,
 )

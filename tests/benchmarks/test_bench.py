@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper
 from benchmarks import overhead
 from benchmarks.__main__ import main
 from benchmarks.accuracy import coco_accuracy, read_coco, read_ground_truth
-from benchmarks.bench import Plan, compare_files, digest, list_images, measure_file, numbered_images
+from benchmarks.bench import Entry, Plan, compare_files, digest, list_images, measure_files, numbered_images
 from benchmarks.environment import device_name, environment
 from benchmarks.report import Report, make_report
 from benchmarks.wording import findings
@@ -138,9 +139,9 @@ def test_a_call_is_timed_on_the_batch_of_its_file(
     card = replace(toys.card(), size_hw=(32, 64), batches=batches)
     file = toys.canvas_model(tmp_path / "toy.onnx", card)
     plan = Plan(numbered_images(folder / "images"), batch=asked, samples=11, warmup_ms=1)
-    settings = measure_file(file, plan)["settings"]
+    settings = measure_files([Entry(file, plan)])[0]["settings"]
     assert (settings["imgsz"], settings["batch"]) == ("32x64", timed)
-    assert compare_files(file, file, plan, rounds=10).rounds == 10
+    assert compare_files(file, file, plan, rounds=10).ratio.rounds == 10
 
 
 def test_calls_of_different_numbers_of_frames_are_not_compared(folder: Path, tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_each_row_has_its_own_settings_backend_and_device(folder: Path) -> None:
         write_model(folder / f"other{index}.onnx", card)
     plan = Plan(numbered_images(folder / "images"), samples=11, warmup_ms=1, device="auto")
     files = (folder / "model.onnx", folder / "other0.onnx", folder / "other1.onnx")
-    rows = [measure_file(file, plan, role="baseline") for file in files]
+    rows = measure_files([Entry(file, plan, more={"role": "baseline"}) for file in files])
     assert [row["settings"]["iou"] for row in rows] == [0.6, 0.45, 0.6]
     assert [row["settings"]["max_det"] for row in rows] == [300, 300, 1000]
     assert [row["settings"]["conf"] for row in rows] == [0.25, 0.25, 0.1]
@@ -173,8 +174,34 @@ def test_each_row_has_its_own_settings_backend_and_device(folder: Path) -> None:
         with Detector.load(file) as detector:
             assert row["device"] == device_name(detector.providers) != "auto"
         assert (row["backend"], row["role"]) == ("onnx", "baseline")
+        assert row["latency"]["ratio"]["of"] == "model.onnx", "no student: the first"
+        assert len(row["latency"]["rounds"]) == plan.samples
     report = make_report("three", machine={}, models=rows)
     assert any(sentence.startswith("iou differs") for sentence in findings(report.data))
+
+
+def test_files_are_loaded_together_and_timed_against_fp32_of_the_student(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    infer = Detector.infer
+    monkeypatch.setattr(Detector, "infer", lambda self, *given: (calls.append(id(self)), infer(self, *given))[1])
+    plan = Plan(numbered_images(folder / "images"), samples=40, warmup_ms=1)
+    roles = {"int8": "student", "fp32": "student", "teacher": "teacher"}
+    for name in roles:
+        write_model(folder / f"{name}.onnx", replace(CARD, precision="int8" if name == "int8" else "fp32"))
+    rows = measure_files([Entry(folder / f"{n}.onnx", plan, more={"role": r}) for n, r in roles.items()])
+    changes = sum(one != other for one, other in itertools.pairwise(calls))
+    assert changes == 2 + 20 * 2, "the warm-up and twenty rounds of three files, the last of a round first in the next"
+    ratios = [row["latency"]["ratio"] for row in rows]
+    assert {ratio["of"] for ratio in ratios} == {"fp32.onnx"}
+    assert ratios[1] | {"of": ""} == {"of": "", "ratio": 1, "low": 1, "high": 1}
+    own, reference = (np.array(row["latency"]["rounds"]) for row in rows[:2])
+    assert ratios[0]["ratio"] == np.median(own / reference)
+    assert ratios[0]["low"] <= ratios[0]["ratio"] <= ratios[0]["high"]
+    (alone,) = measure_files([Entry(folder / "fp32.onnx", plan)])
+    assert "ratio" not in alone["latency"]
+    assert alone["latency"]["rounds"] == []
 
 
 def test_the_row_of_a_bundle_is_of_the_file_that_ran(folder: Path, tmp_path: Path) -> None:
@@ -183,7 +210,7 @@ def test_the_row_of_a_bundle_is_of_the_file_that_ran(folder: Path, tmp_path: Pat
     artifacts = (artifact(tmp_path / "a.plan", "fp32", "tensorrt"), artifact(tmp_path / "b.onnx"))
     replace(CARD, artifacts=artifacts).save(tmp_path / "model.json")
     plan = Plan(numbered_images(folder / "images"), samples=11, warmup_ms=1)
-    row = measure_file(tmp_path, plan, variant="fp32")
+    (row,) = measure_files([Entry(tmp_path, plan, variant="fp32")])
     assert (row["file"], row["backend"]) == ("b.onnx", "onnx")
     assert row["sha256"] == sha256(tmp_path / "b.onnx")
 
@@ -193,10 +220,10 @@ def test_two_files_are_compared_in_turns_and_loaded_once(folder: Path, monkeypat
     load = Detector.load
     monkeypatch.setattr(Detector, "load", lambda path, **more: (loaded.append(path), load(path, **more))[1])
     plan = Plan(numbered_images(folder / "images"), samples=100, warmup_ms=1, threads=1)
-    found = compare_files(folder / "model.onnx", folder / "model.onnx", plan, rounds=10)
+    found, *sides = compare_files(folder / "model.onnx", folder / "model.onnx", plan, rounds=10)
     assert loaded == [folder / "model.onnx"] * 2
     assert found.rounds == 10
-    assert found.other.n == found.reference.n == 100
+    assert [side.n for side in sides] == [100, 100]
     assert found.low <= found.ratio <= found.high
     assert found.verdict(limit=20) == "faster"
     assert found.verdict(limit=0.05) == "slower"
@@ -272,7 +299,7 @@ def test_two_images_of_one_base_name_both_count(folder: Path, tmp_path: Path) ->
     write_annotations(tmp_path / "truth.json", names)
     plan = Plan(*images_and_truth(tmp_path / "val", tmp_path / "truth.json"), samples=11, warmup_ms=1)
     assert plan.images == [(1, tmp_path / "val/cam1/0.png"), (2, tmp_path / "val/cam2/0.png")]
-    accuracy = measure_file(folder / "model.onnx", plan)["accuracy"]
+    accuracy = measure_files([Entry(folder / "model.onnx", plan)])[0]["accuracy"]
     assert (accuracy["images"], accuracy["instances"], accuracy["map50_95"]) == (2, 2, pytest.approx(1.0))
 
 

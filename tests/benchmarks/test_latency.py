@@ -14,11 +14,11 @@ from benchmarks.latency import (
     PAUSE_MS,
     Durations,
     LatencyRatio,
+    Subject,
     measure,
     until_idle,
     warm_up,
 )
-from benchmarks.statistics import bootstrap
 from runtime.errors import UsageError
 
 FRAMES = [np.zeros((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)]
@@ -61,8 +61,17 @@ class FakeDetector:
         self.time.spend(self.nms_ms)
 
 
-def measured(detector: FakeDetector, time: FakeTime, **options: Any) -> Any:
-    return measure(detector, FRAMES, clock=time.clock, sleep=time.sleep, **options)
+def measured(detector: FakeDetector, time: FakeTime, batch: int = 1, **options: Any) -> Any:
+    (found,) = measured_in_turns([detector], time, batch, **options)
+    return found
+
+
+def measured_in_turns(detectors: Sequence[FakeDetector], time: FakeTime, batch: int = 1, **options: Any) -> Any:
+    subjects = [Subject(detector, FRAMES, batch) for detector in detectors]
+    return measure(subjects, **{"pause": nothing, "clock": time.clock, "sleep": time.sleep, **options})
+
+
+def nothing() -> None: ...
 
 
 def test_a_call_takes_a_batch_of_frames_in_turn() -> None:
@@ -107,7 +116,7 @@ def test_frames_are_used_in_turn() -> None:
     time = FakeTime()
     detector = FakeDetector(time)
     measured(detector, time, samples=11)
-    assert set(zip(detector.seen, detector.seen[1:], strict=False)) == {(0, 1), (1, 0)}
+    assert detector.seen[-11:] == [0, 1] * 5 + [0]
 
 
 def test_a_frame_that_waits_behind_a_slow_one_is_late_too() -> None:
@@ -130,7 +139,7 @@ def test_frames_that_come_slowly_are_waited_for() -> None:
 
 def test_an_interval_is_refused_where_a_call_takes_several_frames() -> None:
     with pytest.raises(UsageError, match="10 ms, and 4 frames a call"):
-        measure(FakeDetector(FakeTime()), [np.zeros((4, 4, 3), np.uint8)], batch=4, interval_ms=10)
+        measured(FakeDetector(FakeTime()), FakeTime(), batch=4, interval_ms=10)
 
 
 @pytest.mark.parametrize(("n", "given"), [(10, []), (11, ["p50"]), (64, ["p50", "p90"]), (130, ["p50", "p90", "p95"])])
@@ -141,7 +150,7 @@ def test_percentiles_need_enough_samples(n: int, given: list[str]) -> None:
 
 def test_no_frame_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no frame"):
-        measure(FakeDetector(FakeTime()), [])
+        measure([Subject(FakeDetector(FakeTime()), [])])
 
 
 def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
@@ -152,17 +161,60 @@ def test_warm_up_gives_up_on_a_machine_that_never_settles() -> None:
     assert warm.ms >= MAX_WARMUP_MS
 
 
+def test_detectors_take_turns_on_the_same_frames() -> None:
+    class Crowded(FakeDetector):
+        """Frame 1 holds more objects than frame 0."""
+
+        def infer(self, prepared: int) -> str:
+            self.time.spend(5 + 20 * self.seen[-1])
+            return "raw"
+
+    time = FakeTime()
+    found = measured_in_turns([Crowded(time), Crowded(time, nms_ms=3.0)], time, samples=20, settle_ms=30)
+    assert [one.end_to_end.samples for one in found] == [(8, 28) * 10, (9, 29) * 10]
+    assert [one.rounds for one in found] == [one.end_to_end.samples for one in found]
+
+
+def test_a_machine_that_slows_down_while_files_are_timed_does_not_change_their_order() -> None:
+    """One after the other, the file that needs 5 % less would look 40 % slower."""
+    time = FakeTime()
+
+    class Slowing(FakeDetector):
+        def infer(self, prepared: int) -> str:
+            self.time.spend(self.nms_ms * (1.0 if self.time.now_ns < 4e9 else 1.5))
+            return "raw"
+
+    better, worse = Slowing(time, nms_ms=9.5), Slowing(time, nms_ms=10.0)
+    found = measured_in_turns([worse, better], time, samples=200)
+    assert time.now_ns > 8e9
+    assert not any(one.steady for one in found)
+    ratio = LatencyRatio.of(*(one.rounds for one in found))
+    assert ratio.verdict() == "faster"
+    assert ratio.ratio == pytest.approx((1 + 2 * 9.5) / (1 + 2 * 10), rel=0.01)
+    assert found[1].end_to_end.p50 < found[0].end_to_end.p50
+    assert [len(one.rounds) for one in found] == [latency.ROUNDS] * 2
+
+
+def test_samples_that_do_not_divide_are_spread_over_the_rounds() -> None:
+    time = FakeTime()
+    for samples, rounds in ((47, latency.ROUNDS), (13, 13)):
+        found = measured_in_turns([FakeDetector(time), FakeDetector(time)], time, samples=samples)
+        assert [(one.end_to_end.n, len(one.rounds)) for one in found] == [(samples, rounds)] * 2
+    assert measured(FakeDetector(time), time, samples=47).rounds == ()
+
+
+def test_frames_of_a_camera_come_anew_in_every_round() -> None:
+    time = FakeTime()
+    found = measured_in_turns([FakeDetector(time), FakeDetector(time)], time, samples=40, interval_ms=100)
+    assert [one.end_to_end.max for one in found] == [8, 8]
+
+
 def ratio_of(*ratios: float) -> LatencyRatio:
     """The result of a comparison whose rounds had these ratios."""
-    low, high = bootstrap(ratios, np.median, rng=np.random.default_rng(0))
-    durations = Durations.of([1.0])
-    return LatencyRatio(float(np.median(ratios)), low, high, ratios, durations, durations)
+    return LatencyRatio.of(np.ones(len(ratios)), ratios)
 
 
-def nothing() -> None: ...
-
-
-def compare_in_turns(*given: Any, **options: Any) -> LatencyRatio:
+def compare_in_turns(*given: Any, **options: Any) -> latency.Comparison:
     """A comparison of sides that have no threads of their own."""
     return latency.compare_in_turns(*given, **{"pause": nothing, **options})
 
@@ -174,9 +226,9 @@ def test_turns_are_taken_in_the_order_abba() -> None:
         return lambda: (order.append(name), time.spend(1))
 
     compare_in_turns(run("a"), run("b"), 10, calls=1, warmup_ms=0, settle_ms=0, clock=time.clock)
-    assert "".join(order[-8:]) == "abbaabba"
+    assert "".join(order[-8:]) == "baabbaab"
     compare_in_turns(run("a"), run("b"), 10, calls=2, warmup_ms=0, settle_ms=3, clock=time.clock)
-    assert "".join(order[-14:]) == "aabbb" + "bb" + "bb" + "aaa" + "aa"
+    assert "".join(order[-14:]) == "bbaaa" + "aa" + "aa" + "bbb" + "bb"
 
 
 class SpinningPools:
@@ -208,9 +260,9 @@ class SpinningPools:
 def test_threads_of_one_side_that_spin_do_not_slow_the_other(spin_ms: float) -> None:
     pools = SpinningPools(spin_ms)
     sides = pools.spinning, pools.sleeping
-    assert compare_in_turns(*sides, clock=pools.time.clock, pause=pools.pause).ratio == 1
+    assert compare_in_turns(*sides, clock=pools.time.clock, pause=pools.pause).ratio.ratio == 1
     beside_them = compare_in_turns(*sides, clock=pools.time.clock, settle_ms=0)
-    assert (beside_them.ratio > 1.1) is (spin_ms > 0)
+    assert (beside_them.ratio.ratio > 1.1) is (spin_ms > 0)
 
 
 def test_a_pause_ends_where_threads_never_rest() -> None:
@@ -226,12 +278,12 @@ def test_a_pause_ends_where_threads_never_rest() -> None:
 )
 def test_the_verdict_follows_the_ratio(ms: float, verdict: str) -> None:
     time = FakeTime()
-    found = compare_in_turns(lambda: time.spend(10), lambda: time.spend(ms), 12, clock=time.clock)
+    found, *sides = compare_in_turns(lambda: time.spend(10), lambda: time.spend(ms), 12, clock=time.clock)
     assert found.verdict() == verdict
     assert found.ratio == pytest.approx(ms / 10)
     assert found.low == found.high == found.ratio
     assert found.rounds == 12
-    assert found.other.n == found.reference.n == 12 * 10
+    assert [(side.n, side.max) for side in sides] == [(120, 10), (120, ms)]
 
 
 def test_the_verdict_is_about_the_limit_asked_for() -> None:
@@ -246,7 +298,7 @@ def test_drift_falls_on_both_sides() -> None:
         time.spend(10 * (1 + time.now_ns / 5e10))
 
     found = compare_in_turns(drifting, drifting, 20, clock=time.clock)
-    assert found.ratio == pytest.approx(1, abs=1e-3)
+    assert found.ratio.ratio == pytest.approx(1, abs=1e-3)
 
 
 def test_one_slow_call_of_a_round_does_not_change_the_ratio() -> None:
@@ -254,7 +306,7 @@ def test_one_slow_call_of_a_round_does_not_change_the_ratio() -> None:
     found = compare_in_turns(
         lambda: time.spend(10), lambda: time.spend(90 if next(calls) % 5 == 0 else 10), 10, clock=time.clock
     )
-    assert found.ratio == 1.0
+    assert found.ratio.ratio == 1.0
 
 
 def test_the_same_noisy_work_gives_no_verdict_in_nearly_every_comparison() -> None:
@@ -262,7 +314,7 @@ def test_the_same_noisy_work_gives_no_verdict_in_nearly_every_comparison() -> No
     for _ in range(60):
         time = FakeTime()
         work = lambda time=time: time.spend(10 + rng.exponential(0.3))  # noqa: E731
-        verdicts.append(compare_in_turns(work, work, 20, clock=time.clock).verdict())
+        verdicts.append(compare_in_turns(work, work, 20, clock=time.clock).ratio.verdict())
     assert verdicts.count("inconclusive") >= 0.95 * len(verdicts)
 
 
@@ -276,14 +328,14 @@ def test_a_difference_is_found_in_noise_that_is_smaller() -> None:
             20,
             clock=time.clock,
         )
-        verdicts.append(found.verdict())
+        verdicts.append(found.ratio.verdict())
     assert verdicts.count("faster") >= 0.95 * len(verdicts)
 
 
 def test_rounds_that_scatter_are_inconclusive() -> None:
     rng, time = np.random.default_rng(0), FakeTime()
     work = lambda: time.spend(rng.uniform(1, 100))  # noqa: E731
-    assert compare_in_turns(work, work, 20, calls=1, clock=time.clock).verdict() == "inconclusive"
+    assert compare_in_turns(work, work, 20, calls=1, clock=time.clock).ratio.verdict() == "inconclusive"
 
 
 def test_a_difference_that_a_quarter_of_the_rounds_contradict_is_inconclusive() -> None:

@@ -21,7 +21,7 @@ def main() -> None:
     plan = Plan(numbered_images(options.images, most=8), samples=400, threads=1)
     for file in options.files:
         found = compare_files(options.reference, file, plan)
-        print(f"{file}: {found}; {found.other.min:.1f} of {found.reference.min:.1f} ms at least")
+        print(f"{file}: {found.ratio}; {found.other.min:.1f} of {found.reference.min:.1f} ms at least")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Judge:
             return detector_accuracy(detector, plan.images, plan.ground_truth).map50_95
 
     def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
-        return compare_files(reference, other, self.plans[0], backend=flavour.backend)
+        return compare_files(reference, other, self.plans[0], backend=flavour.backend).ratio
 
 
 def row_of(origin: Origin, float_layers: tuple[str, ...]) -> dict[str, Any]:

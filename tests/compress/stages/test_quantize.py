@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 
 from benchmarks.bench import Plan
-from benchmarks.latency import Durations, LatencyRatio
+from benchmarks.latency import LatencyRatio
 from compress.config import QuantizeConfig
 from compress.flavours import FLAVOURS, Flavour
 from compress.gate import FileGate, Loss, spread
@@ -91,9 +91,8 @@ class FixedGate:
     def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
         self.timed.append(read_card(onnx.load(other), other.name).precision)
         assert self.timed[-1] == flavour.name
-        times = Durations.of(np.ones(20))
         low, middle, high = np.percentile(self.ratios, (2.5, 50, 97.5))
-        return LatencyRatio(middle, low, high, tuple(self.ratios), times, times)
+        return LatencyRatio(middle, low, high, tuple(self.ratios))
 
 
 def replace_config(**changes: Any) -> QuantizeConfig:
