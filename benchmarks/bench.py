@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.accuracy import (
     ACCURACY_CONF,
@@ -28,12 +30,13 @@ from benchmarks.accuracy import (
 )
 from benchmarks.environment import device_name
 from benchmarks.latency import (
+    LEAST_ROUNDS,
     ROUNDS,
-    Comparison,
     Frame,
     Latency,
     LatencyRatio,
     Subject,
+    TimedPair,
     compare_in_turns,
     in_turn,
     measure,
@@ -88,75 +91,98 @@ class Plan:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or bundle to measure. Of a bundle it is the first file that runs here, or the `variant`."""
+    """A file or bundle to measure, and what its row says besides. Of a bundle it is the first file that runs here, or
+    the `variant`.
+    """
 
     path: Path
-    plan: Plan
-    """That of the other entries, apart from what runs the file."""
     variant: str | None = None
+    backend: str = ""
+    """Instead of that of the plan."""
+    as_written: bool = False
+    """Also where the plan says no."""
     precision: str | None = None
     """Instead of that of the card."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of `model_row`: role, kept, reason, loss, parameters, gflops, note."""
 
+    def own(self, plan: Plan) -> Plan:
+        """The plan with what runs this file."""
+        return replace(plan, backend=self.backend or plan.backend, as_written=self.as_written or plan.as_written)
 
-def measure_files(entries: Sequence[Entry]) -> list[Row]:
-    """The report's rows of files that are loaded together and timed in turns.
 
-    Settings, backend and device are those of the loaded detector. Raises the errors of `Detector.load`, and InputError
-    when no image or no object is labelled.
+class Loaded(NamedTuple):
+    """An entry, its own plan, and the detector that runs it."""
+
+    entry: Entry
+    plan: Plan
+    detector: Detector
+
+    @classmethod
+    def of(cls, entry: Entry, plan: Plan, stack: ExitStack) -> Loaded:
+        """Closed with the `stack`. Raises the errors of `Detector.load`."""
+        own = entry.own(plan)
+        return cls(entry, own, stack.enter_context(own.detector(entry.path, entry.variant)))
+
+
+def measure_files(entries: Sequence[Entry], plan: Plan) -> list[Row]:
+    """The report's rows of one or more files, which are loaded together and timed in turns.
+
+    Settings, backend and device are those of the loaded detectors. Raises the errors of `Detector.load` and `measure`,
+    and InputError when no image or no object is labelled.
     """
     with ExitStack() as stack:
-        return _rows(
-            [(entry, stack.enter_context(entry.plan.detector(entry.path, entry.variant))) for entry in entries]
-        )
+        return _rows([Loaded.of(entry, plan, stack) for entry in entries], plan)
 
 
-def _rows(loaded: Sequence[tuple[Entry, Detector]]) -> list[Row]:
-    plan = loaded[0][0].plan
+def _rows(loaded: Sequence[Loaded], plan: Plan) -> list[Row]:
     frames = plan.read_frames()
-    accuracies = [_accuracy(detector, entry.plan) for entry, detector in loaded]
     latencies = measure(
-        [Subject(detector, frames, batch_of(detector, entry.plan)) for entry, detector in loaded],
+        [Subject(one.detector, frames, batch_of(one.detector, plan)) for one in loaded],
         samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
     )  # fmt: skip
-    rows = [_row(*one, *found) for one, *found in zip(loaded, latencies, accuracies, strict=True)]
-    return _with_ratios(named_apart(rows, [entry.path for entry, _ in loaded]), [of.rounds for of in latencies])
+    rows = [_row(*one, latency) for one, latency in zip(loaded, latencies, strict=True)]
+    return _with_ratios(named_apart(rows, [one.entry.path for one in loaded]), latencies)
 
 
-def _row(entry: Entry, detector: Detector, latency: Latency, accuracy: Accuracy | None) -> Row:
-    file = _loaded(entry, detector)
+def _row(entry: Entry, plan: Plan, detector: Detector, latency: Latency) -> Row:
+    offered = model_files(entry.path, entry.variant, plan.backend)
+    file = next(file for file in offered if file.artifact == detector.artifact)
     return model_row(
         file.path,
         precision=entry.precision or detector.card.precision,
         backend=file.spec.name,
         device=device_name(detector.providers),
-        settings=_settings(detector, entry.plan),
+        settings=_settings(detector, plan),
         identity=detector.card.identity,
         latency=latency,
-        accuracy=accuracy,
+        accuracy=_accuracy(detector, plan),
         **entry.more,
     )
 
 
-def _with_ratios(rows: Sequence[Row], rounds: Sequence[Sequence[float]]) -> list[Row]:
-    """With the time of each over that of the student's FP32 file, or of the first one, where they took turns."""
+def _with_ratios(rows: Sequence[Row], latencies: Sequence[Latency]) -> list[Row]:
+    """With the time of each over that of the student's FP32 file, or of the first one, on as many frames a call."""
     is_full = [row["role"] == "student" and row["precision"] == FULL for row in rows]
     reference = is_full.index(True) if any(is_full) else 0
-    if not rounds[reference]:
-        return list(rows)
+    batch = rows[reference]["settings"]["batch"]
 
-    def ratio(own: Sequence[float]) -> Row:
-        found = LatencyRatio.of(rounds[reference], own)
-        return {"of": rows[reference]["file"], "ratio": found.ratio, "low": found.low, "high": found.high}
+    def timed(row: Row, own: Latency) -> Row:
+        if row["settings"]["batch"] != batch:
+            return row
+        ratio = {"of": rows[reference]["file"], **_ratio(latencies[reference], own)}
+        return row | {"latency": row["latency"] | {"ratio": ratio}}
 
-    return [row | {"latency": row["latency"] | {"ratio": ratio(own)}} for row, own in zip(rows, rounds, strict=True)]
+    return list(map(timed, rows, latencies))
 
 
-def _loaded(entry: Entry, detector: Detector) -> ModelFile:
-    """The file that `detector` runs, of those that the entry offers."""
-    offered = model_files(entry.path, entry.variant, entry.plan.backend)
-    return next(file for file in offered if file.artifact == detector.artifact)
+def _ratio(reference: Latency, own: Latency) -> Row:
+    """Without an interval where there are too few rounds."""
+    if len(own.rounds) < LEAST_ROUNDS:
+        medians = [float(np.median(latency.end_to_end.samples)) for latency in (own, reference)]
+        return {"ratio": medians[0] / medians[1], "low": None, "high": None}
+    found = LatencyRatio.of(reference.rounds, own.rounds)
+    return {"ratio": found.ratio, "low": found.low, "high": found.high}
 
 
 def batch_of(detector: Detector, plan: Plan) -> int:
@@ -215,18 +241,17 @@ def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[lis
     """
     offered = model_files(path, variant, plan.backend)
     if len(offered) == 1:
-        return measure_files([Entry(path, plan, variant)]), []
+        return measure_files([Entry(path, variant)], plan), []
     with ExitStack() as stack:
         loaded, idle = [], []
         for file in offered:
-            entry = Entry(path, plan, file.path.name)
             try:
-                loaded.append((entry, stack.enter_context(plan.detector(path, entry.variant))))
+                loaded.append(Loaded.of(Entry(path, file.path.name), plan, stack))
             except UnavailableError as error:
                 idle.append(engine_row(file, str(error)))
         if not loaded:
             raise UnavailableError(f"{path}: none of its files runs here: {idle[0]['note']}")
-        return _rows(loaded), idle
+        return _rows(loaded, plan), idle
 
 
 def engine_row(file: ModelFile, note: str) -> Row:
@@ -246,7 +271,7 @@ def engine_row(file: ModelFile, note: str) -> Row:
 
 def compare_files(
     reference: Path, other: Path, plan: Plan, rounds: int = ROUNDS, *, backend: str | None = None
-) -> Comparison:
+) -> TimedPair:
     """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     `backend` runs the other, by default that of the plan. Both see the same frames in the same order. `plan.samples`

@@ -28,10 +28,6 @@ def accuracy(value: float | None) -> str:
     return NOTHING if value is None else f"{round(value, 5) + 0.0:.5f}"
 
 
-def short_accuracy(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
-
-
 def size(value: float | None) -> str:
     """Bytes in the unit that leaves 1 to 1024 of it."""
     if value is None:

@@ -8,7 +8,7 @@ turns, as a machine that others use is faster in one minute than in the next. Cl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, cycle, islice
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -73,7 +73,9 @@ class Warmup(NamedTuple):
 # -------------------------------------------------------------------------------------------------------------- turns
 
 ROUNDS = 20
-"""Rounds of those that take turns."""
+"""Rounds of a comparison, if there are as many samples."""
+LEAST_ROUNDS = 10
+"""Rounds that an interval needs."""
 SETTLE_MS = 20.0
 PAUSE_MS, LONGEST_PAUSE_MS = 20.0, 2000.0
 IDLE_SHARE = 0.1
@@ -82,13 +84,13 @@ IDLE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Side(Generic[T]):
-    """One of those that take turns: `call` makes an untimed call, `timed` gives the times of so many calls in a row."""
+    """One side of a comparison: `call` makes an untimed call, `timed(n)` gives the times of n calls in a row."""
 
     call: Callable[[], object]
     timed: Callable[[int], list[T]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turns(Generic[T]):
     """A side's warm-up, and the times of its calls in each round."""
 
@@ -105,25 +107,23 @@ def take_turns(
     pause: Callable[[], object],
     clock: Clock,
 ) -> list[Turns[T]]:
-    """Time every side in every round, in the order CBA ABC CBA ..., so that drift of clocks and caches falls on all.
+    """Time every side in every round, in the order ABC CBA ABC ..., so that drift of clocks and caches falls on all.
 
-    `counts` has the calls of each round. They are in a row, timed as if the side ran alone: before the sides change,
-    `pause` waits until no thread computes, and the next side is called untimed for `settle_ms`.
+    `counts` has the calls of each round. They are in a row, timed as if the side ran alone: before each turn `pause`
+    waits until no thread computes, and the side is called untimed for `settle_ms`.
     """
     found: list[Turns[T]] = []
     for side in sides:
         pause()
         found.append(Turns(warm_up(side.call, warmup_ms, clock)))
-    pairs = list(zip(sides, found, strict=True))
-    last = sides[-1]
+    turns = list(zip(sides, found, strict=True))
     for calls in counts:
-        pairs.reverse()
-        for side, turns in pairs:
-            if side is not last:
+        for side, taken in turns:
+            if len(turns) > 1:
                 pause()
                 _call_for(side.call, settle_ms, clock)
-            turns.rounds.append(side.timed(calls))
-            last = side
+            taken.rounds.append(side.timed(calls))
+        turns.reverse()
     return found
 
 
@@ -214,7 +214,7 @@ class Subject(NamedTuple):
     """A detector to time, on `batch` of its `frames` (uint8 (H, W, 3) BGR, used in turn) in each call."""
 
     detector: Timed
-    frames: Iterable[Frame]
+    frames: Sequence[Frame]
     batch: int = 1
 
 
@@ -233,6 +233,7 @@ def measure(
 
     Without `interval_ms` a frame comes when the last one is done. With it, frames come at that interval as from a
     camera, and a latency counts from the moment its frame was due: a slow frame also delays those that wait behind it.
+    A queue must not be forgotten between rounds, so each detector then has all its calls in one.
     Raises UsageError when an interval is given and a call takes several frames, of which each is due at another time.
     """
     batch = max((subject.batch for subject in subjects), default=1)
@@ -240,7 +241,8 @@ def measure(
         raise UsageError(
             f"An interval of {interval_ms:g} ms, and {batch} frames a call", "An interval is for files of one image"
         )
-    rounds = 1 if len(subjects) == 1 else min(ROUNDS, samples)
+    has_turns = len(subjects) > 1 and interval_ms is None
+    rounds = min(ROUNDS, samples) if has_turns else 1
     counts = [part.size for part in np.array_split(np.arange(samples), rounds)]
     sides = [_side(subject, interval_ms, clock, sleep) for subject in subjects]
     turns = take_turns(sides, counts, warmup_ms=warmup_ms, settle_ms=settle_ms, pause=pause, clock=clock)
@@ -248,12 +250,12 @@ def measure(
 
 
 def _side(subject: Subject, interval_ms: float | None, clock: Clock, sleep: Callable[[float], None]) -> Side[Stamps]:
-    """Warm-up and timed calls take their frames from queues of their own: the sides are timed on the same frames."""
+    """Untimed and timed calls take their frames from queues of their own: all sides are timed on the same frames."""
     detector, frames, batch = subject
     untimed, queue = in_turn(frames, batch), in_turn(frames, batch)
 
-    def timed(count: int) -> list[Stamps]:
-        due = _due_times(clock(), interval_ms, count)
+    def timed(calls: int) -> list[Stamps]:
+        due = _due_times(clock(), interval_ms, calls)
         return [_timestamps(detector, next(queue), clock, at, sleep) for at in due]
 
     return Side(lambda: _timestamps(detector, next(untimed), clock), timed)
@@ -282,12 +284,11 @@ def _end_to_end_ms(stamps: NDArray[np.int64]) -> NDArray[np.float64]:
     return (stamps[:, -1] - stamps[:, 0]) / NS_PER_MS
 
 
-def in_turn(frames: Iterable[Frame], batch: int) -> Iterator[list[Frame]]:
+def in_turn(frames: Sequence[Frame], batch: int) -> Iterator[list[Frame]]:
     """`batch` frames after `batch` frames, for ever. Raises UsageError when there is none."""
-    held = list(frames)
-    if not held:
+    if not frames:
         raise UsageError("There is no frame to measure on", "Give a folder with images")
-    queue = cycle(held)
+    queue = cycle(frames)
     return (list(islice(queue, batch)) for _ in count())
 
 
@@ -319,7 +320,6 @@ def _timestamps(
 # -------------------------------------------------------------------------------------------------------- A against B
 
 Verdict = Literal["faster", "slower", "inconclusive"]
-LEAST_ROUNDS = 10
 ROUNDS_AGREE = 0.8
 """Share of the rounds that must be on the verdict's side. Of 20 rounds without a difference, 16 or more are on one
 side in 1.2 % of all comparisons."""
@@ -365,7 +365,7 @@ class LatencyRatio:
         return f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, n = {self.rounds} rounds)"
 
 
-class Comparison(NamedTuple):
+class TimedPair(NamedTuple):
     """Two callables in turns: the ratio of their times, and the times of all calls of each."""
 
     ratio: LatencyRatio
@@ -383,17 +383,17 @@ def compare_in_turns(
     settle_ms: float = SETTLE_MS,
     pause: Callable[[], object] = until_idle,
     clock: Clock = time.perf_counter_ns,
-) -> Comparison:
+) -> TimedPair:
     """Time two callables, `calls` of each in a round; see `take_turns`. Raises UsageError below ten rounds."""
     if rounds < LEAST_ROUNDS or calls < 1:
         raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
 
     def side(call: Callable[[], object]) -> Side[float]:
-        return Side(call, lambda count: [_timed_ms(call, clock) for _ in range(count)])
+        return Side(call, lambda calls: [_timed_ms(call, clock) for _ in range(calls)])
 
     turns = take_turns(
         [side(reference), side(other)], [calls] * rounds,
         warmup_ms=warmup_ms, settle_ms=settle_ms, pause=pause, clock=clock,
     )  # fmt: skip
     ratio = LatencyRatio.of(*(np.median(taken.rounds, axis=1) for taken in turns))
-    return Comparison(ratio, *(Durations.of(np.concatenate(taken.rounds)) for taken in turns))
+    return TimedPair(ratio, *(Durations.of(np.concatenate(taken.rounds)) for taken in turns))

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.bench import Plan, numbered_images
 from benchmarks.formats import milliseconds
-from benchmarks.latency import LEAST_ROUNDS, Comparison, Frame, compare_in_turns
+from benchmarks.latency import LEAST_ROUNDS, Frame, TimedPair, compare_in_turns
 from runtime.arguments import Parser, path
 from runtime.backends import LoadOptions
 from runtime.errors import InputError
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> Comparison:
+def compare(detector: Any, bare: Callable[[Any], object], frames: Sequence[Frame], rounds: int) -> TimedPair:
     """`detector` on frames against `bare` on the inputs that the detector made of the same frames."""
     whole, inputs = cycle(frames), cycle([detector.preprocess([frame]).array for frame in frames])
     return compare_in_turns(lambda: bare(next(inputs)), lambda: detector(next(whole)), rounds)
@@ -70,7 +70,7 @@ def bare_session(path: Path, threads: int) -> Callable[[Any], object]:
     return lambda array: session.run(None, {name: array})
 
 
-def describe(found: Comparison, name: str) -> str:
+def describe(found: TimedPair, name: str) -> str:
     """Ratio with its interval, n and spread."""
     ratio = found.ratio
     spread = f"rounds {min(ratio.ratios):.3f} to {max(ratio.ratios):.3f}"

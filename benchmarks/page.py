@@ -18,7 +18,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "ms": formats.milliseconds,
     "percentile": formats.percentile,
     "ap": formats.accuracy,
-    "short_ap": formats.short_accuracy,
+    "short_ap": formats.fraction,
     "size": formats.size,
     "times": formats.times,
     "percent": formats.percent,

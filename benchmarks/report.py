@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.packages import optional
-from benchmarks.rows import Row, ap, identities, is_kept, p50, plain, preference, ratio
+from benchmarks.rows import Row, ap, identities, is_kept, latency_ratio, p50, plain, preference, ratio
 from runtime.errors import InputError
 from runtime.files import read_json, write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 REPORT_FILE = "report.json"
 LISTS = ("argv", "torch", "training", "quantisation", "engines", "stages", "notes")
@@ -105,7 +105,7 @@ def headline(models: Sequence[Row], torch: Sequence[Row] = ()) -> Row | None:
         "bytes": best["bytes"],
         "p50_ms": p50(best),
         "teacher_file": teacher.get("file"),
-        "speedup": ratio(p50(beside), p50(best)) if beside else None,
+        "speedup": ratio(latency_ratio(beside), latency_ratio(best)) if beside else None,
         "size_ratio": ratio(teacher.get("bytes"), best["bytes"]),
         "parameter_ratio": ratio(_first("parameters", known), _parameters(best, torch)),
         "retained": ratio(ap(best), next(filter(None, map(ap, known)), None)),

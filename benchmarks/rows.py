@@ -93,18 +93,9 @@ p50 = nested_reader("latency", "end_to_end", "p50")
 """Median milliseconds end to end, if the row has it."""
 ap = nested_reader("accuracy", "map50_95")
 """mAP50-95, if the row has it."""
-time_ratio = nested_reader("latency", "ratio", "ratio")
-"""Time over that of the file that the others were timed against, in turns; None of a file that was timed alone."""
-
-
-def relative_time(row: Row) -> float | None:
-    """The time by which the files of one report are compared: the `time_ratio`, or where there is none the p50.
-
-    A ratio is the median over rounds that all files share. Where a machine is faster in one minute than in the next,
-    medians over all calls can contradict it.
-    """
-    ratio = time_ratio(row)
-    return p50(row) if ratio is None else ratio
+latency_ratio = nested_reader("latency", "ratio", "ratio")
+"""Time over that of one file of the measurement, round by round, by which files are compared. Where a machine is faster
+in one minute than in the next, medians over all calls can contradict it. None: a call took another number of frames."""
 
 
 def is_timed_here(row: Row) -> bool:
@@ -114,18 +105,30 @@ def is_timed_here(row: Row) -> bool:
 
 FULL = "fp32"
 """The precision that loses nothing."""
-SAME_TOLERANCE = 0.05
-"""Times that differ by less than this share are called equal."""
+CLEAR = 0.95
+"""A file is clearly faster than another if it takes less than this share of its time."""
 
 
 def preference(row: Row) -> tuple[Any, ...]:
-    """Sorts files of one model: first the one that a user of the measured machine should take.
+    """Sorts files of one measurement: first the one that a user of the measured machine should take.
 
     The fastest comes first, those that were not timed in what they are made for come last. FP32 gives way only to files
     that are clearly faster, as it loses nothing.
     """
-    time, weight = relative_time(row), 1 - SAME_TOLERANCE if row["precision"] == FULL else 1.0
-    return not is_timed_here(row), time is None, weight * (time or 0.0), -(ap(row) or 0.0)
+    time = counted_time(row)
+    return not is_timed_here(row), time is None, time or 0.0, -(ap(row) or 0.0)
+
+
+def counted_time(row: Row) -> float | None:
+    """The time that counts when files of one measurement are ordered.
+
+    That of FP32 is `CLEAR` of its ratio. That of another file is its ratio, or `CLEAR` of the upper end of its interval
+    if this is more: it is below FP32's only where the ratio is below `CLEAR` and the whole interval below 1.
+    """
+    found = (row["latency"] or {}).get("ratio")
+    if not found:
+        return None
+    return CLEAR * found["ratio"] if row["precision"] == FULL else max(found["ratio"], CLEAR * (found["high"] or 0.0))
 
 
 def is_kept(row: Row) -> bool:
@@ -229,17 +232,18 @@ def spread(row: Row) -> str:
 
 
 def ratio_interval(row: Row) -> str:
-    """The interval of a time ratio and the file it is against; empty for that file and where there is none."""
+    """The interval of a ratio and the file it is against; empty for that file and where there is no ratio."""
     found = (row["latency"] or {}).get("ratio")
     if not found or found["of"] == row["file"]:
         return ""
-    return f"[{fraction(found['low'])}, {fraction(found['high'])}] of {found['of']}"
+    interval = "" if found["low"] is None else f"[{fraction(found['low'])}, {fraction(found['high'])}] "
+    return f"{interval}of the time of {found['of']}"
 
 
 def time_text(row: Row) -> str:
-    """The p50 and, against another file, the time ratio: p50 3.42 ms, 0.918 [0.866, 0.999] of model.onnx in turns."""
-    found = f"p50 {milliseconds(p50(row))} ms"
-    return f"{found}, {fraction(time_ratio(row))} {ratio_interval(row)} in turns" if ratio_interval(row) else found
+    """The p50 and, against another file, the ratio: p50 3.42 ms, 0.918 [0.866, 0.999] of the time of model.onnx."""
+    found, interval = f"p50 {milliseconds(p50(row))} ms", ratio_interval(row)
+    return f"{found}, {fraction(latency_ratio(row))} {interval}" if interval else found
 
 
 SPANS = ("preprocess", "inference", "postprocess")
@@ -262,7 +266,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("images", nested_reader("accuracy", "images"), section="accuracy"),
     Column("instances", nested_reader("accuracy", "instances"), section="accuracy"),
     _percentile("p50", "p50"),
-    Column("latency_ratio", time_ratio, "Time ratio", fraction, "latency", detail=ratio_interval),
+    Column("latency_ratio", latency_ratio, "Time ratio", fraction, "latency", detail=ratio_interval),
+    *(
+        Column(f"latency_ratio_{key}", nested_reader("latency", "ratio", key), section="latency")
+        for key in ("low", "high")
+    ),
+    Column("latency_ratio_of", nested_reader("latency", "ratio", "of"), section="latency", is_number=False),
     _percentile("p90", "p90"),
     _percentile("p95"),
     _percentile("p99", "p99"),

@@ -10,26 +10,23 @@ from benchmarks.formats import (
     count,
     difference,
     digest_start,
-    milliseconds,
+    fraction,
     moment,
     number,
     percent,
-    short_accuracy,
 )
 from benchmarks.rows import (
     FULL,
-    SAME_TOLERANCE,
     Row,
     ap,
+    counted_time,
     identities,
     is_kept,
     is_timed_here,
-    p50,
+    latency_ratio,
     preference,
-    relative_time,
     shared_settings,
     spread,
-    time_ratio,
     time_text,
 )
 
@@ -59,7 +56,7 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    turns = ", the files in turns" if any(map(time_ratio, data["models"])) else ""
+    turns = ", the files in turns" if any(row["latency"] and row["latency"]["rounds"] for row in data["models"]) else ""
     return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}{turns}"]
 
 
@@ -105,14 +102,14 @@ def weak_student(rows: Sequence[Row]) -> Iterator[str]:
     """A student that was hardly trained is small and fast, and its report would look like a success."""
     best = max((row for row in rows if row["role"] == "student" and row["accuracy"]), key=ap, default=None)
     if best and ap(best) < USELESS:
-        found = f"{best['file']} has an mAP50-95 of {short_accuracy(ap(best))}"
+        found = f"{best['file']} has an mAP50-95 of {fraction(ap(best))}"
         yield f"The student finds next to nothing: {found}. Train longer, and check the labels, before anything else."
 
 
 def choice(rows: Sequence[Row]) -> Iterator[str]:
     """The file of a gated student that a user of the measured machine should take, and why none of the others."""
     students = [row for row in rows if row["role"] == "student"]
-    offered = [row for row in students if is_kept(row) and is_timed_here(row) and p50(row)]
+    offered = [row for row in students if is_kept(row) and is_timed_here(row) and latency_ratio(row)]
     several = any(len(found) > 1 for found in (identities(students), {row["device"] for row in students}))
     if several or not offered or not any(row["gate"] for row in students):
         return
@@ -128,9 +125,11 @@ def _against(row: Row, best: Row) -> str:
     """Why a file is not the one to take."""
     if not is_kept(row):
         return "was refused by its gate"
-    if not is_timed_here(row) or not p50(row):
+    if not is_timed_here(row):
         return "is made for another library or device, so its time here says nothing"
-    is_slower = (relative_time(row) or 0.0) > (relative_time(best) or 0.0)
+    if latency_ratio(row) is None:
+        return "was timed on another number of frames"
+    is_slower = latency_ratio(row) > latency_ratio(best)
     return f"{'is slower' if is_slower else 'is not clearly faster'}, with {_figures(row)}"
 
 
@@ -148,7 +147,7 @@ def inherited(found: Row | None) -> str:
     parts = [f"{percent(found['parameters'] / found['total'])} of its parameters"]
     start, scratch = (found.get(key) for key in ("loss_before_first_step", "loss_from_scratch"))
     if start and scratch:
-        each = (f"{name} {short_accuracy(loss)} ({short_accuracy(scratch[name])})" for name, loss in start.items())
+        each = (f"{name} {fraction(loss)} ({fraction(scratch[name])})" for name, loss in start.items())
         parts.append(f"label loss before the first step (from scratch) {', '.join(each)}")
     if found.get("fresh"):
         parts.append(f"new blocks {', '.join(found['fresh'])}")
@@ -208,11 +207,11 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
     """Each reduced precision against FP32 of the same role and device, where its latency says something."""
     for row in filter(is_timed_here, rows):
         full = _full_precision(row, rows)
-        if full is None or p50(row) is None or p50(full) is None:
+        own, other = counted_time(row), counted_time(full) if full else None
+        if full is None or own is None or other is None:
             continue
-        own, other = relative_time(row) or 0.0, relative_time(full) or 0.0
-        figures = f"p50 {milliseconds(p50(row))} ms against {milliseconds(p50(full))} ms"
-        answer = "is faster than" if own < (1 - SAME_TOLERANCE) * other else "is not faster than"
+        figures = " against ".join(map(time_text, (row, full)))
+        answer = "is faster than" if own < other else "is not clearly faster than"
         backends = " against ".join(dict.fromkeys((row["backend"], full["backend"])))
         yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {backends}): {figures}."
 
@@ -225,11 +224,11 @@ def _full_precision(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def _slower_students(rows: Sequence[Row]) -> Iterator[str]:
-    timed = [row for row in rows if is_timed_here(row) and p50(row) is not None]
+    timed = [row for row in rows if is_timed_here(row) and latency_ratio(row)]
     for teacher in (row for row in timed if row["role"] == "teacher"):
         for row in timed:
             comparable = row["role"] == "student" and row["device"] == teacher["device"]
-            if comparable and (relative_time(row) or 0.0) >= (relative_time(teacher) or 0.0):
+            if comparable and latency_ratio(row) >= latency_ratio(teacher):
                 yield f"{row['file']} is not faster than the teacher's {teacher['file']}."
 
 

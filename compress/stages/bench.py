@@ -52,7 +52,9 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     data = inputs.data
     plan = replace(plan_of(config.bench, data, inputs.device), backend=inputs.backend)
     measured = measured_images(config.bench, data)
-    rows = measure_files([_entry(file, plan) for file in inputs.files])
+    entries = [_entry(file, plan) for file in inputs.files]
+    log(f"timing {len(entries)} files in turns")
+    rows = measure_files(entries, plan)
     for row in rows:
         log(_told(row))
     size_hw = config.export.imgsz or (config.imgsz, config.imgsz)
@@ -83,9 +85,9 @@ def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
 
 
 def _entry(file: MeasuredFile, plan: Plan) -> Entry:
-    own_plan, note = suited(plan, file.path)
+    own, note = suited(plan, file.path)
     more = {"role": file.role, "kept": file.kept, "reason": file.reason, "loss": file.loss, "note": note}
-    return Entry(file.path, own_plan, precision=file.precision, more=more)
+    return Entry(file.path, None, own.backend, own.as_written, file.precision, more)
 
 
 def _told(row: Row) -> str:

@@ -38,7 +38,7 @@ Run it on the device (Python 3.10+, NumPy, OpenCV, and an inference library):
         detections = detector(frame)      # uint8 (H, W, 3) BGR
 
 model.json lists the files in order of preference; the first one that works on the machine is used. The order of those
-for CPUs is that of their latency on {cpu}. For an engine that fits the device's own GPU and TensorRT:
+for CPUs was measured on {cpu}. For an engine that fits the device's own GPU and TensorRT:
 
     python -m runtime build {source}
 """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import Accuracy
-from benchmarks.latency import Durations, Latency, Warmup
+from benchmarks.latency import ROUNDS, Durations, Latency, Warmup
 from benchmarks.report import Report, make_report
 from benchmarks.rows import plain
 from runtime.layers import EngineLayer, TensorType, facts_of
@@ -34,7 +34,9 @@ ENGINE_LAYERS = (
 def latency_of(pre: float, infer: float, post: float, n: int, seed: int) -> Latency:
     rng = np.random.default_rng(seed)
     spans = [mean * (1 + rng.gamma(1.2, 0.05, n)) for mean in (pre, infer, post)]
-    return Latency(*map(Durations.of, spans), Durations.of(sum(spans)), Warmup(25, 231.0, True), True)  # type: ignore[arg-type]
+    whole = sum(spans)
+    medians = tuple(np.median(part) for part in np.array_split(whole, ROUNDS))
+    return Latency(*map(Durations.of, (*spans, whole)), Warmup(25, 231.0, True), True, None, medians)  # type: ignore[arg-type]
 
 
 def accuracy_of(ap: float, seed: int = 0) -> Accuracy:

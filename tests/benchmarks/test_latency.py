@@ -203,10 +203,31 @@ def test_samples_that_do_not_divide_are_spread_over_the_rounds() -> None:
     assert measured(FakeDetector(time), time, samples=47).rounds == ()
 
 
-def test_frames_of_a_camera_come_anew_in_every_round() -> None:
+def test_a_detector_that_falls_behind_its_camera_stays_behind_it_beside_others_too() -> None:
     time = FakeTime()
-    found = measured_in_turns([FakeDetector(time), FakeDetector(time)], time, samples=40, interval_ms=100)
-    assert [one.end_to_end.max for one in found] == [8, 8]
+    late, quick = FakeDetector(time, nms_ms=14.0), FakeDetector(time)
+    found = measured_in_turns([late, quick], time, samples=40, interval_ms=15)
+    assert [one.end_to_end.max for one in found] == [20 + 39 * 5, 8]
+    assert not found[0].steady
+    assert [one.rounds for one in found] == [(), ()]
+
+
+def test_every_turn_begins_in_the_same_way() -> None:
+    """A clock that rises for 200 ms after a pause: where only some turns had one, equal detectors would differ."""
+    time = FakeTime()
+    rested = [0.0]
+
+    class Ramp(FakeDetector):
+        def infer(self, prepared: int) -> str:
+            self.time.spend(5 if self.time.now_ns - rested[0] > 2e8 else 10)
+            return "raw"
+
+    def pause() -> None:
+        time.spend(20)
+        rested[0] = time.now_ns
+
+    found = measured_in_turns([Ramp(time) for _ in range(5)], time, samples=200, pause=pause)
+    assert len({one.rounds for one in found}) == 1
 
 
 def ratio_of(*ratios: float) -> LatencyRatio:
@@ -226,9 +247,10 @@ def test_turns_are_taken_in_the_order_abba() -> None:
         return lambda: (order.append(name), time.spend(1))
 
     compare_in_turns(run("a"), run("b"), 10, calls=1, warmup_ms=0, settle_ms=0, clock=time.clock)
-    assert "".join(order[-8:]) == "baabbaab"
+    assert "".join(order[-8:]) == "abbaabba"
     compare_in_turns(run("a"), run("b"), 10, calls=2, warmup_ms=0, settle_ms=3, clock=time.clock)
-    assert "".join(order[-14:]) == "bbaaa" + "aa" + "aa" + "bbb" + "bb"
+    turn_of_a, turn_of_b = "aaa" + "aa", "bbb" + "bb"
+    assert "".join(order[-20:]) == turn_of_a + turn_of_b + turn_of_b + turn_of_a
 
 
 class SpinningPools:
