@@ -106,10 +106,6 @@ class Entry:
     more: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of `model_row`: role, kept, reason, loss, parameters, gflops, note."""
 
-    def own(self, plan: Plan) -> Plan:
-        """The plan with what runs this file."""
-        return replace(plan, backend=self.backend or plan.backend, as_written=self.as_written or plan.as_written)
-
 
 class Loaded(NamedTuple):
     """An entry, its own plan, and the detector that runs it."""
@@ -121,7 +117,8 @@ class Loaded(NamedTuple):
     @classmethod
     def of(cls, entry: Entry, plan: Plan, stack: ExitStack) -> Loaded:
         """Closed with the `stack`. Raises the errors of `Detector.load`."""
-        own = entry.own(plan)
+        backend, as_written = entry.backend or plan.backend, entry.as_written or plan.as_written
+        own = replace(plan, backend=backend, as_written=as_written)
         return cls(entry, own, stack.enter_context(own.detector(entry.path, entry.variant)))
 
 

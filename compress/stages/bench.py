@@ -53,7 +53,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     plan = replace(plan_of(config.bench, data, inputs.device), backend=inputs.backend)
     measured = measured_images(config.bench, data)
     entries = [_entry(file, plan) for file in inputs.files]
-    log(f"timing {len(entries)} files in turns")
+    log(f"timing {len(entries)} files in turns" if len(entries) > 1 else f"timing {entries[0].path.name}")
     rows = measure_files(entries, plan)
     for row in rows:
         log(_told(row))
