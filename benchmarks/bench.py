@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +36,6 @@ from benchmarks.latency import (
     Latency,
     LatencyRatio,
     Subject,
-    TimedPair,
-    compare_in_turns,
-    in_turn,
     measure,
 )
 from benchmarks.rows import FULL, Row, model_row, named_apart
@@ -91,58 +88,46 @@ class Plan:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or bundle to measure, and what its row says besides. Of a bundle it is the first file that runs here, or
-    the `variant`.
+    """A file or bundle to measure, how, and what its row says besides. Of a bundle it is the first file that runs here,
+    or the `variant`.
     """
 
     path: Path
+    plan: Plan
+    """Those of files that are measured together differ in `backend` and `as_written` only."""
     variant: str | None = None
-    backend: str = ""
-    """Instead of that of the plan."""
-    as_written: bool = False
-    """Also where the plan says no."""
     precision: str | None = None
     """Instead of that of the card."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of `model_row`: role, kept, reason, loss, parameters, gflops, note."""
 
-
-class Loaded(NamedTuple):
-    """An entry, its own plan, and the detector that runs it."""
-
-    entry: Entry
-    plan: Plan
-    detector: Detector
-
-    @classmethod
-    def of(cls, entry: Entry, plan: Plan, stack: ExitStack) -> Loaded:
-        """Closed with the `stack`. Raises the errors of `Detector.load`."""
-        backend, as_written = entry.backend or plan.backend, entry.as_written or plan.as_written
-        own = replace(plan, backend=backend, as_written=as_written)
-        return cls(entry, own, stack.enter_context(own.detector(entry.path, entry.variant)))
+    def detector(self) -> Detector:
+        return self.plan.detector(self.path, self.variant)
 
 
-def measure_files(entries: Sequence[Entry], plan: Plan) -> list[Row]:
+def measure_files(entries: Sequence[Entry]) -> list[Row]:
     """The report's rows of one or more files, which are loaded together and timed in turns.
 
     Settings, backend and device are those of the loaded detectors. Raises the errors of `Detector.load` and `measure`,
     and InputError when no image or no object is labelled.
     """
     with ExitStack() as stack:
-        return _rows([Loaded.of(entry, plan, stack) for entry in entries], plan)
+        return _rows([(entry, stack.enter_context(entry.detector())) for entry in entries])
 
 
-def _rows(loaded: Sequence[Loaded], plan: Plan) -> list[Row]:
+def _rows(loaded: Sequence[tuple[Entry, Detector]]) -> list[Row]:
+    plan = loaded[0][0].plan
     frames = plan.read_frames()
     latencies = measure(
-        [Subject(one.detector, frames, batch_of(one.detector, plan)) for one in loaded],
+        [Subject(detector, frames, batch_of(detector, plan)) for _, detector in loaded],
         samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
     )  # fmt: skip
     rows = [_row(*one, latency) for one, latency in zip(loaded, latencies, strict=True)]
-    return _with_ratios(named_apart(rows, [one.entry.path for one in loaded]), latencies)
+    return _with_ratios(named_apart(rows, [entry.path for entry, _ in loaded]), latencies)
 
 
-def _row(entry: Entry, plan: Plan, detector: Detector, latency: Latency) -> Row:
+def _row(entry: Entry, detector: Detector, latency: Latency) -> Row:
+    plan = entry.plan
     offered = model_files(entry.path, entry.variant, plan.backend)
     file = next(file for file in offered if file.artifact == detector.artifact)
     return model_row(
@@ -160,17 +145,18 @@ def _row(entry: Entry, plan: Plan, detector: Detector, latency: Latency) -> Row:
 
 def _with_ratios(rows: Sequence[Row], latencies: Sequence[Latency]) -> list[Row]:
     """With the time of each over that of the student's FP32 file, or of the first one, on as many frames a call."""
+    if len(rows) == 1:
+        return list(rows)
     is_full = [row["role"] == "student" and row["precision"] == FULL for row in rows]
     reference = is_full.index(True) if any(is_full) else 0
-    batch = rows[reference]["settings"]["batch"]
+    file, batch = rows[reference]["file"], rows[reference]["settings"]["batch"]
 
-    def timed(row: Row, own: Latency) -> Row:
+    def compared(row: Row, own: Latency) -> Row:
         if row["settings"]["batch"] != batch:
             return row
-        ratio = {"of": rows[reference]["file"], **_ratio(latencies[reference], own)}
-        return row | {"latency": row["latency"] | {"ratio": ratio}}
+        return row | {"latency": row["latency"] | {"ratio": {"of": file, **_ratio(latencies[reference], own)}}}
 
-    return list(map(timed, rows, latencies))
+    return list(map(compared, rows, latencies))
 
 
 def _ratio(reference: Latency, own: Latency) -> Row:
@@ -238,17 +224,18 @@ def measure_all(path: Path, plan: Plan, variant: str | None = None) -> tuple[lis
     """
     offered = model_files(path, variant, plan.backend)
     if len(offered) == 1:
-        return measure_files([Entry(path, variant)], plan), []
+        return measure_files([Entry(path, plan, variant)]), []
     with ExitStack() as stack:
         loaded, idle = [], []
         for file in offered:
+            entry = Entry(path, plan, file.path.name)
             try:
-                loaded.append(Loaded.of(Entry(path, file.path.name), plan, stack))
+                loaded.append((entry, stack.enter_context(entry.detector())))
             except UnavailableError as error:
                 idle.append(engine_row(file, str(error)))
         if not loaded:
             raise UnavailableError(f"{path}: none of its files runs here: {idle[0]['note']}")
-        return _rows(loaded, plan), idle
+        return _rows(loaded), idle
 
 
 def engine_row(file: ModelFile, note: str) -> Row:
@@ -268,14 +255,16 @@ def engine_row(file: ModelFile, note: str) -> Row:
 
 def compare_files(
     reference: Path, other: Path, plan: Plan, rounds: int = ROUNDS, *, backend: str | None = None
-) -> TimedPair:
+) -> LatencyRatio:
     """The latency of `other` over that of `reference`, frame to boxes, both loaded once and timed in turns.
 
     `backend` runs the other, by default that of the plan. Both see the same frames in the same order. `plan.samples`
     calls of each are spread over the rounds, at least four in each. `LatencyRatio.verdict(limit)` judges. Raises the
-    errors of `Detector.load`, and UsageError when a call of the one takes more frames than a call of the other.
+    errors of `Detector.load`, and UsageError below ten rounds, and when a call of the one takes more frames than a call
+    of the other.
     """
-    frames, calls = plan.read_frames(), max(4, plan.samples // rounds)
+    if rounds < LEAST_ROUNDS:
+        raise UsageError(f"{rounds} rounds", f"A comparison takes {LEAST_ROUNDS} rounds or more")
     with (
         plan.detector(reference) as first,
         replace(plan, backend=backend or plan.backend).detector(other) as second,
@@ -286,13 +275,11 @@ def compare_files(
                 f"A call of {reference.name} takes {batches[0]} frames, one of {other.name} {batches[1]}",
                 "Compare files of one batch",
             )
-        sides = _call_on(first, frames, plan), _call_on(second, frames, plan)
-        return compare_in_turns(*sides, rounds, calls=calls, warmup_ms=plan.warmup_ms)
-
-
-def _call_on(detector: Detector, frames: Sequence[Frame], plan: Plan) -> Callable[[], object]:
-    queue = in_turn(frames, batch_of(detector, plan))
-    return lambda: detector(next(queue))
+        frames = plan.read_frames()
+        subjects = [Subject(detector, frames, batches[0]) for detector in (first, second)]
+        samples = max(plan.samples, 4 * rounds)
+        found = measure(subjects, samples=samples, rounds=rounds, warmup_ms=plan.warmup_ms)
+    return LatencyRatio.of(*(latency.rounds for latency in found))
 
 
 # --------------------------------------------------------------------------------------------------- images and labels

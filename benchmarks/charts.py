@@ -104,7 +104,7 @@ class Box(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One measured file: `x` its median and `x_high` the tail of its latency (ms), `y` its mAP."""
+    """One measured file: `x` its p50 and `x_high` the tail of its latency (ms), `y` its mAP."""
 
     label: str
     x: float

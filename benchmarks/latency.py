@@ -222,6 +222,7 @@ def measure(
     subjects: Sequence[Subject],
     *,
     samples: int = 200,
+    rounds: int = ROUNDS,
     warmup_ms: float = 200.0,
     interval_ms: float | None = None,
     settle_ms: float = SETTLE_MS,
@@ -229,7 +230,7 @@ def measure(
     clock: Clock = time.perf_counter_ns,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Latency]:
-    """Time `samples` calls of each detector after a warm-up; several detectors take turns, see `take_turns`.
+    """Time `samples` calls of each detector after a warm-up; several take turns, in so many `rounds`: see `take_turns`.
 
     Without `interval_ms` a frame comes when the last one is done. With it, frames come at that interval as from a
     camera, and a latency counts from the moment its frame was due: a slow frame also delays those that wait behind it.
@@ -242,8 +243,7 @@ def measure(
             f"An interval of {interval_ms:g} ms, and {batch} frames a call", "An interval is for files of one image"
         )
     has_turns = len(subjects) > 1 and interval_ms is None
-    rounds = min(ROUNDS, samples) if has_turns else 1
-    counts = [part.size for part in np.array_split(np.arange(samples), rounds)]
+    counts = [part.size for part in np.array_split(np.arange(samples), min(rounds, samples) if has_turns else 1)]
     sides = [_side(subject, interval_ms, clock, sleep) for subject in subjects]
     turns = take_turns(sides, counts, warmup_ms=warmup_ms, settle_ms=settle_ms, pause=pause, clock=clock)
     return [_latency(taken.warmup, taken.rounds, interval_ms) for taken in turns]

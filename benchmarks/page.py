@@ -82,9 +82,9 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "best": best,
         "gain": wording.first_gain(data["gain"]),
         "inherited": wording.inherited((data["distillation"] or {}).get("inheritance")),
-        "best_latency": latency_of(data, "file"),
+        "best_latency": best["latency"]["end_to_end"] if best and best["latency"] else None,
         "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
-        "teacher_latency": latency_of(data, "teacher_file"),
+        "has_turns": wording.has_turns(data["models"]),
         "columns": ON_PAGE,
         "rows": [dict(row, kind=kind_of(row), kept=is_kept(row), cells=list(cells_of(row))) for row in rows],
         "pareto": charts.pareto(pareto_points(rows), wording.short_span(rows)),
@@ -139,16 +139,10 @@ def _complete(row: Row, reference: str) -> Row:
     return dict.fromkeys(schema()["$defs"][reference.rpartition("/")[2]]["properties"]) | row
 
 
-def headline_row(data: Mapping[str, Any], key: str = "file") -> Row | None:
-    """The row that the headline names under `key`."""
+def headline_row(data: Mapping[str, Any]) -> Row | None:
+    """The row of the file that the headline is about."""
     headline = data["headline"]
-    return next((row for row in data["models"] if headline and row["file"] == headline[key]), None)
-
-
-def latency_of(data: Mapping[str, Any], key: str) -> Row | None:
-    """The end-to-end latency of the row that the headline names under `key`."""
-    row = headline_row(data, key)
-    return row["latency"]["end_to_end"] if row and row["latency"] else None
+    return next((row for row in data["models"] if headline and row["file"] == headline["file"]), None)
 
 
 def kind_of(row: Row) -> str:

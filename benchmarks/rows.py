@@ -90,12 +90,13 @@ def nested_reader(*keys: str) -> Read:
 
 
 p50 = nested_reader("latency", "end_to_end", "p50")
-"""Median milliseconds end to end, if the row has it."""
+"""Milliseconds end to end that the median does not exceed, at 99 % confidence, if the row has them."""
 ap = nested_reader("accuracy", "map50_95")
 """mAP50-95, if the row has it."""
 latency_ratio = nested_reader("latency", "ratio", "ratio")
 """Time over that of one file of the measurement, round by round, by which files are compared. Where a machine is faster
-in one minute than in the next, medians over all calls can contradict it. None: a call took another number of frames."""
+in one minute than in the next, medians over all calls can contradict it. None: the file was measured alone, or a call
+took another number of frames."""
 
 
 def is_timed_here(row: Row) -> bool:
@@ -106,7 +107,7 @@ def is_timed_here(row: Row) -> bool:
 FULL = "fp32"
 """The precision that loses nothing."""
 CLEAR = 0.95
-"""A file is clearly faster than another if it takes less than this share of its time."""
+"""A file is clearly faster than another one if it takes less than this share of its time."""
 
 
 def preference(row: Row) -> tuple[Any, ...]:
@@ -116,19 +117,21 @@ def preference(row: Row) -> tuple[Any, ...]:
     that are clearly faster, as it loses nothing.
     """
     time = counted_time(row)
-    return not is_timed_here(row), time is None, time or 0.0, -(ap(row) or 0.0)
+    return not is_timed_here(row), time is None, time or 0.0, row["precision"] != FULL, -(ap(row) or 0.0)
 
 
 def counted_time(row: Row) -> float | None:
     """The time that counts when files of one measurement are ordered.
 
     That of FP32 is `CLEAR` of its ratio. That of another file is its ratio, or `CLEAR` of the upper end of its interval
-    if this is more: it is below FP32's only where the ratio is below `CLEAR` and the whole interval below 1.
+    if this is more: it is below FP32's only where the ratio is below `CLEAR` and the whole interval below 1. An upper
+    end that is not known may be 1.
     """
     found = (row["latency"] or {}).get("ratio")
     if not found:
         return None
-    return CLEAR * found["ratio"] if row["precision"] == FULL else max(found["ratio"], CLEAR * (found["high"] or 0.0))
+    high = 1.0 if found["high"] is None else found["high"]
+    return CLEAR * found["ratio"] if row["precision"] == FULL else max(found["ratio"], CLEAR * high)
 
 
 def is_kept(row: Row) -> bool:
@@ -231,19 +234,18 @@ def spread(row: Row) -> str:
     return f"± {accuracy(found['standard_error'])} over {found['draws']} draws"
 
 
-def ratio_interval(row: Row) -> str:
-    """The interval of a ratio and the file it is against; empty for that file and where there is no ratio."""
+def ratio_text(row: Row) -> str:
+    """0.918 [0.866, 0.999] of model.onnx; empty for that file and where there is no ratio."""
     found = (row["latency"] or {}).get("ratio")
     if not found or found["of"] == row["file"]:
         return ""
-    interval = "" if found["low"] is None else f"[{fraction(found['low'])}, {fraction(found['high'])}] "
-    return f"{interval}of the time of {found['of']}"
+    interval = "" if found["low"] is None else f" [{fraction(found['low'])}, {fraction(found['high'])}]"
+    return f"{fraction(found['ratio'])}{interval} of {found['of']}"
 
 
 def time_text(row: Row) -> str:
-    """The p50 and, against another file, the ratio: p50 3.42 ms, 0.918 [0.866, 0.999] of the time of model.onnx."""
-    found, interval = f"p50 {milliseconds(p50(row))} ms", ratio_interval(row)
-    return f"{found}, {fraction(latency_ratio(row))} {interval}" if interval else found
+    """p50 3.42 ms, time ratio 0.918 [0.866, 0.999] of model.onnx."""
+    return ", time ratio ".join(filter(None, (f"p50 {milliseconds(p50(row))} ms", ratio_text(row))))
 
 
 SPANS = ("preprocess", "inference", "postprocess")
@@ -266,12 +268,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("images", nested_reader("accuracy", "images"), section="accuracy"),
     Column("instances", nested_reader("accuracy", "instances"), section="accuracy"),
     _percentile("p50", "p50"),
-    Column("latency_ratio", latency_ratio, "Time ratio", fraction, "latency", detail=ratio_interval),
+    Column("time_ratio", ratio_text, "Time ratio", section="latency", is_number=False),
     *(
-        Column(f"latency_ratio_{key}", nested_reader("latency", "ratio", key), section="latency")
-        for key in ("low", "high")
+        Column(name, nested_reader("latency", "ratio", key), section="latency")
+        for name, key in (("latency_ratio", "ratio"), ("latency_ratio_low", "low"), ("latency_ratio_high", "high"))
     ),
-    Column("latency_ratio_of", nested_reader("latency", "ratio", "of"), section="latency", is_number=False),
     _percentile("p90", "p90"),
     _percentile("p95"),
     _percentile("p99", "p99"),

@@ -56,8 +56,13 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    turns = ", the files in turns" if any(row["latency"] and row["latency"]["rounds"] for row in data["models"]) else ""
+    turns = ", the files in turns" if has_turns(data["models"]) else ""
     return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}{turns}"]
+
+
+def has_turns(rows: Sequence[Row]) -> bool:
+    """Whether the files were timed round by round."""
+    return any(row["latency"] and row["latency"]["rounds"] for row in rows)
 
 
 def timed_span(rows: Sequence[Row]) -> str:

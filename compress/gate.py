@@ -85,7 +85,7 @@ class FileGate:
 
     def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
         plan = replace(self.plan, samples=min(self.plan.samples, GATE_SAMPLES))
-        return compare_files(reference, other, plan, backend=flavour.backend).ratio
+        return compare_files(reference, other, plan, backend=flavour.backend)
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,8 @@ def _timed(origin: Origin, flavour: Flavour, judged: JudgedFile, path: Path, fol
     """With the latency of the file, which counts, and that of the steps before it, which say what each costs."""
     latency = origin.gate.latency(origin.model, path, flavour)
     verdict = latency.verdict(origin.config.max_latency_ratio)
-    reason = f"{judged.reason}; latency against FP32 {latency}, {SPEED[verdict]} {origin.config.max_latency_ratio:g}"
+    limit = f"{SPEED[verdict]} {origin.config.max_latency_ratio:g}"
+    reason = f"{judged.reason}; time over FP32's at the gate {latency}, {limit}"
     choice = judged.steps[-1].choice
     known = {len(choice.float_layers): latency}
 

@@ -54,7 +54,7 @@ def run(config: Config, inputs: Inputs, out: Path, log: Log) -> Figures:
     measured = measured_images(config.bench, data)
     entries = [_entry(file, plan) for file in inputs.files]
     log(f"timing {len(entries)} files in turns" if len(entries) > 1 else f"timing {entries[0].path.name}")
-    rows = measure_files(entries, plan)
+    rows = measure_files(entries)
     for row in rows:
         log(_told(row))
     size_hw = config.export.imgsz or (config.imgsz, config.imgsz)
@@ -87,7 +87,7 @@ def dataset_row(data: Dataset, measured: SplitIndex) -> Row:
 def _entry(file: MeasuredFile, plan: Plan) -> Entry:
     own, note = suited(plan, file.path)
     more = {"role": file.role, "kept": file.kept, "reason": file.reason, "loss": file.loss, "note": note}
-    return Entry(file.path, None, own.backend, own.as_written, file.precision, more)
+    return Entry(file.path, own, precision=file.precision, more=more)
 
 
 def _told(row: Row) -> str:

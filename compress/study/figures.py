@@ -44,13 +44,13 @@ def paired(arm: str, against: str, runs: Sequence[Run]) -> Difference | None:
     gaps = [reached[arm, seed] - reached[against, seed] for seed in seeds]
     if not gaps:
         return None
-    mean, half = statistics.fmean(gaps), _half_width(gaps)
+    mean, half = statistics.fmean(gaps), half_width(gaps)
     low, high = (None, None) if half is None else (mean - half, mean + half)
     return Difference(arm, against, mean, low, high, len(gaps), sum(gap > 0 for gap in gaps))
 
 
-def _half_width(values: Sequence[float]) -> float | None:
-    """Half of the t interval of the mean."""
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the mean's 95 % interval by Student's t; None of a single value."""
     if len(values) < 2:
         return None
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)

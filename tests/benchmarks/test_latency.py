@@ -235,7 +235,7 @@ def ratio_of(*ratios: float) -> LatencyRatio:
     return LatencyRatio.of(np.ones(len(ratios)), ratios)
 
 
-def compare_in_turns(*given: Any, **options: Any) -> latency.Comparison:
+def compare_in_turns(*given: Any, **options: Any) -> latency.TimedPair:
     """A comparison of sides that have no threads of their own."""
     return latency.compare_in_turns(*given, **{"pause": nothing, **options})
 

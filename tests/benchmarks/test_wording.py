@@ -29,7 +29,7 @@ def test_the_file_to_take_is_named_with_the_reasons_against_the_others(sample: R
     interval = f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
     assert first == (
         f"Of the files that passed their gates take model.int8-ort.onnx here: on cpu in onnx it has p50 {int8} ms, "
-        f"{interval} of the time of model.onnx, a loss of 0.00540 mAP50-95 ± 0.00070 over 4 draws."
+        f"time ratio {interval} of model.onnx, a loss of 0.00540 mAP50-95 ± 0.00070 over 4 draws."
     )
     assert second == (
         f"Not the others: model.onnx is slower, with p50 {fp32} ms; model.fp16.onnx is made for another library or "
@@ -61,11 +61,11 @@ def test_the_choice_goes_by_the_rounds_where_medians_over_all_calls_contradict_t
     data = with_models(sample, int8_ort=quick, fp16=slow).data
     first, second = wording.choice(data["models"])
     assert "take model.int8-ort.onnx here" in first
-    assert "model.fp16.onnx is slower, with p50 2.00 ms, 1.100 " in second
+    assert "model.fp16.onnx is slower, with p50 2.00 ms, time ratio 1.100 " in second
     told = [sentence for sentence in wording.findings(data) if " than fp32 on this machine" in sentence]
     here = "than fp32 on this machine (student, onnx)"
-    assert told[0].startswith(f"fp16 is not clearly faster {here}: p50 2.00 ms, 1.100 [")
-    assert told[1].startswith(f"int8-ort is faster {here}: p50 20.0 ms, 0.900 [")
+    assert told[0].startswith(f"fp16 is not clearly faster {here}: p50 2.00 ms, time ratio 1.100 [")
+    assert told[1].startswith(f"int8-ort is faster {here}: p50 20.0 ms, time ratio 0.900 [")
     assert headline(data["models"])["file"] == "model.int8-ort.onnx"
 
 
@@ -75,8 +75,7 @@ def test_the_choice_goes_by_the_rounds_where_medians_over_all_calls_contradict_t
         (0.94, 0.90, 0.99, True),
         (0.96, 0.94, 0.98, False),
         (0.94, 0.70, 1.30, False),
-        (0.94, None, None, True),
-        (0.96, None, None, False),
+        (0.50, None, None, False),
     ],
 )
 def test_fp32_gives_way_only_to_a_file_that_is_clearly_faster(
@@ -92,7 +91,7 @@ def test_fp32_gives_way_only_to_a_file_that_is_clearly_faster(
     assert headline(data["models"])["file"] == ("model.int8-ort.onnx" if is_taken else "model.onnx")
 
 
-def test_a_student_that_is_not_faster_than_its_teacher_has_no_speed_up(sample: Report) -> None:
+def test_the_speed_up_agrees_with_the_findings_on_the_teacher(sample: Report) -> None:
     teacher = timed(sample, 0.9)["latency"]
     data = make_report("a", machine={}, models=with_models_of(sample, teacher)).data
     assert "model.onnx is not faster than the teacher's teacher.onnx." in wording.findings(data)
@@ -117,11 +116,6 @@ def test_a_flavour_in_another_library_is_compared_with_fp32_all_the_same(sample:
     assert any(
         s.startswith("int8-ort is faster than fp32 on this machine (student, openvino against onnx)") for s in sentences
     )
-
-
-def test_a_hair_is_not_faster(sample: Report) -> None:
-    sentences = wording.findings(with_models(sample, int8_ort=timed(sample, 0.97)).data)
-    assert any(s.startswith("int8-ort is not clearly faster than fp32") for s in sentences)
 
 
 def test_a_refused_file_stands_there_with_its_reason(sample: Report) -> None:

@@ -3,8 +3,8 @@
 In: a data set with val and test, and networks by name, one file for each seed that the network was trained with
 (`p=RUN-0/student.safetensors p=RUN-1/student.safetensors`); `--teacher FILE` teaches in the cases with a big teacher.
 Out: `OUT/results.json`, a row a case and seed: mAP50-95 lost against FP32, mean of val and test, four draws; and
-`OUT/table.md`, the means over the seeds. Cases that are done are kept, and a training that was killed goes on. The
-cheap cases of all networks come first.
+`OUT/table.md`, the means over the seeds with their intervals. Cases that are done are kept, and a training that was
+killed goes on. The cheap cases of all networks come first.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from compress.graph.untrusted_onnx import read_model
 from compress.log import Log
 from compress.schemes import SCHEMES
 from compress.stages.export import export
+from compress.study.figures import half_width
 from compress.training.qad import Start, train_for_int8
 from runtime.files import write_json
 
@@ -69,7 +70,7 @@ class Judge:
             return detector_accuracy(detector, plan.images, plan.ground_truth).map50_95
 
     def latency(self, reference: Path, other: Path, flavour: Flavour) -> LatencyRatio:
-        return compare_files(reference, other, self.plans[0], backend=flavour.backend).ratio
+        return compare_files(reference, other, self.plans[0], backend=flavour.backend)
 
 
 def row_of(origin: Origin, float_layers: tuple[str, ...]) -> dict[str, Any]:
@@ -98,9 +99,8 @@ class Case(NamedTuple):
     has_teacher: bool = False
 
 
-CALIBRATION = Case("calibration", 0)
 CASES = (
-    CALIBRATION,
+    Case("calibration", 0),
     Case("calibration, 2 in float", 2),
     Case("QAD, 2 in float", 2, is_trained=True),
     Case("QAD, 2 in float, big teacher", 2, is_trained=True, has_teacher=True),
@@ -188,31 +188,30 @@ class Measurement(NamedTuple):
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: points of mAP50-95 lost against FP32, and how many less than by calibration alone.
+    """Markdown: points of mAP50-95 lost against FP32, and how many less than by calibration with the same layers.
 
-    Means over the seeds of a network, each with the standard error of the mean; of one seed the loss has that of its
-    draws.
+    Means over the seeds of a network with their 95 % interval by Student's t; of one seed there is none.
     """
     lines = ["| network | FP32 | case | seeds | lost | less than calibration |", "|---|---|---|---|---|---|"]
+    drops = {(row["network"], row["case"], row["seed"]): row["drop"] for row in rows}
     for name in dict.fromkeys(row["network"] for row in rows):
-        own = [row for row in rows if row["network"] == name]
-        plain = {row["seed"]: row["drop"] for row in own if row["case"] == CALIBRATION.name}
-        fp32 = np.mean([list(row["fp32"].values()) for row in own if row["case"] == CALIBRATION.name])
+        fp32 = {row["seed"]: np.mean(list(row["fp32"].values())) for row in rows if row["network"] == name}
         for case in CASES:
-            found = [row for row in own if row["case"] == case.name]
-            if not found:
+            seeds = [seed for seed in sorted(fp32) if (name, case.name, seed) in drops]
+            if not seeds:
                 continue
-            drops = [row["drop"] for row in found]
-            error = standard_error(drops) if len(drops) > 1 else found[0]["standard_error"]
-            gained = [plain[row["seed"]] - row["drop"] for row in found if row["seed"] in plain]
-            less = "" if case == CALIBRATION or not gained else points(gained, standard_error(gained))
-            cells = (name, f"{100 * fp32:.2f}", case.name, str(len(found)), points(drops, error), less)
-            lines.append(f"| {' | '.join(cells)} |")
+            base = next(other.name for other in CASES if other.floats == case.floats and not other.is_trained)
+            own = [drops[name, case.name, seed] for seed in seeds]
+            gained = [drops[name, base, seed] - drops[name, case.name, seed] for seed in seeds]
+            cells = (name, f"{100 * np.mean(list(fp32.values())):.2f}", case.name, str(len(seeds)))
+            lines.append(f"| {' | '.join((*cells, points(own), points(gained) if case.is_trained else ''))} |")
     return "\n".join(lines) + "\n"
 
 
-def points(values: Sequence[float], error: float | None) -> str:
-    return f"{100 * np.mean(values):.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
+def points(values: Sequence[float]) -> str:
+    """The mean with its interval."""
+    mean, half = 100 * float(np.mean(values)), half_width(values)
+    return f"{mean:.2f}" if half is None else f"{mean:.2f} [{mean - 100 * half:.2f}, {mean + 100 * half:.2f}]"
 
 
 def main() -> None:

@@ -52,3 +52,16 @@ def test_a_row_tells_what_ran_its_file(
     (row,) = read_json(tmp_path / "bench.json")["models"]
     assert (row["backend"], row["device"], row["settings"]["as_written"]) == (ran, "cpu", False)
     assert ("made for OpenVINO" in row["note"]) == (precision == "int8-openvino" and asked == "onnx")
+
+
+def test_the_files_of_a_run_take_turns_with_fp32(tiny_data: Dataset, tmp_path: Path) -> None:
+    own = card(names=tiny_data.names)
+    files = [MeasuredFile(canvas_model(tmp_path / f"{role}.onnx", own), role) for role in ("teacher", "student")]
+    config, told = Config(bench=BenchConfig(latency_samples=11, warmup_ms=0)), []
+    run(config, Inputs(files, tiny_data), tmp_path, told.append)
+    rows = read_json(tmp_path / "bench.json")["models"]
+    assert [row["latency"]["ratio"]["of"] for row in rows] == ["student.onnx"] * 2
+    assert [len(row["latency"]["rounds"]) for row in rows] == [11, 11]
+    assert told[0] == "timing 2 files in turns"
+    assert " of student.onnx (end to end, n 11)" in told[1]
+    assert told[2].endswith(" ms (end to end, n 11)")
