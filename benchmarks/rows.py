@@ -205,8 +205,8 @@ def _accuracy(key: str, title: str = "") -> Column:
     return Column(key, nested_reader("accuracy", key), title, accuracy, "accuracy")
 
 
-def _percentile(key: str, title: str = "") -> Column:
-    return Column(f"{key}_ms", nested_reader("latency", "end_to_end", key), title, percentile, "latency")
+def _percentile(key: str, title: str = "", **more: Any) -> Column:
+    return Column(f"{key}_ms", nested_reader("latency", "end_to_end", key), title, percentile, "latency", **more)
 
 
 def _milliseconds(key: str, title: str = "", *, span: str = "end_to_end", name: str = "") -> Column:
@@ -267,8 +267,8 @@ COLUMNS: tuple[Column, ...] = (
     *map(_accuracy, ("map75", "small", "medium", "large", "recall")),
     Column("images", nested_reader("accuracy", "images"), section="accuracy"),
     Column("instances", nested_reader("accuracy", "instances"), section="accuracy"),
-    _percentile("p50", "p50"),
-    Column("time_ratio", ratio_text, "Time ratio", section="latency", is_number=False),
+    _percentile("p50", "p50", detail=ratio_text),
+    Column("time_ratio", ratio_text, "Time ratio", lambda text: text or NOTHING, "latency", False, False),
     *(
         Column(name, nested_reader("latency", "ratio", key), section="latency")
         for name, key in (("latency_ratio", "ratio"), ("latency_ratio_low", "low"), ("latency_ratio_high", "high"))

@@ -40,7 +40,7 @@ def test_every_rendering_shows_the_titles_of_the_table(sample: Report) -> None:
     shown_titles = re.findall(
         r"<th(?: [^>]*)?>(.*?)</th>", to_html(sample).partition("Every file")[2].partition("</thead>")[0]
     )
-    assert shown_titles == [title for title in titles if title not in ("Precision", "Backend", "Model")]
+    assert shown_titles == [title for title in titles if title not in ("Precision", "Backend", "Model", "Time ratio")]
     names = to_csv(sample).partition("\n")[0].split(",")
     assert names == ["name", "created", *(column.name for column in COLUMNS)]
     assert len(set(names)) == len(names)
