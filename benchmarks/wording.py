@@ -216,7 +216,9 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
         if full is None or own is None or other is None:
             continue
         figures = " against ".join(map(time_text, (row, full)))
-        answer = "is faster than" if own < other else "is not clearly faster than"
+        has_interval = row["latency"]["ratio"]["high"] is not None
+        unclear = "is not clearly faster than" if has_interval else "was timed before or after"
+        answer = "is faster than" if own < other else unclear
         backends = " against ".join(dict.fromkeys((row["backend"], full["backend"])))
         yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {backends}): {figures}."
 
