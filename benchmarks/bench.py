@@ -38,7 +38,7 @@ from benchmarks.latency import (
     Subject,
     measure,
 )
-from benchmarks.rows import FULL, Row, model_row, named_apart
+from benchmarks.rows import FULL, Row, model_row, named_apart, time_over
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
 from runtime.errors import InputError, UnavailableError, UsageError
@@ -94,7 +94,7 @@ class Entry:
 
     path: Path
     plan: Plan
-    """Those of files that are measured together differ in `backend` and `as_written` only."""
+    """Files that are measured together may differ in `backend` and `as_written`, in nothing else."""
     variant: str | None = None
     precision: str | None = None
     """Instead of that of the card."""
@@ -109,7 +109,7 @@ def measure_files(entries: Sequence[Entry]) -> list[Row]:
     """The report's rows of one or more files, which are loaded together and timed in turns.
 
     Settings, backend and device are those of the loaded detectors. Raises the errors of `Detector.load` and `measure`,
-    and InputError when no image or no object is labelled.
+    InputError when no image or no object is labelled, and ValueError when the plans differ in more.
     """
     with ExitStack() as stack:
         return _rows([(entry, stack.enter_context(entry.detector())) for entry in entries])
@@ -117,13 +117,15 @@ def measure_files(entries: Sequence[Entry]) -> list[Row]:
 
 def _rows(loaded: Sequence[tuple[Entry, Detector]]) -> list[Row]:
     plan = loaded[0][0].plan
+    if any(replace(entry.plan, backend=plan.backend, as_written=plan.as_written) != plan for entry, _ in loaded):
+        raise ValueError("The plans of one measurement differ in more than in what runs the files")
     frames = plan.read_frames()
     latencies = measure(
         [Subject(detector, frames, batch_of(detector, plan)) for _, detector in loaded],
         samples=plan.samples, warmup_ms=plan.warmup_ms, interval_ms=plan.interval_ms,
     )  # fmt: skip
     rows = [_row(*one, latency) for one, latency in zip(loaded, latencies, strict=True)]
-    return _with_ratios(named_apart(rows, [entry.path for entry, _ in loaded]), latencies)
+    return _with_ratios(named_apart(rows, [entry.path for entry, _ in loaded]))
 
 
 def _row(entry: Entry, detector: Detector, latency: Latency) -> Row:
@@ -143,29 +145,28 @@ def _row(entry: Entry, detector: Detector, latency: Latency) -> Row:
     )
 
 
-def _with_ratios(rows: Sequence[Row], latencies: Sequence[Latency]) -> list[Row]:
+def _with_ratios(rows: Sequence[Row]) -> list[Row]:
     """With the time of each over that of the student's FP32 file, or of the first one, on as many frames a call."""
     if len(rows) == 1:
         return list(rows)
-    is_full = [row["role"] == "student" and row["precision"] == FULL for row in rows]
-    reference = is_full.index(True) if any(is_full) else 0
-    file, batch = rows[reference]["file"], rows[reference]["settings"]["batch"]
+    full = (row for row in rows if row["role"] == "student" and row["precision"] == FULL)
+    reference = next(full, rows[0])
 
-    def compared(row: Row, own: Latency) -> Row:
-        if row["settings"]["batch"] != batch:
+    def compared(row: Row) -> Row:
+        if row["settings"]["batch"] != reference["settings"]["batch"]:
             return row
-        return row | {"latency": row["latency"] | {"ratio": {"of": file, **_ratio(latencies[reference], own)}}}
+        ratio = {"of": reference["file"], **_ratio(row, reference)}
+        return row | {"latency": row["latency"] | {"ratio": ratio}}
 
-    return list(map(compared, rows, latencies))
+    return list(map(compared, rows))
 
 
-def _ratio(reference: Latency, own: Latency) -> Row:
+def _ratio(row: Row, reference: Row) -> Row:
     """Without an interval where there are too few rounds."""
-    if len(own.rounds) < LEAST_ROUNDS:
-        medians = [float(np.median(latency.end_to_end.samples)) for latency in (own, reference)]
-        return {"ratio": medians[0] / medians[1], "low": None, "high": None}
-    found = LatencyRatio.of(reference.rounds, own.rounds)
-    return {"ratio": found.ratio, "low": found.low, "high": found.high}
+    if found := time_over(row, reference):
+        return {"ratio": found.ratio, "low": found.low, "high": found.high}
+    own, base = (float(np.median(one["latency"]["end_to_end"]["samples"])) for one in (row, reference))
+    return {"ratio": own / base, "low": None, "high": None}
 
 
 def batch_of(detector: Detector, plan: Plan) -> int:

@@ -109,8 +109,8 @@ def take_turns(
 ) -> list[Turns[T]]:
     """Time every side in every round, in the order ABC CBA ABC ..., so that drift of clocks and caches falls on all.
 
-    `counts` has the calls of each round. They are in a row, timed as if the side ran alone: before each turn `pause`
-    waits until no thread computes, and the side is called untimed for `settle_ms`.
+    `counts` has the calls of each round. They are in a row, timed as if the side ran alone: where there are several,
+    `pause` waits before each turn until no thread computes, and the side is called untimed for `settle_ms`.
     """
     found: list[Turns[T]] = []
     for side in sides:

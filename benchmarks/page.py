@@ -22,7 +22,6 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "size": formats.size,
     "times": formats.times,
     "percent": formats.percent,
-    "points": formats.points,
     "count": formats.count,
     "number": formats.number,
     "duration": formats.duration,

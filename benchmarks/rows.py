@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.accuracy import Accuracy
 from benchmarks.formats import NOTHING, accuracy, count, digest_start, fraction, milliseconds, number, percentile, size
-from benchmarks.latency import Latency
+from benchmarks.latency import LEAST_ROUNDS, Latency, LatencyRatio
 from runtime.files import sha256
 
 Row = dict[str, Any]
@@ -107,31 +107,46 @@ def is_timed_here(row: Row) -> bool:
 FULL = "fp32"
 """The precision that loses nothing."""
 CLEAR = 0.95
-"""A file is clearly faster than another one if it takes less than this share of its time."""
+"""A file that takes more than this share of another one's time is not clearly faster."""
 
 
 def preference(row: Row) -> tuple[Any, ...]:
     """Sorts files of one measurement: first the one that a user of the measured machine should take.
 
-    The fastest comes first, those that were not timed in what they are made for come last. FP32 gives way only to files
+    The fastest comes first; last come files that another library or device is made for. FP32 gives way only to files
     that are clearly faster, as it loses nothing.
     """
-    time = counted_time(row)
-    return not is_timed_here(row), time is None, time or 0.0, row["precision"] != FULL, -(ap(row) or 0.0)
+    ratio = counted_ratio(row)
+    return not is_timed_here(row), ratio is None, ratio or 0.0, row["precision"] != FULL, -(ap(row) or 0.0)
 
 
-def counted_time(row: Row) -> float | None:
-    """The time that counts when files of one measurement are ordered.
+def counted_ratio(row: Row) -> float | None:
+    """The time over that of the measurement's reference, as it counts when files are ordered.
 
-    That of FP32 is `CLEAR` of its ratio. That of another file is its ratio, or `CLEAR` of the upper end of its interval
-    if this is more: it is below FP32's only where the ratio is below `CLEAR` and the whole interval below 1. An upper
-    end that is not known may be 1.
+    FP32 counts for `CLEAR` of it. Another file counts for `CLEAR` of the upper end of its interval, if this is more
+    than its ratio: so it comes before an FP32 reference only where `is_clearly_faster` says so. An upper end that is
+    not known may be 1.
     """
     found = (row["latency"] or {}).get("ratio")
     if not found:
         return None
     high = 1.0 if found["high"] is None else found["high"]
     return CLEAR * found["ratio"] if row["precision"] == FULL else max(found["ratio"], CLEAR * high)
+
+
+def time_over(row: Row, other: Row) -> LatencyRatio | None:
+    """Time of one file over that of another, by their rounds.
+
+    None where they had no ten rounds in turns, or where a call took another number of frames.
+    """
+    own, base = ((one["latency"] or {}).get("rounds", []) for one in (row, other))
+    same = len(own) == len(base) and row["settings"]["batch"] == other["settings"]["batch"]
+    return LatencyRatio.of(base, own) if same and len(own) >= LEAST_ROUNDS else None
+
+
+def is_clearly_faster(found: LatencyRatio) -> bool:
+    """Whether the ratio is below `CLEAR`, and the whole interval below 1."""
+    return found.ratio < CLEAR and found.high < 1
 
 
 def is_kept(row: Row) -> bool:
@@ -268,7 +283,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("images", nested_reader("accuracy", "images"), section="accuracy"),
     Column("instances", nested_reader("accuracy", "instances"), section="accuracy"),
     _percentile("p50", "p50", detail=ratio_text),
-    Column("time_ratio", ratio_text, "Time ratio", lambda text: text or NOTHING, "latency", False, False),
+    Column(
+        "time_ratio", ratio_text, "Time ratio", lambda text: text or NOTHING, "latency", is_number=False, on_page=False
+    ),
     *(
         Column(name, nested_reader("latency", "ratio", key), section="latency")
         for name, key in (("latency_ratio", "ratio"), ("latency_ratio_low", "low"), ("latency_ratio_high", "high"))

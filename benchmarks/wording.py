@@ -19,14 +19,14 @@ from benchmarks.rows import (
     FULL,
     Row,
     ap,
-    counted_time,
     identities,
+    is_clearly_faster,
     is_kept,
     is_timed_here,
-    latency_ratio,
     preference,
     shared_settings,
     spread,
+    time_over,
     time_text,
 )
 
@@ -61,8 +61,8 @@ def summary(data: Mapping[str, Any]) -> list[str]:
 
 
 def has_turns(rows: Sequence[Row]) -> bool:
-    """Whether the files were timed round by round."""
-    return any(row["latency"] and row["latency"]["rounds"] for row in rows)
+    """Whether the files were timed round by round, often enough for an interval."""
+    return any(time_over(row, row) for row in rows)
 
 
 def timed_span(rows: Sequence[Row]) -> str:
@@ -114,7 +114,7 @@ def weak_student(rows: Sequence[Row]) -> Iterator[str]:
 def choice(rows: Sequence[Row]) -> Iterator[str]:
     """The file of a gated student that a user of the measured machine should take, and why none of the others."""
     students = [row for row in rows if row["role"] == "student"]
-    offered = [row for row in students if is_kept(row) and is_timed_here(row) and latency_ratio(row)]
+    offered = [row for row in students if is_kept(row) and is_timed_here(row) and time_over(row, row)]
     several = any(len(found) > 1 for found in (identities(students), {row["device"] for row in students}))
     if several or not offered or not any(row["gate"] for row in students):
         return
@@ -132,10 +132,8 @@ def _against(row: Row, best: Row) -> str:
         return "was refused by its gate"
     if not is_timed_here(row):
         return "is made for another library or device, so its time here says nothing"
-    if latency_ratio(row) is None:
-        return "was timed on another number of frames"
-    is_slower = latency_ratio(row) > latency_ratio(best)
-    return f"{'is slower' if is_slower else 'is not clearly faster'}, with {_figures(row)}"
+    found = time_over(row, best)
+    return f"{'is slower' if found and found.low > 1 else 'is not clearly faster'}, with {_figures(row)}"
 
 
 def _figures(row: Row) -> str:
@@ -212,13 +210,11 @@ def _quantised(rows: Sequence[Row]) -> Iterator[str]:
     """Each reduced precision against FP32 of the same role and device, where its latency says something."""
     for row in filter(is_timed_here, rows):
         full = _full_precision(row, rows)
-        own, other = counted_time(row), counted_time(full) if full else None
-        if full is None or own is None or other is None:
+        found = time_over(row, full) if full else None
+        if full is None or found is None:
             continue
         figures = " against ".join(map(time_text, (row, full)))
-        has_interval = row["latency"]["ratio"]["high"] is not None
-        unclear = "is not clearly faster than" if has_interval else "was timed before or after"
-        answer = "is faster than" if own < other else unclear
+        answer = "is faster than" if is_clearly_faster(found) else "is not clearly faster than"
         backends = " against ".join(dict.fromkeys((row["backend"], full["backend"])))
         yield f"{row['precision']} {answer} fp32 on this machine ({row['role']}, {backends}): {figures}."
 
@@ -231,11 +227,12 @@ def _full_precision(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def _slower_students(rows: Sequence[Row]) -> Iterator[str]:
-    timed = [row for row in rows if is_timed_here(row) and latency_ratio(row)]
+    timed = [row for row in rows if is_timed_here(row)]
     for teacher in (row for row in timed if row["role"] == "teacher"):
         for row in timed:
             comparable = row["role"] == "student" and row["device"] == teacher["device"]
-            if comparable and latency_ratio(row) >= latency_ratio(teacher):
+            found = time_over(row, teacher) if comparable else None
+            if found and found.ratio >= 1:
                 yield f"{row['file']} is not faster than the teacher's {teacher['file']}."
 
 

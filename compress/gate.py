@@ -45,8 +45,8 @@ SANITY_SHARE = 0.1
 """A flavour has failed if on every sanity image its best score is below this share of FP32's."""
 RANKING_IMAGES = 4
 FLOAT_STEPS = (2, 4, 8, 16)
-"""Layers in float that are tried one after the other. The worst two halve the loss: in ONNX Runtime yolov5n loses 1.3,
-0.6 and 0.1 mAP on COCO128 with none, two and four. In OpenVINO two cost 2 % of FP32's time, in ONNX Runtime more."""
+"""Layers in float that are tried one after the other. The worst two halve the loss of yolov5n in ONNX Runtime, and cost
+7 % of FP32's time there (benchmarks/results/int8-ort-loss)."""
 TWO_SIDED_95 = 1.96
 GIVE_EXPORTED = "Give the model.onnx that `edgestill export` wrote"
 SEVEN_BITS = 7

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.accuracy import Accuracy
 from benchmarks.latency import ROUNDS, Durations, Latency, Warmup
 from benchmarks.report import Report, make_report
-from benchmarks.rows import plain
+from benchmarks.rows import plain, time_over
 from runtime.layers import EngineLayer, TensorType, facts_of
 
 NAMES = ("bolt", "nut", "washer", "screw", "spring", "rivet", "bearing", "gear")
@@ -85,10 +85,12 @@ LOSS = {"drop": 0.0054, "standard_error": 0.0007, "image_error": 0.0031, "draws"
 UNTIMED = {"standard_error": None, "latency_ratio": None}
 
 
-def in_turns(row: dict[str, Any], ratio: float, of: str = "model.onnx") -> dict[str, Any]:
-    """The row of a file that took turns with others and needed this much of the time of the file `of`."""
-    found = {"of": of, "ratio": ratio, "low": 0.97 * ratio, "high": 1.03 * ratio}
-    return row | {"latency": row["latency"] | {"ratio": found}}
+def in_turns(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """The row of a file that took turns with the reference."""
+    found = time_over(row, reference)
+    assert found
+    ratio = {"of": reference["file"], "ratio": found.ratio, "low": found.low, "high": found.high}
+    return row | {"latency": row["latency"] | {"ratio": ratio}}
 
 
 def kept(reason: str = "mAP50-95 0.54480 is within 0.02 of fp32", **loss: float | None) -> dict[str, Any]:
@@ -110,8 +112,7 @@ def build_sample() -> Report:
             gate={"kept": False, "reason": "mAP50-95 0.51210 is more than 0.02 below 0.55020 of fp32"},
         ),
     ]
-    means = [row["latency"]["end_to_end"]["mean"] for row in models]
-    models = [in_turns(row, mean / means[1]) for row, mean in zip(models, means, strict=True)]
+    models = [in_turns(row, models[1]) for row in models]
     machine = {
         "cpu": "AMD EPYC 7763 64-Core Processor",
         "cores": 2,

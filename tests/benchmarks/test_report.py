@@ -14,7 +14,7 @@ from runtime.errors import InputError
 from tests.benchmarks.conftest import SETTINGS, make_row
 
 
-def test_the_headline_is_the_fastest_file_that_was_kept(sample: Report) -> None:
+def test_the_headline_is_the_file_to_take_of_those_that_were_kept(sample: Report) -> None:
     found = sample.data["headline"]
     assert found["file"] == "model.int8-ort.onnx"
     assert found["teacher_file"] == "teacher.onnx"
