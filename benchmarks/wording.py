@@ -237,9 +237,11 @@ def _slower_students(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
-    for row in rows:
-        if row["latency"] and not (row["latency"]["steady"] and row["latency"]["warmup"]["settled"]):
-            yield f"The latency of {row['file']} drifted while it was measured: repeat it on a quiet machine."
+    timed = [row for row in rows if row["latency"]]
+    drifted = [row["file"] for row in timed if not (row["latency"]["steady"] and row["latency"]["warmup"]["settled"])]
+    if drifted:
+        files = "all files" if len(drifted) == len(timed) > 1 else ", ".join(drifted)
+        yield f"The latency of {files} drifted while it was measured: repeat it on a quiet machine."
 
 
 def _idle_engines(engines: Sequence[Row]) -> Iterator[str]:

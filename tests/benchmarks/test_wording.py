@@ -185,10 +185,18 @@ def test_an_axis_says_what_a_latency_covers(sample: Report) -> None:
     assert "all frames of a call to boxes (ms" in to_html(with_models(sample, fp16={"settings": four}))
 
 
-def test_an_unsteady_latency_is_said_in_words(sample: Report) -> None:
-    latency = sample.data["models"][1]["latency"] | {"steady": False}
-    sentences = wording.findings(with_models(sample, fp16={"latency": latency}).data)
-    assert "The latency of model.fp16.onnx drifted while it was measured: repeat it on a quiet machine." in sentences
+def test_unsteady_latencies_are_said_in_one_sentence(sample: Report) -> None:
+    drifting = {"latency": sample.data["models"][1]["latency"] | {"steady": False}}
+
+    def told(**changes: Any) -> list[str]:
+        return [s for s in wording.findings(with_models(sample, **changes).data) if "drifted" in s]
+
+    assert told() == []
+    end = "drifted while it was measured: repeat it on a quiet machine."
+    assert told(fp16=drifting) == [f"The latency of model.fp16.onnx {end}"]
+    assert told(fp16=drifting, int8_ort=drifting) == [f"The latency of model.fp16.onnx, model.int8-ort.onnx {end}"]
+    every = dict.fromkeys(("fp32", "fp16", "int8_ort", "int8_trt"), drifting)
+    assert told(**every) == [f"The latency of all files {end}"]
 
 
 def test_files_measured_with_different_settings_are_told_apart(sample: Report) -> None:
