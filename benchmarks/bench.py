@@ -29,15 +29,7 @@ from benchmarks.accuracy import (
     restrict,
 )
 from benchmarks.environment import device_name
-from benchmarks.latency import (
-    LEAST_ROUNDS,
-    ROUNDS,
-    Frame,
-    Latency,
-    LatencyRatio,
-    Subject,
-    measure,
-)
+from benchmarks.latency import ROUNDS, Frame, Latency, LatencyRatio, Subject, measure, require_rounds
 from benchmarks.rows import FULL, Row, model_row, named_apart, time_over
 from runtime.bundle import ModelFile, model_files
 from runtime.detector import Detector
@@ -264,8 +256,8 @@ def compare_files(
     errors of `Detector.load`, and UsageError below ten rounds, and when a call of the one takes more frames than a call
     of the other.
     """
-    if rounds < LEAST_ROUNDS:
-        raise UsageError(f"{rounds} rounds", f"A comparison takes {LEAST_ROUNDS} rounds or more")
+    samples = max(plan.samples, 4 * rounds)
+    require_rounds(rounds, samples // max(rounds, 1))
     with (
         plan.detector(reference) as first,
         replace(plan, backend=backend or plan.backend).detector(other) as second,
@@ -278,7 +270,6 @@ def compare_files(
             )
         frames = plan.read_frames()
         subjects = [Subject(detector, frames, batches[0]) for detector in (first, second)]
-        samples = max(plan.samples, 4 * rounds)
         found = measure(subjects, samples=samples, rounds=rounds, warmup_ms=plan.warmup_ms)
     return LatencyRatio.of(*(latency.rounds for latency in found))
 

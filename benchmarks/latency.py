@@ -373,6 +373,12 @@ class TimedPair(NamedTuple):
     other: Durations
 
 
+def require_rounds(rounds: int, calls: int) -> None:
+    """Raises UsageError where a comparison of so many calls in each round has no interval."""
+    if rounds < LEAST_ROUNDS or calls < 1:
+        raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
+
+
 def compare_in_turns(
     reference: Callable[[], object],
     other: Callable[[], object],
@@ -385,8 +391,7 @@ def compare_in_turns(
     clock: Clock = time.perf_counter_ns,
 ) -> TimedPair:
     """Time two callables, `calls` of each in a round; see `take_turns`. Raises UsageError below ten rounds."""
-    if rounds < LEAST_ROUNDS or calls < 1:
-        raise UsageError(f"{rounds} rounds of {calls} calls", f"A comparison takes {LEAST_ROUNDS} rounds or more")
+    require_rounds(rounds, calls)
 
     def side(call: Callable[[], object]) -> Side[float]:
         return Side(call, lambda calls: [_timed_ms(call, clock) for _ in range(calls)])

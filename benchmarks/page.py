@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks import charts, formats, wording
 from benchmarks.packages import optional
 from benchmarks.report import schema
-from benchmarks.rows import SPANS, TITLED, Column, Row, ap, is_kept, p50, shared_settings
+from benchmarks.rows import SPANS, TITLED, Column, Row, ap, has_rounds, is_kept, p50, shared_settings
 
 TEMPLATES = Path(__file__).parent
 FILTERS: Mapping[str, Callable[..., str]] = {
@@ -83,7 +83,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
         "inherited": wording.inherited((data["distillation"] or {}).get("inheritance")),
         "best_latency": best["latency"]["end_to_end"] if best and best["latency"] else None,
         "compared": any(row["role"] == "teacher" for row in (*rows, *data["torch"])),
-        "has_turns": wording.has_turns(data["models"]),
+        "has_turns": any(map(has_rounds, rows)),
         "columns": ON_PAGE,
         "rows": [dict(row, kind=kind_of(row), kept=is_kept(row), cells=list(cells_of(row))) for row in rows],
         "pareto": charts.pareto(pareto_points(rows), wording.short_span(rows)),

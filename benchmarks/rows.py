@@ -134,14 +134,20 @@ def counted_ratio(row: Row) -> float | None:
     return CLEAR * found["ratio"] if row["precision"] == FULL else max(found["ratio"], CLEAR * high)
 
 
+def has_rounds(row: Row) -> bool:
+    """Whether the file took turns with others, often enough for an interval."""
+    return row["latency"] is not None and len(row["latency"]["rounds"]) >= LEAST_ROUNDS
+
+
 def time_over(row: Row, other: Row) -> LatencyRatio | None:
     """Time of one file over that of another, by their rounds.
 
     None where they had no ten rounds in turns, or where a call took another number of frames.
     """
-    own, base = ((one["latency"] or {}).get("rounds", []) for one in (row, other))
-    same = len(own) == len(base) and row["settings"]["batch"] == other["settings"]["batch"]
-    return LatencyRatio.of(base, own) if same and len(own) >= LEAST_ROUNDS else None
+    if not (has_rounds(row) and has_rounds(other)) or row["settings"]["batch"] != other["settings"]["batch"]:
+        return None
+    own, base = (one["latency"]["rounds"] for one in (row, other))
+    return LatencyRatio.of(base, own) if len(own) == len(base) else None
 
 
 def is_clearly_faster(found: LatencyRatio) -> bool:

@@ -19,6 +19,7 @@ from benchmarks.rows import (
     FULL,
     Row,
     ap,
+    has_rounds,
     identities,
     is_clearly_faster,
     is_kept,
@@ -56,13 +57,8 @@ def summary(data: Mapping[str, Any]) -> list[str]:
         lines.append(f"Data: {dataset['name']}, {count(dataset['images'])} images{labelled(dataset)}")
     shared = [f"{key} {number(settings[key])}" for key in MAIN_SETTINGS if key in settings]
     lines += ["Settings: " + ", ".join(shared)] if shared else []
-    turns = ", the files in turns" if has_turns(data["models"]) else ""
+    turns = ", the files in turns" if any(map(has_rounds, data["models"])) else ""
     return [*lines, f"Latency is milliseconds from {timed_span(data['models'])}{turns}"]
-
-
-def has_turns(rows: Sequence[Row]) -> bool:
-    """Whether the files were timed round by round, often enough for an interval."""
-    return any(time_over(row, row) for row in rows)
 
 
 def timed_span(rows: Sequence[Row]) -> str:
@@ -114,7 +110,7 @@ def weak_student(rows: Sequence[Row]) -> Iterator[str]:
 def choice(rows: Sequence[Row]) -> Iterator[str]:
     """The file of a gated student that a user of the measured machine should take, and why none of the others."""
     students = [row for row in rows if row["role"] == "student"]
-    offered = [row for row in students if is_kept(row) and is_timed_here(row) and time_over(row, row)]
+    offered = [row for row in students if is_kept(row) and is_timed_here(row) and has_rounds(row)]
     several = any(len(found) > 1 for found in (identities(students), {row["device"] for row in students}))
     if several or not offered or not any(row["gate"] for row in students):
         return
